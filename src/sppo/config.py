@@ -1,0 +1,310 @@
+"""The whole recipe as one validated tree: sections in the order in which data flows, unknown keys refused.
+
+A recipe is TOML; `--section.key VALUE` on the command line overrides one key, through the same validation. Every
+key's description is its help text. This module imports no torch, so that `sppo train --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import RecipeError
+from .spec import nearest, scalar
+
+
+class Section(BaseModel):
+    """One table of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PolicySection(Section):
+    """The model that is trained."""
+
+    model: str = Field(
+        "tiny",
+        description="a model folder, a hub name, or 'tiny:hidden=128,layers=3,heads=4' (made here, from scratch)",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="weights during rollouts and updates; auto: bfloat16 for 50M parameters or more on hardware that "
+        "multiplies it natively, else float32 (master weights, head and log-softmax are always float32)",
+    )
+    chat_template: Literal["auto", "off"] = Field(
+        "auto", description="auto: chat messages go through the tokenizer's template if it has one; off: plain text"
+    )
+
+
+class CriticSection(Section):
+    """The prompt-only value model V(x): any family, any size, its own tokenizer."""
+
+    model: str = Field(
+        "tiny:hidden=64,layers=2,heads=4", description="as policy.model; any transformers model, encoder or decoder"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="as policy.dtype")
+
+
+class TaskSection(Section):
+    """Which problems."""
+
+    train: str = Field("chain:steps=4-6", description="training problems: 'name:key=value,…' or a .jsonl/.parquet file")
+    eval: str | None = Field(
+        None, description="held-out problems; default: the held-out share of the training problems"
+    )
+    instruction: str = Field("", description="text added after every question, e.g. how to mark the answer")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out and counted, never cut")
+
+
+class RewardSection(Section):
+    """What judges a response."""
+
+    use: str = Field(
+        "answer",
+        description="a file of rewards/ with options ('answer:extract=boxed', 'math'), or package.module:object",
+    )
+
+
+class BootstrapSection(Section):
+    """A supervised start on worked solutions; a recipe without this section starts from the model as it is."""
+
+    task: str | None = Field(None, description="problems with worked solutions; default: the training problems")
+    steps: int = Field(300, ge=1, description="optimiser updates")
+    batch: int = Field(64, ge=1, description="solutions an update")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    warmup: int = Field(50, ge=0, description="updates of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+
+
+class RolloutSection(Section):
+    """How responses are sampled."""
+
+    engine: str = Field("local", description="a file of rollout/: local")
+    prompts: int = Field(256, ge=1, description="prompts a step")
+    samples: int = Field(1, ge=1, description="responses a prompt; the algorithm needs one")
+    max_tokens: int = Field(128, ge=1, description="response limit, EOS included")
+    temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
+    batch: int = Field(256, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
+    truncated: Literal["penalise", "mask"] = Field(
+        "penalise", description="a response cut at max_tokens scores 0, or is masked and leaves every denominator"
+    )
+
+
+class ObjectiveSection(Section):
+    """The clipped sequence-level surrogate."""
+
+    ratio: Literal["sequence", "geometric", "token", "family"] = Field(
+        "sequence", description="importance ratio: exp(l), exp(l/T) (GSPO), per token, or exp(l/T^kappa)"
+    )
+    kappa: float = Field(0.5, ge=0, le=1, description="the family's exponent; 0 is sequence, 1 is geometric")
+    clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
+    dual_clip: float | None = Field(
+        3.0, gt=1, description="bound on the ratio where the advantage is negative; 0 turns it off"
+    )
+    anchor: Literal["behaviour", "reference"] = Field(
+        "behaviour",
+        description="the ratio's denominator: the sampling policy (exact), or the frozen start (see docs/algorithm.md)",
+    )
+    kl: float = Field(0.0, ge=0, description="weight of the KL to the frozen start; 0 holds no reference model")
+    kl_form: Literal["reward", "k2", "k3"] = Field(
+        "reward",
+        description="reward: exact, inside the reward; k2: exact reverse-KL gradient on policy; k3: gradient of KL(ref||policy)",
+    )
+    ev_gate: bool = Field(
+        False,
+        description="use the mean of the other rewards instead of V(x) while V explains no variance (arXiv 2604.19485)",
+    )
+    engine_correction: float = Field(
+        2.0, ge=0, description="cap of the importance weight that corrects engine-learner mismatch; 0 turns it off"
+    )
+    engine_gap_limit: float = Field(
+        0.1,
+        gt=0,
+        description="stop when engine and learner log-probabilities differ by more than this a token, on average",
+    )
+
+    @field_validator("dual_clip", mode="before")
+    @classmethod
+    def _zero_is_off(cls, value: Any) -> Any:
+        return None if value == 0 else value
+
+    @field_validator("clip")
+    @classmethod
+    def _clip_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not (0 < low < 1 and high > 0):
+            raise ValueError("low must lie in (0, 1) and high above 0")
+        return value
+
+
+class TrainingSection(Section):
+    """The update."""
+
+    steps: int = Field(200, ge=1, description="rollout-and-update steps")
+    minibatches: int = Field(2, ge=1, description="optimiser updates an epoch over one step's rollouts")
+    epochs: int = Field(1, ge=1, description="passes over one step's rollouts")
+    lr: float = Field(
+        1e-6,
+        gt=0,
+        description="policy learning rate (the paper's 1e-6 suits 1.5B and up; tiny models take 1e-4 and more)",
+    )
+    critic_lr: float = Field(5e-6, gt=0, description="critic learning rate (a tiny critic from scratch takes 1e-3)")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up, to zero at the last step"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
+    micro_tokens: int = Field(
+        16384, ge=1, description="tokens a micro-batch, padding included; memory only, not the result"
+    )
+    max_bad_updates: int = Field(
+        3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"
+    )
+
+
+class EvaluationSection(Section):
+    """Held-out accuracy along the way."""
+
+    every: int = Field(20, ge=0, description="steps between evaluations; 0: only before and after")
+    n: int = Field(256, ge=1, description="held-out problems")
+    samples: int = Field(
+        1, ge=1, description="responses a problem (two or more also give the ceiling of explained variance)"
+    )
+    temperature: float | None = Field(None, ge=0, description="default: rollout.temperature; 0 is greedy")
+
+
+class RunSection(Section):
+    """The run directory."""
+
+    out: str = Field("runs/sppo", description="where the run is written")
+    checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept, the newest first")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: all cores. Bit-identical results need the same number")
+
+
+class Config(Section):
+    """A whole recipe. Read one with `Config.load`, write one with `to_toml`."""
+
+    seed: int = Field(1, ge=0, lt=2**31, description="every random choice of the run derives from this")
+    policy: PolicySection = Field(default_factory=PolicySection, description="the model that is trained")
+    critic: CriticSection = Field(default_factory=CriticSection, description="the prompt-only value model")
+    task: TaskSection = Field(default_factory=TaskSection, description="which problems")
+    reward: RewardSection = Field(default_factory=RewardSection, description="what judges a response")
+    bootstrap: BootstrapSection | None = Field(
+        None, description="a supervised start; leave it out for a model that can already answer sometimes"
+    )
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="how responses are sampled")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="the surrogate")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="the update")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="held-out accuracy")
+    run: RunSection = Field(default_factory=RunSection, description="the run directory")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        rollouts = self.rollout.prompts * self.rollout.samples
+        if self.training.minibatches > rollouts:
+            raise ValueError(
+                f"training.minibatches is {self.training.minibatches}, but a step has only {rollouts} rollouts"
+            )
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """True when something in the recipe reads the frozen reference policy."""
+        return self.objective.kl > 0 or self.objective.anchor == "reference"
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+        """Read a recipe and lay `{"section.key": value}` over it.
+
+        Raises RecipeError for a missing file, broken TOML (with its line), an unknown key (with the nearest known one)
+        or a value out of range.
+        """
+        where, tree = "the command line", {}
+        if path is not None:
+            where = str(path)
+            try:
+                tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                raise RecipeError(f"no recipe at {path}; the ones that come with the project are in recipes/") from None
+            except (OSError, UnicodeDecodeError) as error:
+                raise RecipeError(f"{path} cannot be read: {error}") from None
+            except tomllib.TOMLDecodeError as error:
+                raise RecipeError(f"{path} is not valid TOML: {error}") from None
+        for dotted, value in (overrides or {}).items():
+            _set(tree, dotted, value)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+    def to_toml(self) -> str:
+        """The resolved recipe, defaults included, as TOML that `load` reads back."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the resolved recipe less where it is written to: the same recipe has the same hash anywhere."""
+        tree = self.model_dump(mode="json", exclude_none=True)
+        tree["run"].pop("out")
+        return hashlib.sha256(tomli_w.dumps(tree).encode()).hexdigest()
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every key of a recipe as (dotted name, default, description), in order."""
+    for name, field in section.model_fields.items():
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.get_default(call_default_factory=True), field.description or ""
+
+
+def parse_value(text: str) -> Any:
+    """A command-line value: a TOML list or number or boolean where it is one, else the text itself."""
+    if text.startswith("["):
+        try:
+            return tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            return text
+    return scalar(text)
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{dotted}: {section!r} is a value, not a section")
+    tree[key] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first validation error as one sentence; an unknown key with the nearest known one."""
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _, _ in keys()]
+        section, _, key = dotted.rpartition(".")
+        siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+        if not section:
+            siblings = list(Config.model_fields)
+        return f"unknown key {dotted!r}: {nearest(key, siblings)}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f" (got {first['input']!r})" if dotted and not isinstance(first["input"], dict) else ""
+    return f"{dotted}: {message[0].lower()}{message[1:]}{shown}" if dotted else message

@@ -1,0 +1,70 @@
+"""The tree of errors: each says whose mistake it is, and what to do about it.
+
+    SPPOError
+    ├── UserError                exit 2: one clear sentence that names the file, key or row, and the mend
+    │   ├── RecipeError          a recipe or a command line that cannot be obeyed
+    │   ├── DataError            a row, a file or a dataset
+    │   ├── ModelError           a model folder, a tokenizer, a chat template
+    │   └── RewardError          a reward of the user's that raised, or returned what a reward may not return
+    └── RunFailure               exit 1: the run itself went wrong; what it had is saved
+        ├── NonFinite            a loss or gradient was not a number, again and again
+        ├── StaleWeights         the engine does not hold the learner's weights
+        └── EngineMismatch       engine and learner disagree about the probability of the same tokens
+
+A response that cannot be graded is none of these: it is data (`Verdict.outcome`), masked and counted.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "EngineMismatch",
+    "ModelError",
+    "NonFinite",
+    "RecipeError",
+    "RewardError",
+    "RunFailure",
+    "SPPOError",
+    "StaleWeights",
+    "UserError",
+]
+
+
+class SPPOError(Exception):
+    """Every error that sppo raises on purpose."""
+
+
+class UserError(SPPOError):
+    """The user's to mend: printed as one sentence, exit code 2, no traceback."""
+
+
+class RecipeError(UserError):
+    """A recipe or an option that cannot be obeyed."""
+
+
+class DataError(UserError):
+    """A dataset, a file or a row that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model folder, tokenizer or chat template that cannot be used."""
+
+
+class RewardError(UserError):
+    """A reward function that raised, or returned a wrong count, type or value."""
+
+
+class RunFailure(SPPOError):
+    """The run failed; what it had until then is saved. Exit code 1."""
+
+
+class NonFinite(RunFailure):
+    """Losses or gradients were not finite several updates in a row."""
+
+
+class StaleWeights(RunFailure):
+    """After a sync the engine's weights are not the learner's."""
+
+
+class EngineMismatch(RunFailure):
+    """The engine's log-probabilities and the learner's differ too much to learn from."""

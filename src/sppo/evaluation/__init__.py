@@ -1,0 +1,1 @@
+"""How good is a model: accuracy, pass@k and intervals on held-out problems."""

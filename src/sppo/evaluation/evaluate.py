@@ -1,0 +1,85 @@
+"""Held-out accuracy: sample, judge, count. Samples that cannot be graded leave the denominator, and are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..models.policy import Policy
+from ..rewards.base import Reward
+from ..rollout.collect import collect
+from ..rollout.engine import Engine, Sampling
+from ..tasks.base import TaskSource
+from ..types import Rollout, Task
+from .intervals import accuracy_interval, pass_at_k
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result for one set of problems; `rollouts` keeps what was said, for anyone who wants to look."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    samples: int
+    pass_at_k: dict[str, float]
+    mean_tokens: float
+    truncated: float
+    masked: int
+    outcomes: dict[str, int]
+    rollouts: list[Rollout] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {k: v for k, v in self.__dict__.items() if k != "rollouts"}
+
+
+def held_out_tasks(source: TaskSource, n: int) -> list[Task]:
+    """The first n problems of a source (all of them if there are fewer): the same ones every time."""
+    return [source[i] for i in range(min(n, len(source)))]
+
+
+def evaluate(
+    engine: Engine,
+    policy: Policy,
+    reward: Reward,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+) -> Evaluation:
+    """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation."""
+    rollouts = collect(engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"))
+    means, passes = [], {k: [] for k in _powers(samples)}  # type: dict[int, list[float]]
+    for start in range(0, len(rollouts), samples):
+        graded = [r.verdict.correct for r in rollouts[start : start + samples] if r.verdict and not r.verdict.masked]
+        if not graded:
+            continue
+        means.append(sum(graded) / len(graded))
+        solved = sum(c >= 0.5 for c in graded)
+        for k in passes:
+            if k <= len(graded):
+                passes[k].append(pass_at_k(len(graded), solved, k))
+    accuracy, low, high = accuracy_interval(means, samples)
+    return Evaluation(
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        n=len(means),
+        samples=samples,
+        pass_at_k={f"pass@{k}": sum(v) / len(v) for k, v in passes.items() if v},
+        mean_tokens=sum(len(r.response_ids) for r in rollouts) / max(len(rollouts), 1),
+        truncated=sum(r.finish == "length" for r in rollouts) / max(len(rollouts), 1),
+        masked=sum(r.verdict.masked for r in rollouts if r.verdict),
+        outcomes=dict(Counter(r.verdict.outcome for r in rollouts if r.verdict)),
+        rollouts=rollouts,
+    )
+
+
+def _powers(samples: int) -> list[int]:
+    """1, 2, 4, … up to the number of samples, and that number itself."""
+    return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})

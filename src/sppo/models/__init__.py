@@ -1,0 +1,1 @@
+"""Policies, critics and the reference, on top of any transformers model."""

@@ -1,0 +1,103 @@
+"""The critic: V(x) = σ(c(x)), the predicted chance that the policy solves prompt x. It reads the prompt only.
+
+It is decoupled from the policy (arXiv 2604.08865): any transformers decoder or encoder, any size, its own tokenizer.
+c is a linear read-out of the last hidden state at the prompt's last real token. The read-out's weights start at 0 and its
+bias at logit(base success rate), so V starts at the base rate for every prompt, and the first advantages are R − mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..objective.ratio import wide
+from ..types import Task
+from .policy import _count
+from .pretrained import choose_dtype, load
+
+HEAD_FILE = "value_head.safetensors"
+
+
+class Critic(nn.Module):
+    """A backbone and a scalar head. `save` writes a folder that `AutoModel.from_pretrained` loads, the head beside it."""
+
+    def __init__(self, backbone: Any, tokenizer: Any, *, name: str = "critic") -> None:
+        super().__init__()
+        self.backbone = backbone.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.head = nn.Linear(backbone.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def load(cls, name: str, *, dtype: str, device: torch.device, seed: int) -> tuple[Critic, str]:
+        """Load `critic.model` (with its trained head, if the folder has one); also returns the sentence to state."""
+        backbone, tokenizer = load(name, role="critic.model", head=False, seed=seed)
+        backbone = (
+            getattr(backbone, "get_encoder", lambda: backbone)() if backbone.config.is_encoder_decoder else backbone
+        )
+        parameters = sum(p.numel() for p in backbone.parameters())
+        chosen, why = choose_dtype(dtype, parameters, device)
+        critic = cls(backbone.to(dtype=chosen), tokenizer, name=name)
+        trained = Path(name).expanduser() / HEAD_FILE
+        if trained.exists():
+            critic.head.load_state_dict(load_file(trained))
+        return critic.to(device), (
+            f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads the prompt only"
+        )
+
+    @torch.no_grad()
+    def start_at(self, base_rate: float) -> None:
+        """Zero read-out, and a bias such that V(x) is the base success rate for every prompt."""
+        rate = min(max(base_rate, 0.01), 0.99)
+        self.head.weight.zero_()
+        self.head.bias.fill_(math.log(rate / (1 - rate)))
+
+    @property
+    def context(self) -> int | None:
+        """The longest prompt the backbone can read, or None when its config does not say."""
+        return getattr(self.backbone.config, "max_position_embeddings", None)
+
+    def prompt_ids(self, task: Task) -> list[int]:
+        """The prompt through the critic's own tokenizer (and chat template, if it has one)."""
+        if getattr(self.tokenizer, "chat_template", None) and not isinstance(task.prompt, str):
+            text = self.tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(task.text)["input_ids"]
+
+    def forward(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits c(x), [B] in float32, for prompts given as ids; right-padded, read at the last real token."""
+        device = self.head.weight.device
+        length_B = torch.tensor([len(p) for p in prompts], device=device)
+        ids_BP = torch.full((len(prompts), int(length_B.max())), self.tokenizer.pad_token_id or 0)
+        for row, prompt in zip(ids_BP, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        ids_BP = ids_BP.to(device)
+        mask_BP = (torch.arange(ids_BP.size(1), device=device)[None] < length_B[:, None]).long()
+        hidden_BPD = self.backbone(input_ids=ids_BP, attention_mask=mask_BP).last_hidden_state
+        last_BD = hidden_BPD[torch.arange(len(prompts), device=device), length_B - 1]
+        return self.head(wide(last_BD))[:, 0]
+
+    @torch.no_grad()
+    def logits(self, tasks: Sequence[Task], batch: int = 256) -> Tensor:
+        """c(x) for tasks, [B] on the CPU, in batches of similar length."""
+        prompts = [self.prompt_ids(t) for t in tasks]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out_B = torch.zeros(len(prompts))
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            out_B[part] = self([prompts[i] for i in part]).cpu()
+        return out_B
+
+    def save(self, folder: Path) -> None:
+        """Backbone and tokenizer as `AutoModel`/`AutoTokenizer` load them; the value head beside them."""
+        self.backbone.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / HEAD_FILE)

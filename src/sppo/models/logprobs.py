@@ -1,0 +1,104 @@
+"""Log-probabilities of given tokens, in chunks: no tensor of tokens × vocabulary is ever held.
+
+The output projection and the log-softmax run in float32 whatever the model's dtype: in bfloat16 a logit of 20 is only
+known to 0.06, and that error would go straight into every importance ratio. The chunk's logits are computed again in the
+backward pass, so the peak is one chunk instead of all tokens (a 49,152-word vocabulary costs 192 KiB a token and copy).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objective.ratio import wide
+
+CHUNK = 512
+"""Tokens a chunk: large enough for full matmul speed, 100 MB of float32 logits at a 49,152-word vocabulary."""
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(h·Wᵀ + b)/τ at given targets, and the entropy (a diagnostic: no gradient)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = wide(weight_VD), None if bias_V is None else wide(bias_V)
+        logps, entropies, normalisers = [], [], []
+        for h, target in zip(hidden_ND.split(CHUNK), target_N.split(CHUNK), strict=True):
+            logits = _logits(h, weight, bias, temperature)
+            normaliser = torch.logsumexp(logits, -1)
+            logps.append(logits.gather(-1, target[:, None])[:, 0] - normaliser)
+            # H = log Z − Σ p·logit; the exponentials overwrite nothing that is needed again.
+            probability = (logits - normaliser[:, None]).exp_()
+            entropies.append(normaliser - probability.mul_(logits).sum(-1))
+            normalisers.append(normaliser)
+        normaliser_N = torch.cat(normalisers)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
+        ctx.temperature = temperature
+        entropy_N = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy_N)
+        return torch.cat(logps), entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        hidden_ND, weight_VD, bias_V, target_N, normaliser_N = ctx.saved_tensors
+        grad_N, temperature = gradients[0], ctx.temperature
+        weight, bias = wide(weight_VD), None if bias_V is None else wide(bias_V)
+        grad_hidden = torch.empty_like(hidden_ND)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, hidden_ND.size(0), CHUNK):
+            part = slice(start, start + CHUNK)
+            h, g = wide(hidden_ND[part]), grad_N[part]
+            softmax = (_logits(h, weight, bias, temperature) - normaliser_N[part, None]).exp_()
+            # d logp / d logit = onehot − softmax
+            grad_logits = softmax.mul_(-g[:, None])
+            grad_logits.scatter_add_(1, target_N[part, None], g[:, None])
+            grad_logits.div_(temperature)
+            grad_hidden[part] = (grad_logits @ weight).to(hidden_ND.dtype)
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, h)
+            if grad_bias is not None:
+                grad_bias.add_(grad_logits.sum(0))
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
+            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
+            None,
+            None,
+        )
+
+
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    logits = torch.nn.functional.linear(wide(hidden_ND), weight_VD, bias_V)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def token_logps(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log π(target | hidden) at a sampling temperature, and the entropy of each distribution (nats, no gradient).
+
+    Args:
+        hidden_ND: [N, D] final hidden states, one for each token to score (the state *before* that token).
+        weight_VD, bias_V: the output projection.
+        target_N: [N] token ids.
+        temperature: divides the logits, exactly as in the rollout.
+
+    Returns:
+        logp_N and entropy_N, float32 (float64 for float64 input).
+    """
+    if hidden_ND.size(0) == 0:
+        zero = wide(hidden_ND).sum() * 0 + torch.zeros(0, dtype=wide(hidden_ND).dtype)
+        return zero, zero.detach()
+    return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, temperature)
+
+
+def token_logps_from_logits(logits_NV: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The plain version, from logits: for models whose head does more than a projection, and the tests' oracle."""
+    logp_NV = torch.log_softmax(wide(logits_NV) / temperature, -1)
+    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1).detach()
+    return logp_NV.gather(-1, target_N[:, None])[:, 0], entropy_N

@@ -1,0 +1,236 @@
+"""The policy: a causal language model, its tokenizer, and the two questions the loop asks of it.
+
+`prompt_ids(task)`: what the model reads. `response_logps(...)`: how likely it finds given responses.
+
+Sequences are right-padded here, so causal attention alone keeps padding out and no mask is needed; the engine, which
+appends tokens, left-pads. Dropout is off in every pass: old and current log-probabilities come from the same function.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..types import Task
+from .logprobs import token_logps, token_logps_from_logits
+from .pretrained import choose_dtype, load
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Log-probabilities and entropies of responses, [B, T] with zeros beyond each response's length; mask is bool."""
+
+    logp_BT: Tensor
+    entropy_BT: Tensor
+    mask_BT: Tensor
+
+
+class Policy:
+    """A causal LM to train. Public tensors are float32 (float64 models stay float64)."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, chat_template: str = "auto", name: str = "policy") -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.chat = chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+        self.eos_ids = _eos_ids(model, tokenizer, name)
+        self.pad_id: int = tokenizer.pad_token_id
+        self.direct_head = self._head_is_a_projection()
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: str, device: torch.device, seed: int, chat_template: str = "auto"
+    ) -> tuple[Policy, str]:
+        """Load `policy.model`; also returns the sentence that states size, dtype and why."""
+        model, tokenizer = load(name, role="policy.model", head=True, seed=seed)
+        parameters = sum(p.numel() for p in model.parameters())
+        chosen, why = choose_dtype(dtype, parameters, device)
+        policy = cls(model.to(device=device, dtype=chosen), tokenizer, chat_template=chat_template, name=name)
+        style = "chat template" if policy.chat else "plain text (no chat template)"
+        head = "" if policy.direct_head else "; its head is more than a projection, so full logits are held"
+        return policy, (
+            f"policy {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} on {device} ({why}); {style}{head}"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def context(self) -> int | None:
+        """The most positions the model can attend to, or None when its config does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def reference(self) -> Policy:
+        """A frozen copy: π_ref."""
+        frozen = Policy.__new__(Policy)
+        frozen.__dict__.update(self.__dict__)
+        frozen.model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        return frozen
+
+    # -- text and ids --------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, task: Task) -> list[int]:
+        """The ids the model reads for a task: chat messages through the template, text as it is; one BOS at most."""
+        if self.chat and not isinstance(task.prompt, str):
+            text = self.tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not isinstance(task.prompt, str) and any(m["role"] == "assistant" for m in task.prompt):
+            raise ModelError(
+                f"task {task.id} is a conversation, and {self.name} has no chat template; use a chat model or plain-text prompts"
+            )
+        ids = self.tokenizer(task.text)["input_ids"]
+        if ids and ids[-1] in self.eos_ids:  # some tokenizers close what they tokenise; a prompt must stay open
+            ids = ids[:-1]
+        return ids
+
+    def response_ids(self, text: str) -> list[int]:
+        """The ids of a response to be learnt by supervision: its text, then the EOS."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_ids[0]]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of response ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    # -- log-probabilities ---------------------------------------------------------------------------------------
+
+    def response_logps(
+        self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor, temperature: float
+    ) -> ResponseLogps:
+        """log π(y_t | x, y_<t) of each response token, with gradient where enabled.
+
+        Args:
+            ids_BL: prompt then response then padding, on any device.
+            prompt_len_B, response_len_B: lengths in tokens; prompts have at least one.
+            temperature: the sampling temperature.
+
+        The state at position t−1 scores the token at position t. Only response positions meet the vocabulary.
+        """
+        ids_BL = ids_BL.to(self.device)
+        prompt_len_B, response_len_B = prompt_len_B.to(self.device), response_len_B.to(self.device)
+        width = int(response_len_B.max()) if response_len_B.numel() else 0
+        step_T = torch.arange(width, device=self.device)
+        mask_BT = step_T[None, :] < response_len_B[:, None]
+        row_N, t_N = mask_BT.nonzero(as_tuple=True)
+        position_N = prompt_len_B[row_N] + t_N
+        target_N = ids_BL[row_N, position_N]
+        if self.direct_head:
+            hidden_BLD = self._backbone()(input_ids=ids_BL, use_cache=False).last_hidden_state
+            head = self.model.get_output_embeddings()
+            logp_N, entropy_N = token_logps(
+                hidden_BLD[row_N, position_N - 1], head.weight, getattr(head, "bias", None), target_N, temperature
+            )
+        else:
+            logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
+            logp_N, entropy_N = token_logps_from_logits(logits_BLV[row_N, position_N - 1], target_N, temperature)
+        blank = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=self.device)
+        return ResponseLogps(blank.index_put((row_N, t_N), logp_N), blank.index_put((row_N, t_N), entropy_N), mask_BT)
+
+    def next_logits(self, ids_BS: Tensor, **cache_and_positions: Any) -> Tensor:
+        """Float32 logits of the token after the last one, [B, V]; for engines."""
+        if not self.direct_head:
+            return (
+                self.model(input_ids=ids_BS, use_cache=True, logits_to_keep=1, **cache_and_positions)
+                .logits[:, -1]
+                .float()
+            )
+        hidden_BSD = self._backbone()(input_ids=ids_BS, use_cache=True, **cache_and_positions).last_hidden_state
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        weight = self._float32_head(head.weight)
+        return torch.nn.functional.linear(
+            hidden_BSD[:, -1].to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
+        )
+
+    def _float32_head(self, weight: Tensor) -> Tensor:
+        """The head in float32, converted once for each version of the weights rather than once a token."""
+        if weight.dtype in (torch.float32, torch.float64):
+            return weight
+        version, cached = getattr(self, "_head_cache", (-1, None))
+        if cached is None or version != weight._version:
+            cached = weight.detach().float()
+            self._head_cache = (weight._version, cached)
+        return cached
+
+    def _backbone(self) -> Any:
+        return self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
+
+    @torch.no_grad()
+    def _head_is_a_projection(self) -> bool:
+        """Ask the model: some scale or cap their logits (Gemma 2, Granite, Cohere), and then the plain path is used."""
+        head = self.model.get_output_embeddings()
+        if head is None or not hasattr(head, "weight"):
+            return False
+        ids = torch.arange(4, device=self.device)[None] % head.weight.size(0)
+        try:
+            hidden = self._backbone()(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        except (AttributeError, TypeError):
+            return False
+        mine = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
+        return mine.shape == logits.shape and torch.allclose(mine.float(), logits.float(), rtol=1e-3, atol=1e-3)
+
+    # -- identity --------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """A cheap, exact hash of the weights: changes when any bit of any weight does (short of a contrived tie)."""
+        return fingerprint(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """An exact integer checksum of all weights, at memory speed: the sums of their bits over 4,096 lanes."""
+    total = hashlib.blake2b(digest_size=8)
+    for name, p in sorted(model.named_parameters()):
+        bits = p.detach().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
+        pad = -bits.numel() % 4096
+        lanes = torch.nn.functional.pad(bits, (0, pad)).view(-1, 4096).sum(0, dtype=torch.int64)
+        total.update(name.encode())
+        total.update(lanes.cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 of every weight in order of name; tied weights count once. Two equal policies, bit for bit, are equal here."""
+    total = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        total.update(f"{name}:{p.dtype}:{tuple(p.shape)}".encode())
+        total.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
+    """Every id that ends a response; the tokenizer's own first."""
+    found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    generation = getattr(model, "generation_config", None)
+    for ids in (getattr(generation, "eos_token_id", None), model.config.eos_token_id):
+        for i in ids if isinstance(ids, list) else [ids]:
+            if i is not None and i not in found:
+                found.append(i)
+    if not found:
+        raise ModelError(
+            f"policy.model: {name} names no EOS token, so a response could never end; set eos_token in its tokenizer"
+        )
+    return found
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.3g}M" if parameters < 1e9 else f"{parameters / 1e9:.3g}B"

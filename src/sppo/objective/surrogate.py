@@ -1,0 +1,66 @@
+"""The clipped surrogate, decided in log space.
+
+    L = E[ min( r·Â, clip(r, 1−ε_lo, 1+ε_hi)·Â ) ],   r = exp(ℓ)                     (PPO, arXiv 1707.06347 eq. 7;
+                                                                                       SPPO, arXiv 2604.08865)
+with the dual clip for Â < 0 (arXiv 1912.09729 eq. 5):   max( L, c·Â ).
+
+Clipping happens iff Â > 0 and ℓ > log(1+ε_hi), or Â < 0 and ℓ < log(1−ε_lo); the dual clip iff Â < 0 and ℓ > log c.
+So the only ratios that are exponentiated are bounded by max(1+ε_hi, c), and a response of 8,192 tokens whose joint
+ratio is e^200 is simply a clipped one. A clipped element contributes its bound, and no gradient.
+
+This module is for maximising: the learner minimises the negative.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CEILING = 60.0
+"""Without a dual clip, Â < 0 leaves large ratios unbounded; past e^60 they are held there, where float32 is still finite."""
+
+
+def surrogate(
+    log_ratio: Tensor, advantage: Tensor, clip: tuple[float, float] | None = (0.2, 0.2), dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Element-wise surrogate and which elements were clipped.
+
+    Args:
+        log_ratio: [B] or [B, T], with gradient.
+        advantage: broadcastable to it (a [B, 1] advantage for token ratios), without gradient.
+        clip: (ε_lo, ε_hi), or None for the plain importance-weighted objective.
+        dual_clip: bound c > 1 on the ratio where the advantage is negative, or None.
+
+    Returns:
+        value: the objective's summands, same shape as `log_ratio`; clipped: bool, same shape.
+    """
+    advantage = advantage.to(log_ratio.dtype).expand_as(log_ratio)
+    positive, negative = advantage > 0, advantage < 0
+    bound = torch.ones_like(log_ratio)
+    clipped = torch.zeros_like(log_ratio, dtype=torch.bool)
+    if clip is not None:
+        low, high = clip
+        above = positive & (log_ratio > math.log1p(high))
+        below = negative & (log_ratio < math.log1p(-low))
+        bound = torch.where(above, 1 + high, torch.where(below, 1 - low, bound))
+        clipped = above | below
+    if dual_clip is not None:
+        runaway = negative & (log_ratio > math.log(dual_clip))
+        bound = torch.where(runaway, dual_clip, bound)
+        clipped = clipped | runaway
+    # Where clipped, the exponent is replaced before exp: the unused branch of a `where` still sends NaN gradients.
+    safe = torch.where(clipped, torch.zeros_like(log_ratio), log_ratio).clamp(max=CEILING)
+    return torch.where(clipped, bound, safe.exp()) * advantage, clipped
+
+
+def normalised_sum(value: Tensor, mask: Tensor, denominator: float | Tensor) -> Tensor:
+    """Σ value·mask / denominator, with masked elements absent rather than multiplied by 0 (so NaN there is harmless).
+
+    The denominator is the *global* count over all micro-batches and ranks (sequences for sequence ratios, tokens for
+    token ratios), so that splitting a batch does not change its gradient. An all-masked batch gives an exact 0 that
+    still back-propagates.
+    """
+    kept = torch.where(mask.bool(), value, torch.zeros_like(value))
+    return kept.sum() / max(float(denominator), 1.0)

@@ -1,0 +1,117 @@
+r"""Mathematics: symbolic equality through math-verify, in killable worker processes.
+
+math-verify parses LaTeX and lets SymPy decide, and some expressions never come back. Its own time limit is a signal,
+which only works in the main thread, and elsewhere scores everything 0 in silence. Here a hanging expression costs its own
+time limit, whatever thread the trainer runs in, and is reported as `timeout`.
+
+`math`, `math:limit=5,workers=2`
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..types import Rollout, Task, Verdict
+from .answer import gold_of, number
+from .workers import WorkerPool
+
+
+def build(limit: float = 5.0, workers: int = 2) -> MathReward:
+    """The reward for `reward.use = "math:…"`. `limit` is seconds of wall time for one verdict."""
+    return MathReward(limit, workers)
+
+
+def judge_one(job: dict[str, Any]) -> dict[str, Any]:
+    """One verdict, inside a worker. `{"gold", "response"}` → `{"outcome", "extracted"}` or `{"outcome": "invalid_task"}`."""
+    from math_verify import parse, verify
+
+    logging.disable(logging.CRITICAL)
+    gold = parse(_as_latex(job["gold"]), parsing_timeout=None)
+    if not gold:
+        return {"outcome": "invalid_task", "reason": f"math-verify cannot parse the reference answer {job['gold']!r}"}
+    if job["response"] is None:
+        return {"outcome": "correct", "extracted": str(gold[0])}
+    given = parse(job["response"], parsing_timeout=None)
+    if not given:
+        return {"outcome": "unparseable", "extracted": None}
+    right = verify(gold, given, timeout_seconds=None)
+    return {"outcome": "correct" if right else "wrong", "extracted": str(given[0])[:500]}
+
+
+def _as_latex(gold: str) -> str:
+    """A bare LaTeX gold is wrapped, because the parser looks for mathematics inside text."""
+    gold = gold.strip()
+    if number(gold) is not None or "\\boxed" in gold or gold.startswith("$"):
+        return gold
+    return f"${gold}$"
+
+
+def looks_cut_off(gold: str) -> bool:
+    r"""Golds of published sets are often cut at the first brace: `\frac{1`, `x_{0`. Every verifier scores these 0."""
+    opening = len(re.findall(r"(?<!\\)\{", gold))
+    closing = len(re.findall(r"(?<!\\)\}", gold))
+    return opening != closing or gold.rstrip().endswith(("\\", "^", "_", "\\frac", "\\sqrt"))
+
+
+class MathReward:
+    """math-verify behind a process boundary."""
+
+    def __init__(self, limit: float, workers: int) -> None:
+        self.limit = limit
+        self.pool = WorkerPool("sppo.rewards.math:judge_one", workers=workers, limit=limit)
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Correct, wrong, unparseable, timeout or crashed (score 0); invalid_task and infra_error (masked)."""
+        problems = [self._quick_check(r.task) for r in rollouts]
+        todo = [i for i, problem in enumerate(problems) if problem is None]
+        answers = self.pool.run([{"gold": gold_of(rollouts[i].task), "response": rollouts[i].text} for i in todo])
+        verdicts = [Verdict(0.0, "invalid_task", {"reason": problem}) for problem in problems]
+        for i, answer in zip(todo, answers, strict=True):
+            verdicts[i] = self._verdict(answer, gold_of(rollouts[i].task))
+        return verdicts
+
+    def _verdict(self, answer: dict[str, Any], gold: str | None) -> Verdict:
+        evidence: dict[str, Any] = {"gold": gold}
+        if "ok" in answer:
+            result = dict(answer["ok"])
+            outcome = result.pop("outcome")
+            return Verdict(1.0 if outcome == "correct" else 0.0, outcome, evidence | result)
+        if "timeout" in answer:
+            return Verdict(0.0, "timeout", evidence | {"limit_s": self.limit})
+        if "infra" in answer:
+            return Verdict(0.0, "infra_error", evidence | {"reason": answer["infra"]})
+        return Verdict(0.0, "crashed", evidence | {"reason": str(answer.get("error", answer.get("crashed")))})
+
+    @staticmethod
+    def _quick_check(task: Task) -> str | None:
+        gold = gold_of(task)
+        if gold is None:
+            return "no reference answer (column `answer` or `reward_model.ground_truth`)"
+        if not gold.strip():
+            return "the reference answer is empty"
+        if looks_cut_off(gold):
+            return f"the reference answer looks cut off: {gold!r}"
+        return None
+
+    def check(self, task: Task) -> str | None:
+        """Why the reference cannot be graded, math-verify's own parser included, or None."""
+        return self._quick_check(task) or self.check_all([task])[0]
+
+    def check_all(self, tasks: Sequence[Task]) -> list[str | None]:
+        """`check` for many tasks at once, in parallel."""
+        problems = [self._quick_check(t) for t in tasks]
+        todo = [i for i, p in enumerate(problems) if p is None]
+        for i, answer in zip(
+            todo, self.pool.run([{"gold": gold_of(tasks[i]), "response": None} for i in todo]), strict=True
+        ):
+            if "ok" not in answer:
+                problems[i] = f"the reference answer cannot be parsed within its limits: {answer}"
+            elif answer["ok"]["outcome"] != "correct":
+                problems[i] = answer["ok"]["reason"]
+        return problems
+
+    def close(self) -> None:
+        self.pool.close()

@@ -1,0 +1,1 @@
+"""Sampling responses: the engine's socket, the local engine, and collecting judged rollouts."""

@@ -1,0 +1,58 @@
+"""Tasks in, judged rollouts out: sample with the engine, decode, judge, apply the truncation rule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ..models.policy import Policy
+from ..rewards.base import Reward
+from ..types import Rollout, Task, Verdict
+from .engine import Engine, Sampling
+
+
+def sample_seed(*parts: int | str) -> int:
+    """A 64-bit seed from what identifies a sample (run seed, stream, step, task, index): no state to save or lose."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def collect(
+    engine: Engine,
+    policy: Policy,
+    reward: Reward,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    seed: tuple[int | str, ...],
+    truncated: str = "penalise",
+    progress: Callable[[int], None] | None = None,
+) -> list[Rollout]:
+    """`samples` judged rollouts for each task, a task's samples next to each other.
+
+    `policy` lends its tokenizer; the weights are the engine's. A response cut at the limit scores 0 under `penalise`
+    (its outcome stays what the verifier said, with `truncated` in the evidence) or is masked under `mask`.
+    """
+    repeated = [(task, k) for task in tasks for k in range(samples)]
+    prompt_ids = {id(task): policy.prompt_ids(task) for task in tasks}
+    prompts = [prompt_ids[id(task)] for task, _ in repeated]
+    seeds = [sample_seed(*seed, position // samples, k) for position, (_, k) in enumerate(repeated)]
+    responses = engine.generate(prompts, seeds, sampling, progress)
+    rollouts = [
+        Rollout(task, prompt, r.ids, r.logps, r.finish, policy.text(r.ids), k)
+        for (task, k), prompt, r in zip(repeated, prompts, responses, strict=True)
+    ]
+    verdicts = reward.judge(rollouts)
+    return [r.judged(_truncation_rule(r, v, truncated)) for r, v in zip(rollouts, verdicts, strict=True)]
+
+
+def _truncation_rule(rollout: Rollout, verdict: Verdict, rule: str) -> Verdict:
+    if rollout.finish == "stop" or verdict.masked:
+        return verdict
+    evidence = {**verdict.evidence, "truncated": rule}
+    if rule == "mask":
+        return replace(verdict, excluded=True, evidence=evidence)
+    outcome = "wrong" if verdict.outcome == "correct" else verdict.outcome
+    return replace(verdict, score=0.0, correctness=0.0, outcome=outcome, evidence=evidence)

@@ -1,0 +1,108 @@
+"""The task source's socket, the train/held-out split, and how `task.train` becomes a source.
+
+A source is a finite sequence (possibly a very long one that is computed on demand): `source[i]` is the same task for ever,
+so a position in the data is one number, and a resumed run sees what the interrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import RecipeError
+from ..spec import call, parse_spec, resolve
+from ..types import Prompt, Task
+
+HELD_OUT = 0.1
+"""The share of all problems that is held out."""
+SPLITS = ("train", "held-out", "all")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
+
+
+class TaskSource(Protocol):
+    """A fixed sequence of tasks."""
+
+    def __len__(self) -> int:
+        """How many tasks there are."""
+
+    def __getitem__(self, index: int) -> Task:
+        """Task `index`, always the same one."""
+
+
+def in_split(text: str, split: str) -> bool:
+    """Whether a problem belongs to a split, by the hash of its text: disjoint by construction, on every machine."""
+    if split not in SPLITS:
+        raise RecipeError(f"split={split} is not one of {', '.join(SPLITS)}")
+    if split == "all":
+        return True
+    share = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    return (share < HELD_OUT) == (split == "held-out")
+
+
+def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = None) -> TaskSource:
+    """The source for a spec or the path of a data file.
+
+    Args:
+        spec: `name:key=value,…`, or a path that ends in .jsonl, .json or .parquet.
+        instruction: text added to every question.
+        default_split: used when the spec names none.
+    """
+    if spec.startswith(("hub:", "records:")):
+        parsed = parse_spec(spec)
+        name, words, options = "records", parsed.words, dict(parsed.options)
+        if spec.startswith("hub:"):
+            options["hub"], words = words[0] if words else None, ()
+    elif Path(spec).suffix in FILE_SUFFIXES or Path(spec).exists():
+        name, words, options = "records", (spec,), {}
+    else:
+        parsed = parse_spec(spec)
+        name, words, options = parsed.name, parsed.words, dict(parsed.options)
+    if default_split is not None:
+        options.setdefault("split", default_split)
+    source: TaskSource = call(resolve(name, "sppo.tasks", "build"), f"task {name}", *words, **options)
+    if len(source) == 0:
+        raise RecipeError(
+            f"task {spec} holds no problems (split {options.get('split', 'all')}); give more rows or another split"
+        )
+    return _Instructed(source, instruction) if instruction else source
+
+
+class _Instructed:
+    """A source with an instruction after every question."""
+
+    def __init__(self, source: TaskSource, instruction: str) -> None:
+        self.source, self.instruction = source, instruction
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Task:
+        task = self.source[index]
+        return replace(task, prompt=self._added(task.prompt))
+
+    def _added(self, prompt: Prompt) -> Prompt:
+        if isinstance(prompt, str):
+            return f"{prompt}\n{self.instruction}"
+        *before, last = prompt
+        return [*before, {**last, "content": f"{last['content']}\n{self.instruction}"}]
+
+
+class ListSource:
+    """Tasks already in memory, as a source."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Task:
+        return self.tasks[index]
+
+
+def question(text: str) -> Prompt:
+    """A question as chat messages: put through a chat template where there is one, plain text elsewhere."""
+    return [{"role": "user", "content": text}]

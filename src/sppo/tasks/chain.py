@@ -1,0 +1,63 @@
+"""`chain`: chained arithmetic modulo 10 with written steps; its difficulty is the number of steps.
+
+    7+5-3*2?   →   7+5=2;2-3=9;9*2=8;A:8
+
+Operations apply from left to right. The embedded task: no download, every step checkable, hard enough that a small model
+must learn to compute, easy enough to learn in minutes. Train and held-out problems are disjoint by construction.
+
+`chain:steps=4-6`, `chain:steps=3,split=held-out,size=100000`
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import RecipeError
+from ..types import Task
+from .base import SPLITS, in_split, question
+
+MODULUS = 10
+
+
+def build(steps: int | str = "4-6", split: str = "train", size: int = 1_000_000, seed: int = 0) -> Chain:
+    """The source for `chain:…`; `steps` is a number or a range `low-high`."""
+    low, _, high = str(steps).partition("-")
+    if not low.isdigit() or (high and not high.isdigit()) or int(low) < 1 or int(high or low) < int(low):
+        raise RecipeError(f"chain: steps={steps} is neither a number of steps nor a range such as 4-6")
+    if split not in SPLITS:
+        raise RecipeError(f"chain: split={split} is not one of {', '.join(SPLITS)}")
+    return Chain(int(low), int(high or low), split, size, seed)
+
+
+class Chain:
+    """A million problems (`size`), each computed from its index."""
+
+    def __init__(self, low: int, high: int, split: str, size: int, seed: int) -> None:
+        self.low, self.high, self.split, self.size, self.seed = low, high, split, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Task:
+        rng = np.random.Generator(np.random.Philox(key=(self.seed << 40) + index))
+        steps = int(rng.integers(self.low, self.high + 1))
+        while True:
+            text, solution, answer = problem(steps, rng)
+            if in_split(text, self.split):
+                return Task(
+                    f"chain/{self.split}/{index}", question(text), {"answer": str(answer)}, solution, float(steps)
+                )
+
+
+def problem(steps: int, rng: np.random.Generator) -> tuple[str, str, int]:
+    """A random problem: its question, its worked solution, its answer."""
+    value = int(rng.integers(MODULUS))
+    text, solution = str(value), ""
+    for _ in range(steps):
+        operator = "+-*"[rng.integers(3)]
+        operand = int(rng.integers(1, MODULUS)) if operator == "*" else int(rng.integers(MODULUS))
+        result = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % MODULUS
+        text += f"{operator}{operand}"
+        solution += f"{value}{operator}{operand}={result};"
+        value = result
+    return f"{text}?", f"{solution}A:{value}", value

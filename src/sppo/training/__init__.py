@@ -1,0 +1,1 @@
+"""The loop, the learner, supervised starts, the curriculum, checkpoints."""

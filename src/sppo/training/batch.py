@@ -1,0 +1,75 @@
+"""Judged rollouts as tensors, and micro-batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..types import Rollout
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's rollouts: `ids_BL` holds prompt, response, padding (on the right); `keep_B` is False where masked."""
+
+    rollouts: Sequence[Rollout]
+    ids_BL: Tensor
+    prompt_len_B: Tensor
+    response_len_B: Tensor
+    behaviour_logp_BT: Tensor
+    reward_B: Tensor
+    correct_B: Tensor
+    keep_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """True on each response's own tokens."""
+        return torch.arange(self.behaviour_logp_BT.size(1))[None] < self.response_len_B[:, None]
+
+
+def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
+    """Tensors from judged rollouts. What was sampled is what is trained on: ids, never text again."""
+    prompts = torch.tensor([len(r.prompt_ids) for r in rollouts])
+    responses = torch.tensor([len(r.response_ids) for r in rollouts])
+    ids_BL = torch.full((len(rollouts), int((prompts + responses).max())), pad_id)
+    behaviour_BT = torch.zeros(len(rollouts), int(responses.max()))
+    for b, r in enumerate(rollouts):
+        ids_BL[b, : len(r.prompt_ids) + len(r.response_ids)] = torch.tensor([*r.prompt_ids, *r.response_ids])
+        behaviour_BT[b, : len(r.response_ids)] = torch.tensor(r.logps)
+    verdicts = [r.verdict for r in rollouts if r.verdict is not None]
+    if len(verdicts) != len(rollouts):
+        raise ValueError("every rollout needs a verdict")
+    return Batch(
+        rollouts,
+        ids_BL,
+        prompts,
+        responses,
+        behaviour_BT,
+        torch.tensor([v.score for v in verdicts]),
+        torch.tensor([v.correct for v in verdicts]),
+        torch.tensor([not v.masked for v in verdicts]),
+    )
+
+
+def micro_batches(index: Tensor, length_B: Tensor, budget: int) -> list[Tensor]:
+    """Cut rows into micro-batches of similar length that hold at most `budget` tokens, padding included.
+
+    Args:
+        index: the rows to cut, [n].
+        length_B: the length of every row of the batch.
+    """
+    parts: list[Tensor] = []
+    ordered = index[torch.argsort(length_B[index], stable=True)]
+    start = 0
+    for end in range(1, len(ordered) + 1):
+        full = end == len(ordered) or int(length_B[ordered[end]]) * (end + 1 - start) > budget
+        if full:
+            parts.append(ordered[start:end])
+            start = end
+    return parts

@@ -1,0 +1,74 @@
+"""AdamW on float32 master weights, and learning-rate schedules that are functions of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MasterAdamW:
+    """AdamW whose state and weights are float32 whatever the model's dtype.
+
+    A bfloat16 weight near 1 moves in steps of 0.008, so updates of 1e-6 would vanish: they accumulate in the float32 master
+    copy, and the model gets its rounding. For a float32 model the master *is* the model's parameter, and nothing is copied.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.masters = [
+            p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
+            for p in self.parameters
+        ]
+        self.inner = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in (*self.parameters, *self.masters):
+            p.grad = None
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Clip to a global norm and update. Returns the norm before clipping; when it is not finite, nothing is updated."""
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if master is not p and p.grad is not None:
+                master.grad = p.grad.float()
+                p.grad = None
+        norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
+        if math.isfinite(norm):
+            for group in self.inner.param_groups:
+                group["lr"] = lr
+            self.inner.step()
+            with torch.no_grad():
+                for p, master in zip(self.parameters, self.masters, strict=True):
+                    if master is not p:
+                        p.copy_(master)
+        self.zero_grad()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, and the masters where they are not the model's own weights."""
+        masters = [m.detach() for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        return {"inner": self.inner.state_dict(), "masters": masters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back, bit for bit."""
+        self.inner.load_state_dict(state["inner"])
+        separate = [m for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        with torch.no_grad():
+            for master, saved in zip(separate, state["masters"], strict=True):
+                master.copy_(saved)
+
+
+def learning_rate(peak: float, step: int, total: int, *, warmup: int, schedule: str) -> float:
+    """The rate at `step` of `total`: linear warm-up, then constant, or linear or cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    if schedule == "linear":
+        return peak * (1 - done)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak

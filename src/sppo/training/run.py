@@ -1,0 +1,471 @@
+"""A run: its parts put together from a recipe, its state, and what happens around each step of the loop.
+
+`Run.new` and `Run.resume` build the same object; everything random derives from (seed, what, step), so the state is the
+weights, the optimisers and a handful of numbers, and a resumed run ends where the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..errors import RecipeError, StaleWeights
+from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks
+from ..models.critic import Critic
+from ..models.policy import Policy, weights_sha256
+from ..models.pretrained import pick_device
+from ..objective.diagnostics import explained_variance_ceiling
+from ..rewards.base import Reward, load_reward
+from ..rollout.engine import Engine, Sampling
+from ..spec import call, parse_spec, resolve
+from ..tasks.base import TaskSource, load_tasks
+from ..types import Task
+from .batch import Batch
+from .curriculum import Curriculum
+from .learner import LOW_ESS, Learner
+from .rundir import RunDirectory
+from .sft import supervised
+
+
+class Observer(Protocol):
+    """Hears what a run does; a progress display implements it. See `report/progress.py`."""
+
+    def note(self, text: str) -> None:
+        """A statement for the user: a choice that was made, a warning."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """A stage (`bootstrap`, `train`) of `total` steps begins."""
+
+    def step(self, done: int, metrics: dict[str, Any]) -> None:
+        """A step of the stage is done."""
+
+    def rollout(self, done: int, total: int) -> None:
+        """So many of the step's sequences are sampled."""
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Held-out problems were tried."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def note(self, text: str) -> None: ...
+    def stage(self, name: str, total: int, done: int = 0) -> None: ...
+    def step(self, done: int, metrics: dict[str, Any]) -> None: ...
+    def rollout(self, done: int, total: int) -> None: ...
+    def evaluation(self, step: int, result: Evaluation) -> None: ...
+
+
+@dataclass
+class State:
+    """What changes from step to step besides weights and optimisers."""
+
+    step: int = 0
+    seconds: float = 0.0
+    seconds_evaluating: float = 0.0
+    seconds_bootstrap: float = 0.0
+    generated_tokens: int = 0
+    masked: int = 0
+    before: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Parts:
+    """What a Python user may bring instead of naming it in the recipe."""
+
+    policy: tuple[Any, Any] | None = None
+    critic: tuple[Any, Any] | None = None
+    reward: Reward | None = None
+    train: TaskSource | None = None
+    evaluation: TaskSource | None = None
+
+
+class Run:
+    """Everything that the loop moves."""
+
+    def __init__(
+        self, config: Config, directory: RunDirectory, observer: Observer, parts: Parts, checkpoint: Path | None
+    ) -> None:
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.config, self.directory, self.observer = config, directory, observer
+        self.state = State()
+        self.interrupted = False
+        self.fresh = checkpoint is None
+        self._clock: dict[str, float] = {}
+        self._warned: set[str] = set()
+        device = pick_device()
+        self.reward = parts.reward or load_reward(config.reward.use)
+        instruction = config.task.instruction
+        self.train_tasks = parts.train or load_tasks(config.task.train, instruction=instruction, default_split="train")
+        self.eval_tasks = parts.evaluation or load_tasks(
+            config.task.eval or config.task.train, instruction=instruction, default_split="held-out"
+        )
+        self.policy = self._load_policy(parts, checkpoint, device)
+        self.critic = self._load_critic(parts, checkpoint, device)
+        self.sampling = Sampling(config.rollout.max_tokens, config.rollout.temperature, config.rollout.batch)
+        self.prompt_limit, self.prompt_limit_why = self._prompt_limit()
+        self.curriculum = Curriculum(self.train_tasks, config.seed, self._too_long)
+        held_out = held_out_tasks(self.eval_tasks, config.evaluation.n)
+        self.held_out = [t for t in held_out if self._too_long(t) is None]
+        if not self.held_out:
+            raise RecipeError(f"no held-out problem can be used: {held_out[0].id}: {self._too_long(held_out[0])}")
+        if len(self.held_out) < len(held_out):
+            observer.note(
+                f"{len(held_out) - len(self.held_out)} of {len(held_out)} held-out prompts are over the limit and left out"
+            )
+        spec = parse_spec(config.rollout.engine)
+        factory = resolve(spec.name, "sppo.rollout", "build")
+        self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
+        if checkpoint is None:
+            self._bootstrap()
+        self.learner = Learner(self.policy, self.critic, None, config)
+        self._hold_reference(checkpoint)
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+
+    @classmethod
+    def new(cls, config: Config, observer: Observer | None = None, parts: Parts | None = None) -> Run:
+        """A run from its beginning. Raises a UserError before anything expensive when the recipe cannot be obeyed."""
+        directory = RunDirectory.create(Path(config.run.out), config)
+        try:
+            return cls(config, directory, observer or Silent(), parts or Parts(), None)
+        except BaseException:
+            directory.close()
+            raise
+
+    @classmethod
+    def resume(
+        cls, path: Path, observer: Observer | None = None, parts: Parts | None = None, steps: int | None = None
+    ) -> Run:
+        """A run from its newest complete checkpoint (or its beginning, if it never got that far)."""
+        directory, config = RunDirectory.open_existing(path)
+        try:
+            if steps is not None:
+                config = config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+            config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(path)})})
+            found = directory.checkpoints()
+            checkpoint = found[-1] if found else None
+            done = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+            directory.forget_from(done)
+            (observer or Silent()).note(
+                f"resuming {path} after step {done}" if checkpoint else f"resuming {path} from its beginning"
+            )
+            return cls(config, directory, observer or Silent(), parts or Parts(), checkpoint)
+        except BaseException:
+            directory.close()
+            raise
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _load_policy(self, parts: Parts, checkpoint: Path | None, device: torch.device) -> Policy:
+        config = self.config
+        if parts.policy is not None and checkpoint is None:
+            model, tokenizer = parts.policy
+            policy = Policy(
+                model.to(device), tokenizer, chat_template=config.policy.chat_template, name="the given model"
+            )
+            self.observer.note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
+            return policy
+        name = str(checkpoint / "policy") if checkpoint else config.policy.model
+        dtype = config.policy.dtype
+        policy, stated = Policy.load(
+            name, dtype=dtype, device=device, seed=config.seed, chat_template=config.policy.chat_template
+        )
+        self.observer.note(stated)
+        return policy
+
+    def _load_critic(self, parts: Parts, checkpoint: Path | None, device: torch.device) -> Critic:
+        if parts.critic is not None and checkpoint is None:
+            return Critic(*parts.critic, name="the given critic").to(device)
+        name = str(checkpoint / "critic") if checkpoint else self.config.critic.model
+        critic, stated = Critic.load(name, dtype=self.config.critic.dtype, device=device, seed=self.config.seed + 1)
+        self.observer.note(stated)
+        return critic
+
+    def _hold_reference(self, checkpoint: Path | None) -> None:
+        """π_ref is the policy at step 0 (after any bootstrap); held only when the recipe reads it."""
+        if not self.config.needs_reference:
+            return
+        if checkpoint is None:
+            self.learner.reference = self.policy.reference()
+            return
+        start = self.directory.path / "checkpoints" / "step-000000" / "policy"
+        reference, _ = Policy.load(
+            str(start), dtype=str(self.policy.dtype).removeprefix("torch."), device=self.policy.device, seed=0,
+            chat_template=self.config.policy.chat_template,
+        )  # fmt: skip
+        reference.model.requires_grad_(False)
+        self.learner.reference = reference
+
+    def _prompt_limit(self) -> tuple[int, str]:
+        """The longest usable prompt in policy tokens, and which setting says so."""
+        limit, why = self.config.task.max_prompt_tokens, "task.max_prompt_tokens"
+        context = self.policy.context
+        if context is not None:
+            room = context - self.config.rollout.max_tokens
+            if room < 1:
+                raise RecipeError(
+                    f"rollout.max_tokens is {self.config.rollout.max_tokens}, but {self.policy.name} has only {context} positions "
+                    "for prompt and response together"
+                )
+            if room < limit:
+                limit, why = room, f"what rollout.max_tokens leaves of the model's {context} positions"
+        return limit, why
+
+    def _too_long(self, task: Task) -> str | None:
+        length = len(self.policy.prompt_ids(task))
+        if length == 0:
+            return "the prompt is empty"
+        if length > self.prompt_limit:
+            return f"the prompt has {length} tokens, the limit is {self.prompt_limit} ({self.prompt_limit_why})"
+        critic_limit = self.critic.context
+        if critic_limit is not None and (length := len(self.critic.prompt_ids(task))) > critic_limit:
+            return f"the prompt has {length} tokens for the critic, which reads {critic_limit} at most"
+        return None
+
+    # -- around the loop ---------------------------------------------------------------------------------------------
+
+    def _bootstrap(self) -> None:
+        section = self.config.bootstrap
+        if section is None:
+            return
+        source = self.train_tasks
+        if section.task is not None:
+            source = load_tasks(section.task, instruction=self.config.task.instruction, default_split="train")
+        self.observer.stage("bootstrap", section.steps)
+        began = time.monotonic()
+
+        def on_step(done: int, metrics: dict[str, float]) -> bool:
+            self.observer.step(done, dict(metrics))
+            return not self.interrupted
+
+        supervised(
+            self.policy, source, section, seed=self.config.seed, micro_tokens=self.config.training.micro_tokens,
+            limit=self.policy.context, on_step=on_step,
+        )  # fmt: skip
+        self.state.seconds_bootstrap = time.monotonic() - began
+        self.state.seconds += self.state.seconds_bootstrap
+
+    def begin(self) -> None:
+        """Before the first step: measure the start, set the critic to the base rate, save step 0."""
+        total = self.config.training.steps
+        if self.fresh and not self.interrupted:
+            self.sync()
+            result = self.evaluate()
+            self.state.before = result.as_dict()
+            self.observer.evaluation(0, result)
+            self.critic.start_at(result.accuracy)
+            self.checkpoint()
+        if not self.interrupted:
+            self.observer.stage("train", total, self.state.step)
+
+    def on_rollout(self, done: int) -> None:
+        """Progress inside a step."""
+        self.observer.rollout(done, self.config.rollout.prompts * self.config.rollout.samples)
+
+    def sync(self) -> None:
+        """Give the engine the learner's weights, and make sure that it has them."""
+        self.engine.sync(self.policy)
+        if self.engine.fingerprint() != self.policy.fingerprint():
+            raise StaleWeights("after a sync the engine's weights are not the learner's (their fingerprints differ)")
+
+    def record(self, step: int, batch: Batch, advantage_B: Tensor, value_B: Tensor, metrics: dict[str, Any]) -> None:
+        """Write the step down; evaluate and checkpoint when it is time."""
+        verdicts = [r.verdict for r in batch.rollouts if r.verdict]
+        kept = [v for v in verdicts if not v.masked]
+        tokens = sum(len(r.response_ids) for r in batch.rollouts)
+        spent = self._clock
+        self._clock = {}
+        self.state.step = step + 1
+        self.state.seconds += sum(spent.values())
+        self.state.generated_tokens += tokens
+        self.state.masked += len(verdicts) - len(kept)
+        metrics = {
+            "reward/mean": sum(v.score for v in kept) / len(kept) if kept else None,
+            "reward/correct": sum(v.correct for v in kept) / len(kept) if kept else None,
+            "rollout/masked": len(verdicts) - len(kept),
+            "rollout/tokens": tokens,
+            "rollout/mean_tokens": tokens / len(batch),
+            "rollout/truncated": sum(r.finish == "length" for r in batch.rollouts) / len(batch),
+            **{f"outcome/{name}": count for name, count in sorted(Counter(v.outcome for v in verdicts).items())},
+            "data/position": self.curriculum.position,
+            "data/passed_over": self.curriculum.passed_over,
+            "advantage/std": float(advantage_B[batch.keep_B].std()) if len(kept) > 1 else None,
+            **metrics,
+            **{f"seconds/{name}": seconds for name, seconds in spent.items()},
+            "tokens_per_second": tokens / max(sum(spent.values()), 1e-9),
+        }
+        self._warn(metrics)
+        self.directory.record(
+            step, batch.rollouts, value_B.tolist(), advantage_B.tolist(),
+            {
+                "recipe_sha256": self.config.sha256, "seed": self.config.seed, "data_position": self.curriculum.position,
+                "policy_fingerprint": self.policy.fingerprint(),
+            },
+        )  # fmt: skip
+        last = step + 1 == self.config.training.steps
+        every = self.config.evaluation.every
+        if last or (every and (step + 1) % every == 0):
+            result = self.evaluate()
+            self.state.last = result.as_dict()
+            self.observer.evaluation(step + 1, result)
+            metrics |= {
+                "eval/accuracy": result.accuracy, "eval/low": result.low, "eval/high": result.high,
+                "eval/mean_tokens": result.mean_tokens, "critic/ev_ceiling": self._ceiling(result),
+            }  # fmt: skip
+        self.directory.metrics(step, metrics)
+        self.observer.step(step + 1, metrics)
+        if last or self.interrupted or (step + 1) % self.config.run.checkpoint_every == 0:
+            self.checkpoint()
+
+    def finish(self) -> dict[str, Any]:
+        """Write and return the summary."""
+        after = self.state.last or self.state.before
+        done = self.state.step >= self.config.training.steps
+        summary = {
+            "accuracy_before": self.state.before.get("accuracy"),
+            "accuracy_before_low": self.state.before.get("low"),
+            "accuracy_before_high": self.state.before.get("high"),
+            "accuracy_after": after.get("accuracy"),
+            "accuracy_after_low": after.get("low"),
+            "accuracy_after_high": after.get("high"),
+            "steps": self.state.step,
+            "seconds": self.state.seconds,
+            "seconds_bootstrap": self.state.seconds_bootstrap,
+            "seconds_evaluating": self.state.seconds_evaluating,
+            "generated_tokens": self.state.generated_tokens,
+            "masked": self.state.masked,
+            "passed_over": self.curriculum.passed_over,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "seed": self.config.seed,
+            "recipe_sha256": self.config.sha256,
+            "policy_sha256": weights_sha256(self.policy.model),
+            "stopped": "finished" if done else "interrupted",
+            "policy": str(self.directory.checkpoints()[-1] / "policy") if self.directory.checkpoints() else None,
+        }
+        self.directory.summary(summary)
+        return summary
+
+    def close(self) -> None:
+        """Let go of the run directory and the reward's processes."""
+        self.reward.close()
+        self.directory.close()
+
+    def evaluate(self) -> Evaluation:
+        """The held-out problems, with the current weights; its time is kept apart from training's."""
+        began = time.monotonic()
+        e = self.config.evaluation
+        temperature = self.config.rollout.temperature if e.temperature is None else e.temperature
+        sampling = Sampling(self.config.rollout.max_tokens, temperature, self.config.rollout.batch)
+        result = evaluate(
+            self.engine, self.policy, self.reward, self.held_out, sampling, samples=e.samples, seed=self.config.seed
+        )
+        self.state.seconds_evaluating += time.monotonic() - began
+        return result
+
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Time a phase of the step."""
+        began = time.monotonic()
+        yield
+        self._clock[name] = self._clock.get(name, 0.0) + time.monotonic() - began
+
+    def interrupt(self) -> None:
+        """Finish the step, save, and stop."""
+        self.interrupted = True
+
+    def _warn(self, metrics: dict[str, Any]) -> None:
+        """Say once what a user must know."""
+        ess, masked = metrics.get("ratio/ess"), metrics["rollout/masked"]
+        o = self.config.objective
+        if ess is not None and ess < LOW_ESS and "ess" not in self._warned:
+            self._warned.add("ess")
+            self.observer.note(
+                f"warning: ratio = {o.ratio!r} leaves an effective sample size of {ess:.1%} at {metrics['rollout/mean_tokens']:.0f} tokens: "
+                "use ratio = 'geometric' or 'token', fewer minibatches, or a lower learning rate"
+            )
+        if masked and "masked" not in self._warned:
+            self._warned.add("masked")
+            outcomes = ", ".join(
+                f"{k.removeprefix('outcome/')} {v}" for k, v in metrics.items() if k.startswith("outcome/")
+            )
+            self.observer.note(
+                f"warning: {masked} of this step's samples could not be graded and are masked ({outcomes})"
+            )
+        if metrics.get("advantage/std") == 0.0 and "flat" not in self._warned:
+            self._warned.add("flat")
+            self.observer.note(
+                "warning: every advantage is the same, so this step teaches nothing (all rewards equal?)"
+            )
+
+    def _ceiling(self, result: Evaluation) -> float | None:
+        """The explained variance that a perfect critic would reach on the held-out problems; needs two samples each."""
+        k = result.samples
+        scores = [r.verdict.correct if r.verdict and not r.verdict.masked else None for r in result.rollouts]
+        rows = [scores[i : i + k] for i in range(0, len(scores), k)]
+        whole = [row for row in rows if None not in row]
+        return explained_variance_ceiling(torch.tensor(whole)) if whole and k > 1 else None
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Write a complete checkpoint, atomically."""
+        always = frozenset({0}) if self.config.needs_reference else frozenset()
+        with self.directory.new_checkpoint(self.state.step, self.config.run.keep, always) as folder:
+            self.policy.save(folder / "policy")
+            self.critic.save(folder / "critic")
+            torch.save(
+                {
+                    "state": asdict(self.state),
+                    "learner": self.learner.state_dict(),
+                    "curriculum": self.curriculum.state_dict(),
+                    "rng": _rng_state(),
+                },
+                folder / "state.pt",
+            )
+
+    def _load_state(self, checkpoint: Path) -> None:
+        saved = torch.load(checkpoint / "state.pt", weights_only=True)
+        self.state = State(**saved["state"])
+        self.learner.load_state_dict(saved["learner"])
+        self.curriculum.load_state_dict(saved["curriculum"])
+        _set_rng_state(saved["rng"])
+
+
+def _rng_state() -> dict[str, Any]:
+    """The global generators: sppo draws nothing from them, but a user's reward may."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "python": (version, list(internal), gauss),
+        "numpy": (
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))

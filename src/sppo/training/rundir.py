@@ -1,0 +1,254 @@
+"""The run directory: what a run writes, for people and for other tools.
+
+    recipe.toml  metrics.jsonl  rollouts/step-NNNNNN.parquet  audit.jsonl  checkpoints/step-NNNNNN/{policy,critic}  summary.json
+
+Every file is complete or absent: written beside its name, then renamed. One process owns a run at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..audit.chain import AuditChain, file_sha256
+from ..config import Config
+from ..errors import RecipeError, UserError
+from ..types import Rollout
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("task_id", pa.string()),
+        ("sample", pa.int32()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("logps", pa.list_(pa.float32())),
+        ("finish", pa.string()),
+        ("score", pa.float32()),
+        ("correct", pa.float32()),
+        ("outcome", pa.string()),
+        ("masked", pa.bool_()),
+        ("evidence", pa.string()),
+        ("difficulty", pa.float32()),
+        ("value", pa.float32()),
+        ("advantage", pa.float32()),
+    ]
+)
+
+
+def step_name(step: int) -> str:
+    """`step-000020`: names that sort."""
+    return f"step-{step:06d}"
+
+
+class RunDirectory:
+    """One run's files. Make one with `create` or `open_existing`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunDirectory:
+        """A new run; raises RecipeError when the folder already holds one or anything else."""
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"run.out: {path} is a file; choose another --out")
+        if path.exists() and any(p.name != "run.lock" for p in path.iterdir()):
+            if (path / "recipe.toml").exists():
+                raise RecipeError(
+                    f"run.out: {path} already holds a run; go on with it (sppo train --resume {path}) or choose another --out"
+                )
+            raise RecipeError(f"run.out: {path} is not empty and not a run; choose another --out")
+        run = cls(path)
+        with no_space(path):
+            path.mkdir(parents=True, exist_ok=True)
+            run._acquire()
+            (path / "rollouts").mkdir(exist_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
+            write_atomic(path / "recipe.toml", config.to_toml())
+        return run
+
+    @classmethod
+    def open_existing(cls, path: Path) -> tuple[RunDirectory, Config]:
+        """The run in a folder, and its resolved recipe, for resuming."""
+        if not (path / "recipe.toml").exists():
+            raise RecipeError(f"--resume: {path} holds no run (it has no recipe.toml)")
+        run = cls(path)
+        run._acquire()
+        return run, Config.load(path / "recipe.toml")
+
+    def _acquire(self) -> None:
+        lock = (self.path / "run.lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            lock.close()
+            raise RecipeError(
+                f"run.out: {self.path} is in use by process {holder}; wait for it, or choose another --out"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let another process use the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def record(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        values: Sequence[float],
+        advantages: Sequence[float],
+        audit: dict[str, Any],
+    ) -> None:
+        """Write a step's rollouts, then its line of the audit chain, which vouches for them."""
+        columns: dict[str, list[Any]] = {name: [] for name in ROLLOUT_SCHEMA.names}
+        for r, value, advantage in zip(rollouts, values, advantages, strict=True):
+            verdict = r.verdict
+            assert verdict is not None
+            row = (
+                step, r.task.id, r.sample, r.task.text, r.text, list(r.prompt_ids), list(r.response_ids), list(r.logps), r.finish,
+                verdict.score, verdict.correct, verdict.outcome, verdict.masked, json.dumps(dict(verdict.evidence), default=str),
+                r.task.difficulty, value, None if verdict.masked else advantage,
+            )  # fmt: skip
+            for name, cell in zip(columns, row, strict=True):
+                columns[name].append(cell)
+        path = self.path / "rollouts" / f"{step_name(step)}.parquet"
+        with no_space(self.path):
+            part = path.with_suffix(".tmp")
+            pq.write_table(pa.table(columns, schema=ROLLOUT_SCHEMA), part, compression="zstd")
+            os.replace(part, path)
+            chain = AuditChain(self.path / "audit.jsonl")
+            chain.append({"step": step, "rollouts_sha256": file_sha256(path), **audit})
+
+    def metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one step's object to metrics.jsonl."""
+        with no_space(self.path), (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+
+    def forget_from(self, step: int) -> None:
+        """Drop what steps ≥ `step` left behind: they will be run again, to the same result."""
+        for name in ("metrics.jsonl", "audit.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line, step) < step]
+                write_atomic(path, "".join(line + "\n" for line in kept))
+        for path in (self.path / "rollouts").iterdir():
+            if path.suffix == ".tmp" or path.stem >= step_name(step):
+                path.unlink()
+        for path in (self.path / "checkpoints").iterdir():
+            if path.name.startswith("."):
+                shutil.rmtree(path)
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        with no_space(self.path):
+            write_atomic(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        folder = self.path / "checkpoints"
+        return sorted(p for p in folder.iterdir() if p.name.startswith("step-")) if folder.is_dir() else []
+
+    @contextlib.contextmanager
+    def new_checkpoint(self, step: int, keep: int, always: frozenset[int] = frozenset()) -> Iterator[Path]:
+        """A folder to fill; it gets its name, and older ones go, only once everything in it is on disk."""
+        folder = self.path / "checkpoints"
+        part, final = folder / f".{step_name(step)}", folder / step_name(step)
+        with no_space(self.path):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            yield part
+            for path in part.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+            sync_folder(folder)
+        spare = {step_name(s) for s in always}
+        for old in [p for p in self.checkpoints() if p.name not in spare][:-keep]:
+            # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name.
+            doomed = old.with_name(f".old-{old.name}")
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+
+
+def newest_policy(path: Path) -> Path:
+    """A model folder from a model folder, a checkpoint or a run directory."""
+    if (path / "checkpoints").is_dir():
+        found = RunDirectory(path).checkpoints()
+        if not found:
+            raise RecipeError(f"{path} is a run without a checkpoint yet")
+        return found[-1] / "policy"
+    return path / "policy" if (path / "policy" / "config.json").exists() else path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file's text in one step, on disk before this returns."""
+    part = path.with_name(f".{path.name}.tmp")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def no_space(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a disk into a sentence about this run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left on the disk of {path}; free some and go on with: sppo train --resume {path}"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+        raise
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own, with the cause only in its text
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise UserError(
+                f"no space left on the disk of {path}; free some and go on with: sppo train --resume {path}"
+            ) from error
+        raise
+
+
+def _step_of(line: str, unreadable: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return unreadable  # a line cut off by a crash belongs to the step that is run again
