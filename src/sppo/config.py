@@ -77,7 +77,11 @@ class BootstrapSection(Section):
     task: str | None = Field(None, description="problems with worked solutions; default: the training problems")
     steps: int = Field(300, ge=1, description="optimiser updates")
     batch: int = Field(64, ge=1, description="solutions an update")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate; default by size: 2e-3 below 10M parameters, 1e-4 below 1B, 1e-5 above",
+    )
     warmup: int = Field(50, ge=0, description="updates of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
 
@@ -86,11 +90,11 @@ class RolloutSection(Section):
     """How responses are sampled."""
 
     engine: str = Field("local", description="a file of rollout/: local")
-    prompts: int = Field(256, ge=1, description="prompts a step")
+    prompts: int = Field(128, ge=1, description="prompts a step")
     samples: int = Field(1, ge=1, description="responses a prompt; the algorithm needs one")
-    max_tokens: int = Field(128, ge=1, description="response limit, EOS included")
+    max_tokens: int = Field(256, ge=1, description="response limit, EOS included")
     temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
-    batch: int = Field(256, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
+    batch: int = Field(128, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
     truncated: Literal["penalise", "mask"] = Field(
         "penalise", description="a response cut at max_tokens scores 0, or is masked and leaves every denominator"
     )
@@ -149,12 +153,16 @@ class TrainingSection(Section):
     steps: int = Field(200, ge=1, description="rollout-and-update steps")
     minibatches: int = Field(2, ge=1, description="optimiser updates an epoch over one step's rollouts")
     epochs: int = Field(1, ge=1, description="passes over one step's rollouts")
-    lr: float = Field(
-        1e-6,
+    lr: float | None = Field(
+        None,
         gt=0,
-        description="policy learning rate (the paper's 1e-6 suits 1.5B and up; tiny models take 1e-4 and more)",
+        description="policy learning rate; default by size: 2e-4 below 10M parameters, 1e-5 below 1B, the paper's 1e-6 above",
     )
-    critic_lr: float = Field(5e-6, gt=0, description="critic learning rate (a tiny critic from scratch takes 1e-3)")
+    critic_lr: float | None = Field(
+        None,
+        gt=0,
+        description="critic learning rate; default by size: 1e-3 below 10M parameters, 5e-5 below 1B, the paper's 5e-6 above",
+    )
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="after the warm-up, to zero at the last step"
@@ -216,6 +224,19 @@ class Config(Section):
             )
         return self
 
+    def with_rates(self, policy_parameters: int, critic_parameters: int) -> Config:
+        """The recipe with the learning rates that it left open, by the sizes of its models."""
+        policy, critic = _size_class(policy_parameters), _size_class(critic_parameters)
+        training = {
+            "lr": self.training.lr or (2e-4, 1e-5, 1e-6)[policy],
+            "critic_lr": self.training.critic_lr or (1e-3, 5e-5, 5e-6)[critic],
+        }
+        changes: dict[str, Any] = {"training": self.training.model_copy(update=training)}
+        if self.bootstrap is not None:
+            rate = self.bootstrap.lr or bootstrap_rate(policy_parameters)
+            changes["bootstrap"] = self.bootstrap.model_copy(update={"lr": rate})
+        return self.model_copy(update=changes)
+
     @property
     def needs_reference(self) -> bool:
         """True when something in the recipe reads the frozen reference policy."""
@@ -256,6 +277,15 @@ class Config(Section):
         tree = self.model_dump(mode="json", exclude_none=True)
         tree["run"].pop("out")
         return hashlib.sha256(tomli_w.dumps(tree).encode()).hexdigest()
+
+
+def _size_class(parameters: int) -> int:
+    return 0 if parameters < 10_000_000 else 1 if parameters < 1_000_000_000 else 2
+
+
+def bootstrap_rate(parameters: int) -> float:
+    """The supervised learning rate for a model of this size, where none is given."""
+    return (2e-3, 1e-4, 1e-5)[_size_class(parameters)]
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -77,7 +77,7 @@ def split_specs(text: str) -> list[str]:
 def nearest(word: str, known: list[str]) -> str:
     """' (did you mean …?)' for the nearest known word, or the list of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known)[:40])
 
 
 def modules_in(package: str) -> list[str]:

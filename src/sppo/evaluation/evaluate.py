@@ -54,7 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation."""
     rollouts = collect(engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"))
-    means, passes = [], {k: [] for k in _powers(samples)}  # type: dict[int, list[float]]
+    means: list[float] = []
+    passes: dict[int, list[float]] = {k: [] for k in _powers(samples)}
     for start in range(0, len(rollouts), samples):
         graded = [r.verdict.correct for r in rollouts[start : start + samples] if r.verdict and not r.verdict.masked]
         if not graded:

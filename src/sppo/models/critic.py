@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..objective.ratio import wide
 from ..types import Task
-from .policy import _count
+from .policy import _count, parameter_count
 from .pretrained import choose_dtype, load
 
 HEAD_FILE = "value_head.safetensors"
@@ -43,7 +43,7 @@ class Critic(nn.Module):
         backbone = (
             getattr(backbone, "get_encoder", lambda: backbone)() if backbone.config.is_encoder_decoder else backbone
         )
-        parameters = sum(p.numel() for p in backbone.parameters())
+        parameters = parameter_count(backbone)
         chosen, why = choose_dtype(dtype, parameters, device)
         critic = cls(backbone.to(dtype=chosen), tokenizer, name=name)
         trained = Path(name).expanduser() / HEAD_FILE

@@ -51,7 +51,7 @@ class Policy:
     ) -> tuple[Policy, str]:
         """Load `policy.model`; also returns the sentence that states size, dtype and why."""
         model, tokenizer = load(name, role="policy.model", head=True, seed=seed)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = parameter_count(model)
         chosen, why = choose_dtype(dtype, parameters, device)
         policy = cls(model.to(device=device, dtype=chosen), tokenizer, chat_template=chat_template, name=name)
         style = "chat template" if policy.chat else "plain text (no chat template)"
@@ -230,6 +230,11 @@ def _eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
             f"policy.model: {name} names no EOS token, so a response could never end; set eos_token in its tokenizer"
         )
     return found
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Weights of a model; tied ones count once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def _count(parameters: int) -> str:

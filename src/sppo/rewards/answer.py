@@ -93,6 +93,22 @@ def extract_answer(text: str, how: str = "auto") -> str | None:
     return last_number(text) if how == "auto" else None
 
 
+def looks_cut_off(gold: str) -> bool:
+    r"""Golds of published sets are often cut at the first brace: `\frac{1`, `x_{0`. Every verifier scores these 0."""
+    braces = [len(re.findall(rf"(?<!\\){brace}", gold)) for brace in (r"\{", r"\}")]
+    return braces[0] != braces[1] or gold.rstrip().endswith(("\\", "^", "_", "\\frac", "\\sqrt"))
+
+
+def reference_problem(task: Task) -> str | None:
+    """What is wrong with a task's reference answer whatever compares it: missing, empty or cut off; or None."""
+    gold = gold_of(task)
+    if gold is None:
+        return "no reference answer (column `answer` or `reward_model.ground_truth`)"
+    if not gold.strip():
+        return "the reference answer is empty"
+    return f"the reference answer looks cut off: {gold!r}" if looks_cut_off(gold) else None
+
+
 class AnswerReward:
     """Extract, then compare."""
 
@@ -117,21 +133,16 @@ class AnswerReward:
     def _equal(self, given: str, gold: str) -> bool:
         a, b = number(given), number(gold)
         if self.mode != "exact" and a is not None and b is not None:
-            return abs(a - b) <= Fraction(self.tolerance) * max(abs(b), 1)
+            return abs(a - b) <= Fraction(self.tolerance) * max(abs(b), Fraction(1))
         return self.mode != "numeric" and " ".join(given.split()).casefold() == " ".join(gold.split()).casefold()
 
     def check(self, task: Task) -> str | None:
         """Why the reference cannot be graded by comparing answers, or None."""
-        gold = gold_of(task)
-        if gold is None:
-            return "no reference answer (column `answer` or `reward_model.ground_truth`)"
-        if not gold.strip():
-            return "the reference answer is empty"
-        if gold.count("{") != gold.count("}"):
-            return f"the reference answer looks cut off: {gold!r}"
-        if self.mode == "numeric" and number(gold) is None:
+        problem = reference_problem(task)
+        gold = gold_of(task) or ""
+        if problem is None and self.mode == "numeric" and number(gold) is None:
             return f"the reference answer is not a number: {gold!r}"
-        return None
+        return problem
 
     def close(self) -> None:
         return None

@@ -10,12 +10,11 @@ time limit, whatever thread the trainer runs in, and is reported as `timeout`.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..types import Rollout, Task, Verdict
-from .answer import gold_of, number
+from .answer import gold_of, number, reference_problem
 from .workers import WorkerPool
 
 
@@ -49,13 +48,6 @@ def _as_latex(gold: str) -> str:
     return f"${gold}$"
 
 
-def looks_cut_off(gold: str) -> bool:
-    r"""Golds of published sets are often cut at the first brace: `\frac{1`, `x_{0`. Every verifier scores these 0."""
-    opening = len(re.findall(r"(?<!\\)\{", gold))
-    closing = len(re.findall(r"(?<!\\)\}", gold))
-    return opening != closing or gold.rstrip().endswith(("\\", "^", "_", "\\frac", "\\sqrt"))
-
-
 class MathReward:
     """math-verify behind a process boundary."""
 
@@ -65,7 +57,7 @@ class MathReward:
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct, wrong, unparseable, timeout or crashed (score 0); invalid_task and infra_error (masked)."""
-        problems = [self._quick_check(r.task) for r in rollouts]
+        problems = [reference_problem(r.task) for r in rollouts]
         todo = [i for i, problem in enumerate(problems) if problem is None]
         answers = self.pool.run([{"gold": gold_of(rollouts[i].task), "response": rollouts[i].text} for i in todo])
         verdicts = [Verdict(0.0, "invalid_task", {"reason": problem}) for problem in problems]
@@ -85,24 +77,13 @@ class MathReward:
             return Verdict(0.0, "infra_error", evidence | {"reason": answer["infra"]})
         return Verdict(0.0, "crashed", evidence | {"reason": str(answer.get("error", answer.get("crashed")))})
 
-    @staticmethod
-    def _quick_check(task: Task) -> str | None:
-        gold = gold_of(task)
-        if gold is None:
-            return "no reference answer (column `answer` or `reward_model.ground_truth`)"
-        if not gold.strip():
-            return "the reference answer is empty"
-        if looks_cut_off(gold):
-            return f"the reference answer looks cut off: {gold!r}"
-        return None
-
     def check(self, task: Task) -> str | None:
         """Why the reference cannot be graded, math-verify's own parser included, or None."""
-        return self._quick_check(task) or self.check_all([task])[0]
+        return reference_problem(task) or self.check_all([task])[0]
 
     def check_all(self, tasks: Sequence[Task]) -> list[str | None]:
         """`check` for many tasks at once, in parallel."""
-        problems = [self._quick_check(t) for t in tasks]
+        problems = [reference_problem(t) for t in tasks]
         todo = [i for i, p in enumerate(problems) if p is None]
         for i, answer in zip(
             todo, self.pool.run([{"gold": gold_of(tasks[i]), "response": None} for i in todo]), strict=True

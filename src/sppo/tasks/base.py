@@ -42,6 +42,11 @@ def in_split(text: str, split: str) -> bool:
     return (share < HELD_OUT) == (split == "held-out")
 
 
+def is_records(spec: str) -> bool:
+    """True for a spec that reads rows (a file or a hub dataset), False for one that makes problems."""
+    return spec.startswith(("hub:", "records:")) or Path(spec).suffix in FILE_SUFFIXES or Path(spec).exists()
+
+
 def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = None) -> TaskSource:
     """The source for a spec or the path of a data file.
 
@@ -55,7 +60,7 @@ def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = 
         name, words, options = "records", parsed.words, dict(parsed.options)
         if spec.startswith("hub:"):
             options["hub"], words = words[0] if words else None, ()
-    elif Path(spec).suffix in FILE_SUFFIXES or Path(spec).exists():
+    elif is_records(spec):
         name, words, options = "records", (spec,), {}
     else:
         parsed = parse_spec(spec)

@@ -97,8 +97,11 @@ def _messages(value: Any, column: str, name: str) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows of a .jsonl (also gzipped), .json (a list) or .parquet file; the first row or line is 1."""
+def read_rows(path: Path, broken: list[tuple[int, str]] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of a .jsonl (also gzipped), .json (a list) or .parquet file; the first row or line is 1.
+
+    A broken line raises DataError, or is noted in `broken` as (number, reason) where a list is given.
+    """
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a .jsonl, .json or .parquet file in it")
     if not path.exists():
@@ -114,8 +117,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield from _json_rows(path, file.read())
             else:
                 for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield number, _object(line, f"{path}:{number}")
+                    if not line.strip():
+                        continue
+                    try:
+                        row = _object(line, f"{path}:{number}")
+                    except DataError as error:
+                        if broken is None:
+                            raise
+                        broken.append((number, str(error).removeprefix(f"{path}:{number}: ")))
+                        continue
+                    yield number, row
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except (OSError, EOFError) as error:

@@ -58,10 +58,9 @@ class Learner:
         if self.config.objective.kl > 0 and self.config.objective.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
             reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT, ref_BT, batch.mask_BT, self.config.objective.kl)
+        advantage_B = critic_advantage(reward_B, logit_B)
         if self.config.objective.ev_gate:
             advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
-        else:
-            advantage_B = critic_advantage(reward_B, logit_B)
         metrics: dict[str, Any] = critic_quality(batch.correct_B[keep_B], value_B[keep_B])
         metrics["critic/value_mean"] = float(value_B[keep_B].mean()) if keep_B.any() else None
         ev = explained_variance(batch.correct_B[keep_B], value_B[keep_B])
@@ -80,6 +79,8 @@ class Learner:
         log-probabilities are too far from the learner's.
         """
         t = self.config.training
+        assert t.lr is not None  # resolved by Config.with_rates
+        assert t.critic_lr is not None
         kept = batch.keep_B.nonzero()[:, 0]
         if len(kept) == 0:
             return {"update/skipped": "every rollout was masked"}

@@ -15,6 +15,8 @@ def train(run: Run) -> dict[str, object]:
     config = run.config
     run.begin()
     for step in range(run.state.step, config.training.steps):
+        if run.interrupted:
+            break
         with run.clock("rollout"):
             tasks = run.curriculum.sample(config.rollout.prompts)
             rollouts = collect(
@@ -29,6 +31,4 @@ def train(run: Run) -> dict[str, object]:
             run.sync()  # checked by a fingerprint of the weights
         run.curriculum.observe(rollouts)
         run.record(step, batch, advantage_B, value_B, critic_metrics | update_metrics)
-        if run.interrupted:
-            break
     return run.finish()

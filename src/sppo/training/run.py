@@ -24,7 +24,7 @@ from ..config import Config
 from ..errors import RecipeError, StaleWeights
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks
 from ..models.critic import Critic
-from ..models.policy import Policy, weights_sha256
+from ..models.policy import Policy, parameter_count, weights_sha256
 from ..models.pretrained import pick_device
 from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import Reward, load_reward
@@ -104,7 +104,6 @@ class Run:
         self.config, self.directory, self.observer = config, directory, observer
         self.state = State()
         self.interrupted = False
-        self.fresh = checkpoint is None
         self._clock: dict[str, float] = {}
         self._warned: set[str] = set()
         device = pick_device()
@@ -116,6 +115,9 @@ class Run:
         )
         self.policy = self._load_policy(parts, checkpoint, device)
         self.critic = self._load_critic(parts, checkpoint, device)
+        if checkpoint is None:
+            config = self.config = config.with_rates(parameter_count(self.policy.model), parameter_count(self.critic))
+            directory.write_recipe(config)
         self.sampling = Sampling(config.rollout.max_tokens, config.rollout.temperature, config.rollout.batch)
         self.prompt_limit, self.prompt_limit_why = self._prompt_limit()
         self.curriculum = Curriculum(self.train_tasks, config.seed, self._too_long)
@@ -130,11 +132,10 @@ class Run:
         spec = parse_spec(config.rollout.engine)
         factory = resolve(spec.name, "sppo.rollout", "build")
         self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
-        if checkpoint is None:
-            self._bootstrap()
-        self.learner = Learner(self.policy, self.critic, None, config)
-        self._hold_reference(checkpoint)
+        self.checkpoint_found = checkpoint
+        self.learner: Learner  # made by begin(): its master weights are copies of what the bootstrap leaves
         if checkpoint is not None:
+            self._make_learner()
             self._load_state(checkpoint)
 
     @classmethod
@@ -144,7 +145,7 @@ class Run:
         try:
             return cls(config, directory, observer or Silent(), parts or Parts(), None)
         except BaseException:
-            directory.close()
+            directory.discard()  # nothing has happened yet: the next try may use the same folder
             raise
 
     @classmethod
@@ -196,11 +197,12 @@ class Run:
         self.observer.note(stated)
         return critic
 
-    def _hold_reference(self, checkpoint: Path | None) -> None:
-        """π_ref is the policy at step 0 (after any bootstrap); held only when the recipe reads it."""
+    def _make_learner(self) -> None:
+        """The learner, and π_ref, the policy at step 0 (after any bootstrap), if the recipe reads it."""
+        self.learner = Learner(self.policy, self.critic, None, self.config)
         if not self.config.needs_reference:
             return
-        if checkpoint is None:
+        if self.checkpoint_found is None:
             self.learner.reference = self.policy.reference()
             return
         start = self.directory.path / "checkpoints" / "step-000000" / "policy"
@@ -261,17 +263,19 @@ class Run:
         self.state.seconds += self.state.seconds_bootstrap
 
     def begin(self) -> None:
-        """Before the first step: measure the start, set the critic to the base rate, save step 0."""
-        total = self.config.training.steps
-        if self.fresh and not self.interrupted:
+        """Before the first step: bootstrap, measure the start, set the critic to the base rate, save step 0."""
+        if self.checkpoint_found is None:
+            self._bootstrap()
+            if self.interrupted:  # a bootstrap is run again from its beginning, to the same result
+                return
+            self._make_learner()
             self.sync()
             result = self.evaluate()
             self.state.before = result.as_dict()
             self.observer.evaluation(0, result)
             self.critic.start_at(result.accuracy)
             self.checkpoint()
-        if not self.interrupted:
-            self.observer.stage("train", total, self.state.step)
+        self.observer.stage("train", self.config.training.steps, self.state.step)
 
     def on_rollout(self, done: int) -> None:
         """Progress inside a step."""

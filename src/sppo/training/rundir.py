@@ -77,7 +77,7 @@ class RunDirectory:
             run._acquire()
             (path / "rollouts").mkdir(exist_ok=True)
             (path / "checkpoints").mkdir(exist_ok=True)
-            write_atomic(path / "recipe.toml", config.to_toml())
+            run.write_recipe(config)
         return run
 
     @classmethod
@@ -104,6 +104,19 @@ class RunDirectory:
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
+
+    def write_recipe(self, config: Config) -> None:
+        """Write the resolved recipe."""
+        write_atomic(self.path / "recipe.toml", config.to_toml())
+
+    def discard(self) -> None:
+        """Remove a run that never began."""
+        self.close()
+        for name in ("recipe.toml", "run.lock"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / "rollouts", self.path / "checkpoints", self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def close(self) -> None:
         """Let another process use the run."""

@@ -72,6 +72,7 @@ def supervised(
             loss = -logps.logp_BT.sum() / tokens
             loss.backward()
             total += float(loss.detach())
+        assert config.lr is not None  # resolved by Config.with_rates
         lr = learning_rate(config.lr, step, config.steps, warmup=config.warmup, schedule=config.schedule)
         norm = optimiser.step(lr, 1.0)
         bad = 0 if torch.isfinite(torch.tensor(norm)) else bad + 1

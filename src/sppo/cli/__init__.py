@@ -1,0 +1,1 @@
+"""The command `sppo`: one file a subcommand, each with `add(subparsers)` and `run(args)`."""

@@ -1,0 +1,137 @@
+"""What several commands need: recipe keys as options, and models for commands that only sample."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, keys, parse_value
+from ..errors import RecipeError, UserError
+from ..spec import nearest
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """RECIPE, the common flags, and every `--section.key` with its help text, grouped by section."""
+    parser.usage = f"{parser.prog} [RECIPE.toml] [options] [--section.key VALUE ...]"
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE.toml", help="a recipe; without one, --model and --data are enough"
+    )
+    parser.add_argument("--model", help="short for --policy.model: a folder, a hub name or 'tiny'")
+    parser.add_argument("--data", help="short for --task.train: a .jsonl/.parquet file or a task such as chain:steps=4")
+    parser.add_argument("--out", metavar="DIR", help="short for --run.out")
+    parser.add_argument("--seed", type=int, metavar="N", help="every random choice of the run derives from this")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only warnings and the result")
+    groups: dict[str, Any] = {}
+    for name, default, description in keys():
+        section, dot, _ = name.partition(".")
+        if not dot:
+            continue
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"[{section}]", Config.model_fields[section].description)
+        shown = "" if default is None or default == "" else f" [{_shown(default)}]"
+        text = (description + shown).replace("%", "%%")
+        groups[section].add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    parser.set_defaults(takes_keys=True)
+
+
+def _shown(default: Any) -> str:
+    return f"[{', '.join(map(str, default))}]" if isinstance(default, tuple) else str(default)
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """`--section.key VALUE` and the short flags as `{"section.key": value}`; an unknown option names the nearest key."""
+    known = [name for name, _, _ in keys()]
+    if args.extra:
+        option = args.extra[0]
+        name = option.lstrip("-").partition("=")[0]
+        exact = [k for k in known if k.rpartition(".")[2] == name]
+        if not option.startswith("-"):
+            raise UserError(f"unrecognised argument {option!r}")
+        hint = "did you mean " + " or ".join(f"--{k}" for k in exact) + "?" if exact else nearest(name, known)
+        raise UserError(f"unknown option {option!r}: {hint}")
+    out = {name: parse_value(value) for name, value in vars(args).items() if name in known and isinstance(value, str)}
+    for flag, key in (
+        ("model", "policy.model"),
+        ("data", "task.train"),
+        ("out", "run.out"),
+        ("seed", "seed"),
+        ("steps", "training.steps"),
+    ):
+        if getattr(args, flag, None) is not None:
+            out[key] = getattr(args, flag)
+    return out
+
+
+def read_recipe(args: argparse.Namespace) -> Config:
+    """The recipe with its overrides; without a recipe, a model and data are required."""
+    changes = overrides(args)
+    if args.recipe is None and not {"policy.model", "task.train"} <= changes.keys():
+        raise RecipeError("give a recipe (recipes/ has some), or --model and --data")
+    return Config.load(args.recipe, changes)
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Human text, and with --json the object as the last line."""
+    if text:
+        print(text)
+    if as_json:
+        print(json.dumps(result))
+
+
+class Loaded:
+    """A trained (or any) model with what its run, if it has one, says about how to sample and judge."""
+
+    def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, with_critic: bool = False) -> None:
+        from ..models.critic import Critic
+        from ..models.policy import Policy
+        from ..models.pretrained import pick_device
+        from ..training.rundir import newest_policy
+
+        path = Path(model).expanduser()
+        folder = newest_policy(path) if path.is_dir() else None
+        self.recipe = _recipe_near(path) if path.is_dir() else None
+        name = str(folder) if folder else model
+        template = self.recipe.policy.chat_template if self.recipe else "auto"
+        device = pick_device()
+        self.policy, self.stated = Policy.load(name, dtype=dtype, device=device, seed=seed, chat_template=template)
+        self.name = name
+        self.critic: Critic | None = None
+        beside = folder.parent / "critic" if folder else None
+        if with_critic and beside is not None and (beside / "config.json").exists():
+            self.critic, _ = Critic.load(str(beside), dtype="auto", device=device, seed=seed)
+
+    def sampling(self, *, max_tokens: int | None, temperature: float | None, batch: int | None = None) -> Any:
+        """How to sample: what the user says, else what the run's recipe says, else the defaults of a recipe."""
+        from ..rollout.engine import Sampling
+
+        rollout = (self.recipe or Config()).rollout
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"--max-tokens must be at least 1, not {max_tokens}")
+        if temperature is not None and temperature < 0:
+            raise UserError(f"--temperature must be 0 (greedy) or above, not {temperature}")
+        sampling = Sampling(
+            rollout.max_tokens if max_tokens is None else max_tokens,
+            rollout.temperature if temperature is None else temperature,
+            batch or rollout.batch,
+        )
+        if self.policy.context is not None and sampling.max_tokens >= self.policy.context:
+            raise UserError(
+                f"--max-tokens {sampling.max_tokens} leaves no room for a prompt: the model has {self.policy.context} positions"
+            )
+        return sampling
+
+    def fits(self, ids: Sequence[int], max_tokens: int) -> bool:
+        """Whether prompt and response fit into the model's positions."""
+        return self.policy.context is None or len(ids) + max_tokens <= self.policy.context
+
+
+def _recipe_near(path: Path) -> Config | None:
+    """The recipe of the run that a folder belongs to, or None."""
+    for folder in (path, *path.resolve().parents[:3]):
+        if (folder / "recipe.toml").exists() and (folder / "checkpoints").is_dir():
+            return Config.load(folder / "recipe.toml")
+    return None

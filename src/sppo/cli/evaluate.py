@@ -1,0 +1,100 @@
+"""`sppo eval`: accuracy, pass@k and 95% intervals of a model (a folder, a hub name or a run) on one or more tasks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import UserError
+from ._shared import Loaded, emit
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("eval", help="measure a model on tasks", description=__doc__)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model folder, a hub name or a run directory (its newest checkpoint)"
+    )
+    parser.add_argument(
+        "--tasks", required=True, metavar="SPEC[,SPEC]", help="e.g. chain:steps=6,gym:chain_sum or problems.jsonl"
+    )
+    parser.add_argument("--n", type=int, default=256, help="problems of each task [256]")
+    parser.add_argument("--samples", type=int, default=1, help="responses a problem [1]")
+    parser.add_argument(
+        "--reward", help="what judges them; default: the run's, else 'gym' for gym tasks, else 'answer'"
+    )
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's, else 1")
+    parser.add_argument("--max-tokens", type=int, help="response limit; default: the run's, else 256")
+    parser.add_argument("--instruction", default="", help="text added after every question")
+    parser.add_argument("--batch", type=int, help="sequences decoded together")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate on each task in turn."""
+    from ..evaluation.evaluate import evaluate, held_out_tasks
+    from ..rewards.base import load_reward
+    from ..rollout.local import LocalEngine
+    from ..spec import split_specs
+    from ..tasks.base import is_records, load_tasks
+
+    if args.n < 1 or args.samples < 1:
+        raise UserError("--n and --samples must be at least 1")
+    specs = split_specs(args.tasks)
+    if not specs:
+        raise UserError("--tasks names no task")
+    # Every name is checked before a model is loaded: a typo in the third task must not cost the first two.
+    sources = {
+        s: load_tasks(s, instruction=args.instruction, default_split=None if is_records(s) else "held-out")
+        for s in specs
+    }
+    loaded = Loaded(args.model)
+    rewards = {s: load_reward(args.reward or _default_reward(s, loaded)) for s in specs}
+    sampling = loaded.sampling(max_tokens=args.max_tokens, temperature=args.temperature, batch=args.batch)
+    engine = LocalEngine(loaded.policy)
+    results = []
+    for spec in specs:
+        tasks = held_out_tasks(sources[spec], args.n)
+        usable = [
+            t for t in tasks if len(ids := loaded.policy.prompt_ids(t)) > 0 and loaded.fits(ids, sampling.max_tokens)
+        ]
+        if not usable:
+            raise UserError(
+                f"{spec}: no prompt fits into the model's {loaded.policy.context} positions with --max-tokens {sampling.max_tokens}"
+            )
+        result = evaluate(engine, loaded.policy, rewards[spec], usable, sampling, samples=args.samples, seed=args.seed)
+        rewards[spec].close()
+        results.append({"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)})
+    emit(
+        {
+            "model": loaded.name,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "seed": args.seed,
+            "tasks": results,
+        },
+        args.json,
+        "\n".join(_lines(r, sampling.temperature) for r in results),
+    )
+    return 0
+
+
+def _default_reward(spec: str, loaded: Loaded) -> str:
+    if loaded.recipe is not None:
+        return loaded.recipe.reward.use
+    return "gym" if spec.startswith("gym:") else "answer"
+
+
+def _lines(r: dict[str, Any], temperature: float) -> str:
+    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    passes = "  ".join(f"{k} {v:.3f}" for k, v in r["pass_at_k"].items() if k != "pass@1")
+    notes = [f"{r['masked']} could not be graded"] if r["masked"] else []
+    notes += [f"{r['passed_over']} prompts too long"] if r["passed_over"] else []
+    notes += [f"{r['truncated']:.0%} cut at the limit"] if r["truncated"] else []
+    return (
+        f"{r['task']}\n  accuracy {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]  {passes}\n"
+        f"  {r['n']} problems × {r['samples']}, {how}, {r['mean_tokens']:.0f} tokens each"
+        + (f" ({', '.join(notes)})" if notes else "")
+    )

@@ -1,0 +1,83 @@
+"""`sppo sft`: supervised training on worked solutions (`solution` or `messages` columns, or a task that has them)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, UserError
+from ._shared import add_recipe_options, emit, overrides
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("sft", help="supervised start on worked solutions", description=__doc__)
+    add_recipe_options(parser)
+    parser.add_argument("--steps", type=int, metavar="N", help="short for --bootstrap.steps")
+    parser.add_argument("--lr", type=float, help="short for --bootstrap.lr")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and write a model folder at --out."""
+    from ..config import BootstrapSection, Config, bootstrap_rate
+    from ..models.policy import Policy, parameter_count, weights_sha256
+    from ..models.pretrained import pick_device
+    from ..report.progress import ProgressDisplay
+    from ..tasks.base import load_tasks
+    from ..training.rundir import no_space
+    from ..training.sft import supervised
+
+    changes = overrides(args) | {"run.out": args.out or "models/sft"}
+    for flag in ("steps", "lr"):
+        changes.pop(f"training.{flag}", None)
+        if getattr(args, flag) is not None:
+            changes[f"bootstrap.{flag}"] = getattr(args, flag)
+    if args.recipe is None and not {"policy.model", "task.train"} <= changes.keys():
+        raise RecipeError("give a recipe, or --model and --data")
+    config = Config.load(args.recipe, changes)
+    section = config.bootstrap or BootstrapSection()
+    out = Path(config.run.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} is not empty; choose another folder for the model")
+    display = ProgressDisplay(quiet=args.quiet)
+    source = load_tasks(section.task or config.task.train, instruction=config.task.instruction, default_split="train")
+    policy, stated = Policy.load(
+        config.policy.model,
+        dtype=config.policy.dtype,
+        device=pick_device(),
+        seed=config.seed,
+        chat_template=config.policy.chat_template,
+    )
+    display.note(stated)
+    if section.lr is None:
+        section = section.model_copy(update={"lr": bootstrap_rate(parameter_count(policy.model))})
+    display.stage("bootstrap", section.steps)
+
+    def on_step(done: int, metrics: dict[str, float]) -> bool:
+        display.step(done, dict(metrics))
+        return True
+
+    try:
+        metrics = supervised(
+            policy,
+            source,
+            section,
+            seed=config.seed,
+            micro_tokens=config.training.micro_tokens,
+            limit=policy.context,
+            on_step=on_step,
+        )
+    finally:
+        display.stop()
+    with no_space(out):
+        policy.save(out)
+    result = {
+        "out": str(out),
+        "steps": section.steps,
+        "loss": metrics["loss"],
+        "policy_sha256": weights_sha256(policy.model),
+    }
+    emit(result, args.json, f"loss {metrics['loss']:.4f} after {section.steps} steps; the model is in {out}")
+    return 0

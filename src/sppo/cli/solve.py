@@ -1,0 +1,71 @@
+"""`sppo solve`: answer one question, and print the critic's predicted chance of success."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import UserError
+from ._shared import Loaded, emit
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("solve", help="answer one question", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a checkpoint, a model folder or a hub name")
+    parser.add_argument("question", metavar="QUESTION", help="the question")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="responses; with several, how often each answer came up [1]"
+    )
+    parser.add_argument("--temperature", type=float, help="default: greedy for one sample, the run's for several")
+    parser.add_argument("--max-tokens", type=int, help="response limit; default: the run's, else 256")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample, and ask the critic."""
+    from collections import Counter
+
+    from ..rewards.answer import extract_answer
+    from ..rollout.collect import sample_seed
+    from ..rollout.local import LocalEngine
+    from ..tasks.base import question
+    from ..types import Task
+
+    if args.samples < 1:
+        raise UserError("--samples must be at least 1")
+    if not args.question.strip():
+        raise UserError("the question is empty")
+    loaded = Loaded(args.model, with_critic=True)
+    instruction = loaded.recipe.task.instruction if loaded.recipe else ""
+    task = Task("question", question(args.question + (f"\n{instruction}" if instruction else "")))
+    temperature = args.temperature if args.temperature is not None else (0.0 if args.samples == 1 else None)
+    sampling = loaded.sampling(max_tokens=args.max_tokens, temperature=temperature)
+    ids = loaded.policy.prompt_ids(task)
+    if not loaded.fits(ids, sampling.max_tokens):
+        raise UserError(
+            f"the question has {len(ids)} tokens; with --max-tokens {sampling.max_tokens} it does not fit into the model's {loaded.policy.context} positions"
+        )
+    seeds = [sample_seed(args.seed, "solve", k) for k in range(args.samples)]
+    samples = LocalEngine(loaded.policy).generate([ids] * args.samples, seeds, sampling)
+    responses = [loaded.policy.text(s.ids) for s in samples]
+    answers = Counter(extract_answer(text) for text in responses)
+    chance = None
+    if loaded.critic is not None:
+        chance = float(loaded.critic.logits([task]).sigmoid()[0])
+    answer, count = answers.most_common(1)[0]
+    result = {
+        "question": args.question, "answer": answer, "agreement": count / args.samples, "responses": responses,
+        "finish": [s.finish for s in samples], "predicted_chance": chance,
+    }  # fmt: skip
+    agreement = f" ({count} of {args.samples} samples)" if args.samples > 1 else ""
+    said = (
+        f"predicted chance of success: {chance:.0%}"
+        if chance is not None
+        else "no critic beside this model, so no predicted chance"
+    )
+    cut = "  (cut at the limit)" if samples[0].finish == "length" else ""
+    emit(result, args.json, f"{responses[0]}{cut}\n\nanswer: {answer}{agreement}\n{said}")
+    return 0

@@ -1,0 +1,76 @@
+"""`sppo train`: a recipe, or a model and data, to a better reasoner and a run directory."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..errors import UserError
+from ._shared import add_recipe_options, emit, overrides, read_recipe
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("train", help="train a policy with sequence-level PPO", description=__doc__)
+    add_recipe_options(parser)
+    parser.add_argument("--steps", type=int, metavar="N", help="short for --training.steps")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, to the identical result")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; exit 0 when finished, 130 when interrupted (everything is saved)."""
+    from ..report.progress import ProgressDisplay, print_summary
+    from ..training.loop import train
+    from ..training.run import Run
+
+    display = ProgressDisplay(quiet=args.quiet)
+    try:
+        if args.resume is not None:
+            given = overrides(args).keys() - {"training.steps"}
+            if args.recipe or given:
+                what = args.recipe or f"--{sorted(given)[0]}"
+                raise UserError(
+                    f"--resume goes on with the run's own recipe; leave {what} out (only --steps may change)"
+                )
+            job = Run.resume(Path(args.resume), display, steps=args.steps)
+        else:
+            job = Run.new(read_recipe(args), display)
+        with interruptible(job, display):
+            summary = train(job)
+    finally:
+        display.stop()
+    job.close()
+    out = job.config.run.out
+    if not args.json:
+        print_summary(summary, out)
+    if summary["stopped"] == "interrupted":
+        display.note(
+            f"warning: interrupted after step {summary['steps']}; everything is saved. Go on with: sppo train --resume {out}"
+        )
+    emit(summary, args.json, "")
+    return 130 if summary["stopped"] == "interrupted" else 0
+
+
+class interruptible:  # noqa: N801 - reads as a verb in a with statement
+    """Ctrl-C (or SIGTERM) finishes the step and saves; a second one stops at once."""
+
+    def __init__(self, job: Any, display: Any) -> None:
+        self.job, self.display, self.asked = job, display, False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.job.interrupt()
+        self.display.note("warning: stopping after this step (press Ctrl-C again to stop at once)")
+
+    def __enter__(self) -> None:
+        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""`sppo verify`: score given responses without a model, which is how to debug a verifier."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ._shared import emit
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("verify", help="score given responses with a reward", description=__doc__)
+    parser.add_argument(
+        "file", metavar="FILE", help=".jsonl/.parquet rows with `response` and the row's answer or tests"
+    )
+    parser.add_argument(
+        "--reward", required=True, help="a reward: 'answer', 'math', 'answer:extract=boxed', package.module:object"
+    )
+    parser.add_argument("--out", metavar="VERDICTS.jsonl", help="write one verdict a row")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge every row."""
+    from ..rewards.base import load_reward
+    from ..tasks.records import read_rows, task_from
+    from ..training.rundir import no_space, write_atomic
+    from ..types import Rollout
+
+    reward = load_reward(args.reward)
+    rollouts = []
+    for number, row in read_rows(Path(args.file)):
+        name = f"{args.file}:{number}"
+        response = row.pop("response", None)
+        if response is None:
+            response = row.pop("completion", None)
+        if isinstance(response, list) and response and isinstance(response[-1], dict):
+            response = response[-1].get("content")
+        if not isinstance(response, str):
+            raise DataError(f"{name}: the row has no `response` text to score")
+        if not {"prompt", "question", "messages"} & row.keys():
+            row["prompt"] = ""
+        rollouts.append(Rollout(task_from(row, name), [], [], [], "stop", response))
+    if not rollouts:
+        raise DataError(f"{args.file} holds no rows")
+    verdicts = reward.judge(rollouts)
+    reward.close()
+    if args.out:
+        lines = [
+            json.dumps(
+                {
+                    "row": r.task.id,
+                    "score": v.score,
+                    "outcome": v.outcome,
+                    "masked": v.masked,
+                    "evidence": dict(v.evidence),
+                },
+                default=str,
+            )
+            for r, v in zip(rollouts, verdicts, strict=True)
+        ]
+        with no_space(Path(args.out)):
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(args.out), "\n".join(lines) + "\n")
+    graded = [v for v in verdicts if not v.masked]
+    outcomes = dict(Counter(v.outcome for v in verdicts).most_common())
+    mean = sum(v.score for v in graded) / len(graded) if graded else None
+    result = {"n": len(verdicts), "graded": len(graded), "mean_score": mean, "outcomes": outcomes}
+    shown = (
+        "no row could be graded"
+        if mean is None
+        else f"mean score {mean:.4f} over {len(graded)} graded rows of {len(verdicts)}"
+    )
+    emit(result, args.json, shown + "\n" + "\n".join(f"  {name:<13} {count}" for name, count in outcomes.items()))
+    return 0

@@ -1,0 +1,1 @@
+"""What a run looks like to the person who waits for it."""

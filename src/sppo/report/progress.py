@@ -1,0 +1,133 @@
+"""The terminal's view of a run: one live line on a terminal, plain lines elsewhere (logs, CI), silence under --quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from ..evaluation.evaluate import Evaluation
+
+PLAIN_EVERY = 15.0
+"""Seconds between plain progress lines."""
+
+
+def clock(seconds: float) -> str:
+    """`4:05`, `1:02:09`."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class ProgressDisplay:
+    """An observer (`training.run.Observer`) that draws on stderr, so that stdout stays machine-readable."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False)
+        self.live = self.console.is_terminal and not quiet
+        self.progress: Progress | None = None
+        self.bar: TaskID | None = None
+        self.name, self.total, self.first, self.began, self.printed = "", 0, 0, 0.0, 0.0
+        self.accuracy = ""
+
+    def note(self, text: str) -> None:
+        """Print a statement; warnings stand out, and are printed even under --quiet."""
+        if text.startswith("warning:"):
+            self.console.print(text, style="yellow", markup=False)
+        elif not self.quiet:
+            self.console.print(text, style="dim", markup=False)
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """Begin a stage."""
+        self.stop()
+        self.name, self.total, self.first, self.began, self.printed = name, total, done, time.monotonic(), 0.0
+        if self.live:
+            self.progress = Progress(
+                TextColumn("[bold]{task.description:<9}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[status]}"), console=self.console,
+            )  # fmt: skip
+            self.bar = self.progress.add_task(name, total=total, completed=done, status="")
+            self.progress.start()
+
+    def step(self, done: int, metrics: dict[str, Any]) -> None:
+        """Show a finished step."""
+        elapsed = time.monotonic() - self.began
+        left = elapsed / max(done - self.first, 1) * (self.total - done)
+        status = f"{self._status(metrics)} · left {clock(left)}"
+        if self.progress is not None and self.bar is not None:
+            self.progress.update(self.bar, completed=done, status=status)
+        elif not self.quiet and (done == self.total or elapsed - self.printed >= PLAIN_EVERY or done == self.first + 1):
+            self.printed = elapsed
+            self.console.print(f"{self.name} {done}/{self.total}  {status}", markup=False)
+        if done >= self.total:
+            self.stop()
+
+    def rollout(self, done: int, total: int) -> None:
+        """Steps that take long show how far their sampling is."""
+        if self.progress is not None and self.bar is not None:
+            self.progress.update(
+                self.bar, description=f"{self.name} {100 * done // total}%" if done < total else self.name
+            )
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Show a held-out accuracy with its interval."""
+        self.accuracy = f"{result.accuracy:.3f}"
+        if not self.quiet:
+            masked = f", {result.masked} could not be graded" if result.masked else ""
+            self.console.print(
+                f"held-out accuracy after step {step}: {result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}] "
+                f"(n={result.n}, {result.mean_tokens:.0f} tokens a response{masked})",
+                style="bold", markup=False,
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def _status(self, m: dict[str, Any]) -> str:
+        if self.name == "bootstrap":
+            return f"loss {m['loss']:.3f}"
+        pieces = [f"reward {_number(m['reward/mean'])}"]
+        if self.accuracy:
+            pieces.append(f"held-out {self.accuracy}")
+        pieces.append(f"critic EV {_number(m['critic/explained_variance'])} ECE {_number(m['critic/ece'])}")
+        pieces.append(f"{m['rollout/mean_tokens']:.0f} tok each, {m['tokens_per_second']:,.0f} tok/s")
+        return " · ".join(pieces)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def print_summary(summary: dict[str, Any], out: str) -> None:
+    """The last thing a user sees: what changed, what it cost, what to do next."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for when in ("before", "after"):
+        if summary[f"accuracy_{when}"] is not None:
+            low, high = summary[f"accuracy_{when}_low"], summary[f"accuracy_{when}_high"]
+            table.add_row(
+                f"held-out accuracy {when}",
+                f"{summary[f'accuracy_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})",
+            )
+    table.add_row(
+        "steps",
+        f"{summary['steps']} in {clock(summary['seconds'])} of training, {clock(summary['seconds_evaluating'])} of evaluation",
+    )
+    table.add_row("generated tokens", f"{summary['generated_tokens']:,}")
+    if summary["masked"] or summary["passed_over"]:
+        table.add_row(
+            "not used",
+            f"{summary['masked']} samples that could not be graded, {summary['passed_over']} prompts over the limit",
+        )
+    table.add_row("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    table.add_row("policy", str(summary["policy"]))
+    console = Console(file=sys.stdout, highlight=False)
+    console.print(table)
+    console.print(f'Ask it something:  sppo solve {out} "…"      Measure it:  sppo eval {out} --tasks …', markup=False)

@@ -1,0 +1,194 @@
+"""The Python face: `SPPOTrainer` and `SPPOConfig`, shaped like the trainers people know.
+
+    trainer = SPPOTrainer(model="HuggingFaceTB/SmolLM2-135M-Instruct", reward_funcs=my_reward, train_dataset=rows,
+                          args=SPPOConfig(output_dir="runs/mine", max_steps=100))
+    trainer.train()
+
+The same loop, files and guarantees as `sppo train`; what is given here as objects is simply not named in the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .errors import DataError, ModelError, UserError
+from .report.progress import ProgressDisplay
+from .rewards.base import Reward, load_reward
+from .tasks.base import HELD_OUT, ListSource, in_split, load_tasks
+from .tasks.records import tasks_from
+from .training.loop import train
+from .training.run import Parts, Run
+
+RewardLike = str | Callable[..., Any] | Reward
+
+
+@dataclass
+class SPPOConfig:
+    """Settings by the names that users of other trainers have. Anything else goes into `recipe`, by dotted key.
+
+    `SPPOConfig(max_steps=50, recipe={"objective.ratio": "token", "critic.model": "tiny"})`
+    """
+
+    output_dir: str = "runs/sppo"
+    seed: int = 1
+    max_steps: int | None = None
+    prompts_per_step: int | None = None
+    num_generations: int | None = None
+    num_minibatches: int | None = None
+    num_iterations: int | None = None
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    temperature: float | None = None
+    learning_rate: float | None = None
+    critic_learning_rate: float | None = None
+    lr_scheduler_type: str | None = None
+    warmup_steps: int | None = None
+    max_grad_norm: float | None = None
+    beta: float | None = None
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    resume_from_checkpoint: bool = False
+    disable_progress: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def overrides(self) -> dict[str, Any]:
+        """These settings as recipe keys."""
+        names = {
+            "max_steps": "training.steps", "prompts_per_step": "rollout.prompts", "num_generations": "rollout.samples",
+            "num_minibatches": "training.minibatches", "num_iterations": "training.epochs",
+            "max_prompt_length": "task.max_prompt_tokens", "max_completion_length": "rollout.max_tokens",
+            "temperature": "rollout.temperature", "learning_rate": "training.lr", "critic_learning_rate": "training.critic_lr",
+            "lr_scheduler_type": "training.schedule", "warmup_steps": "training.warmup", "max_grad_norm": "training.max_grad_norm",
+            "beta": "objective.kl", "eval_steps": "evaluation.every", "save_steps": "run.checkpoint_every",
+        }  # fmt: skip
+        out: dict[str, Any] = {"run.out": self.output_dir, "seed": self.seed}
+        out |= {key: getattr(self, name) for name, key in names.items() if getattr(self, name) is not None}
+        if self.epsilon is not None or self.epsilon_high is not None:
+            low = 0.2 if self.epsilon is None else self.epsilon
+            out["objective.clip"] = [low, low if self.epsilon_high is None else self.epsilon_high]
+        return out | dict(self.recipe)
+
+
+class SPPOTrainer:
+    """Sequence-level PPO on a model, problems and a verifier.
+
+    Args:
+        model: a folder, a hub name, `tiny:…`, or a loaded causal LM (then `processing_class` is its tokenizer).
+        reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]`, an object with
+            `judge(rollouts)`, the name of a built-in (`answer`, `math`, `gym`), or a list of these (their mean; the first one
+            is the critic's target).
+        train_dataset: a `datasets.Dataset`, any iterable of rows, a file or a task spec such as `chain:steps=3`.
+        eval_dataset: the same, held out; by default a tenth of the training rows, chosen by the hash of the prompt.
+        critic: a folder, a hub name, `tiny:…`, or a (backbone, tokenizer) pair; a tiny one by default.
+        args: settings.
+        processing_class: the tokenizer of a loaded model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: RewardLike | list[RewardLike],
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        critic: Any = None,
+        args: SPPOConfig | None = None,
+        processing_class: Any = None,
+    ) -> None:
+        self.args = args or SPPOConfig()
+        changes = self.args.overrides()
+        self.parts = Parts(reward=_reward(reward_funcs))
+        if isinstance(model, str):
+            changes["policy.model"] = model
+        elif processing_class is None:
+            raise ModelError("a loaded model needs its tokenizer: pass processing_class=tokenizer")
+        else:
+            self.parts.policy = (model, processing_class)
+        if isinstance(critic, str):
+            changes["critic.model"] = critic
+        elif critic is not None:
+            self.parts.critic = critic
+        if isinstance(train_dataset, str):
+            changes["task.train"] = train_dataset
+        if isinstance(eval_dataset, str):
+            changes["task.eval"] = eval_dataset
+        self.config = Config.load(None, changes)
+        self._take_datasets(train_dataset, eval_dataset)
+        self.run: Run | None = None
+        self.summary: dict[str, Any] | None = None
+
+    def train(self) -> dict[str, Any]:
+        """Train; returns the summary (`accuracy_before`, `accuracy_after`, …). `policy`, `tokenizer` then hold the result."""
+        display = ProgressDisplay(quiet=self.args.disable_progress)
+        path = Path(self.config.run.out)
+        try:
+            if self.args.resume_from_checkpoint and (path / "recipe.toml").exists():
+                self.run = Run.resume(path, display, self.parts, steps=self.config.training.steps)
+            else:
+                self.run = Run.new(self.config, display, self.parts)
+            self.summary = train(self.run)
+        finally:
+            display.stop()
+            if self.run is not None:
+                self.run.close()
+        return self.summary
+
+    @property
+    def policy(self) -> Any:
+        """The trained transformers model."""
+        return self._trained().policy.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._trained().policy.tokenizer
+
+    def predicted_chance(self, prompts: Iterable[str]) -> list[float]:
+        """The critic's predicted chance that the policy solves each question."""
+        rows = enumerate(({"question": p} for p in prompts), 1)
+        return self._trained().critic.logits(tasks_from(rows, "prompts")).sigmoid().tolist()
+
+    def save_model(self, folder: str) -> None:
+        """Write policy and tokenizer as an ordinary model folder."""
+        self._trained().policy.save(Path(folder))
+
+    def _trained(self) -> Run:
+        if self.run is None:
+            raise UserError("call train() first")
+        return self.run
+
+    def _take_datasets(self, train_rows: Any, eval_rows: Any) -> None:
+        """Rows into sources; without held-out rows a tenth of the training rows, by hash, is held out."""
+        instruction = self.config.task.instruction
+        if not isinstance(eval_rows, str) and eval_rows is not None:
+            self.parts.evaluation = ListSource(tasks_from(enumerate(eval_rows, 1), "eval_dataset"))
+        if isinstance(train_rows, str):
+            if eval_rows is not None:
+                self.parts.train = load_tasks(train_rows, instruction=instruction)
+            return
+        tasks = tasks_from(enumerate(train_rows, 1), "train_dataset")
+        if eval_rows is not None:
+            self.parts.train = ListSource(tasks)
+            return
+        kept = {split: [t for t in tasks if in_split(t.text, split)] for split in ("train", "held-out")}
+        if not kept["train"] or not kept["held-out"]:
+            raise DataError(
+                f"train_dataset has {len(tasks)} rows, too few to hold {HELD_OUT:.0%} out; pass eval_dataset"
+            )
+        self.parts.train, self.parts.evaluation = ListSource(kept["train"]), ListSource(kept["held-out"])
+
+
+def _reward(rewards: RewardLike | list[RewardLike]) -> Reward:
+    from .rewards.combine import MeanReward
+
+    if not isinstance(rewards, (list, tuple)):
+        return load_reward(rewards)
+    if not rewards:
+        raise UserError("reward_funcs is empty; give at least one reward")
+    loaded = [load_reward(r) for r in rewards]
+    return loaded[0] if len(loaded) == 1 else MeanReward(loaded)
