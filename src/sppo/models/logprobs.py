@@ -14,8 +14,13 @@ from torch import Tensor
 
 from ..objective.ratio import wide
 
-CHUNK = 512
-"""Tokens a chunk: large enough for full matmul speed, 100 MB of float32 logits at a 49,152-word vocabulary."""
+CHUNK_ELEMENTS = 1 << 23
+"""Logits a chunk, 32 MiB in float32: enough tokens for full matmul speed, small enough to stay near the cache."""
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Tokens a chunk."""
+    return max(16, CHUNK_ELEMENTS // vocabulary)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -27,13 +32,13 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weight, bias = wide(weight_VD), None if bias_V is None else wide(bias_V)
         logps, entropies, normalisers = [], [], []
-        for h, target in zip(hidden_ND.split(CHUNK), target_N.split(CHUNK), strict=True):
+        size = chunk_size(weight.size(0))
+        for h, target in zip(hidden_ND.split(size), target_N.split(size), strict=True):
             logits = _logits(h, weight, bias, temperature)
             normaliser = torch.logsumexp(logits, -1)
             logps.append(logits.gather(-1, target[:, None])[:, 0] - normaliser)
-            # H = log Z − Σ p·logit; the exponentials overwrite nothing that is needed again.
             probability = (logits - normaliser[:, None]).exp_()
-            entropies.append(normaliser - probability.mul_(logits).sum(-1))
+            entropies.append(normaliser - torch.linalg.vecdot(probability, logits))  # H = log Z − Σ p·logit
             normalisers.append(normaliser)
         normaliser_N = torch.cat(normalisers)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
@@ -50,10 +55,11 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for start in range(0, hidden_ND.size(0), CHUNK):
-            part = slice(start, start + CHUNK)
+        size = chunk_size(weight.size(0))
+        for start in range(0, hidden_ND.size(0), size):
+            part = slice(start, start + size)
             h, g = wide(hidden_ND[part]), grad_N[part]
-            softmax = (_logits(h, weight, bias, temperature) - normaliser_N[part, None]).exp_()
+            softmax = _logits(h, weight, bias, temperature).sub_(normaliser_N[part, None]).exp_()
             # d logp / d logit = onehot − softmax
             grad_logits = softmax.mul_(-g[:, None])
             grad_logits.scatter_add_(1, target_N[part, None], g[:, None])
