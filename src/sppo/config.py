@@ -75,7 +75,10 @@ class BootstrapSection(Section):
     """A supervised start on worked solutions; a recipe without this section starts from the model as it is."""
 
     task: str | None = Field(None, description="problems with worked solutions; default: the training problems")
-    steps: int = Field(300, ge=1, description="optimiser updates")
+    steps: int = Field(300, ge=1, description="optimiser updates, at most")
+    until: float | None = Field(
+        None, gt=0, lt=1, description="stop as soon as this share of training problems is solved: reinforcement needs some success, not all"
+    )
     batch: int = Field(64, ge=1, description="solutions an update")
     lr: float | None = Field(
         None,

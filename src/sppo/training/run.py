@@ -39,6 +39,10 @@ from .rundir import RunDirectory
 from .sft import supervised
 
 
+UNTIL_EVERY, UNTIL_PROBLEMS = 10, 128
+"""`bootstrap.until` is looked at every so many updates, on so many problems."""
+
+
 class Observer(Protocol):
     """Hears what a run does; a progress display implements it. See `report/progress.py`."""
 
@@ -251,15 +255,22 @@ class Run:
         self.observer.stage("bootstrap", section.steps)
         began = time.monotonic()
 
+        probe = held_out_tasks(self.train_tasks, UNTIL_PROBLEMS)  # training problems: held-out ones must not steer anything
+
         def on_step(done: int, metrics: dict[str, float]) -> bool:
             self.observer.step(done, dict(metrics))
-            return not self.interrupted
+            if section.until is None or done % UNTIL_EVERY:
+                return not self.interrupted
+            solved = self.evaluate(probe).accuracy
+            if solved >= section.until:
+                self.observer.note(f"bootstrap: {solved:.0%} of {len(probe)} training problems solved after {done} updates; that is enough")
+            return not self.interrupted and solved < section.until
 
         supervised(
             self.policy, source, section, seed=self.config.seed, micro_tokens=self.config.training.micro_tokens,
             limit=self.policy.context, on_step=on_step,
         )  # fmt: skip
-        self.state.seconds_bootstrap = time.monotonic() - began
+        self.state.seconds_bootstrap = time.monotonic() - began - self.state.seconds_evaluating
         self.state.seconds += self.state.seconds_bootstrap
 
     def begin(self) -> None:
@@ -369,14 +380,14 @@ class Run:
         self.reward.close()
         self.directory.close()
 
-    def evaluate(self) -> Evaluation:
-        """The held-out problems, with the current weights; its time is kept apart from training's."""
+    def evaluate(self, tasks: list[Task] | None = None) -> Evaluation:
+        """The held-out (or given) problems, with the current weights; its time is kept apart from training's."""
         began = time.monotonic()
         e = self.config.evaluation
         temperature = self.config.rollout.temperature if e.temperature is None else e.temperature
         sampling = Sampling(self.config.rollout.max_tokens, temperature, self.config.rollout.batch)
         result = evaluate(
-            self.engine, self.policy, self.reward, self.held_out, sampling, samples=e.samples, seed=self.config.seed
+            self.engine, self.policy, self.reward, tasks or self.held_out, sampling, samples=e.samples, seed=self.config.seed
         )
         self.state.seconds_evaluating += time.monotonic() - began
         return result
