@@ -191,7 +191,8 @@ def test_control_a_mean_of_means_would_differ():
 def test_the_state_before_a_token_scores_it(policy):
     """Against a loop that feeds one more token at a time and looks at the last logits."""
     rollouts = small_rollouts(policy, 4)
-    logps = learner_logps(policy, rollouts, 1.0)
+    with torch.no_grad():
+        logps = learner_logps(policy, rollouts, 1.0)
     for b, r in enumerate(rollouts):
         for t, token in enumerate(r.response_ids):
             ids = torch.tensor([[*r.prompt_ids, *r.response_ids[:t]]])

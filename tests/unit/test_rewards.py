@@ -1,0 +1,227 @@
+"""Rewards: extraction, comparison, killable workers, and what a user's callable may return."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from sppo.errors import RecipeError, RewardError
+from sppo.rewards.answer import boxed, extract_answer, looks_cut_off, number
+from sppo.rewards.base import load_reward
+from sppo.rewards.workers import WorkerPool
+from sppo.types import Rollout, Task, Verdict
+
+
+def rollout(text, **columns):
+    return Rollout(Task("t", "q", columns), [1], [2], [0.0], "stop", text)
+
+
+def outcome(reward, text, **columns):
+    return load_reward(reward).judge([rollout(text, **columns)])[0].outcome
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3+4=7;7*2=4;A:4", "4"),
+        ("so the total is 12.\nAnswer: 12", "12"),
+        ("The final answer is **1/2**", "1/2"),
+        ("#### 1,234", "1,234"),
+        (r"thus \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        ("it is 7, or rather 8", "8"),
+        ("", None),
+        ("no idea", None),
+    ],
+)
+def test_extract(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_boxed_balances_braces_and_refuses_what_never_closes():
+    assert boxed(r"\boxed{a{b}c}") == "a{b}c"
+    assert boxed(r"\boxed{\frac{1}{2") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1,234.50", 1234.5), ("$3", 3), ("1/2", 0.5), ("50%", 50), ("-7.", -7), ("1e3", 1000), ("x", None), ("1e999999", None)]
+)
+def test_number(text, value):
+    found = number(text)
+    assert found is None if value is None else float(found) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("Answer: 4.0", "4", "correct"),
+        ("Answer: 5", "4", "wrong"),
+        ("Answer: Paris", "paris", "correct"),
+        ("hm", "4", "unparseable"),
+        ("Answer: 4", "", "invalid_task"),
+        ("Answer: 4", r"\frac{1", "invalid_task"),
+    ],
+)
+def test_answer_reward(text, gold, expected):
+    assert outcome("answer", text, answer=gold) == expected
+
+
+def test_answer_reads_the_nested_layout_and_masks_what_has_no_reference():
+    assert outcome("answer", "Answer: 4", reward_model={"ground_truth": "4"}) == "correct"
+    verdict = load_reward("answer").judge([rollout("Answer: 4")])[0]
+    assert verdict.masked
+    assert verdict.outcome == "invalid_task"
+
+
+@pytest.mark.parametrize("gold", [r"x_{0", r"\frac{1", r"\sqrt", "2^", "}"])
+def test_cut_off_golds_are_seen(gold):
+    assert looks_cut_off(gold)
+
+
+@pytest.mark.parametrize("gold", [r"\frac{1}{2}", "x_0", r"\{1, 2\}", "3"])
+def test_whole_golds_are_not(gold):
+    assert not looks_cut_off(gold)
+
+
+def test_math_verifies_symbolically_in_any_thread():
+    reward = load_reward("math")
+    rows = [
+        rollout(r"so \boxed{\frac{1}{2}}", answer="0.5"),
+        rollout(r"\boxed{x+1}", answer="1+x"),
+        rollout(r"\boxed{3}", answer="4"),
+        rollout("nothing here", answer="4"),
+        rollout(r"\boxed{3}", answer=r"\frac{1"),
+    ]
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(reward.judge(rows)))
+    thread.start()
+    thread.join()
+    reward.close()
+    assert [v.outcome for v in found] == ["correct", "correct", "wrong", "unparseable", "invalid_task"]
+    assert found[-1].masked
+
+
+def test_a_hanging_expression_costs_its_limit_and_nothing_else():
+    reward = load_reward("math:limit=2,workers=2")
+    reward.judge([rollout(r"\boxed{1}", answer="1")])  # start the workers outside the clock
+    rows = [rollout(r"\boxed{9^{9^{9^{9}}}}", answer=r"9^{9^{9^{9}}}+1")] + [rollout(rf"\boxed{{{i}}}", answer=str(i)) for i in range(20)]
+    began = time.monotonic()
+    verdicts = reward.judge(rows)
+    elapsed = time.monotonic() - began
+    reward.close()
+    assert [v.outcome for v in verdicts[1:]] == ["correct"] * 20
+    assert verdicts[0].outcome in ("timeout", "crashed", "wrong")
+    assert verdicts[0].score == 0.0
+    assert elapsed < 15
+
+
+def hang(job):
+    time.sleep(job)
+    return job
+
+
+def die(job):
+    import os
+
+    os._exit(3) if job else None
+    return "alive"
+
+
+def test_workers_kill_what_overruns_and_survive_what_crashes():
+    pool = WorkerPool(f"{__name__}:hang", workers=2, limit=1.0)
+    pool.run([0])
+    began = time.monotonic()
+    results = pool.run([0, 60, 0, 0])
+    assert time.monotonic() - began < 10
+    pool.close()
+    assert results[1] == {"timeout": 1.0}
+    assert [r.get("ok") for i, r in enumerate(results) if i != 1] == [0, 0, 0]
+    pool = WorkerPool(f"{__name__}:die", workers=1, limit=5.0)
+    results = pool.run([0, 1, 0])
+    pool.close()
+    assert results[0] == {"ok": "alive"}
+    assert results[1] == {"crashed": 3}
+    assert results[2] == {"ok": "alive"}
+
+
+def test_gym_reward_scores_with_the_family():
+    from sppo.tasks.base import load_tasks
+
+    task = load_tasks("gym:chain_sum,min_terms=2,max_terms=3,min_digits=1,max_digits=2")[0]
+    reward = load_reward("gym")
+    rows = [Rollout(task, [1], [2], [0.0], "stop", text) for text in (task.solution, "Answer: 99999", "")]
+    verdicts = reward.judge(rows)
+    reward.close()
+    assert verdicts[0].outcome == "correct"
+    assert verdicts[1].score < 1
+    assert reward.check(Task("x", "q")) is not None
+
+
+# -- a user's callable -------------------------------------------------------------------------------------------------------
+
+
+def test_callable_gets_columns_by_name_and_may_say_none():
+    def mine(prompts, completions, answer, **kwargs):
+        assert kwargs["extra"] == ["e"] * 2
+        return [None if c == "?" else float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    verdicts = load_reward(mine).judge([rollout("4", answer="4", extra="e"), rollout("?", answer="4", extra="e")])
+    assert verdicts[0].score == 1.0
+    assert verdicts[1].masked
+
+
+def test_callable_gets_chat_messages_for_chat_prompts():
+    seen = {}
+
+    def mine(prompts, completions):
+        seen.update(prompt=prompts[0], completion=completions[0])
+        return [1.0]
+
+    task = Task("t", [{"role": "user", "content": "q"}])
+    load_reward(mine).judge([Rollout(task, [1], [2], [0.0], "stop", "hello")])
+    assert seen["prompt"] == [{"role": "user", "content": "q"}]
+    assert seen["completion"] == [{"role": "assistant", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0, 1.0], "returned 2 scores for 1"),
+        ([float("nan")], "must lie in"),
+        ([1.5], "must lie in"),
+        (["good"], "scores are numbers"),
+        (0.5, "returned float"),
+    ],
+)
+def test_what_a_callable_may_not_return(returned, message):
+    with pytest.raises(RewardError, match=message):
+        load_reward(lambda prompts, completions: returned).judge([rollout("x")])
+
+
+def test_a_callable_that_raises_is_named():
+    def broken(prompts, completions):
+        raise KeyError("answer")
+
+    with pytest.raises(RewardError, match=r"broken raised KeyError"):
+        load_reward(broken).judge([rollout("x")])
+
+
+def test_a_judge_object_is_checked():
+    class Judge:
+        def judge(self, rollouts):
+            return [Verdict(1.0, "correct")]
+
+    assert load_reward(Judge()).judge([rollout("x")])[0].score == 1.0
+    with pytest.raises(RewardError, match="one Verdict for each of 2"):
+        load_reward(Judge()).judge([rollout("x"), rollout("y")])
+
+
+def test_names():
+    with pytest.raises(RecipeError, match="did you mean 'math'"):
+        load_reward("maths")
+    with pytest.raises(RecipeError, match="no option 'limits'"):
+        load_reward("math:limits=3")
+    with pytest.raises(RecipeError, match="cannot be imported"):
+        load_reward("no.such.module:f")
