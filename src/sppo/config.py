@@ -77,7 +77,10 @@ class BootstrapSection(Section):
     task: str | None = Field(None, description="problems with worked solutions; default: the training problems")
     steps: int = Field(300, ge=1, description="optimiser updates, at most")
     until: float | None = Field(
-        None, gt=0, lt=1, description="stop as soon as this share of training problems is solved: reinforcement needs some success, not all"
+        None,
+        gt=0,
+        lt=1,
+        description="stop as soon as this share of training problems is solved: reinforcement needs some success, not all",
     )
     batch: int = Field(64, ge=1, description="solutions an update")
     lr: float | None = Field(

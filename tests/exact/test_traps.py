@@ -173,7 +173,7 @@ def test_micro_batches_do_not_change_the_update(ratio):
             objective__ratio=ratio,
         )
         results.append(weights(policy))
-    assert float((results[0] - results[1]).abs().max()) < 2e-6
+    assert float((results[0] - results[1]).abs().max()) < 1e-5
 
 
 def test_control_a_mean_of_means_would_differ():
@@ -188,16 +188,16 @@ def test_control_a_mean_of_means_would_differ():
 # -- positions ---------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_the_state_before_a_token_scores_it(policy):
     """Against a loop that feeds one more token at a time and looks at the last logits."""
     rollouts = small_rollouts(policy, 4)
-    with torch.no_grad():
-        logps = learner_logps(policy, rollouts, 1.0)
+    logps = learner_logps(policy, rollouts, 1.0)
     for b, r in enumerate(rollouts):
         for t, token in enumerate(r.response_ids):
             ids = torch.tensor([[*r.prompt_ids, *r.response_ids[:t]]])
             expected = torch.log_softmax(policy.model(ids).logits[0, -1].float(), -1)
-            assert math.isclose(float(logps.logp_BT[b, t].detach()), float(expected[token].detach()), abs_tol=1e-5)
+            assert math.isclose(float(logps.logp_BT[b, t]), float(expected[token]), abs_tol=1e-5)
             entropy = float(-(expected.exp() * expected).sum())
             assert math.isclose(float(logps.entropy_BT[b, t]), entropy, abs_tol=1e-4)
 

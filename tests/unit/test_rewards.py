@@ -46,7 +46,17 @@ def test_boxed_balances_braces_and_refuses_what_never_closes():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1,234.50", 1234.5), ("$3", 3), ("1/2", 0.5), ("50%", 50), ("-7.", -7), ("1e3", 1000), ("x", None), ("1e999999", None)]
+    ("text", "value"),
+    [
+        ("1,234.50", 1234.5),
+        ("$3", 3),
+        ("1/2", 0.5),
+        ("50%", 50),
+        ("-7.", -7),
+        ("1e3", 1000),
+        ("x", None),
+        ("1e999999", None),
+    ],
 )
 def test_number(text, value):
     found = number(text)
@@ -106,7 +116,9 @@ def test_math_verifies_symbolically_in_any_thread():
 def test_a_hanging_expression_costs_its_limit_and_nothing_else():
     reward = load_reward("math:limit=2,workers=2")
     reward.judge([rollout(r"\boxed{1}", answer="1")])  # start the workers outside the clock
-    rows = [rollout(r"\boxed{9^{9^{9^{9}}}}", answer=r"9^{9^{9^{9}}}+1")] + [rollout(rf"\boxed{{{i}}}", answer=str(i)) for i in range(20)]
+    rows = [rollout(r"\boxed{9^{9^{9^{9}}}}", answer=r"9^{9^{9^{9}}}+1")] + [
+        rollout(rf"\boxed{{{i}}}", answer=str(i)) for i in range(20)
+    ]
     began = time.monotonic()
     verdicts = reward.judge(rows)
     elapsed = time.monotonic() - began

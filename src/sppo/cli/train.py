@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.run import Run
 
     display = ProgressDisplay(quiet=args.quiet)
+    job: Run | None = None
     try:
         if args.resume is not None:
             given = overrides(args).keys() - {"training.steps"}
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
             summary = train(job)
     finally:
         display.stop()
-    job.close()
+        if job is not None:
+            job.close()
     out = job.config.run.out
     if not args.json:
         print_summary(summary, out)

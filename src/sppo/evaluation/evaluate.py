@@ -18,7 +18,7 @@ from .intervals import accuracy_interval, pass_at_k
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result for one set of problems; `rollouts` keeps what was said, for anyone who wants to look."""
+    """The result for one set of problems (accuracy is NaN when none could be graded); `rollouts` keeps what was said, for anyone who wants to look."""
 
     accuracy: float
     low: float
@@ -33,8 +33,9 @@ class Evaluation:
     rollouts: list[Rollout] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return {k: v for k, v in self.__dict__.items() if k != "rollouts"}
+        """Plain numbers, for JSON; an accuracy that could not be measured is None."""
+        out = {k: v for k, v in self.__dict__.items() if k != "rollouts"}
+        return out | {"accuracy": self.accuracy if self.n else None}
 
 
 def held_out_tasks(source: TaskSource, n: int) -> list[Task]:

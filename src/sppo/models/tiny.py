@@ -60,8 +60,11 @@ def build(
         num_key_value_heads=heads,
         max_position_embeddings=context,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # wavelengths for hundreds of characters, not books
-        initializer_range=hidden**-0.5,  # a large model's 0.02 makes one this narrow learn half as fast (docs/log.md)
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 100.0,
+        },  # wavelengths for hundreds of characters, not books
+        initializer_range=min(hidden**-0.5, 0.09),  # a large model's 0.02 makes one this narrow learn half as fast (docs/log.md)
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

@@ -38,9 +38,9 @@ class ProgressDisplay:
     def note(self, text: str) -> None:
         """Print a statement; warnings stand out, and are printed even under --quiet."""
         if text.startswith("warning:"):
-            self.console.print(text, style="yellow", markup=False)
+            self.console.print(text, style="yellow", markup=False, soft_wrap=True)
         elif not self.quiet:
-            self.console.print(text, style="dim", markup=False)
+            self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         """Begin a stage."""
@@ -63,7 +63,7 @@ class ProgressDisplay:
             self.progress.update(self.bar, completed=done, status=status)
         elif not self.quiet and (done == self.total or elapsed - self.printed >= PLAIN_EVERY or done == self.first + 1):
             self.printed = elapsed
-            self.console.print(f"{self.name} {done}/{self.total}  {status}", markup=False)
+            self.console.print(f"{self.name} {done}/{self.total}  {status}", markup=False, soft_wrap=True)
         if done >= self.total:
             self.stop()
 
@@ -82,7 +82,7 @@ class ProgressDisplay:
             self.console.print(
                 f"held-out accuracy after step {step}: {result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}] "
                 f"(n={result.n}, {result.mean_tokens:.0f} tokens a response{masked})",
-                style="bold", markup=False,
+                style="bold", markup=False, soft_wrap=True,
             )  # fmt: skip
 
     def stop(self) -> None:

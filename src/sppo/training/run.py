@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import RecipeError, StaleWeights
+from ..errors import DataError, RecipeError, StaleWeights
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks
 from ..models.critic import Critic
 from ..models.policy import Policy, parameter_count, weights_sha256
@@ -37,7 +37,6 @@ from .curriculum import Curriculum
 from .learner import LOW_ESS, Learner
 from .rundir import RunDirectory
 from .sft import supervised
-
 
 UNTIL_EVERY, UNTIL_PROBLEMS = 10, 128
 """`bootstrap.until` is looked at every so many updates, on so many problems."""
@@ -255,7 +254,9 @@ class Run:
         self.observer.stage("bootstrap", section.steps)
         began = time.monotonic()
 
-        probe = held_out_tasks(self.train_tasks, UNTIL_PROBLEMS)  # training problems: held-out ones must not steer anything
+        probe = held_out_tasks(
+            self.train_tasks, UNTIL_PROBLEMS
+        )  # training problems: held-out ones must not steer anything
 
         def on_step(done: int, metrics: dict[str, float]) -> bool:
             self.observer.step(done, dict(metrics))
@@ -263,7 +264,9 @@ class Run:
                 return not self.interrupted
             solved = self.evaluate(probe).accuracy
             if solved >= section.until:
-                self.observer.note(f"bootstrap: {solved:.0%} of {len(probe)} training problems solved after {done} updates; that is enough")
+                self.observer.note(
+                    f"bootstrap: {solved:.0%} of {len(probe)} training problems solved after {done} updates; that is enough"
+                )
             return not self.interrupted and solved < section.until
 
         supervised(
@@ -282,6 +285,11 @@ class Run:
             self._make_learner()
             self.sync()
             result = self.evaluate()
+            if result.n == 0:
+                reasons = {str(dict(r.verdict.evidence)) for r in result.rollouts if r.verdict}
+                raise DataError(
+                    f"none of the {len(self.held_out)} held-out problems can be graded by {self.config.reward.use!r}: {min(reasons)}"
+                )
             self.state.before = result.as_dict()
             self.observer.evaluation(0, result)
             self.critic.start_at(result.accuracy)
@@ -339,7 +347,7 @@ class Run:
             self.state.last = result.as_dict()
             self.observer.evaluation(step + 1, result)
             metrics |= {
-                "eval/accuracy": result.accuracy, "eval/low": result.low, "eval/high": result.high,
+                "eval/accuracy": self.state.last["accuracy"], "eval/low": result.low, "eval/high": result.high,
                 "eval/mean_tokens": result.mean_tokens, "critic/ev_ceiling": self._ceiling(result),
             }  # fmt: skip
         self.directory.metrics(step, metrics)
@@ -387,7 +395,13 @@ class Run:
         temperature = self.config.rollout.temperature if e.temperature is None else e.temperature
         sampling = Sampling(self.config.rollout.max_tokens, temperature, self.config.rollout.batch)
         result = evaluate(
-            self.engine, self.policy, self.reward, tasks or self.held_out, sampling, samples=e.samples, seed=self.config.seed
+            self.engine,
+            self.policy,
+            self.reward,
+            tasks or self.held_out,
+            sampling,
+            samples=e.samples,
+            seed=self.config.seed,
         )
         self.state.seconds_evaluating += time.monotonic() - began
         return result

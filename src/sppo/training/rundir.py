@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -155,7 +156,8 @@ class RunDirectory:
             chain.append({"step": step, "rollouts_sha256": file_sha256(path), **audit})
 
     def metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append one step's object to metrics.jsonl."""
+        """Append one step's object to metrics.jsonl; what is not finite is null, so that the file stays JSON."""
+        metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with no_space(self.path), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
 

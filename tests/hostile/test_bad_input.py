@@ -1,0 +1,225 @@
+"""Bad input: one clear sentence that names the file, key or row and the mend; exit code 2; no traceback; nothing lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sppo.cli.main import main
+from sppo.models import tiny
+
+SMALL = "tiny:hidden=32,layers=1,heads=2"
+QUICK = [
+    "--policy.model", SMALL, "--critic.model", SMALL, "--training.steps", "1", "--rollout.prompts", "4", "--rollout.max_tokens", "4",
+    "--evaluation.n", "4", "--training.minibatches", "1", "--quiet",
+]  # fmt: skip
+
+
+def good_rows(path, n=60):
+    path.write_text("".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(n)))
+    return path
+
+
+def fails(capsys, *arguments, code=2):
+    assert main([str(a) for a in arguments]) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith(("error:", "failed:"))]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.fixture
+def train(tmp_path, capsys):
+    def run(*extra, data="chain:steps=1"):
+        return fails(capsys, "train", *QUICK, "--data", data, "--out", tmp_path / "run", *extra)
+
+    return run
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_unknown_key_names_the_nearest(tmp_path, capsys):
+    message = fails(capsys, "train", recipe(tmp_path, "[training]\nstep = 3\n"))
+    assert "recipe.toml: unknown key 'training.step': did you mean 'steps'?" in message
+    message = fails(capsys, "train", recipe(tmp_path, "[trainning]\nsteps = 3\n"))
+    assert "did you mean 'training'?" in message
+
+
+def test_values_out_of_range_and_of_the_wrong_type(tmp_path, capsys):
+    assert "training.steps" in fails(capsys, "train", recipe(tmp_path, "[training]\nsteps = 0\n"))
+    assert "objective.clip" in fails(capsys, "train", recipe(tmp_path, "[objective]\nclip = [1.2, 0.2]\n"))
+    assert "rollout.temperature" in fails(capsys, "train", recipe(tmp_path, "[rollout]\ntemperature = 'hot'\n"))
+    assert "minibatches" in fails(
+        capsys, "train", recipe(tmp_path, "[rollout]\nprompts = 1\n[training]\nminibatches = 2\n")
+    )
+    assert "kl_form" in fails(capsys, "train", recipe(tmp_path, "[objective]\nkl_form = 'k1'\n"))
+
+
+def test_broken_toml_is_named_with_its_line(tmp_path, capsys):
+    assert "line 2" in fails(capsys, "train", recipe(tmp_path, "seed = 1\n[training\n"))
+
+
+def test_missing_recipe_and_missing_data(tmp_path, capsys, train):
+    assert "no recipe at" in fails(capsys, "train", tmp_path / "none.toml")
+    assert "there is no file" in train(data=str(tmp_path / "none.jsonl"))
+    assert "did you mean 'chain'?" in train(data="chian:steps=1")
+    assert "no option 'step': did you mean 'steps'?" in train(data="chain:step=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_json_is_named_with_its_line(tmp_path, train):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "2"}\n{"question": oops}\n')
+    assert f"{path}:2: broken JSON" in train(data=str(path))
+    path.write_text("[1, 2]\n")
+    assert f"{path}:1: a row must be an object" in train(data=str(path))
+    path.write_bytes(b'{"question": "\xff"}\n')
+    assert "not UTF-8" in train(data=str(path))
+    path.write_text("")
+    assert "holds no rows" in train(data=str(path))
+
+
+def test_a_row_without_a_prompt(tmp_path, train):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "2"}\n{"answer": "2"}\n')
+    assert f"{path}:2: the row has no prompt" in train(data=str(path))
+    path.write_text('{"prompt": [{"role": "robot", "content": "x"}], "answer": "2"}\n')
+    assert f"{path}:1: a chat message must look like" in train(data=str(path))
+
+
+def test_a_parquet_file_that_is_none(tmp_path, train):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"not parquet")
+    assert "not a readable parquet file" in train(data=str(path))
+
+
+def test_model_folders(tmp_path, train):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "no config.json" in train("--policy.model", str(folder))
+    assert "there is no folder" in train("--policy.model", str(tmp_path / "none"))
+    model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
+    model.save_pretrained(folder)
+    assert "no tokenizer" in train("--policy.model", str(folder))
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    assert "no weights" in train("--policy.model", str(folder))
+    assert "critic.model" in train("--critic.model", str(folder))
+    assert "tiny has no option 'width'" in train("--policy.model", "tiny:width=3")
+
+
+def test_a_tokenizer_without_pad_is_handled(tmp_path):
+    model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
+    tokenizer.pad_token = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert (
+        main(
+            [
+                "train",
+                *QUICK,
+                "--policy.model",
+                str(tmp_path / "model"),
+                "--data",
+                "chain:steps=1",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
+
+
+def test_a_conversation_needs_a_chat_template(tmp_path, train):
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": [*turns, {"role": "user", "content": str(i)}], "answer": "1"}) + "\n"
+            for i in range(40)
+        )
+    )
+    assert "no chat template" in train(data=str(path))
+
+
+def test_prompts_longer_than_the_limit(tmp_path, train, capsys):
+    data = good_rows(tmp_path / "rows.jsonl")
+    message = train("--task.max_prompt_tokens", "2", data=str(data))
+    assert "the limit is 2 (task.max_prompt_tokens)" in message
+    assert "leaves no room" in message or "has only" in train("--rollout.max_tokens", "5000")
+    message = fails(capsys, "solve", SMALL, "x" * 3000, "--max-tokens", "10")
+    assert "does not fit" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ("raise ValueError('boom')", "raised ValueError: boom"),
+        ("return [1.0]", "returned 1 scores for 4"),
+        ("return [float('nan')] * len(prompts)", "must lie in [0, 1]"),
+        ("return [2.0] * len(prompts)", "must lie in [0, 1]"),
+        ("return 'good'", "returned str"),
+    ],
+)
+def test_rewards_that_break_their_promise(tmp_path, train, monkeypatch, body, wanted):
+    (tmp_path / "mine.py").write_text(f"def score(prompts, completions, **kwargs):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mine", None)
+    assert wanted in train("--reward.use", "mine:score")
+
+
+def test_a_run_directory_in_use(tmp_path, train):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert "is not empty and not a run" in train()
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "run" / "thesis.txt").unlink()
+    assert main(["train", *QUICK, "--data", "chain:steps=1", "--out", str(tmp_path / "run")]) == 0
+    assert "already holds a run; go on with it" in train()
+
+
+def test_resume_of_nothing_and_with_changes(tmp_path, capsys):
+    assert "holds no run" in fails(capsys, "train", "--resume", tmp_path)
+    assert "leave --training.lr out" in fails(capsys, "train", "--resume", tmp_path, "--training.lr", "1")
+
+
+def test_unknown_commands_and_options(capsys):
+    assert "invalid choice: 'tarin'" in fails(capsys, "tarin")
+    assert "--bootstrap.lr or --training.lr" in fails(capsys, "train", "--model", SMALL, "--data", "chain", "--lr", "3")
+    assert "did you mean 'training.steps'" in fails(capsys, "train", "--training.stepz", "3")
+    assert "give a recipe" in fails(capsys, "train")
+    assert "unrecognised argument" in fails(capsys, "eval", SMALL, "--tasks", "chain", "--bogus")
+
+
+def test_no_space_left(tmp_path):
+    """A real full disk: a tiny tmpfs where one may be mounted, else a file-size limit that the kernel enforces the same way."""
+    out = tmp_path / "small"
+    out.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(out)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "sppo.cli.main", "train", *QUICK, "--data", "chain:steps=1", "--out", str(out / "run")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
+    assert done.returncode == 2, done.stderr
+    assert "no space left on the disk" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_errors_are_one_object_on_the_last_line(capsys):
+    assert main(["eval", "/nowhere/model", "--tasks", "chain", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["exit"] == 2
