@@ -106,6 +106,12 @@ def resolve(name: str, package: str, factory: str) -> Any:
     return getattr(importlib.import_module(f"{package}.{name}"), factory)
 
 
+def is_import(text: str, package: str) -> bool:
+    """True for `package.module:object` of the user's own, False for a name of this room with options."""
+    name, colon, rest = text.partition(":")
+    return bool(colon) and rest.isidentifier() and name not in modules_in(package)
+
+
 def _offers(module: str, factory: str) -> bool:
     """True when the module's source defines the factory; asked of the source, so that nothing heavy is imported."""
     spec = importlib.util.find_spec(module)

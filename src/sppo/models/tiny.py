@@ -64,7 +64,9 @@ def build(
             "rope_type": "default",
             "rope_theta": 100.0,
         },  # wavelengths for hundreds of characters, not books
-        initializer_range=min(hidden**-0.5, 0.09),  # a large model's 0.02 makes one this narrow learn half as fast (docs/log.md)
+        initializer_range=min(
+            hidden**-0.5, 0.09
+        ),  # a large model's 0.02 makes one this narrow learn half as fast (docs/log.md)
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ..errors import RewardError
-from ..spec import call, parse_spec, resolve
+from ..spec import call, is_import, parse_spec, resolve
 from ..types import Rollout, Task, Verdict
 
 
@@ -33,19 +33,11 @@ def load_reward(use: str | Callable[..., Any] | Reward) -> Reward:
     """The reward that `reward.use` names, or that a Python user passes (a callable or an object with `judge`)."""
     if not isinstance(use, str):
         return _adapt(use, getattr(use, "__name__", type(use).__name__))
-    if ":" in use:
-        spec = parse_spec(use)
-        if "." in spec.name or (len(spec.words) == 1 and not spec.options and not _is_local(spec.name)):
-            found = resolve(use, "sppo.rewards", "build")
-            return _adapt(found() if inspect.isclass(found) else found, use)
+    if is_import(use, "sppo.rewards"):
+        found = resolve(use, "sppo.rewards", "build")
+        return _adapt(found() if inspect.isclass(found) else found, use)
     spec = parse_spec(use)
     return call(resolve(spec.name, "sppo.rewards", "build"), f"reward {spec.name}", *spec.words, **spec.options)
-
-
-def _is_local(name: str) -> bool:
-    from ..spec import modules_in
-
-    return name in modules_in("sppo.rewards")
 
 
 def _adapt(reward: Any, name: str) -> Reward:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import RecipeError
-from ..spec import call, parse_spec, resolve
+from ..spec import call, is_import, parse_spec, resolve
 from ..types import Prompt, Task
 
 HELD_OUT = 0.1
@@ -51,10 +51,15 @@ def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = 
     """The source for a spec or the path of a data file.
 
     Args:
-        spec: `name:key=value,…`, or a path that ends in .jsonl, .json or .parquet.
+        spec: `name:key=value,…`, a path that ends in .jsonl, .json or .parquet, or `package.module:object` (a source, or a
+            callable that makes one; it decides its own split).
         instruction: text added to every question.
         default_split: used when the spec names none.
     """
+    if is_import(spec, "sppo.tasks") and not is_records(spec):
+        found = resolve(spec, "sppo.tasks", "build")
+        own: TaskSource = found() if callable(found) else found
+        return _Instructed(own, instruction) if instruction else own
     if spec.startswith(("hub:", "records:")):
         parsed = parse_spec(spec)
         name, words, options = "records", parsed.words, dict(parsed.options)
