@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # these models are too small to share, and spinning threads starve each other
 
 import pytest
-import torch
 
 from sppo.config import Config
 from sppo.models import tiny
@@ -18,8 +18,6 @@ from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.tasks.base import load_tasks
-
-torch.set_num_threads(2)
 
 SMALL = "tiny:hidden=32,layers=2,heads=2"
 

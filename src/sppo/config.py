@@ -114,8 +114,8 @@ class ObjectiveSection(Section):
     )
     kappa: float = Field(0.5, ge=0, le=1, description="the family's exponent; 0 is sequence, 1 is geometric")
     clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
-    dual_clip: float | None = Field(
-        3.0, gt=1, description="bound on the ratio where the advantage is negative; 0 turns it off"
+    dual_clip: float = Field(
+        3.0, ge=0, description="bound on the ratio where the advantage is negative; 0 turns it off"
     )
     anchor: Literal["behaviour", "reference"] = Field(
         "behaviour",
@@ -139,10 +139,12 @@ class ObjectiveSection(Section):
         description="stop when engine and learner log-probabilities differ by more than this a token, on average",
     )
 
-    @field_validator("dual_clip", mode="before")
+    @field_validator("dual_clip")
     @classmethod
-    def _zero_is_off(cls, value: Any) -> Any:
-        return None if value == 0 else value
+    def _dual_clip_above_one(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("must be above 1, or 0 to turn it off")
+        return value
 
     @field_validator("clip")
     @classmethod

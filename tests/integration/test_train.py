@@ -271,11 +271,10 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
 
 
 def test_the_policy_learns(tmp_path):
-    """A real if small effect: supervised start, then reinforcement from verdicts alone, on one-step problems."""
+    """A real if small effect: supervised start, then reinforcement from verdicts alone, on two-step problems (held-out one-step ones are facts never shown)."""
     _, summary = run_small(
-        tmp_path, policy__model="tiny:hidden=64,layers=2,heads=4", task__train="chain:steps=1", bootstrap__steps=400,
-        bootstrap__until=0.4, bootstrap__lr=3e-3, bootstrap__batch=32, training__steps=40, rollout__prompts=128, training__lr=5e-4,
-        evaluation__n=128,
+        tmp_path, policy__model="tiny", task__train="chain:steps=2", bootstrap__task="chain:steps=1-2", bootstrap__steps=600, bootstrap__until=0.4, bootstrap__lr=2e-3,
+        bootstrap__batch=32, training__steps=25, rollout__prompts=128, rollout__max_tokens=24, training__lr=2e-4, evaluation__n=256,
     )  # fmt: skip
     assert summary["accuracy_before"] < 0.9
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1

@@ -142,7 +142,7 @@ class Learner:
             log_r = log_ratio(logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
             advantage_b = advantage_B[part].to(logp_bT.device)
             value, clipped = surrogate(
-                log_r, advantage_b[:, None] if o.ratio == "token" else advantage_b, o.clip, o.dual_clip
+                log_r, advantage_b[:, None] if o.ratio == "token" else advantage_b, o.clip, o.dual_clip or None
             )
             if o.engine_correction:
                 mismatch = log_ratio(old_bT, behaviour_bT, mask_bT, o.ratio, o.kappa)

@@ -7,16 +7,14 @@ weights, the optimisers and a handful of numbers, and a resumed run ends where t
 from __future__ import annotations
 
 import contextlib
-import random
 import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,57 +30,17 @@ from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
 from ..tasks.base import TaskSource, load_tasks
 from ..types import Task
+from . import checkpoint
 from .batch import Batch
+from .checkpoint import State
 from .curriculum import Curriculum
 from .learner import LOW_ESS, Learner
+from .observer import Observer, Silent
 from .rundir import RunDirectory
 from .sft import supervised
 
 UNTIL_EVERY, UNTIL_PROBLEMS = 10, 128
 """`bootstrap.until` is looked at every so many updates, on so many problems."""
-
-
-class Observer(Protocol):
-    """Hears what a run does; a progress display implements it. See `report/progress.py`."""
-
-    def note(self, text: str) -> None:
-        """A statement for the user: a choice that was made, a warning."""
-
-    def stage(self, name: str, total: int, done: int = 0) -> None:
-        """A stage (`bootstrap`, `train`) of `total` steps begins."""
-
-    def step(self, done: int, metrics: dict[str, Any]) -> None:
-        """A step of the stage is done."""
-
-    def rollout(self, done: int, total: int) -> None:
-        """So many of the step's sequences are sampled."""
-
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        """Held-out problems were tried."""
-
-
-class Silent:
-    """An observer that says nothing."""
-
-    def note(self, text: str) -> None: ...
-    def stage(self, name: str, total: int, done: int = 0) -> None: ...
-    def step(self, done: int, metrics: dict[str, Any]) -> None: ...
-    def rollout(self, done: int, total: int) -> None: ...
-    def evaluation(self, step: int, result: Evaluation) -> None: ...
-
-
-@dataclass
-class State:
-    """What changes from step to step besides weights and optimisers."""
-
-    step: int = 0
-    seconds: float = 0.0
-    seconds_evaluating: float = 0.0
-    seconds_bootstrap: float = 0.0
-    generated_tokens: int = 0
-    masked: int = 0
-    before: dict[str, Any] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,7 +58,7 @@ class Run:
     """Everything that the loop moves."""
 
     def __init__(
-        self, config: Config, directory: RunDirectory, observer: Observer, parts: Parts, checkpoint: Path | None
+        self, config: Config, directory: RunDirectory, observer: Observer, parts: Parts, saved: Path | None
     ) -> None:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
@@ -116,9 +74,9 @@ class Run:
         self.eval_tasks = parts.evaluation or load_tasks(
             config.task.eval or config.task.train, instruction=instruction, default_split="held-out"
         )
-        self.policy = self._load_policy(parts, checkpoint, device)
-        self.critic = self._load_critic(parts, checkpoint, device)
-        if checkpoint is None:
+        self.policy = self._load_policy(parts, saved, device)
+        self.critic = self._load_critic(parts, saved, device)
+        if saved is None:
             config = self.config = config.with_rates(parameter_count(self.policy.model), parameter_count(self.critic))
             directory.write_recipe(config)
         self.sampling = Sampling(config.rollout.max_tokens, config.rollout.temperature, config.rollout.batch)
@@ -135,11 +93,11 @@ class Run:
         spec = parse_spec(config.rollout.engine)
         factory = resolve(spec.name, "sppo.rollout", "build")
         self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
-        self.checkpoint_found = checkpoint
+        self.resumed_from = saved
         self.learner: Learner  # made by begin(): its master weights are copies of what the bootstrap leaves
-        if checkpoint is not None:
+        if saved is not None:
             self._make_learner()
-            self._load_state(checkpoint)
+            self.state = checkpoint.load(saved, self.learner, self.curriculum)
 
     @classmethod
     def new(cls, config: Config, observer: Observer | None = None, parts: Parts | None = None) -> Run:
@@ -162,29 +120,29 @@ class Run:
                 config = config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
             config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(path)})})
             found = directory.checkpoints()
-            checkpoint = found[-1] if found else None
-            done = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+            saved = found[-1] if found else None
+            done = int(saved.name.removeprefix("step-")) if saved else 0
             directory.forget_from(done)
             (observer or Silent()).note(
-                f"resuming {path} after step {done}" if checkpoint else f"resuming {path} from its beginning"
+                f"resuming {path} after step {done}" if saved else f"resuming {path} from its beginning"
             )
-            return cls(config, directory, observer or Silent(), parts or Parts(), checkpoint)
+            return cls(config, directory, observer or Silent(), parts or Parts(), saved)
         except BaseException:
             directory.close()
             raise
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _load_policy(self, parts: Parts, checkpoint: Path | None, device: torch.device) -> Policy:
+    def _load_policy(self, parts: Parts, saved: Path | None, device: torch.device) -> Policy:
         config = self.config
-        if parts.policy is not None and checkpoint is None:
+        if parts.policy is not None and saved is None:
             model, tokenizer = parts.policy
             policy = Policy(
                 model.to(device), tokenizer, chat_template=config.policy.chat_template, name="the given model"
             )
             self.observer.note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
             return policy
-        name = str(checkpoint / "policy") if checkpoint else config.policy.model
+        name = str(saved / "policy") if saved else config.policy.model
         dtype = config.policy.dtype
         policy, stated = Policy.load(
             name, dtype=dtype, device=device, seed=config.seed, chat_template=config.policy.chat_template
@@ -192,10 +150,10 @@ class Run:
         self.observer.note(stated)
         return policy
 
-    def _load_critic(self, parts: Parts, checkpoint: Path | None, device: torch.device) -> Critic:
-        if parts.critic is not None and checkpoint is None:
+    def _load_critic(self, parts: Parts, saved: Path | None, device: torch.device) -> Critic:
+        if parts.critic is not None and saved is None:
             return Critic(*parts.critic, name="the given critic").to(device)
-        name = str(checkpoint / "critic") if checkpoint else self.config.critic.model
+        name = str(saved / "critic") if saved else self.config.critic.model
         critic, stated = Critic.load(name, dtype=self.config.critic.dtype, device=device, seed=self.config.seed + 1)
         self.observer.note(stated)
         return critic
@@ -205,7 +163,7 @@ class Run:
         self.learner = Learner(self.policy, self.critic, None, self.config)
         if not self.config.needs_reference:
             return
-        if self.checkpoint_found is None:
+        if self.resumed_from is None:
             self.learner.reference = self.policy.reference()
             return
         start = self.directory.path / "checkpoints" / "step-000000" / "policy"
@@ -278,7 +236,7 @@ class Run:
 
     def begin(self) -> None:
         """Before the first step: bootstrap, measure the start, set the critic to the base rate, save step 0."""
-        if self.checkpoint_found is None:
+        if self.resumed_from is None:
             self._bootstrap()
             if self.interrupted:  # a bootstrap is run again from its beginning, to the same result
                 return
@@ -293,7 +251,7 @@ class Run:
             self.state.before = result.as_dict()
             self.observer.evaluation(0, result)
             self.critic.start_at(result.accuracy)
-            self.checkpoint()
+            self.save()
         self.observer.stage("train", self.config.training.steps, self.state.step)
 
     def on_rollout(self, done: int) -> None:
@@ -353,7 +311,7 @@ class Run:
         self.directory.metrics(step, metrics)
         self.observer.step(step + 1, metrics)
         if last or self.interrupted or (step + 1) % self.config.run.checkpoint_every == 0:
-            self.checkpoint()
+            self.save()
 
     def finish(self) -> dict[str, Any]:
         """Write and return the summary."""
@@ -449,52 +407,8 @@ class Run:
         whole = [row for row in rows if None not in row]
         return explained_variance_ceiling(torch.tensor(whole)) if whole and k > 1 else None
 
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def checkpoint(self) -> None:
+    def save(self) -> None:
         """Write a complete checkpoint, atomically."""
         always = frozenset({0}) if self.config.needs_reference else frozenset()
         with self.directory.new_checkpoint(self.state.step, self.config.run.keep, always) as folder:
-            self.policy.save(folder / "policy")
-            self.critic.save(folder / "critic")
-            torch.save(
-                {
-                    "state": asdict(self.state),
-                    "learner": self.learner.state_dict(),
-                    "curriculum": self.curriculum.state_dict(),
-                    "rng": _rng_state(),
-                },
-                folder / "state.pt",
-            )
-
-    def _load_state(self, checkpoint: Path) -> None:
-        saved = torch.load(checkpoint / "state.pt", weights_only=True)
-        self.state = State(**saved["state"])
-        self.learner.load_state_dict(saved["learner"])
-        self.curriculum.load_state_dict(saved["curriculum"])
-        _set_rng_state(saved["rng"])
-
-
-def _rng_state() -> dict[str, Any]:
-    """The global generators: sppo draws nothing from them, but a user's reward may."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "python": (version, list(internal), gauss),
-        "numpy": (
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+            checkpoint.save(folder, self.state, self.learner, self.curriculum)

@@ -1,0 +1,81 @@
+"""What a checkpoint holds besides the two model folders, and how it comes back bit for bit.
+
+policy/  critic/     model folders that other tools load
+state.pt             counters, optimiser moments and float32 masters, the position in the data, global generators
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .curriculum import Curriculum
+from .learner import Learner
+
+
+@dataclass
+class State:
+    """What changes from step to step besides weights and optimisers."""
+
+    step: int = 0
+    seconds: float = 0.0
+    seconds_evaluating: float = 0.0
+    seconds_bootstrap: float = 0.0
+    generated_tokens: int = 0
+    masked: int = 0
+    before: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, state: State, learner: Learner, curriculum: Curriculum) -> None:
+    """Fill a (not yet named) checkpoint folder."""
+    learner.policy.save(folder / "policy")
+    learner.critic.save(folder / "critic")
+    torch.save(
+        {
+            "state": asdict(state),
+            "learner": learner.state_dict(),
+            "curriculum": curriculum.state_dict(),
+            "rng": _rng_state(),
+        },
+        folder / "state.pt",
+    )
+
+
+def load(folder: Path, learner: Learner, curriculum: Curriculum) -> State:
+    """Bring learner and curriculum (whose models come from the folder already) back; returns the counters."""
+    saved = torch.load(folder / "state.pt", weights_only=True)
+    learner.load_state_dict(saved["learner"])
+    curriculum.load_state_dict(saved["curriculum"])
+    _set_rng_state(saved["rng"])
+    return State(**saved["state"])
+
+
+def _rng_state() -> dict[str, Any]:
+    """The global generators: sppo draws nothing from them, but a user's reward may."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "python": (version, list(internal), gauss),
+        "numpy": (
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
