@@ -18,7 +18,7 @@ from .config import Config
 from .errors import DataError, ModelError, UserError
 from .report.progress import ProgressDisplay
 from .rewards.base import Reward, load_reward
-from .tasks.base import HELD_OUT, ListSource, in_split, load_tasks
+from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, load_pair, load_tasks, with_instruction
 from .tasks.records import tasks_from
 from .training.loop import train
 from .training.run import Parts, Run
@@ -103,22 +103,22 @@ class SPPOTrainer:
         self.args = args or SPPOConfig()
         changes = self.args.overrides()
         self.parts = Parts(reward=_reward(reward_funcs))
+        changes["reward.use"] = reward_funcs if isinstance(reward_funcs, str) else GIVEN
         if isinstance(model, str):
             changes["policy.model"] = model
         elif processing_class is None:
             raise ModelError("a loaded model needs its tokenizer: pass processing_class=tokenizer")
         else:
-            self.parts.policy = (model, processing_class)
+            changes["policy.model"], self.parts.policy = GIVEN, (model, processing_class)
         if isinstance(critic, str):
             changes["critic.model"] = critic
         elif critic is not None:
-            self.parts.critic = critic
-        if isinstance(train_dataset, str):
-            changes["task.train"] = train_dataset
-        if isinstance(eval_dataset, str):
-            changes["task.eval"] = eval_dataset
+            changes["critic.model"], self.parts.critic = GIVEN, critic
+        changes["task.train"] = train_dataset if isinstance(train_dataset, str) else GIVEN
+        if eval_dataset is not None:
+            changes["task.eval"] = eval_dataset if isinstance(eval_dataset, str) else GIVEN
         self.config = Config.load(None, changes)
-        self._take_datasets(train_dataset, eval_dataset)
+        self.parts.train, self.parts.evaluation = self._sources(train_dataset, eval_dataset)
         self.run: Run | None = None
         self.summary: dict[str, Any] | None = None
 
@@ -162,25 +162,27 @@ class SPPOTrainer:
             raise UserError("call train() first")
         return self.run
 
-    def _take_datasets(self, train_rows: Any, eval_rows: Any) -> None:
-        """Rows into sources; without held-out rows a tenth of the training rows, by hash, is held out."""
+    def _sources(self, train_rows: Any, eval_rows: Any) -> tuple[TaskSource, TaskSource]:
+        """Rows or specs into sources; without held-out rows a tenth of the training rows, by hash, is held out."""
         instruction = self.config.task.instruction
-        if not isinstance(eval_rows, str) and eval_rows is not None:
-            self.parts.evaluation = ListSource(tasks_from(enumerate(eval_rows, 1), "eval_dataset"))
-        if isinstance(train_rows, str):
-            if eval_rows is not None:
-                self.parts.train = load_tasks(train_rows, instruction=instruction)
-            return
+        if isinstance(train_rows, str) and (eval_rows is None or isinstance(eval_rows, str)):
+            return load_pair(train_rows, eval_rows, instruction)
+        held_out = _source(eval_rows, "eval_dataset", instruction) if eval_rows is not None else None
+        if held_out is not None:
+            return _source(train_rows, "train_dataset", instruction), held_out
         tasks = tasks_from(enumerate(train_rows, 1), "train_dataset")
-        if eval_rows is not None:
-            self.parts.train = ListSource(tasks)
-            return
-        kept = {split: [t for t in tasks if in_split(t.text, split)] for split in ("train", "held-out")}
-        if not kept["train"] or not kept["held-out"]:
+        train, rest = ([t for t in tasks if in_split(t.text, split)] for split in ("train", "held-out"))
+        if not train or not rest:
             raise DataError(
                 f"train_dataset has {len(tasks)} rows, too few to hold {HELD_OUT:.0%} out; pass eval_dataset"
             )
-        self.parts.train, self.parts.evaluation = ListSource(kept["train"]), ListSource(kept["held-out"])
+        return with_instruction(ListSource(train), instruction), with_instruction(ListSource(rest), instruction)
+
+
+def _source(rows: Any, name: str, instruction: str) -> TaskSource:
+    if isinstance(rows, str):
+        return load_tasks(rows, instruction=instruction)
+    return with_instruction(ListSource(tasks_from(enumerate(rows, 1), name)), instruction)
 
 
 def _reward(rewards: RewardLike | list[RewardLike]) -> Reward:

@@ -271,9 +271,10 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
 
 
 def test_the_policy_learns(tmp_path):
-    """A real if small effect: supervised start, then reinforcement from verdicts alone, on two-step problems (held-out one-step ones are facts never shown)."""
+    """A real if small effect: supervised start, then reinforcement from verdicts alone, on two-step problems."""
     _, summary = run_small(
-        tmp_path, policy__model="tiny", task__train="chain:steps=2", bootstrap__task="chain:steps=1-2", bootstrap__steps=600, bootstrap__until=0.4, bootstrap__lr=2e-3,
+        tmp_path, policy__model="tiny", task__train="chain:steps=2", bootstrap__task="chain:steps=1-2", bootstrap__steps=600,
+        bootstrap__until=0.4, bootstrap__lr=2e-3,
         bootstrap__batch=32, training__steps=25, rollout__prompts=128, rollout__max_tokens=24, training__lr=2e-4, evaluation__n=256,
     )  # fmt: skip
     assert summary["accuracy_before"] < 0.9

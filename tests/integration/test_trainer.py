@@ -53,6 +53,28 @@ def test_a_dataset_a_loaded_model_and_several_rewards(tmp_path):
     assert trainer.policy is model
 
 
+def test_a_run_given_in_python_resumes_in_python_only(tmp_path, capsys):
+    import torch
+
+    from sppo.cli.main import main
+
+    model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
+    given = {
+        "model": model.to(torch.bfloat16),
+        "processing_class": tokenizer,
+        "reward_funcs": length_reward,
+        "train_dataset": rows(),
+    }
+    SPPOTrainer(**given, args=settings(tmp_path)).train()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert "given in Python" in capsys.readouterr().err
+    args = settings(tmp_path, resume_from_checkpoint=True)
+    args.max_steps = 4
+    again = SPPOTrainer(**given, args=args)
+    assert again.train()["steps"] == 4
+    assert again.policy.dtype == torch.bfloat16
+
+
 def test_clear_errors(tmp_path):
     with pytest.raises(ModelError, match="processing_class"):
         SPPOTrainer(model=tiny.build(hidden=32, heads=2)[0], reward_funcs="answer", train_dataset=rows())

@@ -11,7 +11,7 @@ import pytest
 from sppo.config import Config, keys
 from sppo.errors import DataError, RecipeError
 from sppo.spec import parse_spec, split_specs
-from sppo.tasks.base import in_split, load_tasks
+from sppo.tasks.base import in_split, load_pair, load_tasks
 from sppo.tasks.records import read_rows, task_from
 
 
@@ -107,6 +107,14 @@ def test_splits_of_rows_are_disjoint_and_whole(tmp_path):
     assert 10 < len(texts["held-out"]) < 60
     with pytest.raises(RecipeError, match="split=test"):
         in_split("x", "test")
+
+
+def test_a_file_named_for_evaluation_is_taken_whole(tmp_path):
+    paths = [write(tmp_path / f"{n}.jsonl", [{"question": f"{n}{i}?", "answer": "1"} for i in range(50)]) for n in "ab"]
+    train, held_out = load_pair(paths[0], paths[1], "")
+    assert (len(train), len(held_out)) == (50, 50)
+    train, held_out = load_pair(paths[0], None, "")
+    assert len(train) + len(held_out) == 50
 
 
 def test_instruction_is_added_to_the_question(tmp_path):

@@ -98,8 +98,8 @@ def token_logps(
         logp_N and entropy_N, float32 (float64 for float64 input).
     """
     if hidden_ND.size(0) == 0:
-        zero = wide(hidden_ND).sum() * 0 + torch.zeros(0, dtype=wide(hidden_ND).dtype)
-        return zero, zero.detach()
+        empty = wide(hidden_ND).sum(1)
+        return empty, empty.detach()
     return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, temperature)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple
     if parameters < LARGE:
         return torch.float32, f"{parameters / 1e6:.2g}M parameters: nothing to gain from bfloat16"
     return torch.float32, "no native bfloat16 on this machine"
+
+
+def saved_dtype(folder: str) -> str:
+    """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would choose."""
+    return str(json.loads((Path(folder) / "config.json").read_text()).get("dtype", "float32"))
 
 
 def pick_device() -> torch.device:

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ..errors import RewardError
+from ..errors import RecipeError, RewardError
 from ..spec import call, is_import, parse_spec, resolve
+from ..tasks.base import GIVEN
 from ..types import Rollout, Task, Verdict
 
 
@@ -33,6 +34,10 @@ def load_reward(use: str | Callable[..., Any] | Reward) -> Reward:
     """The reward that `reward.use` names, or that a Python user passes (a callable or an object with `judge`)."""
     if not isinstance(use, str):
         return _adapt(use, getattr(use, "__name__", type(use).__name__))
+    if use == GIVEN:
+        raise RecipeError(
+            "this run's reward was given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
+        )
     if is_import(use, "sppo.rewards"):
         found = resolve(use, "sppo.rewards", "build")
         return _adapt(found() if inspect.isclass(found) else found, use)

@@ -16,6 +16,8 @@ from ..errors import RecipeError
 from ..spec import call, is_import, parse_spec, resolve
 from ..types import Prompt, Task
 
+GIVEN = "given in Python"
+"""What a recipe says in place of an object that a Python user passed: it cannot be loaded by name."""
 HELD_OUT = 0.1
 """The share of all problems that is held out."""
 SPLITS = ("train", "held-out", "all")
@@ -56,10 +58,14 @@ def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = 
         instruction: text added to every question.
         default_split: used when the spec names none.
     """
+    if spec == GIVEN:
+        raise RecipeError(
+            "this run's problems were given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
+        )
     if is_import(spec, "sppo.tasks") and not is_records(spec):
         found = resolve(spec, "sppo.tasks", "build")
         own: TaskSource = found() if callable(found) else found
-        return _Instructed(own, instruction) if instruction else own
+        return with_instruction(own, instruction)
     if spec.startswith(("hub:", "records:")):
         parsed = parse_spec(spec)
         name, words, options = "records", parsed.words, dict(parsed.options)
@@ -77,6 +83,23 @@ def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = 
         raise RecipeError(
             f"task {spec} holds no problems (split {options.get('split', 'all')}); give more rows or another split"
         )
+    return with_instruction(source, instruction)
+
+
+def load_pair(train: str, evaluation: str | None, instruction: str) -> tuple[TaskSource, TaskSource]:
+    """Training and held-out problems. One spec for both is split by hash; rows that have a file of their own are taken whole."""
+    both = evaluation is None
+    held_out = train if evaluation is None else evaluation
+    return (
+        load_tasks(train, instruction=instruction, default_split="train" if both or not is_records(train) else None),
+        load_tasks(
+            held_out, instruction=instruction, default_split="held-out" if both or not is_records(held_out) else None
+        ),
+    )
+
+
+def with_instruction(source: TaskSource, instruction: str) -> TaskSource:
+    """The source with an instruction after every question, or as it is for an empty one."""
     return _Instructed(source, instruction) if instruction else source
 
 

@@ -23,12 +23,12 @@ from ..errors import DataError, RecipeError, StaleWeights
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks
 from ..models.critic import Critic
 from ..models.policy import Policy, parameter_count, weights_sha256
-from ..models.pretrained import pick_device
+from ..models.pretrained import pick_device, saved_dtype
 from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import Reward, load_reward
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
-from ..tasks.base import TaskSource, load_tasks
+from ..tasks.base import TaskSource, load_pair, load_tasks
 from ..types import Task
 from . import checkpoint
 from .batch import Batch
@@ -69,11 +69,10 @@ class Run:
         self._warned: set[str] = set()
         device = pick_device()
         self.reward = parts.reward or load_reward(config.reward.use)
-        instruction = config.task.instruction
-        self.train_tasks = parts.train or load_tasks(config.task.train, instruction=instruction, default_split="train")
-        self.eval_tasks = parts.evaluation or load_tasks(
-            config.task.eval or config.task.train, instruction=instruction, default_split="held-out"
-        )
+        if parts.train is not None and parts.evaluation is not None:
+            self.train_tasks, self.eval_tasks = parts.train, parts.evaluation
+        else:
+            self.train_tasks, self.eval_tasks = load_pair(config.task.train, config.task.eval, config.task.instruction)
         self.policy = self._load_policy(parts, saved, device)
         self.critic = self._load_critic(parts, saved, device)
         if saved is None:
@@ -118,6 +117,7 @@ class Run:
         try:
             if steps is not None:
                 config = config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+                directory.write_recipe(config)
             config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(path)})})
             found = directory.checkpoints()
             saved = found[-1] if found else None
@@ -143,9 +143,12 @@ class Run:
             self.observer.note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
             return policy
         name = str(saved / "policy") if saved else config.policy.model
-        dtype = config.policy.dtype
         policy, stated = Policy.load(
-            name, dtype=dtype, device=device, seed=config.seed, chat_template=config.policy.chat_template
+            name,
+            dtype=saved_dtype(name) if saved else config.policy.dtype,
+            device=device,
+            seed=config.seed,
+            chat_template=config.policy.chat_template,
         )
         self.observer.note(stated)
         return policy
@@ -154,7 +157,8 @@ class Run:
         if parts.critic is not None and saved is None:
             return Critic(*parts.critic, name="the given critic").to(device)
         name = str(saved / "critic") if saved else self.config.critic.model
-        critic, stated = Critic.load(name, dtype=self.config.critic.dtype, device=device, seed=self.config.seed + 1)
+        dtype = saved_dtype(name) if saved else self.config.critic.dtype
+        critic, stated = Critic.load(name, dtype=dtype, device=device, seed=self.config.seed + 1)
         self.observer.note(stated)
         return critic
 
@@ -302,7 +306,7 @@ class Run:
         every = self.config.evaluation.every
         if last or (every and (step + 1) % every == 0):
             result = self.evaluate()
-            self.state.last = result.as_dict()
+            self.state.last = {"step": step + 1, **result.as_dict()}
             self.observer.evaluation(step + 1, result)
             metrics |= {
                 "eval/accuracy": self.state.last["accuracy"], "eval/low": result.low, "eval/high": result.high,
@@ -315,7 +319,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Write and return the summary."""
-        after = self.state.last or self.state.before
+        after = self.state.last  # of the last evaluation; empty when a run was interrupted before one
         done = self.state.step >= self.config.training.steps
         summary = {
             "accuracy_before": self.state.before.get("accuracy"),
@@ -324,6 +328,7 @@ class Run:
             "accuracy_after": after.get("accuracy"),
             "accuracy_after_low": after.get("low"),
             "accuracy_after_high": after.get("high"),
+            "evaluated_after_step": after.get("step"),
             "steps": self.state.step,
             "seconds": self.state.seconds,
             "seconds_bootstrap": self.state.seconds_bootstrap,
