@@ -10,7 +10,7 @@ import hashlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -177,7 +177,9 @@ class TrainingSection(Section):
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW's"
+    )
     micro_tokens: int = Field(
         16384, ge=1, description="tokens a micro-batch, padding included; memory only, not the result"
     )
@@ -270,6 +272,11 @@ class Config(Section):
                 raise RecipeError(f"{path} is not valid TOML: {error}") from None
         for dotted, value in (overrides or {}).items():
             _set(tree, dotted, value)
+        return cls.validated(tree, where)
+
+    @classmethod
+    def validated(cls, tree: Mapping[str, Any], where: str) -> Config:
+        """A config from a tree of sections; `where` names its source in the RecipeError."""
         try:
             return cls.model_validate(tree)
         except ValidationError as error:

@@ -9,7 +9,7 @@ The same loop, files and guarantees as `sppo train`; what is given here as objec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,10 @@ class SPPOTrainer:
         path = Path(self.config.run.out)
         try:
             if self.args.resume_from_checkpoint and (path / "recipe.toml").exists():
-                self.run = Run.resume(path, display, self.parts, steps=self.config.training.steps)
+                self.run = Run.resume(path, display, self.parts, steps=self.args.max_steps)
+                display.note(
+                    "warning: resuming with the run's own recipe; of the settings given here only max_steps counts"
+                )
             else:
                 self.run = Run.new(self.config, display, self.parts)
             self.summary = train(self.run)
@@ -170,7 +173,7 @@ class SPPOTrainer:
         held_out = _source(eval_rows, "eval_dataset", instruction) if eval_rows is not None else None
         if held_out is not None:
             return _source(train_rows, "train_dataset", instruction), held_out
-        tasks = tasks_from(enumerate(train_rows, 1), "train_dataset")
+        tasks = tasks_from(_numbered(train_rows, "train_dataset"), "train_dataset")
         train, rest = ([t for t in tasks if in_split(t.text, split)] for split in ("train", "held-out"))
         if not train or not rest:
             raise DataError(
@@ -179,10 +182,18 @@ class SPPOTrainer:
         return with_instruction(ListSource(train), instruction), with_instruction(ListSource(rest), instruction)
 
 
+def _numbered(rows: Any, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            hint = f" (a DatasetDict? pass one of its splits, {list(rows)})" if isinstance(rows, Mapping) else ""
+            raise DataError(f"{name}:{number}: a row must be a mapping of columns, not {type(row).__name__}{hint}")
+        yield number, row
+
+
 def _source(rows: Any, name: str, instruction: str) -> TaskSource:
     if isinstance(rows, str):
         return load_tasks(rows, instruction=instruction)
-    return with_instruction(ListSource(tasks_from(enumerate(rows, 1), name)), instruction)
+    return with_instruction(ListSource(tasks_from(_numbered(rows, name), name)), instruction)
 
 
 def _reward(rewards: RewardLike | list[RewardLike]) -> Reward:

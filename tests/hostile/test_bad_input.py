@@ -116,6 +116,44 @@ def test_model_folders(tmp_path, train):
     assert "tiny has no option 'width'" in train("--policy.model", "tiny:width=3")
 
 
+def test_weights_that_are_not_weights(tmp_path, train):
+    model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "policy.model" in train("--policy.model", str(tmp_path / "model"))
+
+
+def test_an_encoder_decoder_is_no_critic_and_no_policy(tmp_path, train):
+    from transformers import T5Config, T5Model
+
+    tokenizer = tiny.character_tokenizer()
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2)
+    T5Model(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    assert "encoder-decoder" in train("--critic.model", str(tmp_path / "t5"))
+    assert "encoder-decoder" in train("--policy.model", str(tmp_path / "t5"))
+
+
+def test_a_chat_template_that_refuses(tmp_path, train):
+    model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert "System role not supported" in train("--policy.model", str(tmp_path / "model"))
+
+
+def test_doctor_of_a_model_that_is_not_there(tmp_path, capsys):
+    assert "there is no folder" in fails(capsys, "doctor", "--policy.model", str(tmp_path / "none"))
+
+
+def test_eval_where_nothing_can_be_graded(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1?"}\n')
+    assert main(["eval", SMALL, "--tasks", str(path), "--max-tokens", "4"]) == 0
+    assert "none of 1 responses could be graded" in capsys.readouterr().out
+
+
 def test_a_tokenizer_without_pad_is_handled(tmp_path):
     model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
     tokenizer.pad_token = None
@@ -188,6 +226,9 @@ def test_a_run_directory_in_use(tmp_path, train):
 
 def test_resume_of_nothing_and_with_changes(tmp_path, capsys):
     assert "holds no run" in fails(capsys, "train", "--resume", tmp_path)
+    assert main(["train", *QUICK, "--data", "chain:steps=1", "--out", str(tmp_path / "run")]) == 0
+    assert "training.steps" in fails(capsys, "train", "--resume", tmp_path / "run", "--steps", "0")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "2", "--quiet"]) == 0
     assert "leave --training.lr out" in fails(capsys, "train", "--resume", tmp_path, "--training.lr", "1")
 
 

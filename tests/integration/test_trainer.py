@@ -53,6 +53,18 @@ def test_a_dataset_a_loaded_model_and_several_rewards(tmp_path):
     assert trainer.policy is model
 
 
+def test_a_loaded_tokenizer_without_pad_and_a_causal_critic(tmp_path):
+    model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
+    tokenizer.pad_token = None
+    trainer = SPPOTrainer(
+        model=model, processing_class=tokenizer, reward_funcs=length_reward, train_dataset=rows(), args=settings(tmp_path),
+        critic=tiny.build(hidden=32, layers=1, heads=2),
+    )  # fmt: skip
+    assert trainer.train()["steps"] == 2
+    with pytest.raises(DataError, match="DatasetDict"):
+        SPPOTrainer(model=SMALL, reward_funcs="answer", train_dataset={"train": rows()})
+
+
 def test_a_run_given_in_python_resumes_in_python_only(tmp_path, capsys):
     import torch
 

@@ -34,6 +34,9 @@ def outcome(reward, text, **columns):
         ("it is 7, or rather 8", "8"),
         ("", None),
         ("no idea", None),
+        ("Let a = 3.\nSo the area is 9", "9"),
+        ("A: 3, B: 4\nAnswer: 5", "5"),
+        ("Answer: 3\nwait\nAnswer: 4", "4"),
     ],
 )
 def test_extract(text, answer):
@@ -72,6 +75,9 @@ def test_number(text, value):
         ("hm", "4", "unparseable"),
         ("Answer: 4", "", "invalid_task"),
         ("Answer: 4", r"\frac{1", "invalid_task"),
+        ("#### 72", "Natalia sold 48/2 = 24 clips.\n#### 72", "correct"),
+        ("Answer: 7", "Natalia sold 48/2 = 24 clips.\n#### 72", "wrong"),
+        (r"\boxed{1,2}", "12", "wrong"),
     ],
 )
 def test_answer_reward(text, gold, expected):
@@ -210,6 +216,51 @@ def test_callable_gets_chat_messages_for_chat_prompts():
 def test_what_a_callable_may_not_return(returned, message):
     with pytest.raises(RewardError, match=message):
         load_reward(lambda prompts, completions: returned).judge([rollout("x")])
+
+
+def test_a_callable_may_ask_for_solution_and_question():
+    from sppo.tasks.records import task_from
+
+    def accuracy(completions, solution, prompts, **kwargs):
+        return [float(c == s) for c, s in zip(completions, solution, strict=True)]
+
+    task = task_from({"prompt": "2+2=", "solution": "4"}, "rows:1")
+    assert load_reward(accuracy).judge([Rollout(task, [1], [2], [0.0], "stop", "4")])[0].score == 1.0
+
+
+def test_numpy_scores_become_plain_numbers():
+    import numpy as np
+
+    class Judge:
+        def judge(self, rollouts):
+            return [Verdict(np.float32(1.0), "correct")]
+
+    assert type(load_reward(Judge()).judge([rollout("x")])[0].score) is float
+
+
+def test_workers_end_with_their_trainer():
+    import subprocess
+    import sys
+
+    script = (
+        "import os, threading, time\nfrom sppo.rewards.workers import WorkerPool\n"
+        f"pool = WorkerPool('{__name__}:hang', workers=1, limit=600)\npool.run([0])\n"
+        "print(next(iter(pool._all)).process.pid, flush=True)\n"
+        "threading.Thread(target=pool.run, args=([600],), daemon=True).start()\ntime.sleep(1)\nos.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().split()[2] == "Z":
+                    break
+        except FileNotFoundError:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail(f"worker {pid} outlived its trainer")
 
 
 def test_a_callable_that_raises_is_named():

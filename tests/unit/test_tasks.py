@@ -75,7 +75,7 @@ def test_the_layouts_that_people_have(tmp_path):
     source = load_tasks(write(tmp_path / "rows.jsonl", rows))
     tasks = [source[i] for i in range(len(source))]
     assert tasks[0].prompt == [{"role": "user", "content": "2+2?"}]
-    assert tasks[0].columns == {"answer": 4, "level": "easy"}
+    assert tasks[0].columns == {"question": "2+2?", "answer": 4, "level": "easy"}
     assert tasks[1].prompt == "2+2="
     assert tasks[2].columns["tests"] == ["assert True"]
     assert tasks[3].columns["answer"] == "4"
@@ -115,6 +115,15 @@ def test_a_file_named_for_evaluation_is_taken_whole(tmp_path):
     assert (len(train), len(held_out)) == (50, 50)
     train, held_out = load_pair(paths[0], None, "")
     assert len(train) + len(held_out) == 50
+    train, held_out = load_pair(f"records:path={paths[0]},split=train", None, "")
+    assert not {t.text for t in train.tasks} & {t.text for t in held_out.tasks}
+    for train_spec, eval_spec in (
+        (f"records:path={paths[0]},split=all", None),
+        ("mine:make", None),
+        (paths[0], paths[0]),
+    ):
+        with pytest.raises(RecipeError, match=r"task\.(eval|train)"):
+            load_pair(train_spec, eval_spec, "")
 
 
 def test_instruction_is_added_to_the_question(tmp_path):

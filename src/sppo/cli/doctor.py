@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from pathlib import Path
 from typing import Any
 
 from ._shared import add_recipe_options, emit, overrides
@@ -35,14 +34,20 @@ def run(args: argparse.Namespace) -> int:
         result["recipe"] = plan
         lines += ["", *(f"{name:<14}{value}" for name, value in plan.items() if name != "memory_bytes")]
         lines += [f"  {name:<24}{size / 2**30:7.2f} GiB" for name, size in plan["memory_bytes"].items()]
-        import psutil
-
-        needed, free = plan["memory_bytes"]["total"], psutil.virtual_memory().available
+        needed, free = plan["memory_bytes"]["total"], _free_memory()
         verdict = "fits" if needed < free else "does NOT fit"
         plan["fits"] = needed < free
         lines.append(f"  about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: {verdict}")
     emit(result, args.json, "\n".join(lines))
     return 0
+
+
+def _free_memory() -> int:
+    """Bytes free where the models will be: on the GPU if there is one."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else int(psutil.virtual_memory().available)
 
 
 def _machine() -> dict[str, str]:
@@ -73,26 +78,19 @@ def _machine() -> dict[str, str]:
 
 def _plan(config: Any) -> dict[str, Any]:
     """Names resolved, and memory by arithmetic: weights, optimiser, the cache of keys and values, one micro-batch."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..models.pretrained import choose_dtype, load, pick_device
+    from ..models.policy import parameter_count
+    from ..models.pretrained import choose_dtype, outline, pick_device
     from ..rewards.base import load_reward
     from ..tasks.base import load_tasks
 
     tasks = load_tasks(config.task.train, instruction=config.task.instruction, default_split="train")
     load_reward(config.reward.use).close()
     name, device = config.policy.model, pick_device()
-    if name.startswith("tiny"):
-        model = load(name, role="policy.model", head=True)[0]
-    else:
-        if Path(name).expanduser().is_dir():
-            from ..models.pretrained import _check_folder
-
-            _check_folder(Path(name).expanduser(), "policy.model")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-    parameters = sum(p.numel() for p in model.parameters())
+    model, critic = (
+        outline(name, role="policy.model", head=True),
+        outline(config.critic.model, role="critic.model", head=False),
+    )
+    parameters, critic_size = parameter_count(model), parameter_count(critic)
     dtype, why = choose_dtype(config.policy.dtype, parameters, device)
     c, size = model.config, dtype.itemsize
     width = config.task.max_prompt_tokens + config.rollout.max_tokens
@@ -107,8 +105,11 @@ def _plan(config: Any) -> dict[str, Any]:
         "cache, longest prompts": 2 * c.num_hidden_layers * sequences * heads * head_size * width * size,
         "one micro-batch, about": config.training.micro_tokens * c.num_hidden_layers * c.hidden_size * 24 * size,
     }
+    critic_bytes = choose_dtype(config.critic.dtype, critic_size, device)[0].itemsize
+    memory["critic and its optimiser"] = critic_size * (2 * critic_bytes + 8 + (8 if critic_bytes < 4 else 0))
     memory["total"] = sum(memory.values())
     return {
+        "critic": f"{config.critic.model}: {critic_size / 1e6:.3g}M parameters",
         "policy": f"{name}: {parameters / 1e6:.3g}M parameters in {str(dtype).removeprefix('torch.')} ({why})",
         "problems": f"{config.task.train}: {len(tasks):,}, e.g. {tasks[0].text[:60]!r}",
         "reward": config.reward.use,

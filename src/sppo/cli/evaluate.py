@@ -25,7 +25,7 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's, else 1")
     parser.add_argument("--max-tokens", type=int, help="response limit; default: the run's, else 256")
-    parser.add_argument("--instruction", default="", help="text added after every question")
+    parser.add_argument("--instruction", help="text added after every question; default: the run's")
     parser.add_argument("--batch", type=int, help="sequences decoded together")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ..rewards.base import load_reward
     from ..rollout.local import LocalEngine
     from ..spec import split_specs
-    from ..tasks.base import is_records, load_tasks
+    from ..tasks.base import is_records, load_tasks, with_instruction
 
     if args.n < 1 or args.samples < 1:
         raise UserError("--n and --samples must be at least 1")
@@ -47,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--tasks names no task")
     # Every name is checked before a model is loaded: a typo in the third task must not cost the first two.
     sources = {
-        s: load_tasks(s, instruction=args.instruction, default_split=None if is_records(s) else "held-out")
+        s: load_tasks(s, instruction=args.instruction or "", default_split=None if is_records(s) else "held-out")
         for s in specs
     }
     loaded = Loaded(args.model)
-    rewards = {s: load_reward(args.reward or _default_reward(s, loaded)) for s in specs}
+    if loaded.recipe is not None and args.instruction is None:
+        sources = {s: with_instruction(source, loaded.recipe.task.instruction) for s, source in sources.items()}
+    rewards = {s: load_reward(args.reward or _default_reward(s, sources[s][0], loaded)) for s in specs}
     sampling = loaded.sampling(max_tokens=args.max_tokens, temperature=args.temperature, batch=args.batch)
     engine = LocalEngine(loaded.policy)
     results = []
@@ -81,9 +83,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default_reward(spec: str, loaded: Loaded) -> str:
-    if loaded.recipe is not None:
-        return loaded.recipe.reward.use
+def _default_reward(spec: str, example: Any, loaded: Loaded) -> str:
+    """The run's own reward where it can grade such a task, else the one that fits the task."""
+    from ..rewards.base import load_reward
+    from ..tasks.base import GIVEN
+
+    own = loaded.recipe.reward.use if loaded.recipe is not None else None
+    if own == GIVEN:
+        raise UserError("this run's reward was given in Python; name one with --reward")
+    if own is not None:
+        reward = load_reward(own)
+        gradable = reward.check(example) is None
+        reward.close()
+        if gradable:
+            return own
     return "gym" if spec.startswith("gym:") else "answer"
 
 
@@ -93,6 +106,8 @@ def _lines(r: dict[str, Any], temperature: float) -> str:
     notes = [f"{r['masked']} could not be graded"] if r["masked"] else []
     notes += [f"{r['passed_over']} prompts too long"] if r["passed_over"] else []
     notes += [f"{r['truncated']:.0%} cut at the limit"] if r["truncated"] else []
+    if r["accuracy"] is None:
+        return f"{r['task']}\n  none of {r['masked']} responses could be graded: {r['outcomes']}"
     return (
         f"{r['task']}\n  accuracy {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]  {passes}\n"
         f"  {r['n']} problems × {r['samples']}, {how}, {r['mean_tokens']:.0f} tokens each"

@@ -53,6 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         return _report("error", str(error), 2, as_json)
     except RunFailure as error:
         return _report("failed", str(error), 1, as_json)
+    except (MemoryError, RuntimeError) as error:
+        if (
+            not isinstance(error, MemoryError)
+            and "out of memory" not in str(error)
+            and "can't allocate memory" not in str(error)
+        ):
+            raise
+        advice = "lower training.micro_tokens or rollout.batch (sppo doctor RECIPE plans the memory), then resume"
+        return _report("failed", f"out of memory; {advice}", 1, as_json)
     except KeyboardInterrupt:
         return _report("stopped", "interrupted before anything was running", 130, as_json)
     except BrokenPipeError:

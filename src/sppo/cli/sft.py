@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.rundir import no_space
     from ..training.sft import supervised
 
-    changes = overrides(args) | {"run.out": args.out or "models/sft"}
+    changes = {"run.out": "models/sft"} | overrides(args)
     for flag in ("steps", "lr"):
         changes.pop(f"training.{flag}", None)
         if getattr(args, flag) is not None:

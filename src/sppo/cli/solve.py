@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     answers = Counter(extract_answer(text) for text in responses)
     chance = None
     if loaded.critic is not None:
+        limit = loaded.critic.context
+        if limit is not None and len(loaded.critic.prompt_ids(task)) > limit:
+            raise UserError(f"the question is longer than the critic can read ({limit} tokens)")
         chance = float(loaded.critic.logits([task]).sigmoid()[0])
     answer, count = answers.most_common(1)[0]
     result = {

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..objective.ratio import wide
 from ..types import Task
 from .policy import _count, parameter_count
-from .pretrained import choose_dtype, load
+from .pretrained import choose_dtype, ensure_pad, load, render_chat
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -29,46 +30,62 @@ class Critic(nn.Module):
 
     def __init__(self, backbone: Any, tokenizer: Any, *, name: str = "critic") -> None:
         super().__init__()
+        if backbone.config.is_encoder_decoder:
+            raise ModelError(
+                f"critic.model: {name} is an encoder-decoder; take an encoder (BERT-like) or a decoder (Llama-like)"
+            )
+        if backbone.get_output_embeddings() is not None:  # a causal LM was given: its head is of no use here
+            backbone = backbone.base_model
+        ensure_pad(tokenizer, f"critic.model: {name}")
         self.backbone = backbone.eval()
         self.tokenizer = tokenizer
         self.name = name
         self.head = nn.Linear(backbone.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.trained = False
 
     @classmethod
     def load(cls, name: str, *, dtype: str, device: torch.device, seed: int) -> tuple[Critic, str]:
         """Load `critic.model` (with its trained head, if the folder has one); also returns the sentence to state."""
         backbone, tokenizer = load(name, role="critic.model", head=False, seed=seed)
-        backbone = (
-            getattr(backbone, "get_encoder", lambda: backbone)() if backbone.config.is_encoder_decoder else backbone
-        )
         parameters = parameter_count(backbone)
         chosen, why = choose_dtype(dtype, parameters, device)
         critic = cls(backbone.to(dtype=chosen), tokenizer, name=name)
         trained = Path(name).expanduser() / HEAD_FILE
         if trained.exists():
             critic.head.load_state_dict(load_file(trained))
+            critic.trained = True
         return critic.to(device), (
             f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads the prompt only"
         )
 
     @torch.no_grad()
     def start_at(self, base_rate: float) -> None:
-        """Zero read-out, and a bias such that V(x) is the base success rate for every prompt."""
+        """Zero read-out, and a bias such that V(x) is the base success rate for every prompt. A trained critic is left alone."""
+        if self.trained:
+            return
         rate = min(max(base_rate, 0.01), 0.99)
         self.head.weight.zero_()
         self.head.bias.fill_(math.log(rate / (1 - rate)))
 
     @property
+    def _no_cache(self) -> dict[str, bool]:
+        """Decoders would keep keys and values that nobody reads."""
+        return {"use_cache": False} if getattr(self.backbone.config, "use_cache", None) is not None else {}
+
+    @property
     def context(self) -> int | None:
         """The longest prompt the backbone can read, or None when its config does not say."""
-        return getattr(self.backbone.config, "max_position_embeddings", None)
+        limits = [getattr(self.backbone.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        # RoBERTa declares two positions more than it can use; its tokenizer knows. Tokenizers without a limit say 1e30.
+        known = [n for n in limits if n is not None and 0 < n < 1e9]
+        return int(min(known)) if known else None
 
     def prompt_ids(self, task: Task) -> list[int]:
         """The prompt through the critic's own tokenizer (and chat template, if it has one)."""
         if getattr(self.tokenizer, "chat_template", None) and not isinstance(task.prompt, str):
-            text = self.tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
+            text = render_chat(self.tokenizer, task)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.tokenizer(task.text)["input_ids"]
 
@@ -81,18 +98,19 @@ class Critic(nn.Module):
             row[: len(prompt)] = torch.tensor(prompt)
         ids_BP = ids_BP.to(device)
         mask_BP = (torch.arange(ids_BP.size(1), device=device)[None] < length_B[:, None]).long()
-        hidden_BPD = self.backbone(input_ids=ids_BP, attention_mask=mask_BP).last_hidden_state
+        hidden_BPD = self.backbone(input_ids=ids_BP, attention_mask=mask_BP, **self._no_cache).last_hidden_state
         last_BD = hidden_BPD[torch.arange(len(prompts), device=device), length_B - 1]
         return self.head(wide(last_BD))[:, 0]
 
     @torch.no_grad()
-    def logits(self, tasks: Sequence[Task], batch: int = 256) -> Tensor:
-        """c(x) for tasks, [B] on the CPU, in batches of similar length."""
+    def logits(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:
+        """c(x) for tasks, [B] on the CPU, in batches of similar length and at most so many tokens."""
         prompts = [self.prompt_ids(t) for t in tasks]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         out_B = torch.zeros(len(prompts))
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
+        while order:
+            part = order[: max(1, token_budget // len(prompts[order[0]]))]
+            order = order[len(part) :]
             out_B[part] = self([prompts[i] for i in part]).cpu()
         return out_B
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..types import Task
 from .logprobs import token_logps, token_logps_from_logits
-from .pretrained import choose_dtype, load
+from .pretrained import choose_dtype, ensure_pad, load, render_chat
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Policy:
         self.name = name
         self.chat = chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
         self.eos_ids = _eos_ids(model, tokenizer, name)
-        self.pad_id: int = tokenizer.pad_token_id
+        self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
         self.direct_head = self._head_is_a_projection()
 
     @classmethod
@@ -87,7 +87,7 @@ class Policy:
     def prompt_ids(self, task: Task) -> list[int]:
         """The ids the model reads for a task: chat messages through the template, text as it is; one BOS at most."""
         if self.chat and not isinstance(task.prompt, str):
-            text = self.tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
+            text = render_chat(self.tokenizer, task)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not isinstance(task.prompt, str) and any(m["role"] == "assistant" for m in task.prompt):
             raise ModelError(

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
 from ..spec import call, parse_spec
+from ..types import Task
 from . import tiny
 
 transformers.utils.logging.disable_progress_bar()
@@ -42,6 +45,18 @@ def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple
     return torch.float32, "no native bfloat16 on this machine"
 
 
+def outline(name: str, *, role: str, head: bool) -> Any:
+    """The model without its weights (on the meta device), to count with; the same errors as `load`."""
+    if name == "tiny" or name.startswith("tiny:"):
+        return load(name, role=role, head=head)[0]
+    name = _existing(name, role)
+    try:
+        with torch.device("meta"):
+            return (AutoModelForCausalLM if head else AutoModel).from_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
+
+
 def saved_dtype(folder: str) -> str:
     """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would choose."""
     return str(json.loads((Path(folder) / "config.json").read_text()).get("dtype", "float32"))
@@ -65,12 +80,7 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
     """
     if name == "tiny" or name.startswith("tiny:"):
         return call(tiny.build, "tiny", seed=seed, head=head, **parse_spec(name).options)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _check_folder(folder, role)
-        name = str(folder)
-    elif name.startswith((".", "/", "~")) or folder.suffix or name.count("/") > 1:
-        raise ModelError(f"{role}: there is no folder {name}")
+    name = _existing(name, role)
     try:
         config = AutoConfig.from_pretrained(name)
         if head and config.is_encoder_decoder:
@@ -81,11 +91,13 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = factory.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if head and missing:
-        raise ModelError(f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a causal LM?")
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
+    if missing:
+        raise ModelError(
+            f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a whole {'causal LM' if head else 'model'}?"
+        )
     return model, load_tokenizer(name, role)
 
 
@@ -95,12 +107,39 @@ def load_tokenizer(name: str, role: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{role}: {name} has no tokenizer that can be loaded: {_first_line(error)}") from error
+    ensure_pad(tokenizer, f"{role}: {name}")
+    return tokenizer
+
+
+def ensure_pad(tokenizer: Any, where: str) -> int:
+    """The pad id: the tokenizer's own, or its EOS or UNK (padding is masked everywhere, so which one does not matter)."""
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
-            raise ModelError(f"{role}: the tokenizer of {name} has neither a pad nor an EOS token; add one to it")
+            raise ModelError(f"{where} has a tokenizer with neither a pad nor an EOS token; add one to it")
         tokenizer.pad_token = substitute
-    return tokenizer
+    return int(tokenizer.pad_token_id)
+
+
+def render_chat(tokenizer: Any, task: Task) -> str:
+    """Chat messages through the template, open for the assistant's turn; what the template refuses becomes a sentence."""
+    try:
+        return tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"task {task.id}: the model's chat template refuses this conversation: {_first_line(error)}"
+        ) from error
+
+
+def _existing(name: str, role: str) -> str:
+    """The name, if it is a usable folder or may be a hub name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, role)
+        name = str(folder)
+    elif name.startswith((".", "/", "~")) or folder.suffix or name.count("/") > 1:
+        raise ModelError(f"{role}: there is no folder {name}")
+    return name
 
 
 def _check_folder(folder: Path, role: str) -> None:

@@ -17,7 +17,7 @@ ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one id a printable ASCII character; anything else is `<unk>`, which is counted by `sppo doctor`."""
+    """A tokenizer of one id a printable ASCII character; anything else is `<unk>`."""
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {c: i + 3 for i, c in enumerate(ALPHABET)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

@@ -15,8 +15,8 @@ from typing import Any
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
 
-_MARK = re.compile(r"(?:^|\b)(?:final answer|answer|A)\s*(?:is|:|=)\s*:?\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
-_CHAIN_MARK = re.compile(r"(?:^|[\s;.,])A:\s*([^\s;]+)")
+_MARK = re.compile(r"(?i:\b(?:final answer|answer))\s*(?:is|:|=)\s*:?|(?<![A-Za-z])A:")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 _HASH = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?")
 EXTRACT = ("auto", "boxed", "marked", "hash", "number", "whole")
@@ -39,7 +39,12 @@ def gold_of(task: Task) -> str | None:
         answer = task.columns["reward_model"].get("ground_truth")
     if isinstance(answer, (list, tuple)) and len(answer) == 1:
         answer = answer[0]
-    return None if answer is None or isinstance(answer, (list, tuple, dict)) else str(answer)
+    if answer is None or isinstance(answer, (list, tuple, dict)):
+        return None
+    gold = str(answer)
+    if marks := _HASH.findall(gold):  # GSM8K: a worked solution that ends with "#### 72"
+        return marks[-1]
+    return boxed(gold) or gold
 
 
 def boxed(text: str) -> str | None:
@@ -60,7 +65,9 @@ def boxed(text: str) -> str | None:
 
 def number(text: str) -> Fraction | None:
     """The number that a text *is* (commas, fractions, exponents, a currency or percent sign, a closing period), or None."""
-    cleaned = text.strip().strip("$ ").rstrip(".").removesuffix("%").replace(",", "").replace("−", "-").strip()
+    cleaned = text.strip().strip("$ ").rstrip(".").removesuffix("%").replace("−", "-").strip()
+    if _THOUSANDS.fullmatch(cleaned):  # other commas separate: `1,2` is a pair, not twelve
+        cleaned = cleaned.replace(",", "")
     if len(cleaned) > 400 or re.search(r"[eE][-+]?\d{4,}", cleaned):
         return None  # exact rationals of absurd exponents are a memory bomb
     try:
@@ -75,6 +82,12 @@ def last_number(text: str) -> str | None:
     return found[-1] if found else None
 
 
+def after_last_mark(text: str) -> str | None:
+    """Everything after the last `Answer:` (`A:`, `answer is`), or None when there is no such mark."""
+    marks = list(_MARK.finditer(text))
+    return text[marks[-1].end() :].strip() if marks else None
+
+
 def extract_answer(text: str, how: str = "auto") -> str | None:
     """The final answer that a response gives, or None when it gives none."""
     if how == "whole":
@@ -86,10 +99,9 @@ def extract_answer(text: str, how: str = "auto") -> str | None:
     if how in ("hash", "auto") and (marks := _HASH.findall(text)):
         return marks[-1]
     if how in ("marked", "auto"):
-        if marks := _CHAIN_MARK.findall(text):
-            return marks[-1]
-        if marks := _MARK.findall(text):
-            return marks[-1].strip("*` ")
+        after = after_last_mark(text)
+        if after:
+            return after.splitlines()[0].strip("*` ") or None
     return last_number(text) if how == "auto" else None
 
 
@@ -107,6 +119,10 @@ def reference_problem(task: Task) -> str | None:
     if not gold.strip():
         return "the reference answer is empty"
     return f"the reference answer looks cut off: {gold!r}" if looks_cut_off(gold) else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).strip(" .").casefold()
 
 
 class AnswerReward:
@@ -134,7 +150,7 @@ class AnswerReward:
         a, b = number(given), number(gold)
         if self.mode != "exact" and a is not None and b is not None:
             return abs(a - b) <= Fraction(self.tolerance) * max(abs(b), Fraction(1))
-        return self.mode != "numeric" and " ".join(given.split()).casefold() == " ".join(gold.split()).casefold()
+        return self.mode != "numeric" and _plain(given) == _plain(gold)
 
     def check(self, task: Task) -> str | None:
         """Why the reference cannot be graded by comparing answers, or None."""

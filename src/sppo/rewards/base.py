@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ..errors import RecipeError, RewardError
 from ..spec import call, is_import, parse_spec, resolve
 from ..tasks.base import GIVEN
-from ..types import Rollout, Task, Verdict
+from ..types import OUTCOMES, Rollout, Task, Verdict
 
 
 class Reward(Protocol):
@@ -136,7 +137,13 @@ class _UserJudge:
                 raise RewardError(
                     f"reward {self.name} scored task {rollout.task.id} {verdict.score}; scores must lie in [0, 1]"
                 )
-        return verdicts
+            if verdict.outcome not in OUTCOMES:
+                raise RewardError(
+                    f"reward {self.name} gave task {rollout.task.id} the outcome {verdict.outcome!r}; known: {', '.join(OUTCOMES)}"
+                )
+        return [
+            replace(v, score=float(v.score), correctness=float(v.correct)) for v in verdicts
+        ]  # plain numbers, not NumPy's
 
     def check(self, task: Task) -> str | None:
         check = getattr(self.inner, "check", None)

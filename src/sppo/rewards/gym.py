@@ -1,6 +1,6 @@
 """reasoning-gym's own scorer, in killable worker processes: for `gym:` tasks.
 
-The answer is what follows the last `Answer:` (or `\\boxed{}`, `####`), else the whole response. A score below 1 keeps its
+The answer is everything after the last `Answer:` (some families' answers take several lines), else the whole response. A score below 1 keeps its
 value: some families give partial credit.
 """
 
@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..types import Rollout, Task, Verdict
-from .answer import extract_answer
+from .answer import after_last_mark
 from .workers import WorkerPool
 
 
@@ -26,6 +26,11 @@ def _dataset(family: str, seed: int, size: int, options: str) -> Any:
     from ..tasks.gym import make_dataset
 
     return make_dataset(family, seed, size, json.loads(options))
+
+
+def warm_up() -> None:
+    """Import what judging needs before the first verdict's clock runs."""
+    import reasoning_gym  # noqa: F401
 
 
 def judge_one(job: dict[str, Any]) -> float:
@@ -44,7 +49,7 @@ class GymReward:
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct at a score of 1, wrong below it; invalid_task for rows that are not a gym task."""
-        answers = [extract_answer(r.text, "auto") or r.text.strip() for r in rollouts]
+        answers = [after_last_mark(r.text) or r.text.strip() for r in rollouts]
         todo = [i for i, r in enumerate(rollouts) if self.check(r.task) is None]
         results = self.pool.run([{"gym": rollouts[i].task.columns["gym"], "answer": answers[i]} for i in todo])
         verdicts = [Verdict(0.0, "invalid_task", {"reason": self.check(r.task)}) for r in rollouts]

@@ -23,6 +23,11 @@ def build(limit: float = 5.0, workers: int = 2) -> MathReward:
     return MathReward(limit, workers)
 
 
+def warm_up() -> None:
+    """Import and exercise what judging needs before the first verdict's clock runs."""
+    judge_one({"gold": "$\\frac{1}{2}$", "response": "$0.5$"})
+
+
 def judge_one(job: dict[str, Any]) -> dict[str, Any]:
     """One verdict, inside a worker. `{"gold", "response"}` → `{"outcome", "extracted"}` or `{"outcome": "invalid_task"}`."""
     from math_verify import parse, verify

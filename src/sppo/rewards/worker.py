@@ -1,4 +1,7 @@
-"""The worker's side of `rewards/workers.py`: import one function, then answer one JSON line with one JSON line."""
+"""The worker's side of `rewards/workers.py`: import one function, then answer one JSON line with one JSON line.
+
+The module's `warm_up()`, if it has one, runs before the worker says that it is ready: slow imports are not a slow verdict.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import json
 import os
 import resource
 import sys
+import threading
+import time
 
 MEMORY = 4 << 30
 """Address space of a worker: an expression that explodes ends here, not in the trainer."""
@@ -19,8 +24,11 @@ def main() -> None:
     sys.set_int_max_str_digits(20_000)
     sys.setrecursionlimit(5_000)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     module, _, name = sys.argv[1].partition(":")
-    function = getattr(importlib.import_module(module), name)
+    target = importlib.import_module(module)
+    function = getattr(target, name)
+    getattr(target, "warm_up", lambda: None)()
     print(json.dumps({"ok": "ready"}), file=answers)
     for line in sys.stdin:
         try:
@@ -31,6 +39,13 @@ def main() -> None:
         except Exception as error:
             text = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
         print(text, file=answers, flush=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A trainer that is killed cannot end its workers, and a hanging expression would burn a core for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class WorkerPool:
     def __init__(self, target: str, *, workers: int = 2, limit: float = 5.0) -> None:
         self.target, self.size, self.limit = target, workers, limit
         self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
         self._lock = threading.Lock()
 
     def run(self, jobs: Sequence[Any]) -> list[dict[str, Any]]:
@@ -69,12 +70,16 @@ class WorkerPool:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return _Worker(self.target)
+            self._all = {w for w in self._all if w.alive}
+        worker = _Worker(self.target)
+        with self._lock:
+            self._all.add(worker)
+        return worker
 
     def close(self) -> None:
         """End the workers."""
         with self._lock:
-            workers, self._idle = self._idle, []
+            workers, self._all, self._idle = self._all, set(), []
         for worker in workers:
             worker.kill()
 

@@ -7,6 +7,7 @@ so a position in the data is one number, and a resumed run sees what the interru
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,14 @@ def load_pair(train: str, evaluation: str | None, instruction: str) -> tuple[Tas
     """Training and held-out problems. One spec for both is split by hash; rows that have a file of their own are taken whole."""
     both = evaluation is None
     held_out = train if evaluation is None else evaluation
+    if both and is_import(train, "sppo.tasks") and not is_records(train):
+        raise RecipeError(f"task.train = {train!r} decides its own problems; name held-out ones in task.eval")
+    if both and "split=" in train:
+        held_out = re.sub(r"split=[\w-]+", "split=held-out", train)
+        if "split=train" not in train:
+            raise RecipeError(f"task.train = {train!r} leaves nothing to hold out; drop its split, or name task.eval")
+    if not both and held_out == train and is_records(train):
+        raise RecipeError(f"task.eval is task.train ({train}); leave it out to hold a tenth of the rows out")
     return (
         load_tasks(train, instruction=instruction, default_split="train" if both or not is_records(train) else None),
         load_tasks(

@@ -53,7 +53,7 @@ def tasks_from(rows: Iterable[tuple[int, Mapping[str, Any]]], where: str) -> lis
 
 def task_from(row: Mapping[str, Any], name: str) -> Task:
     """One row as a task; `name` (file and row) becomes its id. Raises DataError where it has no usable prompt."""
-    columns = {k: v for k, v in row.items() if k not in ("prompt", "question", "messages", "solution")}
+    columns = {k: v for k, v in row.items() if k != "prompt"}
     solution = row.get("solution")
     messages = row.get("messages")
     prompt = row.get("prompt")

@@ -36,20 +36,21 @@ def save(folder: Path, state: State, learner: Learner, curriculum: Curriculum) -
     """Fill a (not yet named) checkpoint folder."""
     learner.policy.save(folder / "policy")
     learner.critic.save(folder / "critic")
-    torch.save(
-        {
-            "state": asdict(state),
-            "learner": learner.state_dict(),
-            "curriculum": curriculum.state_dict(),
-            "rng": _rng_state(),
-        },
-        folder / "state.pt",
-    )
+    with (folder / "state.pt").open("wb") as file:  # a file object keeps the system's own error: "no space left"
+        torch.save(
+            {
+                "state": asdict(state),
+                "learner": learner.state_dict(),
+                "curriculum": curriculum.state_dict(),
+                "rng": _rng_state(),
+            },
+            file,
+        )
 
 
 def load(folder: Path, learner: Learner, curriculum: Curriculum) -> State:
     """Bring learner and curriculum (whose models come from the folder already) back; returns the counters."""
-    saved = torch.load(folder / "state.pt", weights_only=True)
+    saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     learner.load_state_dict(saved["learner"])
     curriculum.load_state_dict(saved["curriculum"])
     _set_rng_state(saved["rng"])

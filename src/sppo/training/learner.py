@@ -52,7 +52,7 @@ class Learner:
 
         Call before `update`: the values must not have seen these rewards. Masked rollouts get whatever, and are not used.
         """
-        logit_B = self.critic.logits([r.task for r in batch.rollouts])
+        logit_B = self.critic.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens)
         value_B, keep_B = logit_B.sigmoid(), batch.keep_B
         reward_B = batch.reward_B
         if self.config.objective.kl > 0 and self.config.objective.kl_form == "reward":

@@ -116,7 +116,9 @@ class Run:
         directory, config = RunDirectory.open_existing(path)
         try:
             if steps is not None:
-                config = config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+                tree = config.model_dump()
+                tree["training"]["steps"] = steps
+                config = Config.validated(tree, "--steps")
                 directory.write_recipe(config)
             config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(path)})})
             found = directory.checkpoints()
@@ -216,9 +218,9 @@ class Run:
         self.observer.stage("bootstrap", section.steps)
         began = time.monotonic()
 
-        probe = held_out_tasks(
-            self.train_tasks, UNTIL_PROBLEMS
-        )  # training problems: held-out ones must not steer anything
+        probe = [
+            t for t in held_out_tasks(self.train_tasks, UNTIL_PROBLEMS) if self._too_long(t) is None
+        ]  # training problems: held-out ones must not steer anything
 
         def on_step(done: int, metrics: dict[str, float]) -> bool:
             self.observer.step(done, dict(metrics))

@@ -254,8 +254,10 @@ def no_space(path: Path) -> Iterator[None]:
             raise UserError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
         raise
     except Exception as error:
-        # safetensors reports a full disk as an error of its own, with the cause only in its text
-        if "No space left" in str(error) or "os error 28" in str(error):
+        # safetensors and torch report a full disk as errors of their own, with the cause only in the text
+        if any(
+            sign in str(error) for sign in ("No space left", "os error 28", "PytorchStreamWriter", "unexpected pos")
+        ):
             raise UserError(
                 f"no space left on the disk of {path}; free some and go on with: sppo train --resume {path}"
             ) from error
