@@ -39,7 +39,7 @@ from .observer import Observer, Silent
 from .rundir import RunDirectory
 from .sft import supervised
 
-UNTIL_EVERY, UNTIL_PROBLEMS = 10, 128
+UNTIL_EVERY, UNTIL_PROBLEMS = 10, 256
 """`bootstrap.until` is looked at every so many updates, on so many problems."""
 
 

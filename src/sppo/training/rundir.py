@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from ..audit.chain import AuditChain, file_sha256
 from ..config import Config
-from ..errors import RecipeError, UserError
+from ..errors import RecipeError, RunFailure, SPPOError, UserError
 from ..types import Rollout
 
 ROLLOUT_SCHEMA = pa.schema(
@@ -245,6 +245,8 @@ def no_space(path: Path) -> Iterator[None]:
     """Turn what the operating system says about a disk into a sentence about this run."""
     try:
         yield
+    except SPPOError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -252,7 +254,7 @@ def no_space(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
-        raise
+        raise RunFailure(f"{path} can no longer be written: {error}") from error
     except Exception as error:
         # safetensors and torch report a full disk as errors of their own, with the cause only in the text
         if any(
