@@ -26,8 +26,8 @@ quickstart: setup
 	$(BIN)/sppo train recipes/quickstart.toml
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check -q src tests benchmarks
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check -q src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
