@@ -147,6 +147,15 @@ def test_doctor_of_a_model_that_is_not_there(tmp_path, capsys):
     assert "there is no folder" in fails(capsys, "doctor", "--policy.model", str(tmp_path / "none"))
 
 
+def test_a_model_that_pull_would_fetch(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "fetch it with: sppo pull smollm2-135m" in fails(capsys, "doctor", "--policy.model", "models/smollm2-135m")
+
+
+def test_a_hub_name_with_a_dot_is_not_taken_for_a_folder(train):
+    assert "Qwen/Qwen2.5-0.5B cannot be loaded" in train("--policy.model", "Qwen/Qwen2.5-0.5B")
+
+
 def test_eval_where_nothing_can_be_graded(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "1+1?"}\n')

@@ -16,6 +16,7 @@ from ..errors import ModelError
 from ..spec import call, parse_spec
 from ..types import Task
 from . import tiny
+from .pull import SOURCES
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -137,7 +138,9 @@ def _existing(name: str, role: str) -> str:
     if folder.is_dir():
         _check_folder(folder, role)
         name = str(folder)
-    elif name.startswith((".", "/", "~")) or folder.suffix or name.count("/") > 1:
+    elif folder.name in SOURCES:
+        raise ModelError(f"{role}: there is no folder {name} yet; fetch it with: sppo pull {folder.name} --to {name}")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{role}: there is no folder {name}")
     return name
 
