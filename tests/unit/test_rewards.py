@@ -122,17 +122,15 @@ def test_math_verifies_symbolically_in_any_thread():
 def test_a_hanging_expression_costs_its_limit_and_nothing_else():
     reward = load_reward("math:limit=2,workers=2")
     reward.judge([rollout(r"\boxed{1}", answer="1")])  # start the workers outside the clock
-    rows = [rollout(r"\boxed{9^{9^{9^{9}}}}", answer=r"9^{9^{9^{9}}}+1")] + [
-        rollout(rf"\boxed{{{i}}}", answer=str(i)) for i in range(20)
-    ]
+    rows = [rollout(r"\boxed{9^{9^{9}}}", answer="5")] + [rollout(rf"\boxed{{{i}}}", answer=str(i)) for i in range(20)]
     began = time.monotonic()
     verdicts = reward.judge(rows)
     elapsed = time.monotonic() - began
     reward.close()
     assert [v.outcome for v in verdicts[1:]] == ["correct"] * 20
-    assert verdicts[0].outcome in ("timeout", "crashed", "wrong")
+    assert verdicts[0].outcome == "timeout"
     assert verdicts[0].score == 0.0
-    assert elapsed < 15
+    assert 2 <= elapsed < 15
 
 
 def hang(job):

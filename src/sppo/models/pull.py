@@ -48,6 +48,7 @@ def pull(name: str, folder: Path) -> bool:
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"--to: {folder} is not empty and holds no whole model; choose another folder")
     try:
+        import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError:
         raise ModelError("unpacking a GGUF file needs the gguf extra: pip install 'sppo[gguf]'") from None

@@ -65,6 +65,7 @@ class Run:
         self.config, self.directory, self.observer = config, directory, observer
         self.state = State()
         self.interrupted = False
+        self.fingerprint = ""  # of the weights at the last sync
         self._clock: dict[str, float] = {}
         self._warned: set[str] = set()
         device = pick_device()
@@ -267,7 +268,8 @@ class Run:
     def sync(self) -> None:
         """Give the engine the learner's weights, and make sure that it has them."""
         self.engine.sync(self.policy)
-        if self.engine.fingerprint() != self.policy.fingerprint():
+        self.fingerprint = self.policy.fingerprint()
+        if self.engine.fingerprint() != self.fingerprint:
             raise StaleWeights("after a sync the engine's weights are not the learner's (their fingerprints differ)")
 
     def record(self, step: int, batch: Batch, advantage_B: Tensor, value_B: Tensor, metrics: dict[str, Any]) -> None:
@@ -301,7 +303,7 @@ class Run:
             step, batch.rollouts, value_B.tolist(), advantage_B.tolist(),
             {
                 "recipe_sha256": self.config.sha256, "seed": self.config.seed, "data_position": self.curriculum.position,
-                "policy_fingerprint": self.policy.fingerprint(),
+                "policy_fingerprint": self.fingerprint,
             },
         )  # fmt: skip
         last = step + 1 == self.config.training.steps
