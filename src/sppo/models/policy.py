@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..types import Task
-from .logprobs import token_logps, token_logps_from_logits
+from .logprobs import exact_products, token_logps, token_logps_from_logits
 from .pretrained import choose_dtype, ensure_pad, load, render_chat
 
 
@@ -152,9 +152,10 @@ class Policy:
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         weight = self._float32_head(head.weight)
-        return torch.nn.functional.linear(
-            hidden_BSD[:, -1].to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
-        )
+        with exact_products(head.weight.dtype):
+            return torch.nn.functional.linear(
+                hidden_BSD[:, -1].to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
+            )
 
     def _float32_head(self, weight: Tensor) -> Tensor:
         """The head in float32, converted once for each version of the weights rather than once a token."""

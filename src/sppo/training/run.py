@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import DataError, RecipeError, StaleWeights
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks
+from ..memory import keep_memory
 from ..models.critic import Critic
 from ..models.policy import Policy, parameter_count, weights_sha256
 from ..models.pretrained import pick_device, saved_dtype
@@ -60,6 +61,7 @@ class Run:
     def __init__(
         self, config: Config, directory: RunDirectory, observer: Observer, parts: Parts, saved: Path | None
     ) -> None:
+        keep_memory()
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.config, self.directory, self.observer = config, directory, observer

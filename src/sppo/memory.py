@@ -1,0 +1,21 @@
+"""The process's heap. PyTorch on a CPU asks malloc for every tensor, and glibc answers large requests with fresh pages."""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def keep_memory() -> bool:
+    """Let freed memory stay with the process, to be used again without the kernel's zeroing it first.
+
+    A training step frees and asks for gigabytes; page faults were a tenth of an update (docs/log.md). Returns False where
+    the C library has no `mallopt` (musl, macOS): then nothing changes.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**30), (M_TOP_PAD, 2**26))
+    return all(mallopt(option, value) == 1 for option, value in settings)

@@ -1,0 +1,128 @@
+"""Plain values as type-tagged JSON. What a program returns is data when it leaves the jail: never an object, never a pickle.
+
+An integer subclass becomes an integer, an object with an `__eq__` of its own becomes opaque, and an opaque value equals
+nothing. Integers travel as hexadecimal (no 4,300-digit limit), floats as `repr` (bit for bit, NaN and infinities too).
+"""
+
+import collections
+import decimal
+import fractions
+import itertools
+
+DEPTH = 100
+ITEMS = 100_000
+ITERATORS = (map, filter, zip, enumerate, reversed, type(iter([])), type(iter(())), type(iter("")), type(i for i in ()))
+
+
+class Opaque(Exception):
+    """A value that has no plain form."""
+
+
+class Handle:
+    """A number that stands for an object kept on the other side (`asserts` mode)."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+def encode(value, depth=0):
+    """A JSON tree. Subclasses of builtins lose everything but their plain value."""
+    if depth > DEPTH:
+        raise Opaque("nested deeper than %d" % DEPTH)
+    deeper = depth + 1
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, int):
+        return ["i", "%x" % int.__index__(value)]
+    if isinstance(value, float):
+        return ["f", float.__repr__(value)]
+    if isinstance(value, str):
+        return ["s", str.__str__(value)]
+    if isinstance(value, list):
+        return ["l", [encode(x, deeper) for x in list.__iter__(value)]]
+    if isinstance(value, tuple):
+        return ["t", [encode(x, deeper) for x in tuple.__iter__(value)]]
+    if isinstance(value, dict):
+        return ["d", [[encode(k, deeper), encode(v, deeper)] for k, v in dict.items(value)]]
+    if isinstance(value, frozenset):
+        return ["F", [encode(x, deeper) for x in frozenset.__iter__(value)]]
+    if isinstance(value, set):
+        return ["S", [encode(x, deeper) for x in set.__iter__(value)]]
+    if isinstance(value, (bytes, bytearray)):
+        return ["b" if isinstance(value, bytes) else "B", bytes(value).hex()]
+    if isinstance(value, complex):
+        return ["c", float.__repr__(value.real), float.__repr__(value.imag)]
+    kind = type(value)
+    if kind is range:
+        return ["r", "%x" % value.start, "%x" % value.stop, "%x" % value.step]
+    if kind is collections.deque:
+        return ["q", [encode(x, deeper) for x in value]]
+    if kind is decimal.Decimal:
+        return ["D", str(value)]
+    if kind is fractions.Fraction:
+        return ["Q", "%x" % value.numerator, "%x" % value.denominator]
+    if kind is Handle:
+        return ["h", value.number]
+    if kind in ITERATORS:
+        items = list(itertools.islice(value, ITEMS + 1))
+        if len(items) <= ITEMS:
+            return ["g", [encode(x, deeper) for x in items]]
+    return ["?", kind.__name__]
+
+
+def decode(tree, depth=0, handle=None):
+    """The value of a tree; raises Opaque for anything that is not the plain form of a value.
+
+    `handle` makes the local stand-in of a kept object out of its number.
+    """
+    if depth > DEPTH:
+        raise Opaque("nested deeper than %d" % DEPTH)
+    if tree is None or tree is True or tree is False:
+        return tree
+    if not isinstance(tree, list) or not tree:
+        raise Opaque("not a tagged value")
+
+    def items():
+        return [decode(x, depth + 1, handle) for x in tree[1]]
+
+    try:
+        tag = tree[0]
+        if tag == "i":
+            return int(tree[1], 16)
+        if tag == "f":
+            return float(tree[1])
+        if tag == "s":
+            return str(tree[1])
+        if tag == "l":
+            return items()
+        if tag == "t":
+            return tuple(items())
+        if tag == "d":
+            return {decode(k, depth + 1, handle): decode(v, depth + 1, handle) for k, v in tree[1]}
+        if tag == "S":
+            return set(items())
+        if tag == "F":
+            return frozenset(items())
+        if tag == "b":
+            return bytes.fromhex(tree[1])
+        if tag == "B":
+            return bytearray.fromhex(tree[1])
+        if tag == "c":
+            return complex(float(tree[1]), float(tree[2]))
+        if tag == "r":
+            return range(int(tree[1], 16), int(tree[2], 16), int(tree[3], 16))
+        if tag == "q":
+            return collections.deque(items())
+        if tag == "D":
+            return decimal.Decimal(tree[1])
+        if tag == "Q":
+            return fractions.Fraction(int(tree[1], 16), int(tree[2], 16))
+        if tag == "g":
+            return iter(items())
+        if tag == "h" and handle is not None and type(tree[1]) is int:
+            return handle(tree[1])
+    except Opaque:
+        raise
+    except Exception as error:
+        raise Opaque("malformed value: %s" % type(error).__name__) from None
+    raise Opaque("a value of type %s has no plain form" % (tree[1] if len(tree) > 1 else "?"))

@@ -1,0 +1,274 @@
+"""The trusted process inside a jail: it waits, warm, and forks once for each program. Standard library only.
+
+It never reads a program and never holds an expected value. Each program gets process, mount and IPC namespaces of its own, an
+empty /tmp and /proc, hard limits, no capabilities and a system-call filter; when its first process ends, all of them do.
+
+    python zygote.py CONTROL_FD bwrap        # inside bubblewrap: all of the above
+    python zygote.py CONTROL_FD none         # limits only (the backend `unsafe-subprocess`)
+"""
+
+import array
+import ctypes
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+import program  # this folder's: what the program's own process does
+import seccomp
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x08000000, 0x20000000
+MS_NOSUID, MS_NODEV, MS_RDONLY = 2, 4, 1
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 4, 22, 36, 38, 47
+PAGE = os.sysconf("SC_PAGE_SIZE")
+WATCH_SECONDS = 0.02  # how often the memory of forking programs is added up
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+
+
+class FilterProgram(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+
+class CapabilityHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class CapabilityData(ctypes.Structure):
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+def make_filter(fork):
+    code = seccomp.program(fork)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    made = FilterProgram(len(code) // 8, ctypes.addressof(buffer))
+    made.keep = buffer
+    return made
+
+
+def check(result, what):
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, "%s: %s" % (what, os.strerror(code)))
+
+
+def drop_everything(limits, isolated):
+    """Limits, then capabilities, then the filter: after this the process is the program's."""
+    for name, soft, hard in (
+        ("CPU", limits["cpu_seconds"], limits["cpu_seconds"] + 1),
+        ("AS", ADDRESS_SPACE + limits["memory_bytes"], None),
+        ("FSIZE", limits["file_bytes"], None),
+        ("NOFILE", limits["files"], None),
+        ("NPROC", limits["processes"], None),
+        ("CORE", 0, None),
+        ("MEMLOCK", 0, None),
+        ("MSGQUEUE", 0, None),
+    ):
+        if name == "NPROC" and not isolated:
+            continue  # counted over all of the user's processes: outside a jail it would count the trainer's
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (soft, soft if hard is None else hard))
+    if not isolated:
+        return
+    check(libc.capset(ctypes.byref(CapabilityHeader(0x20080522, 0)), ctypes.byref((CapabilityData * 2)())), "capset")
+    libc.prctl(PR_CAP_AMBIENT, 4, 0, 0, 0)
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(FILTERS[bool(limits["fork"])]), 0, 0), "seccomp")
+
+
+def first_process(limits, fds, report):
+    """Process 1 of the program's namespaces: an empty world, one child, and the report of how it ended."""
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+    if ISOLATED:
+        size = b"size=%d,nr_inodes=%d,mode=1777" % (limits["disk_bytes"], limits["disk_files"])
+        check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size), "mount /tmp")
+        nothing = b"size=0,nr_inodes=2,mode=555"
+        check(libc.mount(b"tmpfs", b"/proc", b"tmpfs", MS_NOSUID | MS_NODEV | MS_RDONLY, nothing), "mount /proc")
+        os.chdir("/tmp")
+    child = os.fork()
+    if child == 0:
+        the_program(limits, fds, report)
+    for fd in fds:
+        os.close(fd)
+    while True:
+        pid, status, usage = os.wait4(-1, 0)
+        if pid == child:
+            break
+    os.write(report, b"E" + struct.pack("<iddq", status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
+    os._exit(0)
+
+
+def the_program(limits, fds, report):
+    request, result, stdin, stdout, stderr = fds[:5]
+    os.setsid()
+    os.dup2(stdin, 0)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    # high first, so that no number is overwritten before it is copied
+    kept = [os.dup2(fd, to) for fd, to in zip((request, result, *fds[5:], report), (100, 101, 102, 103))]
+    ready = kept[-1]
+    os.closerange(3, 100)
+    os.closerange(kept[-1] + 1, 256)
+    for fd, to in zip(kept, (10, 11, 12, 13)):
+        os.dup2(fd, to)
+    ready = 10 + len(kept) - 1
+    os.closerange(100, 256)
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    drop_everything(limits, ISOLATED)
+    os.write(ready, b"R")  # from here on, whatever happens is the program's doing
+    os.close(ready)
+    program.run(10, 11, 12 if len(fds) > 5 else None)
+
+
+def memory_in_use(mine):
+    """Bytes that belong to the programs alone, over all their processes. `mine`: ids of the trusted processes."""
+    total = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in mine:
+            try:
+                with open("/proc/%s/statm" % name) as file:
+                    fields = file.read().split()
+                total += (int(fields[1]) - int(fields[2])) * PAGE
+            except (OSError, IndexError):
+                pass  # it ended meanwhile
+    return total
+
+
+def serve(limits, fds):
+    """Run one program to its end; returns the report, whose contents no program can write."""
+    report_read, report_write = os.pipe()
+    began = time.monotonic()
+    keeper = os.fork()
+    if keeper == 0:
+        try:
+            control.close()
+            os.close(report_read)
+            if ISOLATED:
+                check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+                check(libc.unshare(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
+            first = os.fork()
+            if first == 0:
+                try:
+                    first_process(limits, fds, report_write)
+                except BaseException as error:
+                    os.write(report_write, b"F" + repr(error).encode()[:400])
+                finally:
+                    os._exit(120)
+            os.write(report_write, b"P" + struct.pack("<i", first))
+            for fd in (*fds, report_write):
+                os.close(fd)
+            os.waitpid(first, 0)
+            os._exit(0)
+        except BaseException as error:
+            os.write(report_write, b"F" + repr(error).encode()[:400])
+        finally:
+            os._exit(121)
+    for fd in fds:
+        os.close(fd)
+    os.close(report_write)
+    end, ended_by, keeper_fd = began + limits["wall_seconds"], None, os.pidfd_open(keeper)
+    trusted = {1, os.getpid(), keeper}
+    poll = select.poll()
+    poll.register(keeper_fd, select.POLLIN)
+    poll.register(control, select.POLLIN)
+    while True:
+        left = end - time.monotonic()
+        if left <= 0:
+            ended_by = "timeout"
+            break
+        events = poll.poll(1000 * (min(left, WATCH_SECONDS) if limits["fork"] else left))
+        if any(fd == keeper_fd for fd, _ in events):
+            break
+        if events:  # the host has no use for the rest
+            control.recv(64)
+            ended_by = "cancelled"
+            break
+        if limits["fork"] and ISOLATED and memory_in_use(trusted) > limits["memory_bytes"]:
+            ended_by = "memory"
+            break
+    if ended_by is not None:
+        os.kill(keeper, signal.SIGKILL)  # and with it process 1, and with that everything in its namespace
+    os.waitpid(keeper, 0)
+    os.close(keeper_fd)
+    text = bytearray()
+    try:  # every holder of the pipe's other end is dead or dying: the end of the pipe is the end of the namespace
+        while True:
+            part = os.read(report_read, 4096)
+            if not part:
+                break
+            text += part
+    finally:
+        os.close(report_read)
+    while not ISOLATED:  # no namespace: end what is left of the program ourselves
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                kill_children()
+        except ChildProcessError:
+            break
+    return describe(bytes(text), ended_by, time.monotonic() - began)
+
+
+def kill_children():
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/%s/stat" % name) as file:
+                    parent = int(file.read().rpartition(")")[2].split()[1])
+                if parent == os.getpid():
+                    os.kill(int(name), signal.SIGKILL)
+            except (OSError, IndexError, ValueError):
+                pass
+    time.sleep(0.001)
+
+
+def describe(text, ended_by, seconds):
+    """The report's lines, in the order they may come: P(id), R(eady), E(nded) or F(ailed)."""
+    out = {"ended_by": ended_by, "seconds": seconds, "ready": False, "ended": False}
+    at = 0
+    while at < len(text):
+        kind, at = text[at : at + 1], at + 1
+        if kind == b"P":
+            at += 4
+        elif kind == b"R":
+            out["ready"] = True
+        elif kind == b"E":
+            status, user, system, peak = struct.unpack("<iddq", text[at : at + 28])
+            out.update(ended=True, status=status, cpu_seconds=user + system, max_rss_bytes=peak * 1024)
+            at += 28
+        else:
+            out["failure"] = text[at:].decode("utf-8", "replace")
+            break
+    return out
+
+
+control = socket.socket(fileno=int(sys.argv[1]))
+ISOLATED = sys.argv[2] == "bwrap"
+sys.path.pop(0)
+libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+if not ISOLATED:
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+FILTERS = {fork: make_filter(fork) for fork in (False, True)} if ISOLATED else {}
+with open("/proc/self/statm") as statm:
+    ADDRESS_SPACE = int(statm.read().split()[0]) * PAGE
+gc.collect()
+gc.freeze()
+control.send(b"ready")
+while True:
+    message, ancillary, _, _ = control.recvmsg(65536, socket.CMSG_SPACE(4 * 8))
+    if not message:
+        break
+    descriptors = array.array("i")
+    for _level, kind, data in ancillary:
+        if kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) - len(data) % 4])
+    if not descriptors:
+        continue  # a cancellation that came after the program's end
+    control.send(json.dumps(serve(json.loads(message), list(descriptors))).encode())
