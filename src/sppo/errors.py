@@ -5,7 +5,8 @@
     │   ├── RecipeError          a recipe or a command line that cannot be obeyed
     │   ├── DataError            a row, a file or a dataset
     │   ├── ModelError           a model folder, a tokenizer, a chat template
-    │   └── RewardError          a reward of the user's that raised, or returned what a reward may not return
+    │   ├── RewardError          a reward of the user's that raised, or returned what a reward may not return
+    │   └── SandboxUnavailable   programs cannot be run safely on this machine
     └── RunFailure               exit 1: the run itself went wrong; what it had is saved
         ├── NonFinite            a loss or gradient was not a number, again and again
         ├── StaleWeights         the engine does not hold the learner's weights
@@ -25,6 +26,7 @@ __all__ = [
     "RewardError",
     "RunFailure",
     "SPPOError",
+    "SandboxUnavailable",
     "StaleWeights",
     "UserError",
 ]
@@ -52,6 +54,10 @@ class ModelError(UserError):
 
 class RewardError(UserError):
     """A reward function that raised, or returned a wrong count, type or value."""
+
+
+class SandboxUnavailable(UserError):
+    """The sandbox cannot start here; the sentence names the cause and the mend. Never a silent fallback."""
 
 
 class RunFailure(SPPOError):

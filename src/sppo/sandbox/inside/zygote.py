@@ -161,7 +161,6 @@ def serve(limits, fds):
                     os.write(report_write, b"F" + repr(error).encode()[:400])
                 finally:
                     os._exit(120)
-            os.write(report_write, b"P" + struct.pack("<i", first))
             for fd in (*fds, report_write):
                 os.close(fd)
             os.waitpid(first, 0)
@@ -195,24 +194,23 @@ def serve(limits, fds):
             break
     if ended_by is not None:
         os.kill(keeper, signal.SIGKILL)  # and with it process 1, and with that everything in its namespace
-    os.waitpid(keeper, 0)
     os.close(keeper_fd)
+    reap()  # only when nothing of the program is left is its report complete, and the next one may come
     text = bytearray()
-    try:  # every holder of the pipe's other end is dead or dying: the end of the pipe is the end of the namespace
-        while True:
-            part = os.read(report_read, 4096)
-            if not part:
-                break
-            text += part
-    finally:
-        os.close(report_read)
-    while not ISOLATED:  # no namespace: end what is left of the program ourselves
+    while part := os.read(report_read, 4096):
+        text += part
+    os.close(report_read)
+    return describe(bytes(text), ended_by, time.monotonic() - began)
+
+
+def reap():
+    """Wait until every process below this one is gone. Orphans come to us (we are their subreaper), and are killed."""
+    while True:
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 kill_children()
         except ChildProcessError:
-            break
-    return describe(bytes(text), ended_by, time.monotonic() - began)
+            return
 
 
 def kill_children():
@@ -229,14 +227,12 @@ def kill_children():
 
 
 def describe(text, ended_by, seconds):
-    """The report's lines, in the order they may come: P(id), R(eady), E(nded) or F(ailed)."""
+    """The report's records, in the order they may come: R(eady), E(nded) or F(ailed) with its reason."""
     out = {"ended_by": ended_by, "seconds": seconds, "ready": False, "ended": False}
     at = 0
     while at < len(text):
         kind, at = text[at : at + 1], at + 1
-        if kind == b"P":
-            at += 4
-        elif kind == b"R":
+        if kind == b"R":
             out["ready"] = True
         elif kind == b"E":
             status, user, system, peak = struct.unpack("<iddq", text[at : at + 28])
@@ -252,8 +248,8 @@ control = socket.socket(fileno=int(sys.argv[1]))
 ISOLATED = sys.argv[2] == "bwrap"
 sys.path.pop(0)
 libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-if not ISOLATED:
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+if not ISOLATED:  # bubblewrap does this for its own
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 FILTERS = {fork: make_filter(fork) for fork in (False, True)} if ISOLATED else {}
 with open("/proc/self/statm") as statm:

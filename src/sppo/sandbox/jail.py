@@ -1,0 +1,300 @@
+"""One jail seen from outside: start it, hand a program in, feed and drain its pipes, and read the zygote's report."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import SandboxUnavailable
+from .job import Limits, Result, Status
+
+INSIDE = ("zygote.py", "program.py", "codec.py", "seccomp.py")
+SYSTEM_PYTHON = "/usr/bin/python3"
+FIRST_UID = 65_000
+"""As root, slot k's jail belongs to this user id + k, so that neither limits nor signals are shared with anything."""
+GRACE = 3.0
+"""Seconds beyond a program's wall time after which the jail itself is taken to hang, and is started anew."""
+START_LIMIT = 20.0
+OUT_OF_MEMORY = 97  # inside/program.py
+CHUNK = 1 << 16
+
+
+class Jail:
+    """A running zygote. `run` may be called from any thread, by one at a time."""
+
+    def __init__(self, backend: str, slot: int, python: str | None = None) -> None:
+        self.backend, self.slot = backend, slot
+        self.python = python or (SYSTEM_PYTHON if backend == "bwrap" else sys.executable)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.control: socket.socket | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()  # over the control socket's writing side
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the zygote. Raises SandboxUnavailable with the cause and the mend."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        keep = [theirs.fileno()]
+        try:
+            command, options = self._command(theirs.fileno(), keep)
+            with tempfile.TemporaryFile() as errors:
+                self.process = subprocess.Popen(
+                    command, pass_fds=keep, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, **options
+                )  # fmt: skip
+                theirs.close()
+                ours.settimeout(START_LIMIT)
+                try:
+                    hello = ours.recv(64)
+                except OSError:
+                    hello = b""
+                if hello != b"ready":
+                    self.process.kill()
+                    self.process.wait()
+                    errors.seek(0)
+                    said = errors.read().decode(errors="replace").strip().splitlines()
+                    raise SandboxUnavailable(_mend(said[-1] if said else "it ended without a word"))
+        except FileNotFoundError as error:
+            raise SandboxUnavailable(_mend(str(error))) from None
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            for fd in keep[1:]:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                theirs.close()
+        self.control = ours
+
+    def close(self) -> None:
+        """Kill the jail; with its first process everything in it dies."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        if self.control is not None:
+            self.control.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self.process = self.control = self._folder = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the zygote still runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def _command(self, control: int, keep: list[int]) -> tuple[list[str], dict[str, Any]]:
+        source = files("sppo.sandbox") / "inside"
+        if self.backend != "bwrap":
+            self._folder = tempfile.TemporaryDirectory(prefix="sppo-sandbox-")
+            for name in INSIDE:
+                (Path(self._folder.name) / name).write_bytes((source / name).read_bytes())
+            command = [self.python, "-s", "-S", "-B", os.path.join(self._folder.name, "zygote.py"), str(control), "none"]
+            return command, {"cwd": self._folder.name, "env": _environment(self._folder.name), "start_new_session": True}
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise FileNotFoundError("bubblewrap (`bwrap`) is not installed")
+        if not os.path.exists(self.python):
+            raise FileNotFoundError(f"{self.python} does not exist")
+        command = [
+            bwrap, "--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--die-with-parent", "--new-session",
+            "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--hostname", "jail",
+            "--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64", "--symlink", "usr/bin", "/bin",
+        ]  # fmt: skip
+        for name in INSIDE:  # by descriptor: the jail's user need not be able to read this package's folder
+            fd = os.memfd_create(name)
+            os.write(fd, (source / name).read_bytes())
+            os.lseek(fd, 0, os.SEEK_SET)
+            keep.append(fd)
+            command += ["--perms", "0444", "--ro-bind-data", str(fd), f"/opt/sppo/{name}"]
+        if not self.python.startswith("/usr/"):
+            folder = os.path.dirname(os.path.dirname(os.path.realpath(self.python)))
+            command += ["--ro-bind", folder, folder]
+        command += [
+            "--proc", "/proc", "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/tmp",
+            "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/", "--clearenv",
+        ]  # fmt: skip
+        for name, value in _environment("/tmp").items():
+            command += ["--setenv", name, value]
+        command += [self.python, "-s", "-S", "-B", "/opt/sppo/zygote.py", str(control), "bwrap"]
+        if os.geteuid() != 0:
+            return command, {}
+        uid = FIRST_UID + self.slot
+        return command, {"user": uid, "group": uid, "extra_groups": []}
+
+    # -- one program -----------------------------------------------------------------------------------------------
+
+    def run(
+        self, request: dict[str, Any], limits: Limits, stdin: bytes = b"", peer: socket.socket | None = None
+    ) -> Result:
+        """Run one program to its end (or its limits) and return what is known. Never raises for what a program does."""
+        if not self.alive:
+            self.close()
+            self.start()
+        assert self.control is not None
+        pipes: dict[str, tuple[int, int]] = {n: os.pipe() for n in ("request", "channel", "stdin", "stdout", "stderr")}
+        theirs = [pipes["request"][0], pipes["channel"][1], pipes["stdin"][0], pipes["stdout"][1], pipes["stderr"][1]]
+        mine = {"request": pipes["request"][1], "stdin": pipes["stdin"][1]}
+        mine |= {name: pipes[name][0] for name in ("channel", "stdout", "stderr")}
+        handed = [*theirs, *([peer.fileno()] if peer else [])]
+        try:
+            with self._lock:
+                self.control.sendmsg(
+                    [json.dumps(asdict(limits)).encode()],
+                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", handed))],
+                )
+        except OSError as error:
+            for fd in mine.values():
+                os.close(fd)
+            return Result("infra_error", detail=f"the jail is gone: {error}", backend=self.backend)
+        finally:
+            for fd in theirs:
+                os.close(fd)
+            if peer:
+                peer.close()
+        feeds = {"request": json.dumps(request).encode(), "stdin": stdin}
+        report, kept, truncated = self._pump(mine, feeds, limits)
+        if report is None:
+            self.close()
+            return Result("infra_error", detail="the jail did not answer and was killed", backend=self.backend)
+        return self._result(report, kept, truncated, limits)
+
+    def cancel(self) -> None:
+        """End the running program early (its result says `cancelled`)."""
+        with self._lock, contextlib.suppress(OSError):
+            if self.control is not None:
+                self.control.send(b"stop")
+
+    def _pump(
+        self, mine: dict[str, int], feeds: dict[str, bytes], limits: Limits
+    ) -> tuple[dict[str, Any] | None, dict[str, bytearray], set[str]]:
+        """Feed and drain in one loop until the zygote reports; then take what the pipes still hold, without waiting for their end."""
+        assert self.control is not None
+        left = {name: memoryview(data) for name, data in feeds.items()}
+        kept: dict[str, bytearray] = {"channel": bytearray(), "stdout": bytearray(), "stderr": bytearray()}
+        truncated: set[str] = set()
+        report: dict[str, Any] | None = None
+        deadline = time.monotonic() + limits.wall_seconds + GRACE
+        open_fds = dict(mine)
+
+        def done(selector: selectors.BaseSelector, name: str) -> None:
+            fd = open_fds.pop(name)
+            selector.unregister(fd)
+            os.close(fd)
+
+        def drain(selector: selectors.BaseSelector, name: str) -> bool:
+            try:
+                data = os.read(open_fds[name], CHUNK)
+            except BlockingIOError:
+                return False
+            if not data:
+                done(selector, name)
+                return False
+            room = limits.output_bytes - len(kept[name])
+            if room < len(data):
+                truncated.add(name)
+            kept[name] += data[: max(room, 0)]
+            return True
+
+        with selectors.DefaultSelector() as selector:
+            for name, fd in mine.items():
+                os.set_blocking(fd, False)
+                selector.register(fd, selectors.EVENT_WRITE if name in left else selectors.EVENT_READ, name)
+            selector.register(self.control, selectors.EVENT_READ, "control")
+            for name in [n for n, data in left.items() if not data]:
+                done(selector, name)
+            while report is None and time.monotonic() < deadline:
+                for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
+                    name = key.data
+                    if name == "control":
+                        try:
+                            said = self.control.recv(1 << 16)
+                            report = json.loads(said) if said else {}
+                        except (OSError, ValueError):
+                            report = {}
+                    elif name in left:
+                        try:
+                            left[name] = left[name][os.write(open_fds[name], left[name][:CHUNK]) :]
+                        except BlockingIOError:
+                            continue
+                        except BrokenPipeError:
+                            left[name] = memoryview(b"")
+                        if not left[name]:
+                            done(selector, name)
+                    else:
+                        drain(selector, name)
+            for name in [n for n in open_fds if n in kept]:
+                for _ in range(1 + (1 << 20) // CHUNK):  # a pipe holds 1 MiB at most; its writers are dead
+                    if name not in open_fds or not drain(selector, name):
+                        break
+            for fd in open_fds.values():
+                os.close(fd)
+        return report or None, kept, truncated
+
+    def _result(
+        self, report: dict[str, Any], kept: dict[str, bytearray], truncated: set[str], limits: Limits
+    ) -> Result:
+        status: Status = "ok"
+        code = number = None
+        detail = ""
+        if not report["ready"] and report["ended_by"] is None:
+            status, detail = "infra_error", str(report.get("failure", "the program's process could not be set up"))
+        elif report["ended_by"] is not None:
+            status = report["ended_by"]
+        elif not report["ended"]:
+            status, detail = "killed", "its namespace was torn down"
+        elif os.WIFSIGNALED(report["status"]):
+            number = os.WTERMSIG(report["status"])
+            status = "timeout" if number == signal.SIGXCPU or report["cpu_seconds"] >= limits.cpu_seconds else "killed"
+        else:
+            code = os.WEXITSTATUS(report["status"])
+            status = "memory" if code == OUT_OF_MEMORY else "exception" if code else "ok"
+        if status == "ok" and truncated:
+            status = "output_limit"
+        return Result(
+            status,
+            bytes(kept["stdout"]),
+            bytes(kept["stderr"]),
+            bytes(kept["channel"]),
+            code,
+            number,
+            float(report.get("cpu_seconds", 0.0)),
+            float(report["seconds"]),
+            int(report.get("max_rss_bytes", 0)),
+            tuple(sorted(truncated)),
+            detail,
+            self.backend,
+        )
+
+
+def _environment(home: str) -> dict[str, str]:
+    return {
+        "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "HOME": home, "TMPDIR": home, "PATH": "/usr/bin:/bin", "MALLOC_ARENA_MAX": "1",
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def _mend(cause: str) -> str:
+    mend = "see docs/sandbox.md"
+    if "not installed" in cause:
+        mend = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
+    elif "namespace" in cause or "Permission denied" in cause or "Operation not permitted" in cause:
+        mend = (
+            "the kernel refuses user namespaces here: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
+            "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), or docker run --security-opt seccomp=unconfined"
+        )
+    return f"the sandbox cannot start: {cause}; {mend}, use a remote one (backend=remote,url=…), or name a weaker backend yourself"

@@ -1,0 +1,161 @@
+"""Slots of jails behind one door: jobs in, results out, in order. A backend is chosen by name; nothing falls back in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ..errors import RecipeError, SandboxUnavailable
+from ..spec import nearest
+from .jail import Jail
+from .job import Job, Limits, Result
+
+BACKENDS = ("bwrap", "unsafe-subprocess")
+"""`bwrap` isolates. `unsafe-subprocess` does not (limits only): for trusted programs, where no jail can be had."""
+PROBE = Job("script", "import os\nprint(6 * 7, os.path.exists('/etc/passwd'), os.path.exists('/proc/1'))")
+
+
+class Sandbox:
+    """`slots` programs at a time. Start-up runs a probe; SandboxUnavailable names what is missing.
+
+    >>> with Sandbox() as sandbox:                                        # doctest: +SKIP
+    ...     sandbox.run([Job("script", "print(input()[::-1])", stdin="abc")])[0].stdout
+    b'cba\\n'
+    """
+
+    def __init__(
+        self, backend: str = "bwrap", slots: int = 2, limits: Limits | None = None, python: str | None = None
+    ) -> None:
+        if backend not in BACKENDS:
+            raise RecipeError(f"sandbox: no backend {backend!r}: {nearest(backend, list(BACKENDS))}")
+        if slots < 1:
+            raise RecipeError(f"sandbox: slots={slots} must be at least 1")
+        self.backend, self.limits = backend, limits or Limits()
+        self._jails = [(Jail(backend, 2 * k, python), Jail(backend, 2 * k + 1, python)) for k in range(slots)]
+        self._free: queue.SimpleQueue[tuple[Jail, Jail]] = queue.SimpleQueue()
+        for pair in self._jails:
+            self._free.put(pair)
+        self._probed = False
+
+    def __enter__(self) -> Sandbox:
+        self.probe()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def probe(self) -> None:
+        """Run a real program and see that it is where it should be. Raises SandboxUnavailable."""
+        if self._probed:
+            return
+        result = self._on_a_slot(PROBE)
+        if result.status != "ok":
+            detail = result.detail or result.stderr.decode(errors="replace").strip() or result.status
+            raise SandboxUnavailable(f"the sandbox ({self.backend}) does not run programs here: {detail}")
+        if self.backend == "bwrap" and result.stdout.split() != [b"42", b"False", b"False"]:
+            raise SandboxUnavailable(
+                f"the sandbox ({self.backend}) does not isolate: the probe saw {result.stdout[:80]!r}; see docs/sandbox.md"
+            )
+        self._probed = True
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
+        """One result for each job, in order. What the machine got wrong is tried once more, then `infra_error`."""
+        self.probe()
+        results: list[Result | None] = [None] * len(jobs)
+        numbers = iter(range(len(jobs)))
+        lock = threading.Lock()
+        failure: list[BaseException] = []
+
+        def serve() -> None:
+            while not failure:
+                with lock:
+                    i = next(numbers, None)
+                if i is None:
+                    return
+                try:
+                    results[i] = self._with_retry(jobs[i])
+                except BaseException as error:
+                    failure.append(error)
+
+        threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(len(self._jails), len(jobs)) - 1)]
+        for thread in threads:
+            thread.start()
+        serve()  # this thread works too
+        for thread in threads:
+            thread.join()
+        if failure:
+            raise failure[0]
+        return [r for r in results if r is not None]
+
+    def close(self) -> None:
+        """End every jail."""
+        for pair in self._jails:
+            for jail in pair:
+                jail.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def _with_retry(self, job: Job) -> Result:
+        result = self._on_a_slot(job)
+        return self._on_a_slot(job) if result.status == "infra_error" else result
+
+    def _on_a_slot(self, job: Job) -> Result:
+        pair = self._free.get()
+        try:
+            run: Callable[[Job, tuple[Jail, Jail], Limits], Result] = _asserts if job.role == "asserts" else _alone
+            return run(job, pair, self.limits)
+        finally:
+            self._free.put(pair)
+
+
+def _alone(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
+    request = {"role": job.role, "code": job.code, "calls": job.calls}
+    return pair[0].run(request, limits, job.stdin.encode("utf-8", "surrogateescape"))
+
+
+def _asserts(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
+    """The program in one jail, the tests in the other, a socket between them, and the word of the tests' jail alone."""
+    solution, tests = pair
+    near, far = socket.socketpair()
+    ended: list[Result] = []
+    request = {"role": "tests", "names": list(job.names), "setup": job.setup, "tests": list(job.tests)}
+
+    def run_solution() -> None:
+        try:
+            ended.append(solution.run({"role": "solution", "code": job.code}, limits, peer=near))
+        except SandboxUnavailable as error:
+            ended.append(Result("infra_error", detail=str(error), backend=solution.backend))
+
+    thread = threading.Thread(target=run_solution, daemon=True)
+    thread.start()
+    try:
+        verdict = tests.run(request, limits, peer=far)
+    finally:
+        if thread.is_alive():
+            solution.cancel()
+        thread.join()
+    program = ended[0]
+    status = verdict.status if program.status in ("ok", "cancelled") else program.status
+    if "infra_error" in (program.status, verdict.status):
+        status = "infra_error"
+    elif status == "ok" and not _is_report(verdict.channel, len(job.tests)):
+        status = "protocol"
+    return replace(
+        verdict, status=status, stdout=program.stdout, stderr=program.stderr + verdict.stderr,
+        cpu_seconds=program.cpu_seconds, max_rss_bytes=program.max_rss_bytes,
+    )  # fmt: skip
+
+
+def _is_report(channel: bytes, n: int) -> bool:
+    try:
+        held = json.loads(channel)["held"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return isinstance(held, list) and len(held) == n

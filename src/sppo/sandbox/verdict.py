@@ -1,0 +1,256 @@
+"""From a program and its tests to which of them hold. Comparing happens here, on plain data; the jail never sees what is expected.
+
+`stdio`: a fresh process per case, its standard output against the expected one. `calls`: one process answers calls with values.
+`asserts`: the task's own test code runs in a second jail.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .inside.codec import Opaque, decode, encode
+from .job import Job, Result, Status
+from .pool import Sandbox
+
+SHOWN = 400
+"""Characters of a program's words that go into the evidence."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test by example: standard input and output as text, or the arguments and value of a call."""
+
+    expected: Any
+    stdin: str = ""
+    entry: str = ""
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which tests held (False where the program never got there), how the program ended, and what can be shown of it."""
+
+    passed: tuple[bool, ...]
+    status: Status
+    evidence: Mapping[str, Any]
+
+    @property
+    def fraction(self) -> float:
+        """The share of tests that held."""
+        return sum(self.passed) / len(self.passed) if self.passed else 0.0
+
+
+def stdio(sandbox: Sandbox, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
+    """Programs that read standard input and write standard output. Trailing white space of a line does not count."""
+    jobs = [Job("script", code, stdin=case.stdin) for code, cases in programs for case in cases]
+    results = iter(sandbox.run(jobs))
+    return [_stdio_report(cases, [next(results) for _ in cases]) for _, cases in programs]
+
+
+def _stdio_report(cases: Sequence[Case], results: Sequence[Result]) -> Report:
+    passed = [r.status == "ok" and lines(_text(r.stdout)) == lines(str(c.expected)) for c, r in zip(cases, results, strict=True)]  # fmt: skip
+    worst = next((r for r in results if r.status == "infra_error"), None)
+    first = next((i for i, held in enumerate(passed) if not held), None)
+    shown = results[first] if first is not None else results[0] if results else Result("protocol")
+    evidence: dict[str, Any] = {"cpu_seconds": round(sum(r.cpu_seconds for r in results), 4)}
+    if first is not None:
+        evidence |= {
+            "failed_test": first, "stdin": cases[first].stdin[:SHOWN], "expected": str(cases[first].expected)[:SHOWN],
+            "stdout": _text(shown.stdout)[:SHOWN],
+        }  # fmt: skip
+    return Report(tuple(passed), worst.status if worst else shown.status, evidence | _words(worst or shown))
+
+
+def lines(text: str) -> list[str]:
+    """Lines without trailing white space, and without empty lines at the end."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def calls(sandbox: Sandbox, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
+    """Programs that define functions (or a `Solution` class), judged by the values that their calls return."""
+    jobs = [
+        Job("calls", code, calls=[[c.entry, encode(list(c.args)), encode(dict(c.kwargs))] for c in cases])
+        for code, cases in programs
+    ]
+    return [
+        _calls_report(cases, result) for (_, cases), result in zip(programs, sandbox.run(jobs), strict=True)
+    ]  # fmt: skip
+
+
+def _calls_report(cases: Sequence[Case], result: Result) -> Report:
+    answers, status = _answers(result, len(cases))
+    passed = []
+    for case, answer in zip(cases, answers, strict=True):
+        value, ok = _value(answer)
+        passed.append(ok and same(value, case.expected))
+    evidence: dict[str, Any] = {"cpu_seconds": round(result.cpu_seconds, 4)}
+    first = next((i for i, held in enumerate(passed) if not held), None)
+    if first is not None:
+        c = cases[first]
+        evidence |= {
+            "failed_test": first, "call": f"{c.entry}{tuple(c.args)!r}"[:SHOWN], "expected": repr(c.expected)[:SHOWN],
+            "returned": json.dumps(answers[first])[:SHOWN],
+        }  # fmt: skip
+    return Report(tuple(passed), status, evidence | _words(result))
+
+
+def _answers(result: Result, n: int) -> tuple[list[Any], Status]:
+    """The answers by call; a channel that says anything twice, or anything else, is worth nothing."""
+    answers: list[Any] = [None] * n
+    status: Status = result.status
+    try:
+        for line in result.channel.decode("ascii").splitlines():
+            number, answer = json.loads(line)
+            if type(number) is not int or not 0 <= number < n or answers[number] is not None:
+                raise ValueError
+            answers[number] = answer
+    except (ValueError, TypeError, RecursionError):
+        return [None] * n, "protocol" if status == "ok" else status
+    if status == "ok" and None in answers:
+        status = "protocol"  # it left before it had answered
+    return answers, status
+
+
+def _value(answer: Any) -> tuple[Any, bool]:
+    if not isinstance(answer, list) or len(answer) != 2 or answer[0] != "ok":
+        return None, False
+    try:
+        return decode(answer[1]), True
+    except Opaque:
+        return None, False
+
+
+def same(given: Any, expected: Any) -> bool:
+    """Equality of plain values: tuples and lists are alike (JSON has no tuples), floats within 1e-9, True is not 1."""
+    if isinstance(expected, bool) or isinstance(given, bool) or expected is None or given is None:
+        return type(given) is type(expected) and given == expected
+    if isinstance(expected, float) or isinstance(given, float):
+        if not (isinstance(given, (int, float)) and isinstance(expected, (int, float))):
+            return False
+        if isinstance(expected, float) and math.isnan(expected):
+            return isinstance(given, float) and math.isnan(given)
+        try:
+            return math.isclose(given, expected, rel_tol=1e-9, abs_tol=1e-12)
+        except OverflowError:
+            return given == expected
+    if isinstance(expected, (list, tuple)):
+        return (
+            isinstance(given, (list, tuple))
+            and len(given) == len(expected)
+            and all(same(g, e) for g, e in zip(given, expected, strict=True))
+        )
+    if isinstance(expected, dict):
+        return (
+            isinstance(given, dict)
+            and given.keys() == expected.keys()
+            and all(same(given[k], expected[k]) for k in expected)
+        )
+    return type(given) is type(expected) and bool(given == expected)
+
+
+@dataclass(frozen=True)
+class TestCode:
+    """The task's own test code. `setup` is trusted and runs in the tests' jail; each test raises when it fails.
+
+    `names`: what the tests take from the program. None: every name that a test reads and the program defines, except those
+    that the setup defines, so that a program cannot put its own helper in the place of the task's.
+    """
+
+    __test__ = False
+    tests: Sequence[str]
+    setup: str = ""
+    names: Sequence[str] | None = None
+
+
+def asserts(sandbox: Sandbox, programs: Sequence[tuple[str, TestCode]]) -> list[Report]:
+    """Programs against test code that runs in a second jail and calls them through stand-ins."""
+    jobs = [_asserts_job(code, t) for code, t in programs]
+    return [_asserts_report(t.tests, r) for (_, t), r in zip(programs, sandbox.run(jobs), strict=True)]
+
+
+def _asserts_job(code: str, t: TestCode) -> Job:
+    if t.names is not None:
+        return Job("asserts", code, names=list(t.names), setup=t.setup, tests=list(t.tests))
+    bound = _bound(t.setup)
+    read = _read_by(t.tests) - bound.keys()
+    defined = _bound(code)
+    names = sorted(n for n in read if defined.get(n) == "defined" and not hasattr(builtins, n))
+    # a module that the program imports is imported for the tests too: the real one, not the program's
+    modules = sorted(n for n in read if defined.get(n) == "module" and n in sys.stdlib_module_names)
+    setup = "\n".join([*(f"import {name}" for name in modules), t.setup])
+    return Job("asserts", code, names=names, setup=setup, tests=list(t.tests))
+
+
+def _asserts_report(tests: Sequence[str], result: Result) -> Report:
+    held: list[bool] = [False] * len(tests)
+    if result.status == "ok":  # anything else, and the tests' jail has not had its last word
+        held = [value is True for value in json.loads(result.channel)["held"]]
+    evidence: dict[str, Any] = {"cpu_seconds": round(result.cpu_seconds, 4)}
+    first = next((i for i, value in enumerate(held) if not value), None)
+    if first is not None:
+        evidence |= {"failed_test": first, "test": tests[first][:SHOWN]}
+    return Report(tuple(held), result.status, evidence | _words(result))
+
+
+def _parsed(code: str) -> ast.Module:
+    """The syntax tree; an empty one for code that has none (it fails in the jail, with its own message)."""
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
+
+
+def _read_by(tests: Sequence[str]) -> set[str]:
+    """Names that test code reads and does not make itself."""
+    read: set[str] = set()
+    for test in tests:
+        nodes = list(ast.walk(_parsed(test)))
+        own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        read |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - own
+    return read
+
+
+def _bound(code: str) -> dict[str, Literal["defined", "module"]]:
+    """Names that a program binds at its top level, as far as its syntax tree shows: plain imports of modules, and the rest."""
+    names: dict[str, Literal["defined", "module"]] = {}
+    pending: list[ast.stmt] = list(_parsed(code).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names[node.name] = "defined"
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id: "defined" for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name: "module" for alias in node.names if alias.asname is None}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: "defined" for alias in node.names}
+        elif isinstance(node, (ast.If, ast.Try, ast.For, ast.While, ast.With)):
+            for part in ("body", "orelse", "finalbody"):
+                pending += getattr(node, part, [])
+    return names
+
+
+def _words(result: Result) -> dict[str, Any]:
+    out: dict[str, Any] = {"status": result.status, "backend": result.backend}
+    if result.status != "ok":
+        if result.stderr:
+            out["stderr"] = _text(result.stderr)[-SHOWN:]
+        if result.detail:
+            out["detail"] = result.detail
+    return out
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
