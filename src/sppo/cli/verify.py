@@ -21,6 +21,9 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--reward", required=True, help="a reward: 'answer', 'math', 'answer:extract=boxed', package.module:object"
     )
+    parser.add_argument(
+        "--response", metavar="COLUMN", help="the column to score instead of `response`, e.g. canonical_solution"
+    )
     parser.add_argument("--out", metavar="VERDICTS.jsonl", help="write one verdict a row")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.set_defaults(run=run)
@@ -37,13 +40,19 @@ def run(args: argparse.Namespace) -> int:
     rollouts = []
     for number, row in read_rows(Path(args.file)):
         name = f"{args.file}:{number}"
-        response = row.pop("response", None)
-        if response is None:
-            response = row.pop("completion", None)
+        if args.response:
+            response = row.get(args.response)
+        else:
+            response = row.pop("response", None)
+            if response is None:
+                response = row.pop("completion", None)
         if isinstance(response, list) and response and isinstance(response[-1], dict):
             response = response[-1].get("content")
         if not isinstance(response, str):
-            raise DataError(f"{name}: the row has no `response` text to score")
+            raise DataError(
+                f"{name}: the row has no `{args.response or 'response'}` text to score"
+                + ("" if args.response else "; name another column with --response")
+            )
         if not {"prompt", "question", "messages"} & row.keys():
             row["prompt"] = ""
         rollouts.append(Rollout(task_from(row, name), [], [], [], "stop", response))

@@ -69,10 +69,10 @@ class Jail:
                     errors.seek(0)
                     said = errors.read().decode(errors="replace").strip().splitlines()
                     raise SandboxUnavailable(_mend(said[-1] if said else "it ended without a word"))
-        except FileNotFoundError as error:
-            raise SandboxUnavailable(_mend(str(error))) from None
-        except BaseException:
+        except BaseException as error:
             ours.close()
+            if isinstance(error, FileNotFoundError):
+                raise SandboxUnavailable(_mend(str(error))) from None
             raise
         finally:
             for fd in keep[1:]:

@@ -1,0 +1,264 @@
+"""Model-written programs against the sandbox: 0 false passes, 0 escapes, 0 survivors. The list is in attacks.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sppo.errors import RecipeError, SandboxUnavailable
+from sppo.sandbox import Case, Job, Limits, Sandbox, TestCode, asserts, calls, stdio
+from sppo.sandbox.inside import codec
+from sppo.sandbox.verdict import same
+
+from . import attacks
+
+LIMITS = Limits(cpu_seconds=1, wall_seconds=1.5)
+SQUARE = "def f(x): return x * x"
+MAIN = "\nif __name__ == '__main__':\n value = f(int(input()))\n print(value)\n"
+MODES = ("stdio", "calls", "asserts")
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(slots=1, limits=LIMITS) as made:
+        yield made
+
+
+def judged(sandbox: Sandbox, mode: str, program: str, expected: object = 49):  # noqa: ANN201
+    if mode == "stdio":
+        return stdio(sandbox, [(program + MAIN, [Case(str(expected), stdin="7\n")])])[0]
+    if mode == "calls":
+        return calls(sandbox, [(program, [Case(expected, entry="f", args=[7])])])[0]
+    return asserts(sandbox, [(program, TestCode([f"assert f(7) == {expected!r}"], names=["f"]))])[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_right_program_passes_and_a_wrong_one_does_not(sandbox: Sandbox, mode: str) -> None:
+    assert judged(sandbox, mode, SQUARE).passed == (True,)
+    assert judged(sandbox, mode, "def f(x): return x + x").passed == (False,)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attack", attacks.VERDICT)
+def test_no_attack_is_paid(sandbox: Sandbox, mode: str, attack: str) -> None:
+    report = judged(sandbox, mode, attacks.VERDICT[attack])
+    assert report.passed == (False,), report
+    assert report.status != "infra_error", report  # a program must not be able to leave the count either
+    assert judged(sandbox, mode, SQUARE).passed == (True,)  # and leaves nothing behind
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_raising_is_not_the_same_as_nothing(sandbox: Sandbox, mode: str) -> None:
+    program = "def f(x): raise ValueError"
+    expected: object = "" if mode == "stdio" else None
+    assert judged(sandbox, mode, program, expected).passed == (False,)
+    assert judged(sandbox, "calls", program, "").passed == (False,)
+
+
+def test_a_program_cannot_replace_the_tasks_own_helpers(sandbox: Sandbox) -> None:
+    setup = "def close(a, b): return abs(a - b) < 1e-6"
+    tests = TestCode(["assert close(f(7), 49)"], setup)
+    cheat = "def close(a, b): return True\ndef f(x): return 0"
+    assert asserts(sandbox, [(cheat, tests)])[0].passed == (False,)
+    assert asserts(sandbox, [(SQUARE, tests)])[0].passed == (True,)
+    fake = "class math:\n isclose = staticmethod(lambda a, b: True)\ndef f(x): return 0"
+    assert asserts(sandbox, [(fake, TestCode(["assert math.isclose(f(7), 49)"], "import math"))])[0].passed == (False,)
+
+
+def test_the_solutions_process_never_holds_the_tests(sandbox: Sandbox) -> None:
+    """Everything that a program can reach in its own process, searched for the tests' text."""
+    spy = (
+        "def f(x):\n import gc\n mark = ''.join(reversed('REKRAM'))\n"
+        " texts = (t for o in gc.get_objects() if type(o) in (list, tuple, dict) for t in (o.values() if type(o) is dict else o))\n"
+        " return sum(1 for t in texts if type(t) is str and mark in t)"
+    )
+    known = f"KEPT = ['MARKER']\n{spy}"  # the spy works: it finds what is there
+    tests = TestCode(["MARK = 'MARKER'; assert f(7) == 0"], names=["f"])
+    assert asserts(sandbox, [(spy, tests), (known, tests)])[0].passed == (True,)
+    assert asserts(sandbox, [(known, TestCode(["assert f(7) >= 1"], names=["f"]))])[0].passed == (True,)
+
+
+@pytest.mark.parametrize("attack", attacks.ISOLATION)
+def test_no_attack_gets_out(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPPO_TEST_SECRET", "hush-1234")
+    secret = tmp_path / "secret"
+    secret.write_text("hush")
+    os.chmod(tmp_path, 0o755)
+    os.chmod(secret, 0o644)
+    victim = subprocess.Popen(["sleep", "60"])
+    abstract = f"sppo-test-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("\0" + abstract)
+        unix.listen()
+        code = attacks.ISOLATION[attack]
+        values = {
+            "secret_file": secret, "secret": "hush-1234", "port": tcp.getsockname()[1], "abstract": abstract, "pid": victim.pid
+        }  # fmt: skip
+        for name, value in values.items():
+            code = code.replace("{" + name + "}", str(value))
+        try:
+            with Sandbox(slots=1, limits=LIMITS) as sandbox:
+                result = sandbox.run([Job("script", code)])[0]
+                if attack == "kill 1 and -1":
+                    assert result.status in ("ok", "killed", "exception"), result
+                else:
+                    assert result.stdout.strip() == b"SAFE", result
+                assert sandbox.run([Job("script", "print(1)")])[0].stdout == b"1\n"
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+            victim.wait()
+
+
+def test_nothing_is_left_for_the_next_program(sandbox: Sandbox) -> None:
+    first, second = (sandbox.run([Job("script", code)])[0] for code in (attacks.LEAVES, attacks.FINDS))
+    assert (first.stdout, second.stdout) == (b"SAFE\n", b"SAFE\n"), (first, second)
+
+
+@pytest.mark.parametrize("attack", attacks.RESOURCES)
+def test_no_attack_takes_more_than_its_share(sandbox: Sandbox, attack: str) -> None:
+    code, statuses = attacks.RESOURCES[attack]
+    began = time.monotonic()
+    result = sandbox.run([Job("script", code)])[0]
+    assert result.status in statuses, result
+    assert time.monotonic() - began < LIMITS.wall_seconds + 1.0
+    assert sandbox.run([Job("script", "print(1)")])[0].stdout == b"1\n"
+
+
+@pytest.mark.parametrize("attack", attacks.FORKING)
+def test_processes_are_counted_and_ended_together(attack: str) -> None:
+    code, statuses = attacks.FORKING[attack]
+    with Sandbox(slots=1, limits=Limits(cpu_seconds=1, wall_seconds=1.5, memory_bytes=256 << 20, fork=True)) as sandbox:
+        result = sandbox.run([Job("script", code)])[0]
+        assert result.status in statuses, result
+        if attack == "a daemon that holds stdout":
+            assert result.wall_seconds < 1.0  # its daemon did not keep us waiting
+            assert result.stdout == b"done\n"
+        assert sandbox.run([Job("script", "print(1)")])[0].stdout == b"1\n"
+        assert _below(sandbox) <= 2, "a program outlived its run"  # bubblewrap's own process and the zygote
+
+
+def _below(sandbox: Sandbox) -> int:
+    """Processes below the first jail's bubblewrap."""
+    process = sandbox._jails[0][0].process
+    assert process is not None
+    seen, pending = 0, [process.pid]
+    while pending:
+        pid = pending.pop()
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            continue
+        seen += len(children)
+        pending += map(int, children)
+    return seen
+
+
+def test_a_large_input_that_is_never_read_and_one_that_is(sandbox: Sandbox) -> None:
+    big = "x" * (10 << 20)
+    ignored, read = sandbox.run(
+        [Job("script", "print('bye')", stdin=big), Job("script", "import sys\nprint(len(sys.stdin.read()))", stdin=big)]
+    )
+    assert (ignored.status, ignored.stdout) == ("ok", b"bye\n")
+    assert read.stdout == b"%d\n" % len(big)
+
+
+def test_killed_within_its_wall_time_plus_a_quarter_second(sandbox: Sandbox) -> None:
+    result = sandbox.run([Job("script", "import time\ntime.sleep(60)")])[0]
+    assert result.status == "timeout"
+    assert result.wall_seconds < LIMITS.wall_seconds + 0.25
+
+
+def test_a_thousand_runs_leave_nothing_behind() -> None:
+    with Sandbox(slots=2, limits=LIMITS) as sandbox:
+        sandbox.run([Job("script", "print(1)")] * 50)
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd")), threading.active_count()
+        resident = _resident(sandbox)
+        results = sandbox.run([Job("script", "print(1)")] * 1000)
+        assert {r.status for r in results} == {"ok"}
+        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+        assert _resident(sandbox) - resident < 4 << 20
+        assert _below(sandbox) <= 2
+
+
+def _resident(sandbox: Sandbox) -> int:
+    process = sandbox._jails[0][0].process
+    assert process is not None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    inner = Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()
+    pids = [process.pid, *map(int, children), *map(int, inner)]
+    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096
+
+
+def test_a_jail_that_dies_is_started_anew(sandbox: Sandbox) -> None:
+    process = sandbox._jails[0][0].process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert sandbox.run([Job("script", "print(1)")])[0].stdout == b"1\n"
+
+
+def test_without_bubblewrap_it_says_so_and_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SandboxUnavailable, match="install it"):
+        Sandbox(slots=1).probe()
+    with pytest.raises(RecipeError, match="bwrap"):
+        Sandbox(backend="bwarp")
+
+
+def test_the_weaker_backend_is_named_in_every_result() -> None:
+    with Sandbox("unsafe-subprocess", slots=1, limits=LIMITS) as sandbox:
+        results = sandbox.run([Job("script", "print(1)"), Job("script", "while True: pass")])
+    assert [(r.status, r.backend) for r in results] == [("ok", "unsafe-subprocess"), ("timeout", "unsafe-subprocess")]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")
+def test_it_works_as_an_ordinary_user() -> None:
+    code = "from sppo.sandbox import *\nwith Sandbox(slots=1) as s: print(s.run([Job('script', 'print(6*7)')])[0].stdout)"
+    open_to_all = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        shutil.copytree(Path(__file__).parents[2] / "src" / "sppo", open_to_all / "sppo")
+        os.chmod(open_to_all, 0o755)
+        done = subprocess.run(
+            ["/usr/bin/python3", "-B", "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True, text=True,
+            cwd="/", env={"PYTHONPATH": str(open_to_all), "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(open_to_all)
+    assert "b'42\\n'" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 0, -(10**5000), 1.5, float("inf"), -0.0, "\udcff\x00é", [1, [2, (3,)]], {1: {2, 3}, "a": None}, b"\x00", 1j, range(3)],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_values_survive_the_journey(value: object) -> None:
+    back = codec.decode(json.loads(json.dumps(codec.encode(value))))
+    assert type(back) is type(value)
+    assert back == value
+
+
+def test_same_is_equality_of_plain_values() -> None:
+    assert same((1, 2), [1, 2])
+    assert same(0.1 + 0.2, 0.3)
+    assert same(float("nan"), float("nan"))
+    assert same(2, 2.0)
+    assert not same(True, 1)
+    assert not same(1, True)
+    assert not same("1", 1)
+    assert not same(iter([1]), [1])
+    assert not same(None, 0)
+    assert not same(10**400, 1.0)
