@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup quickstart test check clean help
+.PHONY: setup quickstart test check clean help bubblewrap bench-sandbox bench-verify
 
 help:
 	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
 	@echo "make quickstart   train a tiny reasoner from nothing, about five minutes on two cores"
+	@echo "make bench-sandbox, make bench-verify   what a verdict costs"
 	@echo "make test         linter, types, layers and all tests"
 
 setup: $(VENV)/.ready
@@ -26,13 +27,24 @@ quickstart: setup
 	$(BIN)/sppo train recipes/quickstart.toml
 
 check: setup
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check -q src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check -q src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+test: check bubblewrap
 	$(BIN)/python -m pytest
+
+# The sandbox for model-written programs needs bubblewrap, a Debian package of 50 kB.
+bubblewrap:
+	@command -v bwrap > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && { apt-get install -qq -y bubblewrap > /dev/null 2>&1 || { apt-get update -qq && apt-get install -qq -y bubblewrap > /dev/null; }; }; } \
+	|| echo "the sandbox's tests are skipped: install bubblewrap first (sudo apt-get install bubblewrap)"
+
+bench-sandbox: setup bubblewrap
+	$(BIN)/python benchmarks/sandbox.py
+
+bench-verify: setup
+	$(BIN)/python benchmarks/verify.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

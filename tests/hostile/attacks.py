@@ -6,7 +6,9 @@ end in a way that a careless harness takes for success. `{RETURN}` marks the bod
 
 from __future__ import annotations
 
-FORGED = r'''[b'{"held": [true]}\n', b'[0, ["ok", true]]\n', b'["ok", true, []]\n', b"PASS\n", b"OK\n", b"1 passed\n"]'''
+FORGED = (
+    r"""[b'{"held": [true]}\n', b'[0, ["ok", true]]\n', b'["ok", true, []]\n', b"PASS\n", b"OK\n", b"1 passed\n"]"""
+)
 
 VERDICT = {
     "exit at import": "import sys\nsys.exit(0)\ndef f(x): return None",
@@ -83,7 +85,9 @@ ISOLATION = {
     "descriptors of the jail": "import os\nheld = []\nfor fd in range(3, 256):\n try: os.fstat(fd); held.append(fd)\n except OSError: pass\nprint('SAFE' if not held else held)",
 }  # fmt: skip
 
-LEAVES = "open('/tmp/left', 'w').write('x')\nimport os\ntry: os.mkdir('/dev/shm/left')\nexcept OSError: pass\nprint('SAFE')"
+LEAVES = (
+    "open('/tmp/left', 'w').write('x')\nimport os\ntry: os.mkdir('/dev/shm/left')\nexcept OSError: pass\nprint('SAFE')"
+)
 FINDS = "import os\nprint('SAFE' if not os.listdir('/tmp') and (not os.path.isdir('/dev/shm') or not os.listdir('/dev/shm')) else os.listdir('/tmp'))"
 
 # name: (program, statuses that it may end with)

@@ -17,12 +17,15 @@ from pathlib import Path
 import pytest
 
 from sppo.errors import RecipeError, SandboxUnavailable
-from sppo.sandbox import Case, Job, Limits, Sandbox, TestCode, asserts, calls, stdio
+from sppo.sandbox import Case, Job, Limits, Report, Sandbox, TestCode, asserts, calls, stdio
 from sppo.sandbox.inside import codec
 from sppo.sandbox.verdict import same
 
 from . import attacks
 
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt-get install bubblewrap"
+)
 LIMITS = Limits(cpu_seconds=1, wall_seconds=1.5)
 SQUARE = "def f(x): return x * x"
 MAIN = "\nif __name__ == '__main__':\n value = f(int(input()))\n print(value)\n"
@@ -35,7 +38,7 @@ def sandbox() -> Iterator[Sandbox]:
         yield made
 
 
-def judged(sandbox: Sandbox, mode: str, program: str, expected: object = 49):  # noqa: ANN201
+def judged(sandbox: Sandbox, mode: str, program: str, expected: object = 49) -> Report:
     if mode == "stdio":
         return stdio(sandbox, [(program + MAIN, [Case(str(expected), stdin="7\n")])])[0]
     if mode == "calls":
@@ -226,7 +229,9 @@ def test_the_weaker_backend_is_named_in_every_result() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")
 def test_it_works_as_an_ordinary_user() -> None:
-    code = "from sppo.sandbox import *\nwith Sandbox(slots=1) as s: print(s.run([Job('script', 'print(6*7)')])[0].stdout)"
+    code = (
+        "from sppo.sandbox import *\nwith Sandbox(slots=1) as s: print(s.run([Job('script', 'print(6*7)')])[0].stdout)"
+    )
     open_to_all = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
         shutil.copytree(Path(__file__).parents[2] / "src" / "sppo", open_to_all / "sppo")

@@ -12,7 +12,7 @@ from ..rewards.base import Reward
 from ..rollout.collect import collect
 from ..rollout.engine import Engine, Sampling
 from ..tasks.base import TaskSource
-from ..types import Rollout, Task
+from ..types import Rollout, Task, Verdict
 from .intervals import accuracy_interval, pass_at_k
 
 
@@ -30,6 +30,7 @@ class Evaluation:
     truncated: float
     masked: int
     outcomes: dict[str, int]
+    measures: dict[str, float]
     rollouts: list[Rollout] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,8 +79,19 @@ def evaluate(
         truncated=sum(r.finish == "length" for r in rollouts) / max(len(rollouts), 1),
         masked=sum(r.verdict.masked for r in rollouts if r.verdict),
         outcomes=dict(Counter(r.verdict.outcome for r in rollouts if r.verdict)),
+        measures=mean_measures([r.verdict for r in rollouts if r.verdict]),
         rollouts=rollouts,
     )
+
+
+def mean_measures(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The means of what rewards measured beside the score (`evidence["measures"]`: pass rates, gaps), masked samples left out."""
+    values: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        if not verdict.masked:
+            for name, value in verdict.evidence.get("measures", {}).items():
+                values.setdefault(name, []).append(value)
+    return {name: sum(v) / len(v) for name, v in sorted(values.items())}
 
 
 def _powers(samples: int) -> list[int]:

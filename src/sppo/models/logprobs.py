@@ -32,7 +32,7 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     The product of two bfloat16 numbers is exact in float32 and the sums are kept in float32, so a projection of a bfloat16
     model's hidden states loses nothing. A float32 gradient that enters is rounded once, as everywhere in such a model.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     try:
         if dtype == torch.bfloat16:

@@ -164,14 +164,21 @@ def _test_code(task: Task, code: str, entry: Any) -> Suite | str:
         return "test code needs an `entry_point`, the name of the function it checks"
     if _tree(code) is None:
         return "the test code is not Python"
-    setup = f"{task.text}\n" if _defines(task.text, entry) else ""  # helpers of a code prompt; the entry itself is replaced
+    setup = (
+        f"{task.text}\n" if _defines(task.text, entry) else ""
+    )  # helpers of a code prompt; the entry itself is replaced
     call = f"check({entry})" if _defines(code, "check") else ""
     return Suite("asserts", code=TestCode([f"{code}\n{call}"], setup, [entry]))
 
 
 def _columns(value: Mapping[str, Any], entry: Any) -> Suite | str:
     inputs, outputs = value.get("inputs"), value.get("outputs")
-    if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence) or len(inputs) != len(outputs) or not inputs:
+    if (
+        not isinstance(inputs, Sequence)
+        or not isinstance(outputs, Sequence)
+        or len(inputs) != len(outputs)
+        or not inputs
+    ):
         return "needs `inputs` and `outputs` of one length"
     if not entry:
         return Suite("stdio", tuple(Case(_joined(o), stdin=_joined(i)) for i, o in zip(inputs, outputs, strict=True)))

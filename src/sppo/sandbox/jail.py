@@ -103,8 +103,20 @@ class Jail:
             self._folder = tempfile.TemporaryDirectory(prefix="sppo-sandbox-")
             for name in INSIDE:
                 (Path(self._folder.name) / name).write_bytes((source / name).read_bytes())
-            command = [self.python, "-s", "-S", "-B", os.path.join(self._folder.name, "zygote.py"), str(control), "none"]
-            return command, {"cwd": self._folder.name, "env": _environment(self._folder.name), "start_new_session": True}
+            command = [
+                self.python,
+                "-s",
+                "-S",
+                "-B",
+                os.path.join(self._folder.name, "zygote.py"),
+                str(control),
+                "none",
+            ]
+            return command, {
+                "cwd": self._folder.name,
+                "env": _environment(self._folder.name),
+                "start_new_session": True,
+            }
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise FileNotFoundError("bubblewrap (`bwrap`) is not installed")

@@ -17,6 +17,8 @@ from .job import Job, Limits, Result
 
 BACKENDS = ("bwrap", "unsafe-subprocess")
 """`bwrap` isolates. `unsafe-subprocess` does not (limits only): for trusted programs, where no jail can be had."""
+LINGER = 0.25
+"""Seconds that a solution may outlive its tests."""
 PROBE = Job("script", "import os\nprint(6 * 7, os.path.exists('/etc/passwd'), os.path.exists('/proc/1'))")
 
 
@@ -138,6 +140,7 @@ def _asserts(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
     try:
         verdict = tests.run(request, limits, peer=far)
     finally:
+        thread.join(LINGER)  # with the tests' jail gone it ends by itself, and says how; unless it does not want to
         if thread.is_alive():
             solution.cancel()
         thread.join()

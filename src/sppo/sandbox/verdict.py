@@ -252,5 +252,3 @@ def _words(result: Result) -> dict[str, Any]:
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
-
-

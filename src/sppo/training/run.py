@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import DataError, RecipeError, StaleWeights
-from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks
+from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
 from ..memory import keep_memory
 from ..models.critic import Critic
 from ..models.policy import Policy, parameter_count, weights_sha256
@@ -293,6 +293,7 @@ class Run:
             "rollout/mean_tokens": tokens / len(batch),
             "rollout/truncated": sum(r.finish == "length" for r in batch.rollouts) / len(batch),
             **{f"outcome/{name}": count for name, count in sorted(Counter(v.outcome for v in verdicts).items())},
+            **{f"reward/{name}": value for name, value in mean_measures(verdicts).items()},
             "data/position": self.curriculum.position,
             "data/passed_over": self.curriculum.passed_over,
             "advantage/std": float(advantage_B[batch.keep_B].std()) if len(kept) > 1 else None,
@@ -316,6 +317,7 @@ class Run:
             self.observer.evaluation(step + 1, result)
             metrics |= {
                 "eval/accuracy": self.state.last["accuracy"], "eval/low": result.low, "eval/high": result.high,
+                **{f"eval/{name}": value for name, value in result.measures.items()},
                 "eval/mean_tokens": result.mean_tokens, "critic/ev_ceiling": self._ceiling(result),
             }  # fmt: skip
         self.directory.metrics(step, metrics)

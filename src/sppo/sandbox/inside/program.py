@@ -35,7 +35,10 @@ from codec import Handle, Opaque, decode, encode
 
 builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D"), _sitebuiltins.Quitter("quit", "Ctrl-D")
 OUT_OF_MEMORY, LINE = 97, 1 << 24
-PRELOADED = (bisect, collections, copy, dataclasses, datetime, decimal, fractions, functools, heapq, io, itertools, math, operator, random, re, statistics, string, types, typing)  # fmt: skip
+PRELOADED = (
+    bisect, collections, copy, dataclasses, datetime, decimal, fractions, functools, heapq, io, itertools, math, operator,
+    random, re, statistics, string, types, typing,
+)  # fmt: skip
 
 
 def run(request_fd, result_fd, peer_fd):
@@ -156,7 +159,9 @@ def tests(request, result_fd, peer_fd):
         return answer
 
     def invoke(call, args, kwargs):
-        answer = ask(dict(call, args=encode(list(map(outward, args))), kwargs=encode({k: outward(v) for k, v in kwargs.items()})))
+        answer = ask(
+            dict(call, args=encode(list(map(outward, args))), kwargs=encode({k: outward(v) for k, v in kwargs.items()}))
+        )
         for before, after in zip(args, answer[2]):  # what the call did to its arguments
             if type(before) in (list, dict, set):
                 try:

