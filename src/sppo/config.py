@@ -67,7 +67,8 @@ class RewardSection(Section):
 
     use: str = Field(
         "answer",
-        description="a file of rewards/ with options ('answer:extract=boxed', 'math'), or package.module:object",
+        description="a file of rewards/ with options ('answer:extract=boxed', 'math', 'code'), package.module:object, or several: "
+        "'code + 0.2 * mine:style', 'math and mine:checked', 'math gate mine:format'",
     )
 
 

@@ -197,11 +197,13 @@ def _source(rows: Any, name: str, instruction: str) -> TaskSource:
 
 
 def _reward(rewards: RewardLike | list[RewardLike]) -> Reward:
-    from .rewards.combine import MeanReward
+    from .rewards.combine import MixedReward, Part
 
     if not isinstance(rewards, (list, tuple)):
         return load_reward(rewards)
     if not rewards:
         raise UserError("reward_funcs is empty; give at least one reward")
-    loaded = [load_reward(r) for r in rewards]
-    return loaded[0] if len(loaded) == 1 else MeanReward(loaded)
+    loaded = [
+        Part(r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__), load_reward(r)) for r in rewards
+    ]
+    return loaded[0].reward if len(loaded) == 1 else MixedReward(loaded)

@@ -15,7 +15,7 @@ from sppo.models.policy import Policy
 from sppo.models.tiny import build
 from sppo.objective.surrogate import normalised_sum
 from sppo.rewards.base import CallableReward
-from sppo.rewards.combine import MeanReward
+from sppo.rewards.combine import MixedReward, Part
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.tasks.base import ListSource, load_tasks
@@ -283,7 +283,8 @@ def test_shaped_rewards_never_reach_the_critics_target():
     def shaping(prompts, completions):
         return [0.0] * len(prompts)
 
-    verdicts = MeanReward([CallableReward(right, "right"), CallableReward(shaping, "shaping")]).judge(rollouts)
+    parts = [Part("right", CallableReward(right, "right")), Part("shaping", CallableReward(shaping, "shaping"))]
+    verdicts = MixedReward(parts).judge(rollouts)
     batch = pack([r.judged(v) for r, v in zip(rollouts, verdicts, strict=True)], policy.pad_id)
     assert torch.equal(batch.reward_B, torch.full((8,), 0.5))
     assert torch.equal(batch.correct_B, torch.ones(8))

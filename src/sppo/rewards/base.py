@@ -39,6 +39,10 @@ def load_reward(use: str | Callable[..., Any] | Reward) -> Reward:
         raise RecipeError(
             "this run's reward was given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
         )
+    from .combine import MixedReward, Part, is_mixture, parse_mixture
+
+    if is_mixture(use):
+        return MixedReward([Part(spec, load_reward(spec), role, weight) for role, weight, spec in parse_mixture(use)])
     if is_import(use, "sppo.rewards"):
         found = resolve(use, "sppo.rewards", "build")
         return _adapt(found() if inspect.isclass(found) else found, use)

@@ -1,36 +1,96 @@
-"""Several rewards as one: their mean. The first is the correctness that the critic predicts; the others only shape."""
+"""Several rewards as one, written as a sentence:
+
+    math + 0.2 * format       a weighted sum, divided by the sum of the weights
+    code and answer           both must hold
+    code gate format          nothing is paid unless the format holds (its score is at least 0.5)
+
+The first part and every `and` part are the correctness that the critic predicts; the others only shape the score. Each part's
+verdict is kept in the evidence; a sample that any part cannot grade is masked.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
 from .base import Reward
 
+Role = Literal["+", "and", "gate"]
+_JOINT = re.compile(r"\s+(\+|and|gate)\s+")
+_WEIGHTED = re.compile(r"([0-9.]+)\s*\*\s*(\S.*)")
 
-class MeanReward:
-    """The mean score of several rewards; a sample that any part cannot grade is masked. Each part's value is evidence."""
 
-    def __init__(self, parts: Sequence[Reward]) -> None:
+@dataclass(frozen=True)
+class Part:
+    """One reward of a mixture. `weight` is read in sums only."""
+
+    name: str
+    reward: Reward
+    role: Role = "+"
+    weight: float = 1.0
+
+
+def is_mixture(use: str) -> bool:
+    """Whether a `reward.use` names more than one reward (or weighs one)."""
+    return _JOINT.search(use.strip()) is not None or _WEIGHTED.fullmatch(use.strip()) is not None
+
+
+def parse_mixture(use: str) -> list[tuple[Role, float, str]]:
+    """`a + 0.2 * b gate c` as [(role, weight, spec)]. Raises RecipeError with the piece that cannot be read."""
+    pieces = ["+", *_JOINT.split(use.strip())]
+    out: list[tuple[Role, float, str]] = []
+    for joint, piece in zip(pieces[::2], pieces[1::2], strict=True):
+        role: Role = joint  # type: ignore[assignment]
+        weighted = _WEIGHTED.fullmatch(piece)
+        try:
+            weight, spec = (float(weighted[1]), weighted[2]) if weighted else (1.0, piece)
+        except ValueError:
+            raise RecipeError(f"reward {use!r}: {piece!r} has no weight that is a number") from None
+        if weighted and role != "+":
+            raise RecipeError(f"reward {use!r}: only a part of a sum has a weight, {piece!r} follows {role!r}")
+        if weight <= 0:
+            raise RecipeError(f"reward {use!r}: the weight of {spec!r} must be above 0")
+        out.append((role, weight, spec))
+    return out
+
+
+class MixedReward:
+    """A sum of rewards, under conjunctions and gates."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """One verdict each; outcome and correctness are those of the first part."""
-        judged = zip(*(part.judge(rollouts) for part in self.parts), strict=True)
+        """One verdict each. Outcome: the first part's, or that of the first `and` part that fails."""
+        judged = zip(*(part.reward.judge(rollouts) for part in self.parts), strict=True)
         return [self._merge(verdicts) for verdicts in judged]
 
     def _merge(self, verdicts: tuple[Verdict, ...]) -> Verdict:
-        evidence = {"parts": [{"score": v.score, "outcome": v.outcome, **v.evidence} for v in verdicts]}
+        pairs = list(zip(self.parts, verdicts, strict=True))
+        evidence = {
+            "parts": [{"reward": p.name, "role": p.role, "score": v.score, "outcome": v.outcome, **v.evidence} for p, v in pairs],
+            "measures": {f"part_{i}_{p.name.partition(':')[0]}": v.score for i, (p, v) in enumerate(pairs)}
+            | {name: value for v in verdicts for name, value in v.evidence.get("measures", {}).items()},
+        }  # fmt: skip
         masked = next((v for v in verdicts if v.masked), None)
         if masked is not None:
             return Verdict(0.0, masked.outcome, evidence, excluded=True)
-        mean = sum(v.score for v in verdicts) / len(verdicts)
-        return Verdict(mean, verdicts[0].outcome, evidence, correctness=verdicts[0].correct)
+        required = [verdicts[0], *(v for p, v in pairs[1:] if p.role == "and")]
+        worst = min(required, key=lambda v: v.correct)
+        held = min((v.correct for v in required[1:]), default=1.0)  # 1 where there is no conjunction
+        summed = [(p.weight, v.score) for p, v in pairs if p.role == "+"]
+        score = sum(weight * value for weight, value in summed) / sum(weight for weight, _ in summed)
+        gates = all(v.score >= 0.5 for p, v in pairs if p.role == "gate")
+        return Verdict(score * held * gates, worst.outcome, evidence, correctness=worst.correct)
 
     def check(self, task: Task) -> str | None:
         """The first part's reason, if any has one."""
-        return next((why for part in self.parts if (why := part.check(task))), None)
+        return next((why for part in self.parts if (why := part.reward.check(task))), None)
 
     def close(self) -> None:
         for part in self.parts:
-            part.close()
+            part.reward.close()
