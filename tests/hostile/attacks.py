@@ -109,5 +109,6 @@ FORKING = {
     "a daemon that holds stdout": ("import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(60)\n os._exit(0)\nprint('done')", {"ok"}),
     "fork without end": ("import os\nwhile True:\n try: os.fork()\n except OSError: pass", {"timeout", "memory", "killed", "exception"}),
     "memory over many processes": ("import os, time\nfor _ in range(12):\n if os.fork() == 0:\n  x = bytearray(100 << 20)\n  for i in range(0, len(x), 4096): x[i] = 1\n  time.sleep(60)\ntime.sleep(60)", {"memory"}),
+    "shared memory over many processes": ("import os, mmap, time\nfor _ in range(6):\n if os.fork() == 0:\n  m = mmap.mmap(-1, 100 << 20)\n  for i in range(0, 100 << 20, 4096): m[i] = 1\n  time.sleep(60)\ntime.sleep(60)", {"memory"}),
     "a child that executes a file": ("import subprocess\nprint(subprocess.run(['/usr/bin/id', '-u'], capture_output=True).stdout)", {"ok", "exception"}),
 }  # fmt: skip

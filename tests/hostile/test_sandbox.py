@@ -19,7 +19,7 @@ import pytest
 from sppo.errors import RecipeError, SandboxUnavailable
 from sppo.sandbox import Case, Job, Limits, Report, Sandbox, TestCode, asserts, calls, stdio
 from sppo.sandbox.inside import codec
-from sppo.sandbox.verdict import same
+from sppo.sandbox.verdict import matches
 
 from . import attacks
 
@@ -256,14 +256,73 @@ def test_values_survive_the_journey(value: object) -> None:
     assert back == value
 
 
-def test_same_is_equality_of_plain_values() -> None:
+def test_an_answer_matches_by_plain_value() -> None:
+    def same(given: object, expected: object) -> bool:
+        return matches(json.loads(json.dumps(codec.encode(given))), expected)
+
     assert same((1, 2), [1, 2])
     assert same(0.1 + 0.2, 0.3)
     assert same(float("nan"), float("nan"))
     assert same(2, 2.0)
+    assert same(2.0, 2)
+    assert same({"a": [1], 2: None}, {2: None, "a": (1,)})
+    assert same({1, 2}, frozenset([2, 1]))
+    assert same(-(10**50), -(10**50))
+    assert same(1j, 1j)
     assert not same(True, 1)
     assert not same(1, True)
     assert not same("1", 1)
     assert not same(iter([1]), [1])
     assert not same(None, 0)
+    assert not same({"a": 1}, {"a": 1, "b": 2})
     assert not same(10**400, 1.0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "b'[0,[\"ok\",[\"S\",['+b','.join(b'[\"i\",\"%x\"]'%((2**61-1)*k) for k in range(1,36000))+b']]]]\\n'",
+        "b'[0,[\"ok\",[\"Q\",\"'+b'f'*500000+b'\",\"'+b'e'*499999+b'\"]]]\\n'",
+        "b'[0,[\"ok\",'+b'['*400000+b']]\\n'",
+        "b'[0,[\"ok\",'+b'9'*500000+b']]\\n'",
+    ],
+)
+def test_no_answer_keeps_the_trainer_busy(sandbox: Sandbox, line: str) -> None:
+    code = f"import os\ndef f(x):\n b={line}\n while b: b=b[os.write(11,b):]\n os._exit(0)"
+    began = time.monotonic()
+    assert judged(sandbox, "calls", code).passed == (False,)
+    assert time.monotonic() - began < LIMITS.wall_seconds + 1.0
+
+
+TRY = "try:\n import nothing\nexcept ImportError:\n def close(a, b): return abs(a - b) < 1"
+
+
+@pytest.mark.parametrize(
+    ("cheat", "test", "setup"),
+    [
+        ("def isclose(a, b): return True\ndef f(x): return 0", "assert isclose(f(7), 49)", "from math import *"),
+        ("def close(a, b): return True\ndef f(x): return 0", "assert close(f(7), 49)", TRY),
+        ("def e(a): return True\ndef f(x): return 0", "assert e(f(7))", "(e := (lambda a: a == 49))"),
+        ("def e(a): return True\ndef f(x): return 0", "assert e(f(7))", "for e in [lambda a: a == 49]: pass"),
+        ("def isclose(a, b): return True\ndef f(x): return 0", "assert isclose(f(7), 49)", ""),
+        ("def abs(a): return 0\ndef f(x): return 0", "assert abs(f(7) - 49) < 1", ""),
+        ("def sum(a): return 0\ndef f(x): return 0", "assert f(7) == sum([40, 9])", ""),
+        ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x * x, range(10)))", ""),
+        ("def f(x): raise StopIteration", "for got, want in zip(map(f, [1, 2]), [1, 4]):\n assert got == want", ""),
+    ],
+)  # fmt: skip
+def test_a_program_does_not_bring_its_own_judge(sandbox: Sandbox, cheat: str, test: str, setup: str) -> None:
+    assert asserts(sandbox, [(cheat, TestCode([test], setup))])[0].passed == (False,)
+
+
+def test_right_programs_pass_that_a_careless_jail_fails(sandbox: Sandbox) -> None:
+    named = "from collections import namedtuple\nP = namedtuple('P', 'a b')\ndef f(x): return P(1, 2)"
+    numbered = "class N:\n def __init__(s, v): s.number = v\ndef f(x): return N(49)"
+    pairs = [
+        ("def sum(a, b): return 6", "assert sum(10, 15) == 6"),  # the function asked for has a builtin's name
+        (named, "assert f(7) == (1, 2)"),
+        ("class D(dict): pass\ndef f(x): return D(a=1)", "assert f(7) == {'a': 1}"),
+        (numbered, "assert f(7).number == 49"),
+    ]
+    reports = asserts(sandbox, [(code, TestCode([test])) for code, test in pairs])
+    assert [r.passed for r in reports] == [(True,)] * len(pairs), reports

@@ -9,12 +9,15 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any, ClassVar
 
 import pytest
 
+from sppo.errors import RecipeError
+from sppo.rewards.base import load_reward
 from sppo.rewards.code import CodeReward, build, extract_code
 from sppo.tasks.records import task_from
 from sppo.types import Rollout, Verdict
@@ -84,6 +87,21 @@ def test_layouts_of_standard_input(reward: CodeReward, row: dict[str, Any]) -> N
     assert judge(reward, "print(int(input()) * 3)", **row).outcome == "wrong"
 
 
+def test_degenerate_text_costs_no_time() -> None:
+    for text in (("`" * 100 + "x\n") * 300, ("```x\n" + " " * 50 + "\n") * 1500, "```x\n" * 3000):
+        began = time.monotonic()
+        extract_code(text)
+        assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize(
+    "options", ["slots=abc", "wall=-1", "cpu=0", "memory_mb=1e30", "partial=maybe", "slots=0", "wall=inf"]
+)
+def test_options_out_of_range_are_named(options: str) -> None:
+    with pytest.raises(RecipeError, match=options.partition("=")[0]):
+        load_reward(f"code:{options}")
+
+
 def test_a_solution_class(reward: CodeReward) -> None:
     row = {"tests": [{"args": [[2, 7, 11], 9], "expected": [0, 1]}], "entry_point": "two_sum"}
     code = "class Solution:\n    def two_sum(self, nums: List[int], target: int) -> List[int]:\n        d = defaultdict(int)\n        return [0, 1]"
@@ -111,6 +129,15 @@ def test_outcomes(reward: CodeReward) -> None:
         ({"tests": [{"input": "1"}]}, "no `expected`"),
         ({"tests": [{"args": [1], "expected": 1}]}, "entry_point"),
         ({"tests": {"inputs": [1], "outputs": []}}, "one length"),
+        ({"tests": ["", "pass"]}, "checks nothing"),
+        ({"tests": ["assert f(1)"], "test_setup_code": 5}, "must be text"),
+        ({"tests": ["assert f(1)"], "test_setup_code": "def ("}, "setup code"),
+        ({"tests": [{"args": 5, "expected": 4}], "entry_point": "f"}, "`args` must be a list"),
+        ({"tests": [{"args": "ab", "expected": 4}], "entry_point": "f"}, "`args` must be a list"),
+        ({"tests": [{"args": [1], "expected": 4}], "entry_point": 5}, "not the name"),
+        ({"tests": [{"input": None, "output": None}]}, "null"),
+        ({"tests": [{"input": "\ud800", "output": "1"}]}, "cannot be handed over"),
+        ({"tests": "[" * 5000}, "does not parse"),
         ({"tests": ["assert f(1)"], "hidden_tests": "def check(c): pass"}, "hidden_tests"),
     ],
 )

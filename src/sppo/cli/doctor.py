@@ -66,6 +66,7 @@ def _machine() -> dict[str, str]:
         "memory": f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
         "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
         "engines": "local",
+        "sandbox": _sandbox(),
     }
     for package in PACKAGES:
         try:
@@ -74,6 +75,17 @@ def _machine() -> dict[str, str]:
             extra = {"reasoning-gym": "gym", "gguf": "gguf"}.get(package)
             out[package] = f"not installed (pip install 'sppo[{extra}]')" if extra else "not installed"
     return out
+
+
+def _sandbox() -> str:
+    from ..errors import SandboxUnavailable
+    from ..sandbox import Sandbox
+
+    try:
+        with Sandbox(slots=1):
+            return "bwrap runs programs and isolates them (reward `code`)"
+    except SandboxUnavailable as error:
+        return f"not available for the reward `code`: {error}"
 
 
 def _plan(config: Any) -> dict[str, Any]:

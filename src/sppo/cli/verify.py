@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, UserError
 from ._shared import emit
 
 
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from ..training.rundir import no_space, write_atomic
     from ..types import Rollout
 
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out: {args.out} is a folder; name a file")
     reward = load_reward(args.reward)
     rollouts = []
     for number, row in read_rows(Path(args.file)):
@@ -86,5 +88,9 @@ def run(args: argparse.Namespace) -> int:
         if mean is None
         else f"mean score {mean:.4f} over {len(graded)} graded rows of {len(verdicts)}"
     )
+    for r, v in [(r, v) for r, v in zip(rollouts, verdicts, strict=True) if v.masked][:3]:
+        shown += f"\n  {r.task.id} could not be graded: {v.evidence.get('reason', v.outcome)}"
+    if not args.out:
+        shown += "\n  (--out VERDICTS.jsonl writes every verdict with its evidence)"
     emit(result, args.json, shown + "\n" + "\n".join(f"  {name:<13} {count}" for name, count in outcomes.items()))
     return 0

@@ -140,7 +140,7 @@ def _existing(name: str, role: str) -> str:
         name = str(folder)
     elif folder.name in SOURCES:
         raise ModelError(f"{role}: there is no folder {name} yet; fetch it with: sppo pull {folder.name} --to {name}")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         raise ModelError(f"{role}: there is no folder {name}")
     return name
 

@@ -19,6 +19,7 @@ _MARK = re.compile(r"(?i:\b(?:final answer|answer))\s*(?:is|:|=)\s*:?|(?<![A-Za-
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 _HASH = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?")
+_FRACTION = re.compile(r"([-+−]?)\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 EXTRACT = ("auto", "boxed", "marked", "hash", "number", "whole")
 MODES = ("auto", "exact", "numeric")
 
@@ -65,7 +66,9 @@ def boxed(text: str) -> str | None:
 
 def number(text: str) -> Fraction | None:
     """The number that a text *is* (commas, fractions, exponents, a currency or percent sign, a closing period), or None."""
-    cleaned = text.strip().strip("$ ").rstrip(".").removesuffix("%").replace("−", "-").strip()
+    cleaned = (
+        _FRACTION.sub(r"\1\2/\3", text.strip().strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
+    )
     if _THOUSANDS.fullmatch(cleaned):  # other commas separate: `1,2` is a pair, not twelve
         cleaned = cleaned.replace(",", "")
     if len(cleaned) > 400 or re.search(r"[eE][-+]?\d{4,}", cleaned):

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..errors import RecipeError
 from ..sandbox import Case, Limits, Report, Sandbox, TestCode, asserts, calls, stdio
+from ..sandbox.inside.codec import Opaque, encode
 from ..types import Outcome, Rollout, Task, Verdict
 
 PRELUDE = (
@@ -32,8 +33,6 @@ PRELUDE = (
     "from collections import Counter, OrderedDict, defaultdict, deque\nfrom functools import cache, lru_cache, reduce\n"
 )
 """What judges of `Solution` classes import for everybody."""
-FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
-OPEN_FENCE = re.compile(r"^[ \t]*(?:```+|~~~+)[ \t]*[\w+-]*[^\n]*\n", re.MULTILINE)
 COLUMNS = ("tests", "test_list", "test", "input_output")
 
 
@@ -47,6 +46,17 @@ def build(
     fork: bool = False,
 ) -> CodeReward:
     """The reward for `reward.use = "code:…"`. Raises SandboxUnavailable when programs cannot be isolated here."""
+    for name, value, kind in (
+        ("slots", slots, int),
+        ("wall", wall, (int, float)),
+        ("cpu", cpu, int),
+        ("memory_mb", memory_mb, int),
+    ):
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e6:
+            raise RecipeError(f"reward code: {name}={value} must be a {'whole ' if kind is int else ''}number above 0")
+    for name, flag in (("partial", partial), ("fork", fork)):
+        if not isinstance(flag, bool):
+            raise RecipeError(f"reward code: {name}={flag} must be true or false")
     limits = Limits(cpu_seconds=cpu, wall_seconds=wall, memory_bytes=memory_mb << 20, fork=fork)
     sandbox = Sandbox(backend, slots, limits)
     sandbox.probe()
@@ -69,15 +79,25 @@ class Suite:
 
 def extract_code(text: str) -> str | None:
     """The last fenced block, Python's before any other's; an unclosed fence's rest; else the bare text, if it parses."""
-    blocks = [(m.group(2).lower(), m.group(3)) for m in FENCE.finditer(text)]
-    python = [body for language, body in blocks if language in ("python", "py", "python3", "")]
-    if python or blocks:
-        return (python or [body for _, body in blocks])[-1]
-    if opened := list(OPEN_FENCE.finditer(text)):
-        return text[opened[-1].end() :] or None
-    if not text.strip():
-        return None
-    return text if _tree(text) is not None else None
+    blocks: list[tuple[str, str]] = []
+    fence, language = "", ""
+    body: list[str] = []
+    for line in text.splitlines(keepends=True):
+        bare = line.strip()
+        mark = bare[: len(bare) - len(bare.lstrip(bare[0]))] if bare[:3] in ("```", "~~~") else ""
+        if not fence and mark:
+            fence, language, body = mark, bare[len(mark) :].strip().partition(" ")[0].lower(), []
+        elif fence and bare == fence:
+            blocks.append((language, "".join(body)))
+            fence = ""
+        elif fence:
+            body.append(line)
+    python = [code for name, code in blocks if name in ("python", "py", "python3", "")]
+    if blocks:
+        return (python or [code for _, code in blocks])[-1]
+    if fence:
+        return "".join(body) or None
+    return text if text.strip() and _tree(text) is not None else None
 
 
 def _tree(code: str) -> ast.Module | None:
@@ -124,21 +144,37 @@ def suites_of(task: Task) -> tuple[Suite, Suite | None] | str:
     column = next((name for name in COLUMNS if task.columns.get(name) not in (None, "", [], {})), None)
     if column is None:
         return f"the row has no tests (a column {', '.join(f'`{c}`' for c in COLUMNS)})"
-    visible = _suite(task, task.columns[column], column)
+    entry = task.columns.get("entry_point")
+    if entry is not None and not (isinstance(entry, str) and all(part.isidentifier() for part in entry.split("."))):
+        return f"column `entry_point`: {entry!r} is not the name of a function"
+    visible = _checked(task, column)
     if isinstance(visible, str):
         return f"column `{column}`: {visible}"
     if task.columns.get("hidden_tests") in (None, "", [], {}):
         return visible, None
-    hidden = _suite(task, task.columns["hidden_tests"], "hidden_tests")
+    hidden = _checked(task, "hidden_tests")
     return f"column `hidden_tests`: {hidden}" if isinstance(hidden, str) else (visible, hidden)
 
 
-def _suite(task: Task, value: Any, column: str) -> Suite | str:
+def _checked(task: Task, column: str) -> Suite | str:
+    """The suite of a column, if everything in it can travel to the jail and checks something."""
+    try:
+        suite = _suite(task, task.columns[column])
+        if isinstance(suite, Suite):
+            for case in suite.cases:
+                encode([list(case.args), dict(case.kwargs), case.expected])
+                case.stdin.encode()
+    except (Opaque, UnicodeEncodeError) as error:
+        return f"a test's input cannot be handed over: {error}"
+    return suite
+
+
+def _suite(task: Task, value: Any) -> Suite | str:
     entry = task.columns.get("entry_point")
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return "is JSON text that does not parse"
     if isinstance(value, str):
         return _test_code(task, value, entry)
@@ -149,11 +185,24 @@ def _suite(task: Task, value: Any, column: str) -> Suite | str:
     if not isinstance(value, Sequence) or not value:
         return "holds no tests"
     if all(isinstance(test, str) for test in value):
-        setup = [task.columns.get("test_setup_code") or "", *(task.columns.get("test_imports") or [])]
-        broken = next((i for i, test in enumerate(value) if _tree(test) is None), None)
-        if broken is not None:
-            return f"test {broken} is not Python"
-        return Suite("asserts", code=TestCode(list(value), "\n".join(setup)))
+        imports, code = task.columns.get("test_imports") or [], task.columns.get("test_setup_code") or ""
+        imports = [imports] if isinstance(imports, str) else imports
+        if (
+            not isinstance(code, str)
+            or not isinstance(imports, Sequence)
+            or not all(isinstance(x, str) for x in imports)
+        ):
+            return "`test_setup_code` must be text, `test_imports` a list of texts"
+        setup = "\n".join([*imports, code])
+        if _tree(setup) is None:
+            return "the setup code (`test_imports`, `test_setup_code`) is not Python"
+        for i, test in enumerate(value):
+            tree = _tree(test)
+            if tree is None:
+                return f"test {i} is not Python"
+            if not any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree)):
+                return f"test {i} checks nothing: {test[:40]!r}"
+        return Suite("asserts", code=TestCode(list(value), setup, None if entry is None else [entry.partition(".")[0]]))
     if not all(isinstance(test, Mapping) for test in value):
         return "tests must be all text (assertions) or all objects"
     return _rows(value, entry)
@@ -190,7 +239,7 @@ def _columns(value: Mapping[str, Any], entry: Any) -> Suite | str:
                 expected = json.loads(expected) if isinstance(expected, str) else expected
             except ValueError:
                 return f"an input of {entry} is not JSON, one argument a line"
-        if not isinstance(given, Sequence):
+        if not isinstance(given, Sequence) or isinstance(given, str):
             return f"an input of {entry} is not a list of arguments"
         cases.append(Case(expected, entry=str(entry), args=given))
     return Suite("calls", tuple(cases))
@@ -207,10 +256,16 @@ def _rows(tests: Sequence[Mapping[str, Any]], entry: Any) -> Suite | str:
         if "args" in test or "kwargs" in test:
             if not name:
                 return f"test {i} has `args`, but the row has no `entry_point` to call"
+            if not isinstance(test.get("args") or [], (list, tuple)) or not isinstance(
+                test.get("kwargs") or {}, Mapping
+            ):
+                return f"test {i}: `args` must be a list and `kwargs` an object"
             kinds.add("calls")
             cases.append(Case(expected, entry=str(name), args=list(test.get("args") or ()), kwargs=dict(test.get("kwargs") or {})))  # fmt: skip
         else:
             given = next((test[k] for k in ("input", "stdin") if k in test), "")
+            if given is None or expected is None:
+                return f"test {i}: null is no standard input or output"
             kinds.add("stdio")
             cases.append(Case(_joined(expected), stdin=_joined(given)))
     if len(kinds) != 1:

@@ -43,6 +43,8 @@ class Job:
     stdin: str = ""
     calls: Sequence[Any] = ()
     names: Sequence[str] = ()
+    replace: bool = False
+    """Whether a name of the program replaces one that `setup` made (the function a code prompt only announces)."""
     setup: str = ""
     tests: Sequence[str] = ()
 

@@ -127,7 +127,13 @@ def _asserts(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
     solution, tests = pair
     near, far = socket.socketpair()
     ended: list[Result] = []
-    request = {"role": "tests", "names": list(job.names), "setup": job.setup, "tests": list(job.tests)}
+    request = {
+        "role": "tests",
+        "names": list(job.names),
+        "replace": job.replace,
+        "setup": job.setup,
+        "tests": list(job.tests),
+    }
 
     def run_solution() -> None:
         try:

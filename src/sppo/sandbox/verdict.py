@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .inside.codec import Opaque, decode, encode
+from .inside.codec import encode
 from .job import Job, Result, Status
 from .pool import Sandbox
 
@@ -89,8 +89,8 @@ def _calls_report(cases: Sequence[Case], result: Result) -> Report:
     answers, status = _answers(result, len(cases))
     passed = []
     for case, answer in zip(cases, answers, strict=True):
-        value, ok = _value(answer)
-        passed.append(ok and same(value, case.expected))
+        ok = isinstance(answer, list) and len(answer) == 2 and answer[0] == "ok"
+        passed.append(ok and matches(answer[1], case.expected))
     evidence: dict[str, Any] = {"cpu_seconds": round(result.cpu_seconds, 4)}
     first = next((i for i, held in enumerate(passed) if not held), None)
     if first is not None:
@@ -119,49 +119,58 @@ def _answers(result: Result, n: int) -> tuple[list[Any], Status]:
     return answers, status
 
 
-def _value(answer: Any) -> tuple[Any, bool]:
-    if not isinstance(answer, list) or len(answer) != 2 or answer[0] != "ok":
-        return None, False
-    try:
-        return decode(answer[1]), True
-    except Opaque:
-        return None, False
+def matches(tree: Any, expected: Any) -> bool:
+    """Whether an answer's tree is the expected value: tuples and lists are alike (JSON has no tuples), floats within 1e-9, True is not 1.
 
-
-def same(given: Any, expected: Any) -> bool:
-    """Equality of plain values: tuples and lists are alike (JSON has no tuples), floats within 1e-9, True is not 1."""
-    if isinstance(expected, bool) or isinstance(given, bool) or expected is None or given is None:
-        return type(given) is type(expected) and given == expected
-    if isinstance(expected, float) or isinstance(given, float):
-        if not (isinstance(given, (int, float)) and isinstance(expected, (int, float))):
-            return False
-        if isinstance(expected, float) and math.isnan(expected):
-            return isinstance(given, float) and math.isnan(given)
-        try:
-            return math.isclose(given, expected, rel_tol=1e-9, abs_tol=1e-12)
-        except OverflowError:
-            return given == expected
+    The tree is compared, not decoded: the work is bounded by the expected value's size, whatever a program sends.
+    """
+    if expected is None or isinstance(expected, bool):
+        return tree is expected
+    if not isinstance(tree, list) or len(tree) < 2:
+        return False
+    tag, body = tree[0], tree[1]
+    if isinstance(expected, (int, float)):
+        return _same_number(tag, body, expected)
+    if isinstance(expected, str):
+        return tag == "s" and body == expected
+    if isinstance(expected, (list, tuple, dict, set, frozenset)) and not (
+        isinstance(body, list) and len(body) == len(expected)
+    ):
+        return False
     if isinstance(expected, (list, tuple)):
-        return (
-            isinstance(given, (list, tuple))
-            and len(given) == len(expected)
-            and all(same(g, e) for g, e in zip(given, expected, strict=True))
-        )
+        return tag in ("l", "t") and all(matches(t, e) for t, e in zip(body, expected, strict=True))
     if isinstance(expected, dict):
-        return (
-            isinstance(given, dict)
-            and given.keys() == expected.keys()
-            and all(same(given[k], expected[k]) for k in expected)
-        )
-    return type(given) is type(expected) and bool(given == expected)
+        if tag != "d" or not all(isinstance(pair, list) and len(pair) == 2 for pair in body):
+            return False
+        by_key = {json.dumps(encode(key)): value for key, value in expected.items()}
+        given = {json.dumps(key): value for key, value in body}
+        return given.keys() == by_key.keys() and all(matches(given[k], by_key[k]) for k in by_key)
+    if isinstance(expected, (set, frozenset)):
+        return tag in ("S", "F") and {json.dumps(x) for x in body} == {json.dumps(encode(x)) for x in expected}
+    return bool(tree == encode(expected))
+
+
+def _same_number(tag: Any, body: Any, expected: float) -> bool:
+    if not isinstance(body, str) or (tag != "i" and (tag != "f" or len(body) > 40)):
+        return False
+    if tag == "i" and isinstance(expected, int):
+        return body == f"{expected:x}"
+    try:
+        given = float(body) if tag == "f" else float(int(body[:400], 16))
+        if math.isnan(expected):
+            return tag == "f" and math.isnan(given)
+        return math.isclose(given, expected, rel_tol=1e-9, abs_tol=1e-12)
+    except (ValueError, OverflowError):
+        return False
 
 
 @dataclass(frozen=True)
 class TestCode:
     """The task's own test code. `setup` is trusted and runs in the tests' jail; each test raises when it fails.
 
-    `names`: what the tests take from the program. None: every name that a test reads and the program defines, except those
-    that the setup defines, so that a program cannot put its own helper in the place of the task's.
+    `names`: what the tests take from the program, also in the place of what the setup announces. None: the names that a test
+    reads and the program defines, but never one that the setup made, nor one that is called around another of the program's
+    (`isclose(f(7), 49)`), so that a program cannot bring its own judge.
     """
 
     __test__ = False
@@ -178,11 +187,15 @@ def asserts(sandbox: Sandbox, programs: Sequence[tuple[str, TestCode]]) -> list[
 
 def _asserts_job(code: str, t: TestCode) -> Job:
     if t.names is not None:
-        return Job("asserts", code, names=list(t.names), setup=t.setup, tests=list(t.tests))
-    bound = _bound(t.setup)
-    read = _read_by(t.tests) - bound.keys()
-    defined = _bound(code)
-    names = sorted(n for n in read if defined.get(n) == "defined" and not hasattr(builtins, n))
+        return Job("asserts", code, names=list(t.names), replace=True, setup=t.setup, tests=list(t.tests))
+    read, defined = _read_by(t.tests), _bound(code)
+    candidates = {n for n in read if defined.get(n) == "defined"}
+    candidates -= _around(t.tests, candidates)
+    if (
+        len(candidates) > 1
+    ):  # a builtin of the tests' is not the program's to redefine, unless it is all that is asked for
+        candidates -= set(dir(builtins))
+    names = sorted(candidates)
     # a module that the program imports is imported for the tests too: the real one, not the program's
     modules = sorted(n for n in read if defined.get(n) == "module" and n in sys.stdlib_module_names)
     setup = "\n".join([*(f"import {name}" for name in modules), t.setup])
@@ -217,6 +230,18 @@ def _read_by(tests: Sequence[str]) -> set[str]:
         own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
         read |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - own
     return read
+
+
+def _around(tests: Sequence[str], names: set[str]) -> set[str]:
+    """Those names that a test calls with another of them inside the arguments."""
+    found: set[str] = set()
+    for test in tests:
+        for node in ast.walk(_parsed(test)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+                inner = (n for part in (*node.args, *node.keywords) for n in ast.walk(part))
+                if any(isinstance(n, ast.Name) and n.id in names - {node.func.id} for n in inner):
+                    found.add(node.func.id)
+    return found
 
 
 def _bound(code: str) -> dict[str, Literal["defined", "module"]]:

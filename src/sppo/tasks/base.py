@@ -82,7 +82,8 @@ def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = 
     source: TaskSource = call(resolve(name, "sppo.tasks", "build"), f"task {name}", *words, **options)
     if len(source) == 0:
         raise RecipeError(
-            f"task {spec} holds no problems (split {options.get('split', 'all')}); give more rows or another split"
+            f"task {spec} holds no problems in the split {options.get('split', 'all')!r}: a tenth of all rows is held out, chosen by the "
+            "hash of the question, which can be none of a few; give more rows, or held-out ones of your own with --task.eval"
         )
     return with_instruction(source, instruction)
 

@@ -137,7 +137,18 @@ def _object(line: str, name: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}: broken JSON: {error.msg} at column {error.colno}") from None
+        raise DataError(
+            f"{name}: broken JSON: {error.msg} at column {error.colno}; files are .jsonl, .json or .parquet"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise DataError(f"{name}: JSON that cannot be read: {type(error).__name__}: {error}") from None
+    if "\\u" in line:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{name}: the row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+            ) from None
     if not isinstance(row, dict):
         raise DataError(
             f'{name}: a row must be an object such as {{"question": "…", "answer": "…"}}, not {type(row).__name__}'

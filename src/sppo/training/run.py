@@ -118,19 +118,22 @@ class Run:
         """A run from its newest complete checkpoint (or its beginning, if it never got that far)."""
         directory, config = RunDirectory.open_existing(path)
         try:
+            found = directory.checkpoints()
+            saved = found[-1] if found else None
+            done = int(saved.name.removeprefix("step-")) if saved else 0
+            if steps is not None and steps < done:
+                raise RecipeError(f"--steps {steps}: {path} has already done {done}; give more, or leave --steps out")
             if steps is not None:
                 tree = config.model_dump()
                 tree["training"]["steps"] = steps
                 config = Config.validated(tree, "--steps")
                 directory.write_recipe(config)
             config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(path)})})
-            found = directory.checkpoints()
-            saved = found[-1] if found else None
-            done = int(saved.name.removeprefix("step-")) if saved else 0
             directory.forget_from(done)
-            (observer or Silent()).note(
-                f"resuming {path} after step {done}" if saved else f"resuming {path} from its beginning"
-            )
+            going = f"resuming {path} after step {done}" if saved else f"resuming {path} from its beginning"
+            if done >= config.training.steps:
+                going = f"{path} has done its {done} steps; to go on, resume it with --steps N above that"
+            (observer or Silent()).note(going)
             return cls(config, directory, observer or Silent(), parts or Parts(), saved)
         except BaseException:
             directory.close()

@@ -108,7 +108,7 @@ def solution(request, _result, peer_fd):
 
     def plain(value):
         """A plain value, or a handle on an object of the solution's own class."""
-        if type(value).__module__ == "solution":
+        if type(value).__module__ == "solution" and not isinstance(value, PLAIN):
             kept.append(value)
             return ["h", len(kept) - 1]
         return encode(value)
@@ -151,6 +151,8 @@ def tests(request, result_fd, peer_fd):
             kind = getattr(builtins, str(answer[1]), None)
             if not (isinstance(kind, type) and issubclass(kind, Exception)):
                 kind = Exception
+            if issubclass(kind, ENDS_AN_ITERATION):
+                kind = RuntimeError  # it would end a loop of the test before its assertions
             try:
                 error = kind(str(answer[2]))
             except Exception:
@@ -178,20 +180,20 @@ def tests(request, result_fd, peer_fd):
             before.update(after)
 
     def outward(value):
-        return Handle(object.__getattribute__(value, "number")) if type(value) is StandIn else value
+        return Handle(object.__getattribute__(value, "_sppo_handle")) if type(value) is StandIn else value
 
     class StandIn:
         """An object that lives in the solution's jail."""
 
         def __init__(self, number):
-            self.number = number
+            self._sppo_handle = number
 
         def __getattr__(self, name):
             if name.startswith("__"):
                 raise AttributeError(name)
-            answer = ask({"on": self.number, "get": name})
+            answer = ask({"on": self._sppo_handle, "get": name})
             if answer[0] == "method":
-                return lambda *args, **kwargs: invoke({"on": self.number, "name": name}, args, kwargs)
+                return lambda *args, **kwargs: invoke({"on": self._sppo_handle, "name": name}, args, kwargs)
             return decode(answer[1], handle=StandIn)
 
     def stand_in(name):
@@ -201,9 +203,10 @@ def tests(request, result_fd, peer_fd):
         call.__name__ = name
         return call
 
-    stand_ins = {name: stand_in(name) for name in request["names"]}
     world = module("__main__", request["setup"], "<setup>")
-    world.update(stand_ins)
+    for name in request["names"]:
+        if request["replace"] or name not in world:  # what the task's setup made is the task's, however it made it
+            world[name] = stand_in(name)
     held = []
     for number, test in enumerate(request["tests"]):
         try:
@@ -217,4 +220,6 @@ def tests(request, result_fd, peer_fd):
         json.dump({"held": held}, out)
 
 
+PLAIN = (int, float, str, list, tuple, dict, set, frozenset, bytes, bytearray, complex)
+ENDS_AN_ITERATION = (StopIteration, StopAsyncIteration)
 ROLES = {"script": script, "calls": calls, "solution": solution, "tests": tests}

@@ -140,9 +140,10 @@ def memory_in_use(mine):
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) not in mine:
             try:
-                with open("/proc/%s/statm" % name) as file:
-                    fields = file.read().split()
-                total += (int(fields[1]) - int(fields[2])) * PAGE
+                with open("/proc/%s/status" % name) as file:
+                    for line in file:
+                        if line.startswith(("RssAnon:", "RssShmem:")):
+                            total += int(line.split()[1]) * 1024
             except (OSError, IndexError):
                 pass  # it ended meanwhile
     return total
