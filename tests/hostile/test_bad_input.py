@@ -238,6 +238,8 @@ def test_resume_of_nothing_and_with_changes(tmp_path, capsys):
     assert main(["train", *QUICK, "--data", "chain:steps=1", "--out", str(tmp_path / "run")]) == 0
     assert "training.steps" in fails(capsys, "train", "--resume", tmp_path / "run", "--steps", "0")
     assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "2", "--quiet"]) == 0
+    assert "has already done 2" in fails(capsys, "train", "--resume", tmp_path / "run", "--steps", "1")
+    assert "steps = 2" in (tmp_path / "run" / "recipe.toml").read_text()  # a refusal changes nothing
     assert "leave --training.lr out" in fails(capsys, "train", "--resume", tmp_path, "--training.lr", "1")
 
 

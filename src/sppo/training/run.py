@@ -121,12 +121,14 @@ class Run:
             found = directory.checkpoints()
             saved = found[-1] if found else None
             done = int(saved.name.removeprefix("step-")) if saved else 0
-            if steps is not None and steps < done:
-                raise RecipeError(f"--steps {steps}: {path} has already done {done}; give more, or leave --steps out")
             if steps is not None:
                 tree = config.model_dump()
                 tree["training"]["steps"] = steps
                 config = Config.validated(tree, "--steps")
+                if steps < done:
+                    raise RecipeError(
+                        f"--steps {steps}: {path} has already done {done}; give more, or leave --steps out"
+                    )
                 directory.write_recipe(config)
             config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(path)})})
             directory.forget_from(done)
