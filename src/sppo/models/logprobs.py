@@ -32,11 +32,13 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     The product of two bfloat16 numbers is exact in float32 and the sums are kept in float32, so a projection of a bfloat16
     model's hidden states loses nothing. A float32 gradient that enters is rounded once, as everywhere in such a model.
     """
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch 2.9 and newer
+    if matmul is None or dtype != torch.bfloat16:
+        yield
+        return
     before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
-        if dtype == torch.bfloat16:
-            matmul.fp32_precision = "bf16"
         yield
     finally:
         matmul.fp32_precision = before
