@@ -71,11 +71,6 @@ class Suite:
     cases: tuple[Case, ...] = ()
     code: TestCode | None = None
 
-    @property
-    def size(self) -> int:
-        """How many tests."""
-        return len(self.code.tests) if self.code else len(self.cases)
-
 
 def extract_code(text: str) -> str | None:
     """The last fenced block, Python's before any other's; an unclosed fence's rest; else the bare text, if it parses."""
@@ -123,9 +118,8 @@ def program_of(task: Task, text: str) -> str | None:
         if code is None or not _defines(code, head):
             continued = task.text + (text if code is None or code == text else code)
             return continued if _defines(continued, head) else code
-        if code is not None:  # helpers and imports of the prompt stay in reach of a function written anew
-            joined = f"{_prompt_code(task, head)}\n{code}"
-            return joined if _tree(joined) is not None else code
+        joined = f"{_prompt_code(task, head)}\n{code}"  # the prompt's helpers stay in reach of a function written anew
+        return joined if _tree(joined) is not None else code
     return code
 
 

@@ -263,7 +263,7 @@ class Jail:
         status: Status = "ok"
         code = number = None
         detail = ""
-        if not report["ready"] and report["ended_by"] is None:
+        if not report["ready"] and report["ended_by"] != "cancelled":  # a timeout too: its own code has not begun
             status, detail = "infra_error", str(report.get("failure", "the program's process could not be set up"))
         elif report["ended_by"] is not None:
             status = report["ended_by"]

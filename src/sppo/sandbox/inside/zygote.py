@@ -119,7 +119,6 @@ def the_program(limits, fds, report):
     os.dup2(stderr, 2)
     # high first, so that no number is overwritten before it is copied
     kept = [os.dup2(fd, to) for fd, to in zip((request, result, *fds[5:], report), (100, 101, 102, 103))]
-    ready = kept[-1]
     os.closerange(3, 100)
     os.closerange(kept[-1] + 1, 256)
     for fd, to in zip(kept, (10, 11, 12, 13)):
