@@ -92,8 +92,20 @@ def test_the_solutions_process_never_holds_the_tests(sandbox: Sandbox) -> None:
     assert asserts(sandbox, [(known, TestCode(["assert f(7) >= 1"], names=["f"]))])[0].passed == (True,)
 
 
+def _landlocked() -> bool:
+    try:
+        with Sandbox("landlock", slots=1):
+            return True
+    except SandboxUnavailable:
+        return False
+
+
+BACKENDS = ["bwrap", pytest.param("landlock", marks=pytest.mark.skipif(not _landlocked(), reason="needs Linux 6.12"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("attack", attacks.ISOLATION)
-def test_no_attack_gets_out(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_attack_gets_out(backend: str, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPPO_TEST_SECRET", "hush-1234")
     secret = tmp_path / "secret"
     secret.write_text("hush")
@@ -111,10 +123,12 @@ def test_no_attack_gets_out(attack: str, tmp_path: Path, monkeypatch: pytest.Mon
         for name, value in values.items():
             code = code.replace("{" + name + "}", str(value))
         try:
-            with Sandbox(slots=1, limits=LIMITS) as sandbox:
+            with Sandbox(backend, slots=1, limits=LIMITS) as sandbox:
                 result = sandbox.run([Job("script", code)])[0]
                 if attack == "kill 1 and -1":
                     assert result.status in ("ok", "killed", "exception"), result
+                elif (backend, attack) == ("landlock", "the host's processes"):
+                    assert b"PermissionError" in result.stderr, result  # /proc is there, but closed
                 else:
                     assert result.stdout.strip() == b"SAFE", result
                 assert sandbox.run([Job("script", "print(1)")])[0].stdout == b"1\n"
@@ -219,6 +233,20 @@ def test_without_bubblewrap_it_says_so_and_never_falls_back(monkeypatch: pytest.
         Sandbox(slots=1).probe()
     with pytest.raises(RecipeError, match="bwrap"):
         Sandbox(backend="bwarp")
+
+
+@pytest.mark.skipif(not _landlocked(), reason="needs Linux 6.12")
+@pytest.mark.parametrize(
+    "attack", [a for a in attacks.RESOURCES if a != "many files"]
+)  # no inode limit without a mount
+def test_landlock_holds_resources_too(attack: str) -> None:
+    code, statuses = attacks.RESOURCES[attack]
+    with Sandbox("landlock", slots=1, limits=LIMITS) as sandbox:
+        assert sandbox.run([Job("script", code)])[0].status in statuses
+        leaves = Job("script", "import os\nopen('kept', 'w').write('x')\nprint(os.listdir('.'))")
+        assert [r.stdout for r in sandbox.run([leaves] * 2)] == [b"['kept']\n"] * 2  # each in a fresh folder of its own
+    with pytest.raises(RecipeError, match="take bwrap"):
+        Sandbox("landlock", limits=Limits(fork=True))
 
 
 def test_the_weaker_backend_is_named_in_every_result() -> None:

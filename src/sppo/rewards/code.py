@@ -2,7 +2,8 @@
 
     code                            every test, visible and hidden, must hold
     code:partial=true               the share of tests that hold instead
-    code:backend=bwrap,slots=2,wall=8,cpu=5,memory_mb=512,fork=false
+    code:backend=bwrap,slots=2,wall=8,cpu=5,memory_mb=512,fork=false,python=/usr/bin/python3
+    code:backend=remote,url=http://judge:8790      on another machine (sppo sandbox serve)
 
 Layouts of tests, as published data sets have them (JSON text is parsed first):
 
@@ -24,8 +25,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import RecipeError
-from ..sandbox import Case, Limits, Report, Sandbox, TestCode, asserts, calls, stdio
+from ..sandbox import Case, Report, Runs, TestCode, asserts, calls, open_sandbox, stdio
 from ..sandbox.inside.codec import Opaque, encode
+from ..sandbox.verdict import parsed
+from ..spec import call
 from ..types import Outcome, Rollout, Task, Verdict
 
 PRELUDE = (
@@ -36,31 +39,11 @@ PRELUDE = (
 COLUMNS = ("tests", "test_list", "test", "input_output")
 
 
-def build(
-    partial: bool = False,
-    backend: str = "bwrap",
-    slots: int = 2,
-    wall: float = 8.0,
-    cpu: int = 5,
-    memory_mb: int = 512,
-    fork: bool = False,
-) -> CodeReward:
+def build(partial: bool = False, **sandbox: Any) -> CodeReward:
     """The reward for `reward.use = "code:…"`. Raises SandboxUnavailable when programs cannot be isolated here."""
-    for name, value, kind in (
-        ("slots", slots, int),
-        ("wall", wall, (int, float)),
-        ("cpu", cpu, int),
-        ("memory_mb", memory_mb, int),
-    ):
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e6:
-            raise RecipeError(f"reward code: {name}={value} must be a {'whole ' if kind is int else ''}number above 0")
-    for name, flag in (("partial", partial), ("fork", fork)):
-        if not isinstance(flag, bool):
-            raise RecipeError(f"reward code: {name}={flag} must be true or false")
-    limits = Limits(cpu_seconds=cpu, wall_seconds=wall, memory_bytes=memory_mb << 20, fork=fork)
-    sandbox = Sandbox(backend, slots, limits)
-    sandbox.probe()
-    return CodeReward(sandbox, partial)
+    if not isinstance(partial, bool):
+        raise RecipeError(f"reward code: partial={partial} must be true or false")
+    return CodeReward(call(open_sandbox, "reward code", **sandbox), partial)
 
 
 @dataclass(frozen=True)
@@ -92,18 +75,11 @@ def extract_code(text: str) -> str | None:
         return (python or [code for _, code in blocks])[-1]
     if fence:
         return "".join(body) or None
-    return text if text.strip() and _tree(text) is not None else None
-
-
-def _tree(code: str) -> ast.Module | None:
-    try:
-        return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    return text if text.strip() and parsed(text) is not None else None
 
 
 def _defines(code: str, name: str) -> bool:
-    tree = _tree(code)
+    tree = parsed(code)
     return tree is not None and any(
         isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name
         for node in tree.body
@@ -119,13 +95,13 @@ def program_of(task: Task, text: str) -> str | None:
             continued = task.text + (text if code is None or code == text else code)
             return continued if _defines(continued, head) else code
         joined = f"{_prompt_code(task, head)}\n{code}"  # the prompt's helpers stay in reach of a function written anew
-        return joined if _tree(joined) is not None else code
+        return joined if parsed(joined) is not None else code
     return code
 
 
 def _prompt_code(task: Task, entry: str) -> str:
     """What a code prompt defines before the function that is asked for."""
-    tree = _tree(task.text)
+    tree = parsed(task.text)
     if tree is None:
         return ""
     return "\n".join(
@@ -188,10 +164,10 @@ def _suite(task: Task, value: Any) -> Suite | str:
         ):
             return "`test_setup_code` must be text, `test_imports` a list of texts"
         setup = "\n".join([*imports, code])
-        if _tree(setup) is None:
+        if parsed(setup) is None:
             return "the setup code (`test_imports`, `test_setup_code`) is not Python"
         for i, test in enumerate(value):
-            tree = _tree(test)
+            tree = parsed(test)
             if tree is None:
                 return f"test {i} is not Python"
             if not any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree)):
@@ -205,7 +181,7 @@ def _suite(task: Task, value: Any) -> Suite | str:
 def _test_code(task: Task, code: str, entry: Any) -> Suite | str:
     if not isinstance(entry, str):
         return "test code needs an `entry_point`, the name of the function it checks"
-    if _tree(code) is None:
+    if parsed(code) is None:
         return "the test code is not Python"
     setup = (
         f"{task.text}\n" if _defines(task.text, entry) else ""
@@ -275,7 +251,7 @@ def _joined(value: Any) -> str:
 class CodeReward:
     """Verdicts by running; see the module."""
 
-    def __init__(self, sandbox: Sandbox, partial: bool = False) -> None:
+    def __init__(self, sandbox: Runs, partial: bool = False) -> None:
         self.sandbox, self.partial = sandbox, partial
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:

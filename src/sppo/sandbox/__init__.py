@@ -4,7 +4,9 @@ Sandbox(backend="bwrap", slots=2) ─► script / calls / asserts ─► one Res
 """
 
 from .job import Job, Limits, Result, Status
-from .pool import BACKENDS, Sandbox
+from .open import open_sandbox
+from .pool import BACKENDS, Runs, Sandbox
+from .remote import RemoteSandbox
 from .verdict import Case, Report, TestCode, asserts, calls, stdio
 
 __all__ = [
@@ -12,12 +14,15 @@ __all__ = [
     "Case",
     "Job",
     "Limits",
+    "RemoteSandbox",
     "Report",
     "Result",
+    "Runs",
     "Sandbox",
     "Status",
     "TestCode",
     "asserts",
     "calls",
+    "open_sandbox",
     "stdio",
 ]

@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import SandboxUnavailable
 from .job import Limits, Result, Status
 
-INSIDE = ("zygote.py", "program.py", "codec.py", "seccomp.py")
+INSIDE = ("zygote.py", "program.py", "codec.py", "seccomp.py", "landlock.py")
 SYSTEM_PYTHON = "/usr/bin/python3"
 FIRST_UID = 65_000
 """As root, slot k's jail belongs to this user id + k, so that neither limits nor signals are shared with anything."""
@@ -39,7 +39,7 @@ class Jail:
 
     def __init__(self, backend: str, slot: int, python: str | None = None) -> None:
         self.backend, self.slot = backend, slot
-        self.python = python or (SYSTEM_PYTHON if backend == "bwrap" else sys.executable)
+        self.python = python or (sys.executable if backend == "unsafe-subprocess" else SYSTEM_PYTHON)
         self.process: subprocess.Popen[bytes] | None = None
         self.control: socket.socket | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -99,24 +99,21 @@ class Jail:
 
     def _command(self, control: int, keep: list[int]) -> tuple[list[str], dict[str, Any]]:
         source = files("sppo.sandbox") / "inside"
+        uid = FIRST_UID + self.slot
+        user = {"user": uid, "group": uid, "extra_groups": []} if os.geteuid() == 0 else {}
         if self.backend != "bwrap":
             self._folder = tempfile.TemporaryDirectory(prefix="sppo-sandbox-")
+            folder = self._folder.name
             for name in INSIDE:
-                (Path(self._folder.name) / name).write_bytes((source / name).read_bytes())
-            command = [
-                self.python,
-                "-s",
-                "-S",
-                "-B",
-                os.path.join(self._folder.name, "zygote.py"),
-                str(control),
-                "none",
-            ]
-            return command, {
-                "cwd": self._folder.name,
-                "env": _environment(self._folder.name),
-                "start_new_session": True,
-            }
+                (Path(folder) / name).write_bytes((source / name).read_bytes())
+            mode = "none"
+            if self.backend == "landlock":
+                mode = "landlock"
+                if user:
+                    os.chown(folder, uid, uid)
+            command = [self.python, "-s", "-S", "-B", os.path.join(folder, "zygote.py"), str(control), mode]
+            options = {"cwd": folder, "env": _environment(folder), "start_new_session": True}
+            return command, options | (user if self.backend == "landlock" else {})
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise FileNotFoundError("bubblewrap (`bwrap`) is not installed")
@@ -143,10 +140,7 @@ class Jail:
         for name, value in _environment("/tmp").items():
             command += ["--setenv", name, value]
         command += [self.python, "-s", "-S", "-B", "/opt/sppo/zygote.py", str(control), "bwrap"]
-        if os.geteuid() != 0:
-            return command, {}
-        uid = FIRST_UID + self.slot
-        return command, {"user": uid, "group": uid, "extra_groups": []}
+        return command, user
 
     # -- one program -----------------------------------------------------------------------------------------------
 
@@ -304,6 +298,8 @@ def _mend(cause: str) -> str:
     mend = "see docs/sandbox.md"
     if "not installed" in cause:
         mend = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
+    elif "landlock" in cause:
+        mend = "it needs Linux 6.12 or newer with Landlock switched on (lsm=landlock,…)"
     elif "namespace" in cause or "Permission denied" in cause or "Operation not permitted" in cause:
         mend = (
             "the kernel refuses user namespaces here: sysctl kernel.unprivileged_userns_clone=1 (Debian), "

@@ -9,17 +9,39 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from ..errors import RecipeError, SandboxUnavailable
 from ..spec import nearest
 from .jail import Jail
 from .job import Job, Limits, Result
 
-BACKENDS = ("bwrap", "unsafe-subprocess")
-"""`bwrap` isolates. `unsafe-subprocess` does not (limits only): for trusted programs, where no jail can be had."""
+BACKENDS = ("bwrap", "landlock", "unsafe-subprocess")
+"""`bwrap` isolates. `landlock` holds files, network and signals back, but shares the machine's process list and disk, and no
+program may fork. `unsafe-subprocess` keeps limits only: for trusted programs, where no jail can be had."""
 LINGER = 0.25
 """Seconds that a solution may outlive its tests."""
-PROBE = Job("script", "import os\nprint(6 * 7, os.path.exists('/etc/passwd'), os.path.exists('/proc/1'))")
+PROBE = Job(
+    "script",
+    "def opens(path):\n try: open(path).close()\n except OSError: return False\n return True\n"
+    "print(6 * 7, opens('/etc/passwd'), opens('/proc/1/status'))",
+)
+
+
+class Runs(Protocol):
+    """What runs jobs: a `Sandbox` here, or a `RemoteSandbox` elsewhere."""
+
+    backend: str
+    limits: Limits
+
+    def probe(self) -> None:
+        """Raises SandboxUnavailable with the cause and the mend."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
+        """One result for each job, in order."""
+
+    def close(self) -> None:
+        """Give back what it holds; it may be used again."""
 
 
 class Sandbox:
@@ -37,7 +59,9 @@ class Sandbox:
             raise RecipeError(f"sandbox: no backend {backend!r}: {nearest(backend, list(BACKENDS))}")
         if slots < 1:
             raise RecipeError(f"sandbox: slots={slots} must be at least 1")
-        self.backend, self.limits = backend, limits or Limits()
+        self.backend, self.slots, self.limits = backend, slots, limits or Limits()
+        if backend == "landlock" and self.limits.fork:
+            raise RecipeError("sandbox: landlock runs no programs that fork; take bwrap")
         self._jails = [(Jail(backend, 2 * k, python), Jail(backend, 2 * k + 1, python)) for k in range(slots)]
         self._free: queue.SimpleQueue[tuple[Jail, Jail]] = queue.SimpleQueue()
         for pair in self._jails:
@@ -55,19 +79,13 @@ class Sandbox:
         """Run a real program and see that it is where it should be. Raises SandboxUnavailable."""
         if self._probed:
             return
-        result = self._on_a_slot(PROBE)
-        if result.status != "ok":
-            detail = result.detail or result.stderr.decode(errors="replace").strip() or result.status
-            raise SandboxUnavailable(f"the sandbox ({self.backend}) does not run programs here: {detail}")
-        if self.backend == "bwrap" and result.stdout.split() != [b"42", b"False", b"False"]:
-            raise SandboxUnavailable(
-                f"the sandbox ({self.backend}) does not isolate: the probe saw {result.stdout[:80]!r}; see docs/sandbox.md"
-            )
+        check_probe(self._on_a_slot(PROBE, self.limits), self.backend, isolates=self.backend != "unsafe-subprocess")
         self._probed = True
 
-    def run(self, jobs: Sequence[Job]) -> list[Result]:
+    def run(self, jobs: Sequence[Job], limits: Limits | None = None) -> list[Result]:
         """One result for each job, in order. What the machine got wrong is tried once more, then `infra_error`."""
         self.probe()
+        limits = limits or self.limits
         results: list[Result | None] = [None] * len(jobs)
         numbers = iter(range(len(jobs)))
         lock = threading.Lock()
@@ -80,7 +98,7 @@ class Sandbox:
                 if i is None:
                     return
                 try:
-                    results[i] = self._with_retry(jobs[i])
+                    results[i] = self._with_retry(jobs[i], limits)
                 except BaseException as error:
                     failure.append(error)
 
@@ -104,17 +122,28 @@ class Sandbox:
         with contextlib.suppress(Exception):
             self.close()
 
-    def _with_retry(self, job: Job) -> Result:
-        result = self._on_a_slot(job)
-        return self._on_a_slot(job) if result.status == "infra_error" else result
+    def _with_retry(self, job: Job, limits: Limits) -> Result:
+        result = self._on_a_slot(job, limits)
+        return self._on_a_slot(job, limits) if result.status == "infra_error" else result
 
-    def _on_a_slot(self, job: Job) -> Result:
+    def _on_a_slot(self, job: Job, limits: Limits) -> Result:
         pair = self._free.get()
         try:
             run: Callable[[Job, tuple[Jail, Jail], Limits], Result] = _asserts if job.role == "asserts" else _alone
-            return run(job, pair, self.limits)
+            return run(job, pair, limits)
         finally:
             self._free.put(pair)
+
+
+def check_probe(result: Result, name: str, *, isolates: bool) -> None:
+    """Raises SandboxUnavailable unless the probe ran, and saw nothing of the machine if it is to be isolated."""
+    if result.status != "ok":
+        detail = result.detail or result.stderr.decode(errors="replace").strip() or result.status
+        raise SandboxUnavailable(f"the sandbox ({name}) does not run programs here: {detail}")
+    if isolates and result.stdout.split() != [b"42", b"False", b"False"]:
+        raise SandboxUnavailable(
+            f"the sandbox ({name}) does not isolate: the probe saw {result.stdout[:80]!r}; see docs/sandbox.md"
+        )
 
 
 def _alone(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:

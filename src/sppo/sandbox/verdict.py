@@ -11,13 +11,14 @@ import builtins
 import json
 import math
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .inside.codec import encode
 from .job import Job, Result, Status
-from .pool import Sandbox
+from .pool import Runs
 
 SHOWN = 400
 """Characters of a program's words that go into the evidence."""
@@ -48,7 +49,7 @@ class Report:
         return sum(self.passed) / len(self.passed) if self.passed else 0.0
 
 
-def stdio(sandbox: Sandbox, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
+def stdio(sandbox: Runs, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
     """Programs that read standard input and write standard output. Trailing white space of a line does not count."""
     jobs = [Job("script", code, stdin=case.stdin) for code, cases in programs for case in cases]
     results = iter(sandbox.run(jobs))
@@ -74,7 +75,7 @@ def lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def calls(sandbox: Sandbox, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
+def calls(sandbox: Runs, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
     """Programs that define functions (or a `Solution` class), judged by the values that their calls return."""
     jobs = [
         Job("calls", code, calls=[[c.entry, encode(list(c.args)), encode(dict(c.kwargs))] for c in cases])
@@ -179,7 +180,7 @@ class TestCode:
     names: Sequence[str] | None = None
 
 
-def asserts(sandbox: Sandbox, programs: Sequence[tuple[str, TestCode]]) -> list[Report]:
+def asserts(sandbox: Runs, programs: Sequence[tuple[str, TestCode]]) -> list[Report]:
     """Programs against test code that runs in a second jail and calls them through stand-ins."""
     jobs = [_asserts_job(code, t) for code, t in programs]
     return [_asserts_report(t.tests, r) for (_, t), r in zip(programs, sandbox.run(jobs), strict=True)]
@@ -213,19 +214,25 @@ def _asserts_report(tests: Sequence[str], result: Result) -> Report:
     return Report(tuple(held), result.status, evidence | _words(result))
 
 
-def _parsed(code: str) -> ast.Module:
-    """The syntax tree; an empty one for code that has none (it fails in the jail, with its own message)."""
+def parsed(code: str) -> ast.Module | None:
+    """The syntax tree, None for what is no Python (in the jail it fails with its own message)."""
     try:
-        return ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model's `1if` is not the trainer's to warn about
+            return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.Module([], [])
+        return None
+
+
+def _tree(code: str) -> ast.Module:
+    return parsed(code) or ast.Module([], [])
 
 
 def _read_by(tests: Sequence[str]) -> set[str]:
     """Names that test code reads and does not make itself."""
     read: set[str] = set()
     for test in tests:
-        nodes = list(ast.walk(_parsed(test)))
+        nodes = list(ast.walk(_tree(test)))
         own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
         read |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - own
@@ -236,7 +243,7 @@ def _around(tests: Sequence[str], names: set[str]) -> set[str]:
     """Those names that a test calls with another of them inside the arguments."""
     found: set[str] = set()
     for test in tests:
-        for node in ast.walk(_parsed(test)):
+        for node in ast.walk(_tree(test)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
                 inner = (n for part in (*node.args, *node.keywords) for n in ast.walk(part))
                 if any(isinstance(n, ast.Name) and n.id in names - {node.func.id} for n in inner):
@@ -247,7 +254,7 @@ def _around(tests: Sequence[str], names: set[str]) -> set[str]:
 def _bound(code: str) -> dict[str, Literal["defined", "module"]]:
     """Names that a program binds at its top level, as far as its syntax tree shows: plain imports of modules, and the rest."""
     names: dict[str, Literal["defined", "module"]] = {}
-    pending: list[ast.stmt] = list(_parsed(code).body)
+    pending: list[ast.stmt] = list(_tree(code).body)
     while pending:
         node = pending.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

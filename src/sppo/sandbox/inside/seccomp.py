@@ -36,8 +36,8 @@ ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 NUMBER, ARCHITECTURE, ARGUMENT_0, ARGUMENT_1 = 0, 4, 16, 24  # offsets in struct seccomp_data (little-endian low words)
 
 
-def program(fork):
-    """The filter's bytes. Without `fork`: threads, but no processes and no exec."""
+def program(fork, unix=True):
+    """The filter's bytes. Without `fork`: threads, but no processes and no exec. Without `unix`: no sockets but pairs."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise OSError("no system-call filter for %s" % machine)
@@ -82,6 +82,9 @@ def program(fork):
         jump(0x45, THREAD, 1, 0)
         give(ERRNO | errno.EAGAIN)
     load(NUMBER)
+    if not unix:  # where the network namespace is the host's, a unix socket could reach the host's services
+        equal(SOCKET[column], 0, 1)
+        give(ERRNO | errno.EACCES)
     for call in (SOCKET, SOCKETPAIR):  # unix sockets of the jail's own network namespace only
         equal(call[column], 0, 4)
         load(ARGUMENT_0)

@@ -4,6 +4,7 @@ It never reads a program and never holds an expected value. Each program gets pr
 empty /tmp and /proc, hard limits, no capabilities and a system-call filter; when its first process ends, all of them do.
 
     python zygote.py CONTROL_FD bwrap        # inside bubblewrap: all of the above
+    python zygote.py CONTROL_FD landlock     # no namespaces: a folder of its own, Landlock, limits and the filter
     python zygote.py CONTROL_FD none         # limits only (the backend `unsafe-subprocess`)
 """
 
@@ -14,13 +15,15 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import struct
 import sys
 import time
 
-import program  # this folder's: what the program's own process does
+import landlock  # this folder's
+import program  # what the program's own process does
 import seccomp
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x08000000, 0x20000000
@@ -53,7 +56,7 @@ class CapabilityData(ctypes.Structure):
 
 
 def make_filter(fork):
-    code = seccomp.program(fork)
+    code = seccomp.program(fork, unix=ISOLATED)
     buffer = ctypes.create_string_buffer(code, len(code))
     made = FilterProgram(len(code) // 8, ctypes.addressof(buffer))
     made.keep = buffer
@@ -66,7 +69,7 @@ def check(result, what):
         raise OSError(code, "%s: %s" % (what, os.strerror(code)))
 
 
-def drop_everything(limits, isolated):
+def drop_everything(limits):
     """Limits, then capabilities, then the filter: after this the process is the program's."""
     for name, soft, hard in (
         ("CPU", limits["cpu_seconds"], limits["cpu_seconds"] + 1),
@@ -78,14 +81,16 @@ def drop_everything(limits, isolated):
         ("MEMLOCK", 0, None),
         ("MSGQUEUE", 0, None),
     ):
-        if name == "NPROC" and not isolated:
+        if name == "NPROC" and not ISOLATED:
             continue  # counted over all of the user's processes: outside a jail it would count the trainer's
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (soft, soft if hard is None else hard))
-    if not isolated:
+    if not FILTERS:
         return
     check(libc.capset(ctypes.byref(CapabilityHeader(0x20080522, 0)), ctypes.byref((CapabilityData * 2)())), "capset")
     libc.prctl(PR_CAP_AMBIENT, 4, 0, 0, 0)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    if MODE == "landlock":
+        landlock.restrict(readable=READABLE, writable=os.getcwd())
     check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(FILTERS[bool(limits["fork"])]), 0, 0), "seccomp")
 
 
@@ -98,6 +103,10 @@ def first_process(limits, fds, report):
         nothing = b"size=0,nr_inodes=2,mode=555"
         check(libc.mount(b"tmpfs", b"/proc", b"tmpfs", MS_NOSUID | MS_NODEV | MS_RDONLY, nothing), "mount /proc")
         os.chdir("/tmp")
+    elif MODE == "landlock":
+        os.mkdir(OWN_FOLDER)
+        os.chdir(OWN_FOLDER)
+        os.environ["TMPDIR"] = os.environ["HOME"] = OWN_FOLDER
     child = os.fork()
     if child == 0:
         the_program(limits, fds, report)
@@ -127,7 +136,7 @@ def the_program(limits, fds, report):
     os.closerange(100, 256)
     for number in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
-    drop_everything(limits, ISOLATED)
+    drop_everything(limits)
     os.write(ready, b"R")  # from here on, whatever happens is the program's doing
     os.close(ready)
     program.run(10, 11, 12 if len(fds) > 5 else None)
@@ -203,6 +212,8 @@ def serve(limits, fds):
         os.kill(keeper, signal.SIGKILL)  # and with it process 1, and with that everything in its namespace
     os.close(keeper_fd)
     reap()  # only when nothing of the program is left is its report complete, and the next one may come
+    if MODE == "landlock":
+        shutil.rmtree(OWN_FOLDER, ignore_errors=True)
     text = bytearray()
     while part := os.read(report_read, 4096):
         text += part
@@ -252,13 +263,18 @@ def describe(text, ended_by, seconds):
 
 
 control = socket.socket(fileno=int(sys.argv[1]))
-ISOLATED = sys.argv[2] == "bwrap"
+MODE = sys.argv[2]
+ISOLATED = MODE == "bwrap"  # in namespaces of its own
+OWN_FOLDER = os.path.join(os.getcwd(), "work")
+READABLE = sorted({"/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", sys.base_prefix})
 sys.path.pop(0)
 libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 if not ISOLATED:  # bubblewrap does this for its own
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-FILTERS = {fork: make_filter(fork) for fork in (False, True)} if ISOLATED else {}
+FILTERS = {fork: make_filter(fork) for fork in (False, True)} if MODE != "none" else {}
+if MODE == "landlock":
+    landlock.require()
 with open("/proc/self/statm") as statm:
     ADDRESS_SPACE = int(statm.read().split()[0]) * PAGE
 gc.collect()

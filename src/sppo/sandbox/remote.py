@@ -1,0 +1,193 @@
+"""The same jobs and results over HTTP: a client that stands where a `Sandbox` stands. The trainer still compares.
+
+    POST URL/run   Authorization: Bearer TOKEN   {"job": {...}, "limits": {...}}   ->   {"result": {...}}
+
+`sppo sandbox serve` answers it. The token comes from the environment variable SPPO_SANDBOX_TOKEN: recipes are shared, secrets are not.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import queue
+import ssl
+import time
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from typing import Any, get_args
+
+from ..errors import RecipeError, SandboxUnavailable
+from .job import Job, Limits, Result, Status
+from .pool import PROBE, check_probe
+
+TOKEN_VARIABLE = "SPPO_SANDBOX_TOKEN"
+PATIENCE = 60.0
+"""Seconds beyond a program's wall time: it may have to wait for a slot there."""
+PAUSES = (0.0, 0.5, 2.0, 5.0)
+"""Seconds before each attempt; after the last the sample is masked."""
+BYTES = ("stdout", "stderr", "channel")
+
+
+class RemoteSandbox:
+    """`slots` programs at a time on a server. Raises SandboxUnavailable at its probe when that does not answer as it should."""
+
+    backend = "remote"
+
+    def __init__(self, url: str, slots: int = 2, limits: Limits | None = None, token: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RecipeError(f"sandbox: url={url} is not http://HOST:PORT or https://HOST")
+        self.url, self.parts, self.limits = url, parts, limits or Limits()
+        self.token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
+        self.slots = slots
+        self._idle: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()
+        self._probed = False
+
+    def __enter__(self) -> RemoteSandbox:
+        self.probe()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def probe(self) -> None:
+        """Run a real program there and see that it is isolated. Raises SandboxUnavailable."""
+        if self._probed:
+            return
+        try:
+            result = self._ask(PROBE)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise SandboxUnavailable(
+                f"the remote sandbox {self.url} does not answer ({error}); start one with: sppo sandbox serve"
+            ) from None
+        check_probe(result, f"remote, {self.url}", isolates="unsafe" not in result.backend)
+        self._probed = True
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
+        """One result for each job, in order. A server that cannot be reached is asked again, then the result is `infra_error`."""
+        self.probe()
+        with ThreadPoolExecutor(self.slots, thread_name_prefix="sppo-remote") as pool:
+            return list(pool.map(self._patiently, jobs))
+
+    def close(self) -> None:
+        """Close the connections; they are opened again when needed."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()
+
+    def _patiently(self, job: Job) -> Result:
+        why: Exception | None = None
+        for pause in PAUSES:
+            time.sleep(pause)
+            try:
+                result = self._ask(job)
+                if result.status != "infra_error":
+                    return result
+                why = RuntimeError(result.detail)
+            except SandboxUnavailable as error:  # a refusal does not pass by waiting
+                return Result("infra_error", detail=str(error), backend=self.backend)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                why = error
+        return Result("infra_error", detail=f"{self.url}: {why}", backend=self.backend)
+
+    def _ask(self, job: Job) -> Result:
+        body = json.dumps({"job": asdict(job), "limits": asdict(self.limits)})
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        connection = self._connection()
+        try:
+            connection.request("POST", f"{self.parts.path.rstrip('/')}/run", body, headers)
+            response = connection.getresponse()
+            text = response.read()
+        except BaseException:
+            connection.close()
+            raise
+        if response.status == 200:
+            self._idle.put(connection)
+        else:
+            connection.close()
+        if response.status == 401:
+            raise SandboxUnavailable(
+                f"the remote sandbox {self.url} refuses the token; set {TOKEN_VARIABLE} to the one its server printed"
+            )
+        if response.status == 400:
+            raise SandboxUnavailable(f"the remote sandbox {self.url} refuses the job: {_reason(text)}")
+        if response.status != 200:
+            raise ValueError(f"HTTP {response.status} {_reason(text)}")
+        return result_from(json.loads(text)["result"])
+
+    def _connection(self) -> http.client.HTTPConnection:
+        with contextlib.suppress(queue.Empty):
+            return self._idle.get_nowait()
+        host, port, timeout = self.parts.hostname or "", self.parts.port, self.limits.wall_seconds + PATIENCE
+        if self.parts.scheme == "https":
+            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+
+
+def _reason(text: bytes) -> str:
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200].decode("utf-8", "replace")
+
+
+def result_to(result: Result) -> dict[str, Any]:
+    """A result as JSON; bytes in base64."""
+    tree = asdict(result)
+    return tree | {name: base64.b64encode(tree[name]).decode() for name in BYTES}
+
+
+def result_from(tree: Any) -> Result:
+    """The result that JSON holds. Raises ValueError for anything else: what a server says is checked, not trusted."""
+    if not isinstance(tree, Mapping) or tree.get("status") not in get_args(Status):
+        raise ValueError("the answer is not a result")
+    known = {f.name for f in fields(Result)}
+    values = {name: value for name, value in tree.items() if name in known}
+    for name in BYTES:
+        values[name] = base64.b64decode(str(values.get(name, "")))
+    for name in ("cpu_seconds", "wall_seconds", "max_rss_bytes"):
+        if not isinstance(values.get(name, 0), (int, float)):
+            raise ValueError(f"the answer's {name} is not a number")
+    values["truncated"] = tuple(map(str, values.get("truncated", ())))
+    values["backend"] = f"remote {values.get('backend', '')}".strip()
+    return Result(**values)
+
+
+def job_from(tree: Any) -> Job:
+    """The job that JSON holds. Raises ValueError with what is wrong."""
+    if not isinstance(tree, Mapping) or tree.get("role") not in ("script", "calls", "asserts"):
+        raise ValueError("`job` needs a `role`: script, calls or asserts")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "role": str, "code": str, "stdin": str, "calls": list, "names": list, "replace": bool, "setup": str, "tests": list,
+    }  # fmt: skip
+    for name, value in tree.items():
+        if name not in kinds or not isinstance(value, kinds[name]):
+            raise ValueError(f"`job.{name}` is not known, or of the wrong type")
+    if not isinstance(tree.get("code"), str):
+        raise ValueError("`job.code` is missing")
+    if not all(isinstance(x, str) for name in ("names", "tests") for x in tree.get(name, ())):
+        raise ValueError("`job.names` and `job.tests` are lists of texts")
+    return Job(**tree)
+
+
+def limits_from(tree: Any, most: Limits) -> Limits:
+    """The limits that JSON asks for, none above the server's own. Raises ValueError with what is wrong."""
+    if not isinstance(tree, Mapping):
+        raise ValueError("`limits` is not an object")
+    highest = asdict(most)
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name not in highest:
+            raise ValueError(f"`limits.{name}` is not known")
+        if isinstance(highest[name], bool):
+            values[name] = bool(value) and highest[name]
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"`limits.{name}` must be a number above 0")
+        else:
+            values[name] = type(highest[name])(min(value, highest[name]))
+    return Limits(**(highest | values))
