@@ -50,12 +50,12 @@ def outline(name: str, *, role: str, head: bool) -> Any:
     """The model without its weights (on the meta device), to count with; the same errors as `load`."""
     if name == "tiny" or name.startswith("tiny:"):
         return load(name, role=role, head=head)[0]
-    name = _existing(name, role)
+    name = existing(name, role)
     try:
         with torch.device("meta"):
             return (AutoModelForCausalLM if head else AutoModel).from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{role}: {name} cannot be loaded: {first_line(error)}") from error
 
 
 def saved_dtype(folder: str) -> str:
@@ -81,7 +81,7 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
     """
     if name == "tiny" or name.startswith("tiny:"):
         return call(tiny.build, "tiny", seed=seed, head=head, **parse_spec(name).options)
-    name = _existing(name, role)
+    name = existing(name, role)
     try:
         config = AutoConfig.from_pretrained(name)
         if head and config.is_encoder_decoder:
@@ -93,7 +93,7 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
             torch.manual_seed(seed)
             model, report = factory.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{role}: {name} cannot be loaded: {first_line(error)}") from error
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
     if missing:
         raise ModelError(
@@ -107,7 +107,7 @@ def load_tokenizer(name: str, role: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{role}: {name} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{role}: {name} has no tokenizer that can be loaded: {first_line(error)}") from error
     ensure_pad(tokenizer, f"{role}: {name}")
     return tokenizer
 
@@ -122,17 +122,17 @@ def ensure_pad(tokenizer: Any, where: str) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def render_chat(tokenizer: Any, task: Task) -> str:
-    """Chat messages through the template, open for the assistant's turn; what the template refuses becomes a sentence."""
+def render_chat(tokenizer: Any, task: Task, answer: bool = True) -> str:
+    """Chat messages through the template, open for the assistant's turn (`answer`); what the template refuses becomes a sentence."""
     try:
-        return tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=answer)
     except (TemplateError, ValueError, TypeError) as error:
         raise ModelError(
-            f"task {task.id}: the model's chat template refuses this conversation: {_first_line(error)}"
+            f"task {task.id}: the model's chat template refuses this conversation: {first_line(error)}"
         ) from error
 
 
-def _existing(name: str, role: str) -> str:
+def existing(name: str, role: str) -> str:
     """The name, if it is a usable folder or may be a hub name."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -156,5 +156,5 @@ def _check_folder(folder: Path, role: str) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

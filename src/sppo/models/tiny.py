@@ -9,7 +9,13 @@ import string
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from ..errors import RecipeError
 
@@ -74,3 +80,13 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return (LlamaForCausalLM if head else LlamaModel)(config), tokenizer
+
+
+def classifier(backbone: LlamaModel, seed: int) -> LlamaForSequenceClassification:
+    """A sequence classifier with one output around a tiny backbone."""
+    config = LlamaConfig.from_dict(backbone.config.to_dict() | {"num_labels": 1})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(backbone.state_dict())
+    return model

@@ -92,8 +92,9 @@ class ProgressDisplay:
             self.progress = None
 
     def _status(self, m: dict[str, Any]) -> str:
-        if self.name == "bootstrap":
-            return f"loss {m['loss']:.3f}"
+        if "reward/mean" not in m:  # supervised: the bootstrap, a reward model
+            right = f" · {m['accuracy']:.0%} right" if "accuracy" in m else ""
+            return f"loss {m['loss']:.3f}{right}"
         pieces = [f"reward {_number(m['reward/mean'])}"]
         if self.accuracy:
             pieces.append(f"held-out {self.accuracy}")
