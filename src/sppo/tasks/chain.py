@@ -10,6 +10,9 @@ must learn to compute, easy enough to learn in minutes. Train and held-out probl
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..errors import RecipeError
@@ -61,3 +64,29 @@ def problem(steps: int, rng: np.random.Generator) -> tuple[str, str, int]:
         solution += f"{value}{operator}{operand}={result};"
         value = result
     return f"{text}?", f"{solution}A:{value}", value
+
+
+def check_steps(task: Task, steps: Sequence[str]) -> list[float | None]:
+    """1 for each written step that is the problem's next one, starts from the value before it and is right; else 0.
+
+    A step is judged from what was written before it, so one slip costs one step; `A:8` must repeat the last value.
+
+    >>> check_steps(Task("", "7+5-3*2?"), ["7+5=2", "2-3=8", "8*2=6", "A:6"])
+    [1.0, 0.0, 1.0, 1.0]
+    """
+    value, *rest = re.split(r"([-+*])", task.text.strip().rstrip("?"))
+    todo = list(zip(rest[::2], rest[1::2], strict=True))
+    scores: list[float | None] = []
+    for step in steps:
+        written = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", step)
+        if written is None:
+            answer = re.fullmatch(r"A:\s*(\d+)", step)
+            scores.append(float(answer is not None and not todo and answer[1] == value))
+            continue
+        before, operator, operand, after = written.groups()
+        expected = todo.pop(0) if todo else None
+        a, b = int(before), int(operand)
+        right = {"+": a + b, "-": a - b, "*": a * b}[operator] % MODULUS
+        scores.append(float(before == value and (operator, operand) == expected and int(after) == right))
+        value = after
+    return scores

@@ -1,0 +1,118 @@
+"""Scored steps: a response is split into steps, each gets a score in [0, 1] (or none), and the response gets their mean or minimum.
+
+    steps:check=chain                  the task's own checker: `check_steps(task, steps)` of tasks/chain.py
+    steps:check=arithmetic             every equation between numbers that a step writes must hold
+    steps:check=mine:checker           your own: f(task, steps) -> list[float | None], None for a step that it cannot judge
+    steps:model=models/prm             a process reward model (token classification; `separator` as it was trained with)
+    …,split=lines,score=min            how to split: auto, lines, semicolons, sentences, paragraphs; what to pay: mean, min, last, product
+
+Each step's text, end (in characters) and score are in the evidence, ready for credit by step. A response without one step that
+could be judged is `unparseable`. Usually a part of a mixture: `answer + 0.3 * steps:check=chain`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import RecipeError, RewardError
+from ..spec import resolve
+from ..types import Rollout, Task, Verdict
+
+SPLITS = {"lines": r"\n", "semicolons": r"[;\n]", "sentences": r"(?<=[.!?])\s|\n", "paragraphs": r"\n[^\S\n]*\n"}
+SCORES: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": lambda scores: sum(scores) / len(scores),
+    "min": min,
+    "last": lambda scores: scores[-1],
+    "product": math.prod,
+}
+Checker = Callable[[Task, Sequence[str]], Sequence[float | None]]
+
+
+def build(
+    check: str = "", model: str = "", split: str = "auto", score: str = "mean", separator: str = "\\n"
+) -> StepReward:
+    """The reward for `reward.use = "steps:…"`. Raises RecipeError (or ModelError) before anything is sampled."""
+    if bool(check) == bool(model):
+        raise RecipeError(
+            "reward steps: say what scores a step: check=chain, check=arithmetic, check=mine:f, or model=FOLDER"
+        )
+    if split != "auto" and split not in SPLITS:
+        raise RecipeError(f"reward steps: split={split} is not one of auto, {', '.join(SPLITS)}")
+    if score not in SCORES:
+        raise RecipeError(f"reward steps: score={score} is not one of {', '.join(SCORES)}")
+    if model:
+        return StepReward(_by_model(model, separator.replace("\\n", "\n")), f"steps:model={model}", split, score)
+    room = "sppo.rewards" if check == "arithmetic" else "sppo.tasks"
+    checker: Checker = resolve(check, room, "check_steps")
+    return StepReward(lambda rows: [checker(task, steps) for task, steps in rows], f"steps:check={check}", split, score)
+
+
+def _by_model(name: str, separator: str) -> Callable[[Sequence[tuple[Task, Sequence[str]]]], list[Any]]:
+    from ..models.pretrained import pick_device
+    from ..models.step_model import StepModel
+
+    model, _ = StepModel.load(name, device=pick_device(), separator=separator)
+    return lambda rows: model.scores([(task.text, steps) for task, steps in rows])
+
+
+def split_steps(text: str, how: str = "auto") -> list[tuple[str, int]]:
+    """(step, where it ends in the text), empty ones left out. `auto`: lines, or else semicolons, or else sentences."""
+    body = text.rstrip()
+    if how == "auto":
+        how = "lines" if "\n" in body.strip() else "semicolons" if ";" in body else "sentences"
+    steps, start = [], 0
+    for separator in re.finditer(SPLITS[how], body):
+        steps.append((body[start : separator.start()].strip(), separator.start()))
+        start = separator.end()
+    steps.append((body[start:].strip(), len(body)))
+    return [(step, end) for step, end in steps if step]
+
+
+class StepReward:
+    """Split, score, combine."""
+
+    def __init__(
+        self, scorer: Callable[[Sequence[tuple[Task, Sequence[str]]]], Sequence[Any]], name: str, split: str, score: str
+    ) -> None:
+        self.scorer, self.name, self.split, self.score = scorer, name, split, score
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Correct (0.5 or more), wrong, unparseable (no step could be judged: 0), infra_error (too long for the model: masked)."""
+        found = [split_steps(r.text, self.split) for r in rollouts]
+        rows = [(r.task, [step for step, _ in steps]) for r, steps in zip(rollouts, found, strict=True)]
+        try:
+            scored = self.scorer(rows)
+        except Exception as error:
+            raise RewardError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
+        return [self._verdict(r, s, scores) for r, s, scores in zip(rollouts, found, scored, strict=True)]
+
+    def _verdict(self, rollout: Rollout, steps: Sequence[tuple[str, int]], scores: Any) -> Verdict:
+        if scores is None:
+            return Verdict(0.0, "infra_error", {"reason": f"{self.name}: the response is longer than the model reads"})
+        values = list(scores)
+        wrong = next((v for v in values if v is not None and not (isinstance(v, (int, float)) and 0 <= v <= 1)), None)
+        if len(values) != len(steps) or wrong is not None:
+            what = f"the score {wrong!r}" if wrong is not None else f"{len(values)} scores"
+            raise RewardError(
+                f"reward {self.name} returned {what} for the {len(steps)} steps of task {rollout.task.id}; "
+                "one each is needed, in [0, 1] or None"
+            )
+        judged = [float(v) for v in values if v is not None]
+        evidence: dict[str, Any] = {
+            "steps": [{"text": step, "end": end, "score": v} for (step, end), v in zip(steps, values, strict=True)],
+            "measures": {"steps": float(len(steps)), "steps_judged": float(len(judged))},
+        }
+        if not judged:
+            return Verdict(0.0, "unparseable", evidence | {"reason": "no step could be judged"})
+        evidence["measures"]["step_mean"] = sum(judged) / len(judged)
+        total = SCORES[self.score](judged)
+        return Verdict(total, "correct" if total >= 0.5 else "wrong", evidence)
+
+    def check(self, task: Task) -> str | None:
+        return None
+
+    def close(self) -> None:
+        return None
