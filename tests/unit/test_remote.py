@@ -71,7 +71,7 @@ def test_the_servers_limits_are_the_highest(server: Server) -> None:
 
 
 def test_nothing_without_the_token(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert post(server, "/run", {"job": {"role": "script", "code": "print(1)"}}, "wrong")[0] == 401
+    assert post(server, "/run", {"jobs": [{"role": "script", "code": "print(1)"}]}, "wrong")[0] == 401
     monkeypatch.delenv("SPPO_SANDBOX_TOKEN", raising=False)
     with pytest.raises(SandboxUnavailable, match="SPPO_SANDBOX_TOKEN"):
         load_reward(f"code:backend=remote,url={url(server)}")
@@ -80,11 +80,12 @@ def test_nothing_without_the_token(server: Server, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("tree", "why"),
     [
-        ([], "object"), ({}, "role"), ({"job": {"role": "script"}}, "code"), ({"job": {"role": "tests", "code": ""}}, "role"),
-        ({"job": {"role": "script", "code": 3}}, "code"), ({"job": {"role": "script", "code": "", "x": 1}}, "x"),
-        ({"job": {"role": "script", "code": ""}, "limits": {"wall_seconds": -1}}, "above 0"),
-        ({"job": {"role": "script", "code": ""}, "limits": {"memory_bytes": "lots"}}, "above 0"),
-        ({"job": {"role": "asserts", "code": "", "tests": [1]}}, "texts"),
+        ([], "object"), ({}, "jobs"), ({"jobs": []}, "jobs"), ({"jobs": [{"role": "script"}]}, "code"), ({"jobs": [3]}, "role"),
+        ({"jobs": [{"role": "tests", "code": ""}]}, "role"), ({"jobs": [{"role": "script", "code": 3}]}, "code"),
+        ({"jobs": [{"role": "script", "code": "", "x": 1}]}, "x"),
+        ({"jobs": [{"role": "script", "code": ""}], "limits": {"wall_seconds": -1}}, "above 0"),
+        ({"jobs": [{"role": "script", "code": ""}], "limits": {"memory_bytes": "lots"}}, "above 0"),
+        ({"jobs": [{"role": "asserts", "code": "", "tests": [1]}]}, "texts"),
     ],
 )  # fmt: skip
 def test_a_request_that_is_none_is_refused_with_its_reason(server: Server, tree: object, why: str) -> None:

@@ -7,7 +7,7 @@ from .job import Job, Limits, Result, Status
 from .open import open_sandbox
 from .pool import BACKENDS, Runs, Sandbox
 from .remote import RemoteSandbox
-from .verdict import Case, Report, TestCode, asserts, calls, stdio
+from .verdict import Case, Report, Suite, TestCode, asserts, calls, judge, stdio
 
 __all__ = [
     "BACKENDS",
@@ -20,9 +20,11 @@ __all__ = [
     "Runs",
     "Sandbox",
     "Status",
+    "Suite",
     "TestCode",
     "asserts",
     "calls",
+    "judge",
     "open_sandbox",
     "stdio",
 ]

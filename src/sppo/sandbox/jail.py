@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import SandboxUnavailable
 from .job import Limits, Result, Status
 
-INSIDE = ("zygote.py", "program.py", "codec.py", "seccomp.py", "landlock.py")
+INSIDE = ("zygote.py", "program.py", "codec.py", "seccomp.py", "landlock.py", "counter.py")
 SYSTEM_PYTHON = "/usr/bin/python3"
 FIRST_UID = 65_000
 """As root, slot k's jail belongs to this user id + k, so that neither limits nor signals are shared with anything."""
@@ -284,6 +284,7 @@ class Jail:
             tuple(sorted(truncated)),
             detail,
             self.backend,
+            int(report["instructions"]) if report.get("instructions", -1) >= 0 else None,
         )
 
 

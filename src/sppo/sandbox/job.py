@@ -65,3 +65,5 @@ class Result:
     truncated: tuple[str, ...] = ()
     detail: str = ""
     backend: str = ""
+    instructions: int | None = None
+    """Counted by the processor, in user space; None where it offers no such counter."""

@@ -40,6 +40,9 @@ class Runs(Protocol):
     def run(self, jobs: Sequence[Job]) -> list[Result]:
         """One result for each job, in order."""
 
+    def run_groups(self, groups: Sequence[Sequence[Job]]) -> list[list[Result]]:
+        """One result for each job; those of a group run one after the other in the same jail, to be compared."""
+
     def close(self) -> None:
         """Give back what it holds; it may be used again."""
 
@@ -79,15 +82,21 @@ class Sandbox:
         """Run a real program and see that it is where it should be. Raises SandboxUnavailable."""
         if self._probed:
             return
-        check_probe(self._on_a_slot(PROBE, self.limits), self.backend, isolates=self.backend != "unsafe-subprocess")
+        check_probe(
+            self._on_a_slot([PROBE], self.limits)[0], self.backend, isolates=self.backend != "unsafe-subprocess"
+        )
         self._probed = True
 
     def run(self, jobs: Sequence[Job], limits: Limits | None = None) -> list[Result]:
         """One result for each job, in order. What the machine got wrong is tried once more, then `infra_error`."""
+        return [result for (result,) in self.run_groups([[job] for job in jobs], limits)]
+
+    def run_groups(self, groups: Sequence[Sequence[Job]], limits: Limits | None = None) -> list[list[Result]]:
+        """One result for each job; those of a group run one after the other in the same jail, to be compared."""
         self.probe()
         limits = limits or self.limits
-        results: list[Result | None] = [None] * len(jobs)
-        numbers = iter(range(len(jobs)))
+        results: list[list[Result]] = [[] for _ in groups]
+        numbers = iter(range(len(groups)))
         lock = threading.Lock()
         failure: list[BaseException] = []
 
@@ -98,11 +107,11 @@ class Sandbox:
                 if i is None:
                     return
                 try:
-                    results[i] = self._with_retry(jobs[i], limits)
+                    results[i] = self._on_a_slot(groups[i], limits)
                 except BaseException as error:
                     failure.append(error)
 
-        threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(len(self._jails), len(jobs)) - 1)]
+        threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(len(self._jails), len(groups)) - 1)]
         for thread in threads:
             thread.start()
         serve()  # this thread works too
@@ -110,7 +119,7 @@ class Sandbox:
             thread.join()
         if failure:
             raise failure[0]
-        return [r for r in results if r is not None]
+        return results
 
     def close(self) -> None:
         """End every jail."""
@@ -122,17 +131,18 @@ class Sandbox:
         with contextlib.suppress(Exception):
             self.close()
 
-    def _with_retry(self, job: Job, limits: Limits) -> Result:
-        result = self._on_a_slot(job, limits)
-        return self._on_a_slot(job, limits) if result.status == "infra_error" else result
-
-    def _on_a_slot(self, job: Job, limits: Limits) -> Result:
+    def _on_a_slot(self, jobs: Sequence[Job], limits: Limits) -> list[Result]:
         pair = self._free.get()
         try:
-            run: Callable[[Job, tuple[Jail, Jail], Limits], Result] = _asserts if job.role == "asserts" else _alone
-            return run(job, pair, limits)
+            return [_with_retry(job, pair, limits) for job in jobs]
         finally:
             self._free.put(pair)
+
+
+def _with_retry(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
+    run: Callable[[Job, tuple[Jail, Jail], Limits], Result] = _asserts if job.role == "asserts" else _alone
+    result = run(job, pair, limits)
+    return run(job, pair, limits) if result.status == "infra_error" else result
 
 
 def check_probe(result: Result, name: str, *, isolates: bool) -> None:

@@ -1,6 +1,8 @@
 """The same jobs and results over HTTP: a client that stands where a `Sandbox` stands. The trainer still compares.
 
-    POST URL/run   Authorization: Bearer TOKEN   {"job": {...}, "limits": {...}}   ->   {"result": {...}}
+    POST URL/run   Authorization: Bearer TOKEN   {"jobs": [{...}], "limits": {...}}   ->   {"results": [{...}]}
+
+The jobs of one request run one after the other in one jail.
 
 `sppo sandbox serve` answers it. The token comes from the environment variable SPPO_SANDBOX_TOKEN: recipes are shared, secrets are not.
 """
@@ -60,7 +62,7 @@ class RemoteSandbox:
         if self._probed:
             return
         try:
-            result = self._ask(PROBE)
+            result = self._ask([PROBE])[0]
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise SandboxUnavailable(
                 f"the remote sandbox {self.url} does not answer ({error}); start one with: sppo sandbox serve"
@@ -70,9 +72,13 @@ class RemoteSandbox:
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
         """One result for each job, in order. A server that cannot be reached is asked again, then the result is `infra_error`."""
+        return [result for (result,) in self.run_groups([[job] for job in jobs])]
+
+    def run_groups(self, groups: Sequence[Sequence[Job]]) -> list[list[Result]]:
+        """One result for each job; those of a group run one after the other in the same jail, to be compared."""
         self.probe()
         with ThreadPoolExecutor(self.slots, thread_name_prefix="sppo-remote") as pool:
-            return list(pool.map(self._patiently, jobs))
+            return list(pool.map(self._patiently, groups))
 
     def close(self) -> None:
         """Close the connections; they are opened again when needed."""
@@ -80,25 +86,27 @@ class RemoteSandbox:
             while True:
                 self._idle.get_nowait().close()
 
-    def _patiently(self, job: Job) -> Result:
+    def _patiently(self, jobs: Sequence[Job]) -> list[Result]:
         why: Exception | None = None
         for pause in PAUSES:
             time.sleep(pause)
             try:
-                result = self._ask(job)
-                if result.status != "infra_error":
-                    return result
-                why = RuntimeError(result.detail)
+                results = self._ask(jobs)
+                failed = next((r for r in results if r.status == "infra_error"), None)
+                if failed is None:
+                    return results
+                why = RuntimeError(failed.detail)
             except SandboxUnavailable as error:  # a refusal does not pass by waiting
-                return Result("infra_error", detail=str(error), backend=self.backend)
+                why = error
+                break
             except (OSError, http.client.HTTPException, ValueError) as error:
                 why = error
-        return Result("infra_error", detail=f"{self.url}: {why}", backend=self.backend)
+        return [Result("infra_error", detail=f"{self.url}: {why}", backend=self.backend) for _ in jobs]
 
-    def _ask(self, job: Job) -> Result:
-        body = json.dumps({"job": asdict(job), "limits": asdict(self.limits)})
+    def _ask(self, jobs: Sequence[Job]) -> list[Result]:
+        body = json.dumps({"jobs": [asdict(job) for job in jobs], "limits": asdict(self.limits)})
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
-        connection = self._connection()
+        connection = self._connection(len(jobs))
         try:
             connection.request("POST", f"{self.parts.path.rstrip('/')}/run", body, headers)
             response = connection.getresponse()
@@ -118,12 +126,19 @@ class RemoteSandbox:
             raise SandboxUnavailable(f"the remote sandbox {self.url} refuses the job: {_reason(text)}")
         if response.status != 200:
             raise ValueError(f"HTTP {response.status} {_reason(text)}")
-        return result_from(json.loads(text)["result"])
+        answers = json.loads(text).get("results")
+        if not isinstance(answers, list) or len(answers) != len(jobs):
+            raise ValueError("the answer does not hold one result a job")
+        return [result_from(answer) for answer in answers]
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self, jobs: int) -> http.client.HTTPConnection:
+        timeout = jobs * self.limits.wall_seconds + PATIENCE
         with contextlib.suppress(queue.Empty):
-            return self._idle.get_nowait()
-        host, port, timeout = self.parts.hostname or "", self.parts.port, self.limits.wall_seconds + PATIENCE
+            connection = self._idle.get_nowait()
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout)
+            return connection
+        host, port = self.parts.hostname or "", self.parts.port
         if self.parts.scheme == "https":
             return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
         return http.client.HTTPConnection(host, port, timeout=timeout)
@@ -153,6 +168,8 @@ def result_from(tree: Any) -> Result:
     for name in ("cpu_seconds", "wall_seconds", "max_rss_bytes"):
         if not isinstance(values.get(name, 0), (int, float)):
             raise ValueError(f"the answer's {name} is not a number")
+    if not isinstance(values.get("instructions"), (int, type(None))):
+        raise ValueError("the answer's instructions are not a number")
     values["truncated"] = tuple(map(str, values.get("truncated", ())))
     values["backend"] = f"remote {values.get('backend', '')}".strip()
     return Result(**values)
@@ -161,17 +178,17 @@ def result_from(tree: Any) -> Result:
 def job_from(tree: Any) -> Job:
     """The job that JSON holds. Raises ValueError with what is wrong."""
     if not isinstance(tree, Mapping) or tree.get("role") not in ("script", "calls", "asserts"):
-        raise ValueError("`job` needs a `role`: script, calls or asserts")
+        raise ValueError("a job needs a `role`: script, calls or asserts")
     kinds: dict[str, type | tuple[type, ...]] = {
         "role": str, "code": str, "stdin": str, "calls": list, "names": list, "replace": bool, "setup": str, "tests": list,
     }  # fmt: skip
     for name, value in tree.items():
         if name not in kinds or not isinstance(value, kinds[name]):
-            raise ValueError(f"`job.{name}` is not known, or of the wrong type")
+            raise ValueError(f"a job's `{name}` is not known, or of the wrong type")
     if not isinstance(tree.get("code"), str):
-        raise ValueError("`job.code` is missing")
+        raise ValueError("a job's `code` is missing")
     if not all(isinstance(x, str) for name in ("names", "tests") for x in tree.get(name, ())):
-        raise ValueError("`job.names` and `job.tests` are lists of texts")
+        raise ValueError("a job's `names` and `tests` are lists of texts")
     return Job(**tree)
 
 

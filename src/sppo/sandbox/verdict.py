@@ -49,11 +49,69 @@ class Report:
         return sum(self.passed) / len(self.passed) if self.passed else 0.0
 
 
+@dataclass(frozen=True)
+class TestCode:
+    """The task's own test code. `setup` is trusted and runs in the tests' jail; each test raises when it fails.
+
+    `names`: what the tests take from the program, also in the place of what the setup announces. None: the names that a test
+    reads and the program defines, but never one that the setup made, nor one that is called around another of the program's
+    (`isclose(f(7), 49)`), so that a program cannot bring its own judge.
+    """
+
+    __test__ = False
+    tests: Sequence[str]
+    setup: str = ""
+    names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests in one of the three modes: cases for `stdio` and `calls`, code for `asserts`."""
+
+    kind: Literal["stdio", "calls", "asserts"]
+    cases: tuple[Case, ...] = ()
+    code: TestCode | None = None
+
+    def jobs(self, program: str) -> list[Job]:
+        """What to run: one job a case for `stdio`, one for all tests otherwise."""
+        if self.kind == "stdio":
+            return [Job("script", program, stdin=case.stdin) for case in self.cases]
+        if self.code is not None:
+            return [_asserts_job(program, self.code)]
+        given = [[c.entry, encode(list(c.args)), encode(dict(c.kwargs))] for c in self.cases]
+        return [Job("calls", program, calls=given)]
+
+    def report(self, results: Sequence[Result]) -> Report:
+        """Which tests held, from the results of `jobs`."""
+        if self.kind == "stdio":
+            return _stdio_report(self.cases, results)
+        return (
+            _asserts_report(self.code.tests, results[0])
+            if self.code is not None
+            else _calls_report(self.cases, results[0])
+        )
+
+
+def judge(sandbox: Runs, programs: Sequence[tuple[str, Suite]]) -> list[Report]:
+    """One report for each program and its tests, in order; all of them go to the sandbox together."""
+    jobs = [suite.jobs(program) for program, suite in programs]
+    results = iter(sandbox.run([job for part in jobs for job in part]))
+    return [suite.report([next(results) for _ in part]) for part, (_, suite) in zip(jobs, programs, strict=True)]
+
+
 def stdio(sandbox: Runs, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
     """Programs that read standard input and write standard output. Trailing white space of a line does not count."""
-    jobs = [Job("script", code, stdin=case.stdin) for code, cases in programs for case in cases]
-    results = iter(sandbox.run(jobs))
-    return [_stdio_report(cases, [next(results) for _ in cases]) for _, cases in programs]
+    return judge(sandbox, [(code, Suite("stdio", tuple(cases))) for code, cases in programs])
+
+
+def calls(sandbox: Runs, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
+    """Programs that define functions (or a `Solution` class), judged by the values that their calls return."""
+    return judge(sandbox, [(code, Suite("calls", tuple(cases))) for code, cases in programs])
+
+
+def asserts(sandbox: Runs, programs: Sequence[tuple[str, TestCode]]) -> list[Report]:
+    """Programs against test code that runs in a second jail and calls them through stand-ins."""
+    return judge(sandbox, [(code, Suite("asserts", code=tests)) for code, tests in programs])
 
 
 def _stdio_report(cases: Sequence[Case], results: Sequence[Result]) -> Report:
@@ -73,17 +131,6 @@ def _stdio_report(cases: Sequence[Case], results: Sequence[Result]) -> Report:
 def lines(text: str) -> list[str]:
     """Lines without trailing white space, and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def calls(sandbox: Runs, programs: Sequence[tuple[str, Sequence[Case]]]) -> list[Report]:
-    """Programs that define functions (or a `Solution` class), judged by the values that their calls return."""
-    jobs = [
-        Job("calls", code, calls=[[c.entry, encode(list(c.args)), encode(dict(c.kwargs))] for c in cases])
-        for code, cases in programs
-    ]
-    return [
-        _calls_report(cases, result) for (_, cases), result in zip(programs, sandbox.run(jobs), strict=True)
-    ]  # fmt: skip
 
 
 def _calls_report(cases: Sequence[Case], result: Result) -> Report:
@@ -163,27 +210,6 @@ def _same_number(tag: Any, body: Any, expected: float) -> bool:
         return math.isclose(given, expected, rel_tol=1e-9, abs_tol=1e-12)
     except (ValueError, OverflowError):
         return False
-
-
-@dataclass(frozen=True)
-class TestCode:
-    """The task's own test code. `setup` is trusted and runs in the tests' jail; each test raises when it fails.
-
-    `names`: what the tests take from the program, also in the place of what the setup announces. None: the names that a test
-    reads and the program defines, but never one that the setup made, nor one that is called around another of the program's
-    (`isclose(f(7), 49)`), so that a program cannot bring its own judge.
-    """
-
-    __test__ = False
-    tests: Sequence[str]
-    setup: str = ""
-    names: Sequence[str] | None = None
-
-
-def asserts(sandbox: Runs, programs: Sequence[tuple[str, TestCode]]) -> list[Report]:
-    """Programs against test code that runs in a second jail and calls them through stand-ins."""
-    jobs = [_asserts_job(code, t) for code, t in programs]
-    return [_asserts_report(t.tests, r) for (_, t), r in zip(programs, sandbox.run(jobs), strict=True)]
 
 
 def _asserts_job(code: str, t: TestCode) -> Job:

@@ -22,7 +22,8 @@ import struct
 import sys
 import time
 
-import landlock  # this folder's
+import counter  # this folder's
+import landlock
 import program  # what the program's own process does
 import seccomp
 
@@ -36,6 +37,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
     38,
     47,
 )
+ENDED = struct.Struct("<iddqq")  # wait status, user and system seconds, peak in KiB, instructions or -1
 PAGE = os.sysconf("SC_PAGE_SIZE")
 WATCH_SECONDS = 0.02  # how often the memory of forking programs is added up
 
@@ -107,6 +109,7 @@ def first_process(limits, fds, report):
         os.mkdir(OWN_FOLDER)
         os.chdir(OWN_FOLDER)
         os.environ["TMPDIR"] = os.environ["HOME"] = OWN_FOLDER
+    counting = counter.start()
     child = os.fork()
     if child == 0:
         the_program(limits, fds, report)
@@ -116,7 +119,8 @@ def first_process(limits, fds, report):
         pid, status, usage = os.wait4(-1, 0)
         if pid == child:
             break
-    os.write(report, b"E" + struct.pack("<iddq", status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
+    ended = (status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss, counter.read(counting))
+    os.write(report, b"E" + ENDED.pack(*ended))
     os._exit(0)
 
 
@@ -253,9 +257,11 @@ def describe(text, ended_by, seconds):
         if kind == b"R":
             out["ready"] = True
         elif kind == b"E":
-            status, user, system, peak = struct.unpack("<iddq", text[at : at + 28])
-            out.update(ended=True, status=status, cpu_seconds=user + system, max_rss_bytes=peak * 1024)
-            at += 28
+            status, user, system, peak, count = ENDED.unpack(text[at : at + ENDED.size])
+            out.update(
+                ended=True, status=status, cpu_seconds=user + system, max_rss_bytes=peak * 1024, instructions=count
+            )
+            at += ENDED.size
         else:
             out["failure"] = text[at:].decode("utf-8", "replace")
             break

@@ -1,0 +1,201 @@
+"""How fast a correct program is, against the row's reference solution: 0 for a wrong one, else min(speed-up, cap)/cap.
+
+    runtime                       as fast as the reference: 0.5; twice as fast or more: 1
+    runtime:cap=4,pairs=7         up to four times as fast counts; seven paired runs instead of five
+    code + 0.5 * runtime          correctness first; the critic learns correctness alone
+    runtime:backend=…             the options of `code` for its sandbox
+
+A row needs its tests (as for `code`) and a `reference` (or `canonical_solution`, `code`, `solution`): a right program. Speed is
+measured on `runtime_tests` where a row has them (larger inputs, in any layout of tests), else on all of its tests.
+
+The program and the reference take turns in one jail, each run a fresh process, so that nothing can be remembered from run to
+run and a drift of the machine meets both. The time is the processor's for the whole process as the jail's keeper sees it, never
+a clock that the program could reach; the instructions that it took, where the machine counts them. From both is taken what a
+program costs that does nothing. The medians are compared. A row whose reference takes too little time to be measured
+is `invalid_task`: its tests need larger inputs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import RecipeError
+from ..sandbox import Job, Result, Runs, Suite, open_sandbox
+from ..spec import call
+from ..types import Rollout, Task, Verdict
+from .code import CodeReward, fitted, program_of
+from .suites import suite_in, suites_of
+
+REFERENCES = ("reference", "canonical_solution", "code", "solution")
+LEAST_SECONDS = 0.01
+"""A reference that takes less than this is noise: a process starts in about 4 ms, give or take a few tenths."""
+BROKEN = "the sandbox could not run the reference solution"
+FLOOR = 1e-4
+"""Seconds (or that share of the reference) below which a program's own time is not told apart from 0."""
+
+
+def build(cap: float = 2.0, pairs: int = 5, **sandbox: Any) -> RuntimeReward:
+    """The reward for `reward.use = "runtime:…"`. Raises SandboxUnavailable when programs cannot be isolated here."""
+    if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 1 <= cap <= 1000:
+        raise RecipeError(f"reward runtime: cap={cap} must be a speed-up between 1 and 1000")
+    if isinstance(pairs, bool) or not isinstance(pairs, int) or not 1 <= pairs <= 50:
+        raise RecipeError(f"reward runtime: pairs={pairs} must be a whole number between 1 and 50")
+    return RuntimeReward(call(open_sandbox, "reward runtime", **sandbox), cap, pairs)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one program took: medians over its runs, less what an idle one takes. `instructions` is None where none are counted."""
+
+    seconds: float
+    instructions: float | None
+
+    def of(self, other: Cost) -> float:
+        """How many times this cost the other is: in instructions if both were counted, else in seconds."""
+        if self.instructions is not None and other.instructions is not None:
+            return self.instructions / max(other.instructions, self.instructions * FLOOR, 1.0)
+        return self.seconds / max(other.seconds, FLOOR)
+
+
+class RuntimeReward:
+    """Verdicts of `code`, and for what is correct the speed."""
+
+    def __init__(self, sandbox: Runs, cap: float, pairs: int) -> None:
+        self.sandbox, self.cap, self.pairs = sandbox, cap, pairs
+        self.code = CodeReward(sandbox)
+        self._checked: dict[str, str | None] = {}  # by task id: what is wrong with the row's reference
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """As `code`, with the speed as the score of correct programs; invalid_task where the reference cannot be measured."""
+        problems = [self.check(r.task) for r in rollouts]
+        good = [r for r, problem in zip(rollouts, problems, strict=True) if problem is None]
+        judged = iter(self.code.judge(good))
+        verdicts = [
+            Verdict(0.0, "infra_error" if p == BROKEN else "invalid_task", {"reason": p}) if p else next(judged)
+            for p in problems
+        ]
+        todo = [i for i, v in enumerate(verdicts) if v.outcome == "correct"]
+        groups = [self._group(rollouts[i].task, program_of(rollouts[i].task, rollouts[i].text) or "") for i in todo]
+        for i, results in zip(todo, self.sandbox.run_groups(groups), strict=True):
+            verdicts[i] = self._timed(verdicts[i], _suite(rollouts[i].task), results)
+        return verdicts
+
+    def _group(self, task: Task, program: str) -> list[Job]:
+        """Idle, reference, program; idle, reference, program; …"""
+        suite = _suite(task)
+        return [*_idle(suite), *_jobs(_reference(task), suite), *_jobs(program, suite)] * self.pairs
+
+    def _timed(self, verdict: Verdict, suite: Suite, results: Sequence[Result]) -> Verdict:
+        n = len(_idle(suite))
+        turns = [results[i : i + 3 * n] for i in range(0, len(results), 3 * n)]
+        if any(r.status == "infra_error" for r in results):
+            return replace(verdict, score=0.0, outcome="infra_error")
+        for turn in turns:
+            report = suite.report(turn[2 * n :])
+            if not all(report.passed):
+                evidence = {
+                    **verdict.evidence,
+                    "timed": {**report.evidence, "passed": sum(report.passed), "of": len(report.passed)},
+                }
+                return Verdict(0.0, "timeout" if report.status == "timeout" else "wrong", evidence)
+        reference = cost([t[:n] for t in turns], [t[n : 2 * n] for t in turns])
+        program = cost([t[:n] for t in turns], [t[2 * n :] for t in turns])
+        speedup = reference.of(program)
+        evidence = {
+            **verdict.evidence, "speedup": speedup, "seconds": program.seconds, "reference_seconds": reference.seconds,
+            "instructions": program.instructions, "reference_instructions": reference.instructions,
+        }  # fmt: skip
+        evidence["measures"] = {**evidence.get("measures", {}), "speedup": min(speedup, self.cap)}
+        return Verdict(min(speedup, self.cap) / self.cap, "correct", evidence, correctness=1.0)
+
+    def check(self, task: Task) -> str | None:
+        """Why the row cannot be judged (no tests, no reference, a reference that fails or is too quick to be measured), or None."""
+        if task.id not in self._checked:
+            problem = self._problem(task)
+            if problem == BROKEN:  # the machine's fault, not the row's: asked again the next time
+                return problem
+            self._checked[task.id] = problem
+        return self._checked[task.id]
+
+    def _problem(self, task: Task) -> str | None:
+        if problem := self.code.check(task):
+            return problem
+        suite = _suite(task)
+        if isinstance(suite, str):
+            return suite
+        reference = _reference(task)
+        if not reference:
+            return f"the row has no reference solution (a column {', '.join(f'`{c}`' for c in REFERENCES)})"
+        idle, jobs = _idle(suite), _jobs(reference, suite)
+        (results,) = self.sandbox.run_groups([[*idle, *jobs] * 3])
+        turns = [results[i : i + 2 * len(idle)] for i in range(0, len(results), 2 * len(idle))]
+        if any(r.status == "infra_error" for r in results):
+            return BROKEN
+        report = suite.report(turns[0][len(idle) :])
+        if not all(report.passed):
+            return f"the reference solution fails its own tests: {report.evidence}"
+        seconds = cost([t[: len(idle)] for t in turns], [t[len(idle) :] for t in turns]).seconds
+        if seconds < LEAST_SECONDS:
+            return (
+                f"the reference takes {1000 * seconds:.1f} ms on its tests, too little to be measured; "
+                f"give larger inputs in `runtime_tests` ({1000 * LEAST_SECONDS:.0f} ms or more)"
+            )
+        return None
+
+    def close(self) -> None:
+        self.sandbox.close()
+
+
+def cost(idle: Sequence[Sequence[Result]], runs: Sequence[Sequence[Result]]) -> Cost:
+    """The median over runs of what their processes took, less the median of idle ones."""
+
+    def seconds(turns: Sequence[Sequence[Result]]) -> float:
+        return statistics.median(sum(r.cpu_seconds for r in turn) for turn in turns)
+
+    def instructions(turns: Sequence[Sequence[Result]]) -> float | None:
+        counts = [[r.instructions for r in turn] for turn in turns]
+        known = [sum(c for c in turn if c is not None) for turn in counts if None not in turn]
+        return statistics.median(known) if len(known) == len(turns) else None
+
+    busy, base = instructions(runs), instructions(idle)
+    return Cost(
+        max(seconds(runs) - seconds(idle), 0.0), None if busy is None or base is None else max(busy - base, 1.0)
+    )
+
+
+def _suite(task: Task) -> Any:
+    """What is timed: `runtime_tests`, else the visible and hidden tests of the row (those of one kind); a reason if there is none."""
+    if task.columns.get("runtime_tests") not in (None, "", [], {}):
+        suite = suite_in(task, "runtime_tests")
+        return f"column `runtime_tests`: {suite}" if isinstance(suite, str) else suite
+    found = suites_of(task)
+    if isinstance(found, str):
+        return found
+    visible, hidden = found
+    if hidden is None or hidden.kind != visible.kind or visible.kind == "asserts":
+        return visible
+    return replace(visible, cases=(*visible.cases, *hidden.cases))
+
+
+def _reference(task: Task) -> str:
+    """The row's right program, assembled as a response would be; empty where there is none."""
+    columns = (*((task.solution,) if task.solution else ()), *(task.columns.get(name) for name in REFERENCES))
+    text = next((c for c in columns if isinstance(c, str) and c.strip()), "")
+    return program_of(task, text) or "" if text else ""
+
+
+def _jobs(program: str, suite: Suite) -> list[Job]:
+    program, fit = fitted(program, suite)
+    return fit.jobs(program)
+
+
+def _idle(suite: Suite) -> list[Job]:
+    """What answers the same questions without doing anything."""
+    if suite.kind == "stdio":
+        return [Job("script", "import sys\nsys.stdin.read()", stdin=case.stdin) for case in suite.cases]
+    if suite.kind == "asserts":
+        return [Job("script", "")]
+    return replace(suite, cases=tuple(replace(c, entry="f") for c in suite.cases)).jobs("def f(*a, **k): pass")

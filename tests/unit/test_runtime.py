@@ -1,0 +1,106 @@
+"""Rewards for speed: only what is correct is paid, against the reference, in processes that cannot remember."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sppo.errors import RecipeError
+from sppo.rewards.base import load_reward
+from sppo.rewards.runtime import Cost, RuntimeReward, cost
+from sppo.sandbox import Result
+from sppo.sandbox.inside import counter
+from sppo.types import Rollout, Task, Verdict
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+REFERENCE = "def f(n):\n    total = 0\n    for i in range(n):\n        total += i % 3\n    return total"
+TWICE = REFERENCE.replace("return total", "for i in range(n): pass\n    for i in range(n): i % 3\n    return total")
+CLOSED = "def f(n):\n    return n // 3 * 3 + (0, 0, 1)[n % 3]"
+N = 400_000
+COLUMNS: dict[str, Any] = {
+    "entry_point": "f", "tests": [{"args": [7], "expected": 6}], "hidden_tests": [{"args": [9], "expected": 9}],
+    "runtime_tests": [{"args": [N], "expected": N // 3 * 3 + (0, 0, 1)[N % 3]}], "reference": REFERENCE,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[RuntimeReward]:
+    made = load_reward("runtime:cap=4,pairs=3,slots=1")
+    assert isinstance(made, RuntimeReward)
+    yield made
+    made.close()
+
+
+def judged(reward: RuntimeReward, text: str, **columns: Any) -> Verdict:
+    task = Task(f"t{len(columns)}{sorted(columns)}{columns}", "?", COLUMNS | columns)
+    return reward.judge([Rollout(task, [], [], [], "stop", text)])[0]
+
+
+def test_speed_is_paid_only_to_the_correct(reward: RuntimeReward) -> None:
+    same, slow, fast = (judged(reward, text) for text in (REFERENCE, TWICE, CLOSED))
+    assert [v.correct for v in (same, slow, fast)] == [1, 1, 1]
+    assert 0.15 < same.score < 0.4  # a quarter: as fast as the reference, up to four times counts
+    assert slow.score < same.score
+    assert fast.score == 1
+    assert fast.evidence["measures"]["speedup"] == 4
+    wrong = judged(reward, "def f(n): return 0")
+    assert (wrong.score, wrong.correct, wrong.outcome) == (0, 0, "wrong")
+    lazy = "def f(n):\n    return n // 3 * 3 + (0, 0, 1)[n % 3] if n < 1000 else 0"  # right where it is tested, quick where it is timed
+    assert judged(reward, lazy).outcome == "wrong"
+
+
+def test_nothing_is_remembered_from_run_to_run(reward: RuntimeReward) -> None:
+    caching = "import os, builtins\n" + REFERENCE.replace(
+        "def f(n):", "def f(n):\n    if hasattr(builtins, 'kept'): return builtins.kept\n    if os.path.exists('/tmp/kept'): return int(open('/tmp/kept').read())"
+    ).replace("return total", "builtins.kept = total\n    open('/tmp/kept', 'w').write(str(total))\n    return total")  # fmt: skip
+    assert 0.1 < judged(reward, caching).score < 0.4
+    clock = "import time\ntime.process_time = time.perf_counter = time.time = lambda: 0.0\n" + REFERENCE
+    assert 0.1 < judged(reward, clock).score < 0.4
+
+
+def test_a_row_that_cannot_be_timed_says_why(reward: RuntimeReward) -> None:
+    for columns, why in (
+        ({"reference": ""}, "no reference"),
+        ({"reference": "def f(n): return 1"}, "fails its own tests"),
+        ({"runtime_tests": []}, "too little to be measured"),
+        ({"runtime_tests": "nonsense["}, "runtime_tests"),
+    ):
+        verdict = judged(reward, REFERENCE, **columns)
+        assert verdict.outcome == "invalid_task"
+        assert why in verdict.evidence["reason"]
+    for spec in ("runtime:cap=0", "runtime:pairs=many", "runtime:backend=none", "runtime:speed=1"):
+        with pytest.raises(RecipeError):
+            load_reward(spec)
+
+
+def test_costs_by_hand() -> None:
+    def turns(*seconds: float, instructions: int | None = None) -> list[list[Result]]:
+        return [[Result("ok", cpu_seconds=s, instructions=instructions)] for s in seconds]
+
+    assert cost(turns(0.004, 0.005, 0.1), turns(0.105, 0.2, 0.015)) == Cost(pytest.approx(0.1), None)
+    counted = cost(turns(0.004, instructions=10), turns(0.024, instructions=110))
+    assert counted == Cost(pytest.approx(0.02), 100)
+    assert counted.of(Cost(0.04, 50)) == 2  # counted instructions go before seconds
+    assert counted.of(Cost(0.01, None)) == pytest.approx(2)
+    assert Cost(0.02, None).of(Cost(0.0, None)) == pytest.approx(200)
+
+
+def test_the_processors_counter() -> None:
+    """The real one where there is one; its plumbing (inheriting, reading) by the clock that every kernel has."""
+    for kind, event in ((counter.HARDWARE, counter.INSTRUCTIONS), (1, 1)):
+        fd = counter.start(kind, event)
+        if fd is None:
+            assert counter.read(fd) == -1
+            continue
+        before = counter.read(fd)
+        child = os.fork()
+        if child == 0:
+            sum(range(300_000))
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert counter.read(fd) - before > 300_000  # instructions, or nanoseconds
+        os.close(fd)
