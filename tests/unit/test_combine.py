@@ -63,7 +63,14 @@ def test_the_sentence() -> None:
         ("gate", 1.0, "answer:extract=boxed"),
         ("and", 1.0, "gym"),
     ]
-    for bad, why in (("a and 2 * b", "only a part of a sum"), ("a + 0 * b", "above 0"), ("a + 1.2.3 * b", "number")):
+    for bad, why in (
+        ("a and 2 * b", "only a part of a sum"),
+        ("0 * a + 0 * b", "above 0"),
+        ("a + 1.2.3 * b", "number"),
+        ("math gate", "math gate"),
+        ("and math", "and math"),
+        ("code + x * y", "is not a reward"),
+    ):
         with pytest.raises(RecipeError, match=why):
             parse_mixture(bad)
     verdict = load_reward("answer + 1 * answer:mode=exact").judge([ROLLOUT])[0]

@@ -54,9 +54,14 @@ def test_speed_is_paid_only_to_the_correct(reward: RuntimeReward) -> None:
 
 
 def test_nothing_is_remembered_from_run_to_run(reward: RuntimeReward) -> None:
-    caching = "import os, builtins\n" + REFERENCE.replace(
-        "def f(n):", "def f(n):\n    if hasattr(builtins, 'kept'): return builtins.kept\n    if os.path.exists('/tmp/kept'): return int(open('/tmp/kept').read())"
-    ).replace("return total", "builtins.kept = total\n    open('/tmp/kept', 'w').write(str(total))\n    return total")  # fmt: skip
+    look = (
+        "    if hasattr(builtins, 'kept'): return builtins.kept\n"
+        "    if os.path.exists('/tmp/kept'): return int(open('/tmp/kept').read())\n"
+    )
+    keep = "    builtins.kept = total\n    open('/tmp/kept', 'w').write(str(total))\n    return total"
+    caching = "import os, builtins\n" + REFERENCE.replace("def f(n):\n", f"def f(n):\n{look}").replace(
+        "    return total", keep
+    )
     assert 0.1 < judged(reward, caching).score < 0.4
     clock = "import time\ntime.process_time = time.perf_counter = time.time = lambda: 0.0\n" + REFERENCE
     assert 0.1 < judged(reward, clock).score < 0.4

@@ -1,6 +1,7 @@
 """Several rewards as one, written as a sentence:
 
     math + 0.2 * format       a weighted sum, divided by the sum of the weights
+    code + 0 * quality        the second is measured and recorded, and pays nothing
     code and answer           both must hold
     code gate format          nothing is paid unless the format holds (its score is at least 0.5)
 
@@ -22,6 +23,7 @@ from .base import Reward
 Role = Literal["+", "and", "gate"]
 _JOINT = re.compile(r"\s+(\+|and|gate)\s+")
 _WEIGHTED = re.compile(r"([0-9.]+)\s*\*\s*(\S.*)")
+_DANGLING = re.compile(r"(?:\+|and|gate)\s.*|.*\s(?:\+|and|gate)|.*\s\*.*")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ class Part:
 
 def is_mixture(use: str) -> bool:
     """Whether a `reward.use` names more than one reward (or weighs one)."""
-    return _JOINT.search(use.strip()) is not None or _WEIGHTED.fullmatch(use.strip()) is not None
+    return any(
+        found is not None
+        for found in (_JOINT.search(use.strip()), _WEIGHTED.fullmatch(use.strip()), _DANGLING.fullmatch(use.strip()))
+    )
 
 
 def parse_mixture(use: str) -> list[tuple[Role, float, str]]:
@@ -46,15 +51,19 @@ def parse_mixture(use: str) -> list[tuple[Role, float, str]]:
     for joint, piece in zip(pieces[::2], pieces[1::2], strict=True):
         role: Role = joint  # type: ignore[assignment]
         weighted = _WEIGHTED.fullmatch(piece)
+        if weighted is None and (_DANGLING.fullmatch(piece) or not piece.strip()):
+            raise RecipeError(
+                f"reward {use!r}: {piece!r} is not a reward; write it as code + 0.2 * quality, or math gate mine:format"
+            )
         try:
             weight, spec = (float(weighted[1]), weighted[2]) if weighted else (1.0, piece)
         except ValueError:
             raise RecipeError(f"reward {use!r}: {piece!r} has no weight that is a number") from None
         if weighted and role != "+":
             raise RecipeError(f"reward {use!r}: only a part of a sum has a weight, {piece!r} follows {role!r}")
-        if weight <= 0:
-            raise RecipeError(f"reward {use!r}: the weight of {spec!r} must be above 0")
         out.append((role, weight, spec))
+    if not sum(weight for role, weight, _ in out if role == "+") > 0:
+        raise RecipeError(f"reward {use!r}: at least one weight must be above 0")
     return out
 
 

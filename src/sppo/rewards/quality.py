@@ -1,0 +1,125 @@
+"""The quality of a program by static analysis, for what passes its tests and is still insecure or unmaintainable. Nothing is run.
+
+    quality                         1 less 0.5 for a grave finding, 0.25 for a middling one, 0.1 for a slight one; never below 0
+    quality:complexity=8            how branched a function may be before that is a middling finding (McCabe's number; 10)
+    code + 0.1 * quality            a penalty on what the tests allow;  code + 0 * quality   evidence and metrics only
+    code gate quality               nothing is paid below 0.5
+
+Analysers: bandit (security, with its severities), and ruff's complexity, size and likely-bug rules (C901, PLR09, B). Comments that
+would silence them (`noqa`, `nosec`) are ignored: their author is the one who is judged. `pip install 'sppo[quality]'`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import RecipeError
+from ..types import Rollout, Task, Verdict
+from .code import program_of
+from .workers import WorkerPool
+
+PENALTY = {"high": 0.5, "medium": 0.25, "low": 0.1}
+RULES = "C901,PLR0911,PLR0912,PLR0913,PLR0915,B"
+HARMLESS = ("B101", "B311")
+"""bandit's: assertions, and `random` where no secret is at stake."""
+
+
+def build(complexity: int = 10, limit: float = 20.0, workers: int = 2) -> QualityReward:
+    """The reward for `reward.use = "quality:…"`. Raises RecipeError when the analysers are not installed."""
+    for package in ("ruff", "bandit"):
+        if importlib.util.find_spec(package) is None:
+            raise RecipeError(f"reward quality needs {package}: pip install 'sppo[quality]'")
+    if isinstance(complexity, bool) or not isinstance(complexity, int) or complexity < 1:
+        raise RecipeError(f"reward quality: complexity={complexity} must be a whole number above 0")
+    return QualityReward(complexity, limit, workers)
+
+
+def warm_up() -> None:
+    """Import and exercise the analysers before the first verdict's clock runs."""
+    judge_one({"code": "pass\n", "complexity": 10})
+
+
+def judge_one(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`."""
+    return sorted(_bandit(job["code"]) + _ruff(job["code"], job["complexity"]), key=lambda f: (f["line"], f["rule"]))
+
+
+def _bandit(code: str) -> list[dict[str, Any]]:
+    import logging
+
+    from bandit.core.config import BanditConfig
+    from bandit.core.manager import BanditManager
+
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "program.py")
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(code)
+        manager = BanditManager(BanditConfig(), "file", quiet=True, ignore_nosec=True)
+        manager.discover_files([path])
+        manager.run_tests()
+        return [
+            {"rule": i.test_id, "severity": i.severity.lower(), "line": i.lineno, "says": i.text}
+            for i in manager.get_issue_list()
+            if i.test_id not in HARMLESS
+        ]
+
+
+def _ruff(code: str, complexity: int) -> list[dict[str, Any]]:
+    from ruff import find_ruff_bin
+
+    command = [
+        find_ruff_bin(), "check", "--isolated", "--no-cache", "--ignore-noqa", "--output-format", "json", "--exit-zero",
+        "--select", RULES, "--config", f"lint.mccabe.max-complexity={complexity}", "--preview", "--stdin-filename", "program.py", "-",
+    ]  # fmt: skip
+    done = subprocess.run(command, input=code.encode("utf-8", "backslashreplace"), capture_output=True, check=True)
+    return [
+        {"rule": f["code"], "severity": "low" if f["code"].startswith("B") else "medium", "line": f["location"]["row"], "says": f["message"]}
+        for f in json.loads(done.stdout)
+        if f["code"] not in (None, "invalid-syntax")
+    ]  # fmt: skip
+
+
+class QualityReward:
+    """Static findings as evidence, and their weight as a score."""
+
+    def __init__(self, complexity: int, limit: float, workers: int) -> None:
+        self.complexity, self.limit = complexity, limit
+        self.pool = WorkerPool("sppo.rewards.quality:judge_one", workers=workers, limit=limit)
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Correct (0.5 or more), wrong, unparseable (no code: 0), timeout or crashed (0); infra_error (masked)."""
+        programs = [program_of(r.task, r.text) for r in rollouts]
+        todo = [i for i, code in enumerate(programs) if code is not None]
+        answers = self.pool.run([{"code": programs[i], "complexity": self.complexity} for i in todo])
+        verdicts = [Verdict(0.0, "unparseable", {"reason": "the response holds no Python code"}) for _ in rollouts]
+        for i, answer in zip(todo, answers, strict=True):
+            verdicts[i] = self._verdict(answer)
+        return verdicts
+
+    def _verdict(self, answer: dict[str, Any]) -> Verdict:
+        if "timeout" in answer:
+            return Verdict(0.0, "timeout", {"limit_s": self.limit})
+        if "infra" in answer:
+            return Verdict(0.0, "infra_error", {"reason": answer["infra"]})
+        if "ok" not in answer:
+            return Verdict(0.0, "crashed", {"reason": str(answer.get("error", answer.get("crashed")))})
+        findings = answer["ok"]
+        score = max(1.0 - sum(PENALTY.get(f["severity"], PENALTY["low"]) for f in findings), 0.0)
+        measures = {
+            "findings": float(len(findings)),
+            "grave_findings": float(sum(f["severity"] == "high" for f in findings)),
+        }
+        return Verdict(score, "correct" if score >= 0.5 else "wrong", {"findings": findings, "measures": measures})
+
+    def check(self, task: Task) -> str | None:
+        return None
+
+    def close(self) -> None:
+        self.pool.close()
