@@ -1,51 +1,62 @@
-"""The final answer against the reference: exact text or equal numbers. Fast, in-process, no parser that can hang.
+"""The final answer against the reference. Fast, in-process, no parser that can hang; `math` does the symbolic kind.
 
 `answer`                      the last marked answer (`A:`, `Answer:`, `####`, `\\boxed{…}`), else the last number
 `answer:extract=boxed`        only that mark: `boxed`, `marked`, `hash`, `number` or `whole`
-`answer:mode=exact`           text only; `numeric` compares numbers only; `auto` takes numbers where both are
+`answer:mode=…`               how it is compared:
+    auto      numbers and quantities where both are, else text
+    exact     text only
+    numeric   numbers only; `tolerance=0.01` is relative (absolute below 1); `units=optional` (`12000 m` is `12 km`, `12` is too),
+              `required`, or `ignore`
+    set       members in any order: `{1, 2}`, `2 and 1`, or a list in the row; `list` in the same order
+    choice    a letter: `B`, `(B) Paris`, `Option B`, or the option's text where the row has `choices` (or `options`)
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
+from .compare import choice, members, number, plain, quantity, same_number, same_quantity
 
 _MARK = re.compile(r"(?i:\b(?:final answer|answer))\s*(?:is|:|=)\s*:?|(?<![A-Za-z])A:")
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
-_HASH = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
+_HASH = re.compile(r"####[^\S\n]*([^\n]+)")
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?")
-_FRACTION = re.compile(r"([-+−]?)\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 EXTRACT = ("auto", "boxed", "marked", "hash", "number", "whole")
-MODES = ("auto", "exact", "numeric")
+MODES = ("auto", "exact", "numeric", "set", "list", "choice")
+UNITS = ("optional", "required", "ignore")
 
 
-def build(extract: str = "auto", mode: str = "auto", tolerance: float = 0.0) -> AnswerReward:
+def build(extract: str = "auto", mode: str = "auto", tolerance: float = 0.0, units: str = "optional") -> AnswerReward:
     """The reward for `reward.use = "answer:…"`."""
-    if extract not in EXTRACT:
-        raise RecipeError(f"answer: extract={extract} is not one of {', '.join(EXTRACT)}")
-    if mode not in MODES:
-        raise RecipeError(f"answer: mode={mode} is not one of {', '.join(MODES)}")
-    return AnswerReward(extract, mode, tolerance)
+    for name, value, known in (("extract", extract, EXTRACT), ("mode", mode, MODES), ("units", units, UNITS)):
+        if value not in known:
+            raise RecipeError(f"answer: {name}={value} is not one of {', '.join(known)}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+        raise RecipeError(f"answer: tolerance={tolerance} must be a number from 0 to below 1")
+    return AnswerReward(extract, mode, tolerance, units)
 
 
 def gold_of(task: Task) -> str | None:
     """The reference answer of a row: `answer`, or the nested `reward_model.ground_truth`; None when there is none."""
-    answer = task.columns.get("answer")
-    if answer is None and isinstance(task.columns.get("reward_model"), dict):
-        answer = task.columns["reward_model"].get("ground_truth")
+    answer = _given(task)
     if isinstance(answer, (list, tuple)) and len(answer) == 1:
         answer = answer[0]
     if answer is None or isinstance(answer, (list, tuple, dict)):
         return None
     gold = str(answer)
     if marks := _HASH.findall(gold):  # GSM8K: a worked solution that ends with "#### 72"
-        return marks[-1]
+        return marks[-1].strip()
     return boxed(gold) or gold
+
+
+def _given(task: Task) -> Any:
+    answer = task.columns.get("answer")
+    if answer is None and isinstance(task.columns.get("reward_model"), dict):
+        answer = task.columns["reward_model"].get("ground_truth")
+    return answer
 
 
 def boxed(text: str) -> str | None:
@@ -62,21 +73,6 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return text[opening + 1 : i].strip()
     return None
-
-
-def number(text: str) -> Fraction | None:
-    """The number that a text *is* (commas, fractions, exponents, a currency or percent sign, a closing period), or None."""
-    cleaned = (
-        _FRACTION.sub(r"\1\2/\3", text.strip().strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
-    )
-    if _THOUSANDS.fullmatch(cleaned):  # other commas separate: `1,2` is a pair, not twelve
-        cleaned = cleaned.replace(",", "")
-    if len(cleaned) > 400 or re.search(r"[eE][-+]?\d{4,}", cleaned):
-        return None  # exact rationals of absurd exponents are a memory bomb
-    try:
-        return Fraction(cleaned)
-    except (ValueError, ZeroDivisionError):
-        return None
 
 
 def last_number(text: str) -> str | None:
@@ -100,7 +96,7 @@ def extract_answer(text: str, how: str = "auto") -> str | None:
     if how in ("boxed", "auto") and (content := boxed(text)) is not None:
         return content
     if how in ("hash", "auto") and (marks := _HASH.findall(text)):
-        return marks[-1]
+        return marks[-1].strip() or None
     if how in ("marked", "auto"):
         after = after_last_mark(text)
         if after:
@@ -124,15 +120,11 @@ def reference_problem(task: Task) -> str | None:
     return f"the reference answer looks cut off: {gold!r}" if looks_cut_off(gold) else None
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).strip(" .").casefold()
-
-
 class AnswerReward:
     """Extract, then compare."""
 
-    def __init__(self, extract: str, mode: str, tolerance: float) -> None:
-        self.extract, self.mode, self.tolerance = extract, mode, tolerance
+    def __init__(self, extract: str, mode: str, tolerance: float, units: str) -> None:
+        self.extract, self.mode, self.tolerance, self.units = extract, mode, tolerance, units
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct, wrong, unparseable (no answer found: score 0) or invalid_task (no gradable reference: masked)."""
@@ -140,28 +132,92 @@ class AnswerReward:
 
     def _one(self, rollout: Rollout) -> Verdict:
         problem = self.check(rollout.task)
-        gold = gold_of(rollout.task)
-        if problem is not None or gold is None:
+        if problem is not None:
             return Verdict(0.0, "invalid_task", {"reason": problem})
-        given = extract_answer(rollout.text, self.extract)
+        given, gold = extract_answer(rollout.text, self.extract), self._gold(rollout.task)
+        if self.mode == "choice" and given is not None:
+            given = choice(given, _options(rollout.task))
+        elif self.mode == "choice" and self.extract == "auto":
+            given = choice(rollout.text, _options(rollout.task))  # a bare letter has no mark, and is no number
         evidence: dict[str, Any] = {"extracted": given, "gold": gold}
         if given is None:
             return Verdict(0.0, "unparseable", evidence)
-        return Verdict(1.0, "correct", evidence) if self._equal(given, gold) else Verdict(0.0, "wrong", evidence)
+        right = self._same(given, gold)
+        return Verdict(1.0, "correct", evidence) if right else Verdict(0.0, "wrong", evidence)
+
+    def _gold(self, task: Task) -> Any:
+        """The reference as this mode reads it: text, the letter of a choice, the members of a set or list."""
+        answer, gold = _given(task), gold_of(task)
+        if self.mode == "choice":
+            return _letter(answer if gold is None else gold, _options(task))
+        if self.mode in ("set", "list"):
+            if isinstance(answer, (list, tuple)):
+                return [str(member) for member in answer]
+            return members(gold or "")
+        return gold
+
+    def _same(self, given: str, gold: Any) -> bool:
+        if self.mode == "choice":
+            return given == gold
+        if self.mode not in ("set", "list"):
+            return self._equal(given, gold)
+        found = members(given)[: len(gold) + 1]
+        if len(found) != len(gold):
+            return False
+        if self.mode == "list":
+            return all(self._equal(a, b) for a, b in zip(found, gold, strict=True))
+        left = list(gold)
+        for member in found:
+            match = next((i for i, other in enumerate(left) if self._equal(member, other)), None)
+            if match is None:
+                return False
+            left.pop(match)
+        return True
 
     def _equal(self, given: str, gold: str) -> bool:
-        a, b = number(given), number(gold)
-        if self.mode != "exact" and a is not None and b is not None:
-            return abs(a - b) <= Fraction(self.tolerance) * max(abs(b), Fraction(1))
-        return self.mode != "numeric" and _plain(given) == _plain(gold)
+        if self.mode != "exact":
+            p, q = quantity(given), quantity(gold)
+            if p is not None and q is not None:
+                return same_quantity(p, q, self.tolerance, self.units)
+            a, b = number(given), number(gold)
+            if a is not None and b is not None:
+                return same_number(a, b, self.tolerance)
+        return self.mode != "numeric" and plain(given) == plain(gold)
 
     def check(self, task: Task) -> str | None:
         """Why the reference cannot be graded by comparing answers, or None."""
-        problem = reference_problem(task)
-        gold = gold_of(task) or ""
-        if problem is None and self.mode == "numeric" and number(gold) is None:
+        many = isinstance(_given(task), (list, tuple)) and self.mode in ("set", "list")
+        problem = None if many else reference_problem(task)
+        gold = self._gold(task)
+        if problem is None and self.mode == "numeric" and quantity(gold) is None and number(gold) is None:
             return f"the reference answer is not a number: {gold!r}"
+        if problem is None and self.mode == "choice" and gold is None:
+            return f"the reference answer is none of the choices: {_given(task)!r}"
+        if problem is None and self.mode in ("set", "list") and not gold:
+            return f"the reference answer has no members: {_given(task)!r}"
         return problem
 
     def close(self) -> None:
         return None
+
+
+def _options(task: Task) -> list[str] | None:
+    """The row's options in order, from `choices` or `options`: a list, or an object from letter to text."""
+    for name in ("choices", "options"):
+        value = task.columns.get(name)
+        if isinstance(value, dict):
+            value = value.get("text", list(value.values()))
+        if isinstance(value, (list, tuple)) and value:
+            return [str(option) for option in value]
+    return None
+
+
+def _letter(answer: Any, options: list[str] | None) -> str | None:
+    """A reference choice: a letter, the option's text, or its index from 0 (where the row has options)."""
+    if answer is None:
+        return None
+    text = str(answer).strip()
+    found = choice(text, options)
+    if found is None and options and text.isdigit() and int(text) < len(options):
+        return chr(ord("A") + int(text))
+    return found

@@ -4,7 +4,7 @@ math-verify parses LaTeX and lets SymPy decide, and some expressions never come 
 which only works in the main thread, and elsewhere scores everything 0 in silence. Here a hanging expression costs its own
 time limit, whatever thread the trainer runs in, and is reported as `timeout`.
 
-`math`, `math:limit=5,workers=2`
+`math`, `math:limit=5,workers=2`, `math:extract=boxed` (auto: math-verify finds the answer; else boxed, marked, hash, number or whole)
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
-from .answer import gold_of, number, reference_problem
+from .answer import EXTRACT, extract_answer, gold_of, reference_problem
+from .compare import number
 from .workers import WorkerPool
 
 
-def build(limit: float = 5.0, workers: int = 2) -> MathReward:
+def build(limit: float = 5.0, workers: int = 2, extract: str = "auto") -> MathReward:
     """The reward for `reward.use = "math:…"`. `limit` is seconds of wall time for one verdict."""
-    return MathReward(limit, workers)
+    if extract not in EXTRACT:
+        raise RecipeError(f"math: extract={extract} is not one of {', '.join(EXTRACT)}")
+    return MathReward(limit, workers, extract)
 
 
 def warm_up() -> None:
@@ -33,7 +37,7 @@ def judge_one(job: dict[str, Any]) -> dict[str, Any]:
     from math_verify import parse, verify
 
     logging.disable(logging.CRITICAL)
-    gold = parse(_as_latex(job["gold"]), parsing_timeout=None)
+    gold = parse(as_latex(job["gold"]), parsing_timeout=None)
     if not gold:
         return {"outcome": "invalid_task", "reason": f"math-verify cannot parse the reference answer {job['gold']!r}"}
     if job["response"] is None:
@@ -45,8 +49,8 @@ def judge_one(job: dict[str, Any]) -> dict[str, Any]:
     return {"outcome": "correct" if right else "wrong", "extracted": str(given[0])[:500]}
 
 
-def _as_latex(gold: str) -> str:
-    """A bare LaTeX gold is wrapped, because the parser looks for mathematics inside text."""
+def as_latex(gold: str) -> str:
+    """A bare LaTeX answer is wrapped, because the parser looks for mathematics inside text."""
     gold = gold.strip()
     if number(gold) is not None or "\\boxed" in gold or gold.startswith("$"):
         return gold
@@ -56,19 +60,32 @@ def _as_latex(gold: str) -> str:
 class MathReward:
     """math-verify behind a process boundary."""
 
-    def __init__(self, limit: float, workers: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: float, workers: int, extract: str = "auto") -> None:
+        self.limit, self.extract = limit, extract
         self.pool = WorkerPool("sppo.rewards.math:judge_one", workers=workers, limit=limit)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct, wrong, unparseable, timeout or crashed (score 0); invalid_task and infra_error (masked)."""
         problems = [reference_problem(r.task) for r in rollouts]
-        todo = [i for i, problem in enumerate(problems) if problem is None]
-        answers = self.pool.run([{"gold": gold_of(rollouts[i].task), "response": rollouts[i].text} for i in todo])
-        verdicts = [Verdict(0.0, "invalid_task", {"reason": problem}) for problem in problems]
+        said = [self._answer(r.text) for r in rollouts]
+        verdicts = [
+            Verdict(0.0, "unparseable", {"extracted": None})
+            if problem is None
+            else Verdict(0.0, "invalid_task", {"reason": problem})
+            for problem in problems
+        ]
+        todo = [i for i, problem in enumerate(problems) if problem is None and said[i] is not None]
+        answers = self.pool.run([{"gold": gold_of(rollouts[i].task), "response": said[i]} for i in todo])
         for i, answer in zip(todo, answers, strict=True):
             verdicts[i] = self._verdict(answer, gold_of(rollouts[i].task))
         return verdicts
+
+    def _answer(self, text: str) -> str | None:
+        """What math-verify reads: the whole response, or the answer at the place that the recipe chose."""
+        if self.extract == "auto":
+            return text
+        found = extract_answer(text, self.extract)
+        return None if found is None else as_latex(found)
 
     def _verdict(self, answer: dict[str, Any], gold: str | None) -> Verdict:
         evidence: dict[str, Any] = {"gold": gold}

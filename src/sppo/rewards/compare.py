@@ -1,0 +1,145 @@
+"""When two answers are the same: numbers, quantities, sets, choices, text. Pure functions, exact arithmetic, no parser that can hang."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .units import Unit, unit
+
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
+_FRACTION = re.compile(r"([-+−]?)\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_QUANTITY = re.compile(
+    r"([$€£]?)\s{0,2}([-+−]?[\d.,]+(?:[eE][-+]?\d{1,3}|\s?[x×*]\s?10\^\{?-?\d{1,3}\}?)?(?:/\d+)?)\s{0,2}(\D.*)?",
+    re.DOTALL,
+)
+_LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:,]+(?:\s.*)?)?", re.DOTALL)
+_OPTION = re.compile(r"(?i:\b(?:option|choice|answer)\s{1,2})[(\[]?([A-Za-z])[)\].:]?(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number and its unit (None: it has none)."""
+
+    value: Fraction
+    unit: Unit | None
+
+
+def number(text: str) -> Fraction | None:
+    """The number that a text *is* (commas, fractions, exponents, a currency or percent sign, a closing period), or None."""
+    cleaned = (
+        _FRACTION.sub(r"\1\2/\3", text.strip().strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
+    )
+    if _THOUSANDS.fullmatch(cleaned):  # other commas separate: `1,2` is a pair, not twelve
+        cleaned = cleaned.replace(",", "")
+    if len(cleaned) > 400 or re.search(r"[eE][-+]?\d{4,}", cleaned):
+        return None  # exact rationals of absurd exponents are a memory bomb
+    try:
+        return Fraction(cleaned)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def quantity(text: str) -> Quantity | None:
+    r"""The number with its unit that a text is: `12.5 km`, `$3`, `40\%`, `3 × 10^8 m/s`; None for anything else."""
+    text = text.strip().removesuffix(".").strip("$ ") if text.count("$") > 1 else text.strip().removesuffix(".")
+    text = _FRACTION.sub(r"\1\2/\3", text)
+    text = text.replace("\\%", "%").replace("\\$", "$").replace("\\,", " ").replace("~", " ")
+    match = _QUANTITY.fullmatch(text) if len(text) <= 400 else None
+    if match is None:
+        return None
+    sign, digits, rest = match.groups()
+    value = number(re.sub(r"\s?[x×*]\s?10\^\{?(-?\d+)\}?", r"e\1", digits))
+    if value is None:
+        return None
+    if sign:
+        return (
+            None
+            if rest and rest.strip()
+            else Quantity(value, Unit(Fraction(1), ((f"currency {sign}".removesuffix(" $"), 1),)))
+        )
+    if not rest or not rest.strip():
+        return Quantity(value, None)
+    found = unit(rest)
+    return None if found is None else Quantity(value, found)
+
+
+def same_number(a: Fraction, b: Fraction, tolerance: float) -> bool:
+    """Within `tolerance` of the reference b, relative to it (absolute below 1)."""
+    return abs(a - b) <= Fraction(tolerance) * max(abs(b), Fraction(1))
+
+
+def same_quantity(given: Quantity, gold: Quantity, tolerance: float, units: str) -> bool:
+    """Equal in base units.
+
+    `units`: `optional` (where one side has none, it is the other's; `0.5` is `50%` too), `required` (as the reference has
+    it), or `ignore`.
+    """
+    if units == "ignore":
+        return same_number(given.value, gold.value, tolerance)
+    if given.unit is not None and gold.unit is not None:
+        alike = given.unit.powers == gold.unit.powers
+        return alike and same_number(given.value * given.unit.factor / gold.unit.factor, gold.value, tolerance)
+    if units == "required":
+        return given.unit is None and gold.unit is None and same_number(given.value, gold.value, tolerance)
+    a, b = (q.value * q.unit.factor if q.unit is not None and not q.unit.powers else q.value for q in (given, gold))
+    return same_number(given.value, gold.value, tolerance) or same_number(a, b, tolerance)
+
+
+def plain(text: str) -> str:
+    """Text less case, spaces at the ends and closing periods."""
+    return " ".join(text.split()).strip(" .").casefold()
+
+
+def members(text: str) -> list[str]:
+    r"""The members of a set or list written as text: `{1, 2}`, `1; 2`, `(a, b)`, `\{1, 2\}`, `1, 2 and 3`."""
+    text = (
+        text.strip()
+        .strip("$")
+        .replace("\\left", "")
+        .replace("\\right", "")
+        .replace("\\{", "{")
+        .replace("\\}", "}")
+        .strip()
+    )
+    if _enclosed(text):
+        text = text[1:-1]
+    if _THOUSANDS.fullmatch(text.strip()):
+        return [text.strip()]
+    parts, depth, start = [], 0, 0
+    text = re.sub(r",?\s(?:and|or)\s", ", ", text)
+    separator = ";" if ";" in text else ","
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == separator and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [p.strip() for p in (*parts, text[start:]) if p.strip()]
+
+
+def _enclosed(text: str) -> bool:
+    """Whether the bracket that a text begins with is closed by its last character: `(1, 2)`, not `(1, 2), (3, 4)`."""
+    if (text[:1], text[-1:]) not in (("{", "}"), ("(", ")"), ("[", "]")):
+        return False
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0:
+            return i == len(text) - 1
+    return False
+
+
+def choice(text: str, options: Sequence[str] | None) -> str | None:
+    """The letter of the option that an answer chooses: `B`, `(B) Paris`, `Option B`, or the option's own text; None if it chooses none."""
+    text = text.strip().strip("*$` ").removeprefix("\\text{").removesuffix("}")
+    if options:
+        for i, option in enumerate(options):
+            if plain(str(option)) == plain(text):
+                return chr(ord("A") + i)
+    match = _LETTER.fullmatch(text) or _OPTION.search(text[:400])
+    if match is None:
+        return None
+    letter = match[1].upper()
+    return None if options and ord(letter) - ord("A") >= len(options) else letter
