@@ -70,6 +70,11 @@ class RewardSection(Section):
         description="a file of rewards/ with options ('answer:extract=boxed', 'math', 'code'), package.module:object, or several: "
         "'code + 0.2 * mine:style', 'math and mine:checked', 'math gate mine:format'",
     )
+    limit: float = Field(
+        600.0,
+        gt=0,
+        description="seconds that one call of your own reward may take; then its samples are judged one by one, and masked where they hang",
+    )
 
 
 class BootstrapSection(Section):

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from sppo.audit.chain import GENESIS, file_sha256
 from sppo.config import Config
-from sppo.errors import NonFinite, RecipeError, RunFailure, StaleWeights, UserError
+from sppo.errors import NonFinite, RecipeError, RewardError, RunFailure, StaleWeights, UserError
 from sppo.training.loop import train
 from sppo.training.run import Run
 
@@ -296,3 +296,35 @@ def test_encoder_critic_with_its_own_tokenizer(tmp_path):
     assert summary["stopped"] == "finished"
     assert type(job.critic.backbone).__name__ == "BertModel"
     AutoModel.from_pretrained(Path(summary["policy"]).parent / "critic")
+
+
+FLAKY = {"after": 10**9, "calls": 0}
+
+
+def flaky(prompts, completions, answer):
+    """A reward that breaks for good after so many calls."""
+    FLAKY["calls"] += 1
+    if FLAKY["calls"] > FLAKY["after"]:
+        raise ConnectionError("the judge is gone")
+    return [float(c[-1]["content"].endswith(a)) for c, a in zip(completions, answer, strict=True)]
+
+
+def test_a_reward_that_breaks_loses_no_step(tmp_path):
+    overrides = {
+        "reward__use": f"{__name__}:flaky",
+        "training__steps": 4,
+        "evaluation__every": 0,
+        "run__checkpoint_every": 100,
+    }
+    FLAKY.update(after=10**9, calls=0)
+    whole, _ = run_small(tmp_path / "whole", **overrides)
+    FLAKY.update(after=3, calls=0)  # the evaluation before, and two steps
+    with pytest.raises(RewardError, match=r"the judge is gone.*step 2 is saved.*--resume"):
+        run_small(tmp_path / "broken", **overrides)
+    FLAKY.update(after=10**9)
+    again = Run.resume(tmp_path / "broken" / "run")
+    assert again.state.step == 2
+    train(again)
+    again.close()
+    assert again.policy.fingerprint() == whole.policy.fingerprint()
+    assert again.curriculum.position == whole.curriculum.position

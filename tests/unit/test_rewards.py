@@ -287,3 +287,57 @@ def test_names():
         load_reward("math:limits=3")
     with pytest.raises(RecipeError, match="cannot be imported"):
         load_reward("no.such.module:f")
+
+
+def test_one_sample_at_fault_costs_one_sample(monkeypatch):
+    """A batch of twenty with one that makes the reward raise, hang, or return what it may not: nineteen are kept."""
+    import threading
+    import time
+
+    from sppo.rewards import guard
+
+    monkeypatch.setattr(guard, "LEAST", 0.2)
+
+    def mine(prompts, completions):
+        if "raise" in completions:
+            raise KeyError("answer")
+        if "sleep" in completions:
+            time.sleep(60)
+        if "spin" in completions:
+            while True:
+                pass
+        if "count" in completions:
+            return [1.0]
+        if "swallow" in completions:
+            try:
+                time.sleep(60)
+            except Exception:
+                return [1.0] * len(completions)
+        return [{"nan": float("nan"), "two": 2.0, "text": "good"}.get(c, 1.0) for c in completions]
+
+    def judged(fault, n=20):
+        return load_reward(mine, limit=0.5).judge([rollout("fine") for _ in range(n - 1)] + [rollout(fault)])
+
+    for fault, why in (
+        ("raise", "raised KeyError"), ("sleep", "did not come back"), ("spin", "did not come back"), ("swallow", "did not come back"),
+        ("nan", "must lie in"), ("two", "must lie in"), ("text", "scores are numbers"),
+    ):  # fmt: skip
+        verdicts = judged(fault)
+        assert [v.score for v in verdicts[:-1]] == [1.0] * 19, fault
+        assert verdicts[-1].masked
+        assert why in verdicts[-1].evidence["reason"]
+    assert [v.masked for v in judged("count")] == [False] * 20  # right for one sample at a time
+    with pytest.raises(RewardError, match=r"did not come back within 0\.5 s with 4 completions"):
+        judged("sleep", n=4)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(judged("spin")))  # no signals outside the main thread
+    thread.start()
+    thread.join()
+    assert found[-1].masked
+    assert sum(v.score for v in found) == 19
+    with pytest.raises(RewardError, match="3 of 20"):
+        load_reward(mine).judge([rollout("fine")] * 17 + [rollout("nan")] * 3)
+    began = time.monotonic()
+    with pytest.raises(RewardError, match="did not come back"):
+        load_reward(mine, limit=0.5).judge([rollout("sleep")] * 40)
+    assert time.monotonic() - began < 5  # a reward that always hangs is found out soon

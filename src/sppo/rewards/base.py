@@ -16,6 +16,7 @@ from ..errors import RecipeError, RewardError
 from ..spec import call, is_import, parse_spec, resolve
 from ..tasks.base import GIVEN
 from ..types import OUTCOMES, Rollout, Task, Verdict
+from .guard import LIMIT, Fault, guarded
 
 
 class Reward(Protocol):
@@ -31,10 +32,13 @@ class Reward(Protocol):
         """End what the reward started (worker processes); it may be used again."""
 
 
-def load_reward(use: str | Callable[..., Any] | Reward) -> Reward:
-    """The reward that `reward.use` names, or that a Python user passes (a callable or an object with `judge`)."""
+def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Reward:
+    """The reward that `reward.use` names, or that a Python user passes (a callable or an object with `judge`).
+
+    `limit`: seconds that one call of a user's own may take.
+    """
     if not isinstance(use, str):
-        return _adapt(use, getattr(use, "__name__", type(use).__name__))
+        return _adapt(use, getattr(use, "__name__", type(use).__name__), limit)
     if use == GIVEN:
         raise RecipeError(
             "this run's reward was given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
@@ -42,19 +46,21 @@ def load_reward(use: str | Callable[..., Any] | Reward) -> Reward:
     from .combine import MixedReward, Part, is_mixture, parse_mixture
 
     if is_mixture(use):
-        return MixedReward([Part(spec, load_reward(spec), role, weight) for role, weight, spec in parse_mixture(use)])
+        return MixedReward(
+            [Part(spec, load_reward(spec, limit), role, weight) for role, weight, spec in parse_mixture(use)]
+        )
     if is_import(use, "sppo.rewards"):
         found = resolve(use, "sppo.rewards", "build")
-        return _adapt(found() if inspect.isclass(found) else found, use)
+        return _adapt(found() if inspect.isclass(found) else found, use, limit)
     spec = parse_spec(use)
     return call(resolve(spec.name, "sppo.rewards", "build"), f"reward {spec.name}", *spec.words, **spec.options)
 
 
-def _adapt(reward: Any, name: str) -> Reward:
+def _adapt(reward: Any, name: str, limit: float) -> Reward:
     if hasattr(reward, "judge"):
-        return _UserJudge(reward, name)
+        return _UserJudge(reward, name, limit)
     if callable(reward):
-        return CallableReward(reward, name)
+        return CallableReward(reward, name, limit)
     raise RewardError(f"reward {name} is neither callable nor has a judge(rollouts) method")
 
 
@@ -64,16 +70,17 @@ class CallableReward:
     Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat prompts.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: Callable[..., Any], name: str, limit: float = LIMIT) -> None:
+        self.function, self.name, self.limit = function, name, limit
         parameters = inspect.signature(function).parameters.values()
         self.takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters}
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Raises RewardError naming the reward and the mend when it raises or returns what it may not."""
-        if not rollouts:
-            return []
+        """Raises RewardError naming the reward and the mend when it raises, hangs or returns what it may not (see guard.py)."""
+        return guarded(self.name, self.limit, rollouts, self._call)
+
+    def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:
         columns = {key for r in rollouts for key in r.task.columns} - {"prompts", "completions", "prompt", "completion"}
         chosen = columns if self.takes_any else columns & self.takes
         arguments: dict[str, Any] = {key: [r.task.columns.get(key) for r in rollouts] for key in sorted(chosen)}
@@ -83,35 +90,25 @@ class CallableReward:
         completions = [
             r.text if isinstance(r.task.prompt, str) else [{"role": "assistant", "content": r.text}] for r in rollouts
         ]
-        try:
-            scores = self.function(prompts=prompts, completions=completions, **arguments)
-        except Exception as error:
-            raise RewardError(
-                f"reward {self.name} raised {type(error).__name__}: {error} (called with {len(rollouts)} completions "
-                f"and columns {sorted(chosen)}); a sample that cannot be graded should get None"
-            ) from error
+        scores = self.function(prompts=prompts, completions=completions, **arguments)
         if not isinstance(scores, (list, tuple)):
             scores = getattr(scores, "tolist", lambda: scores)()
         if not isinstance(scores, (list, tuple)) or len(scores) != len(rollouts):
             got = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else type(scores).__name__
-            raise RewardError(
+            raise Fault(
                 f"reward {self.name} returned {got} for {len(rollouts)} completions; it must return one each, in order"
             )
         return [self._verdict(score, r) for score, r in zip(scores, rollouts, strict=True)]
 
-    def _verdict(self, score: Any, rollout: Rollout) -> Verdict:
+    def _verdict(self, score: Any, rollout: Rollout) -> Verdict | str:
         if score is None:
             return Verdict(0.0, "infra_error", {"reason": f"{self.name} returned None"})
         try:
             value = float(score)
         except (TypeError, ValueError):
-            raise RewardError(
-                f"reward {self.name} returned {score!r} for task {rollout.task.id}; scores are numbers in [0, 1]"
-            ) from None
+            return f"reward {self.name} returned {score!r} for task {rollout.task.id}; scores are numbers in [0, 1]"
         if math.isnan(value) or not 0.0 <= value <= 1.0:
-            raise RewardError(
-                f"reward {self.name} returned {value} for task {rollout.task.id}; scores must lie in [0, 1], None means ungradable"
-            )
+            return f"reward {self.name} returned {value} for task {rollout.task.id}; scores must lie in [0, 1], None means ungradable"
         return Verdict(value, "correct" if value >= 0.5 else "wrong", {"reward": self.name})
 
     def check(self, task: Task) -> str | None:
@@ -124,30 +121,29 @@ class CallableReward:
 class _UserJudge:
     """A user's object with `judge`: the count and the types are checked."""
 
-    def __init__(self, inner: Any, name: str) -> None:
-        self.inner, self.name = inner, name
+    def __init__(self, inner: Any, name: str, limit: float) -> None:
+        self.inner, self.name, self.limit = inner, name, limit
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        try:
-            verdicts = list(self.inner.judge(rollouts))
-        except Exception as error:
-            raise RewardError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
+        """Raises RewardError as `CallableReward` does."""
+        return guarded(self.name, self.limit, rollouts, self._call)
+
+    def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:
+        verdicts = list(self.inner.judge(rollouts))
         if len(verdicts) != len(rollouts) or not all(isinstance(v, Verdict) for v in verdicts):
-            raise RewardError(
+            raise Fault(
                 f"reward {self.name} must return one Verdict for each of {len(rollouts)} rollouts, got {len(verdicts)} objects"
             )
-        for verdict, rollout in zip(verdicts, rollouts, strict=True):
-            if not verdict.masked and not (0.0 <= verdict.score <= 1.0 and 0.0 <= verdict.correct <= 1.0):
-                raise RewardError(
-                    f"reward {self.name} scored task {rollout.task.id} {verdict.score}; scores must lie in [0, 1]"
-                )
-            if verdict.outcome not in OUTCOMES:
-                raise RewardError(
-                    f"reward {self.name} gave task {rollout.task.id} the outcome {verdict.outcome!r}; known: {', '.join(OUTCOMES)}"
-                )
-        return [
-            replace(v, score=float(v.score), correctness=float(v.correct)) for v in verdicts
-        ]  # plain numbers, not NumPy's
+        return [self._checked(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
+
+    def _checked(self, verdict: Verdict, rollout: Rollout) -> Verdict | str:
+        if verdict.outcome not in OUTCOMES:
+            return f"reward {self.name} gave task {rollout.task.id} the outcome {verdict.outcome!r}; known: {', '.join(OUTCOMES)}"
+        if not verdict.masked and not (0.0 <= verdict.score <= 1.0 and 0.0 <= verdict.correct <= 1.0):
+            return f"reward {self.name} scored task {rollout.task.id} {verdict.score}; scores must lie in [0, 1]"
+        return replace(
+            verdict, score=float(verdict.score), correctness=float(verdict.correct)
+        )  # plain numbers, not NumPy's
 
     def check(self, task: Task) -> str | None:
         check = getattr(self.inner, "check", None)

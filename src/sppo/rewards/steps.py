@@ -17,9 +17,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import RecipeError, RewardError
+from ..errors import RecipeError
 from ..spec import resolve
 from ..types import Rollout, Task, Verdict
+from .guard import LIMIT, guarded
 
 SPLITS = {"lines": r"\n", "semicolons": r"[;\n]", "sentences": r"(?<=[.!?])\s|\n", "paragraphs": r"\n[^\S\n]*\n"}
 SCORES: dict[str, Callable[[Sequence[float]], float]] = {
@@ -81,22 +82,21 @@ class StepReward:
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct (0.5 or more), wrong, unparseable (no step could be judged: 0), infra_error (too long for the model: masked)."""
+        return guarded(self.name, LIMIT, rollouts, self._call)
+
+    def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:
         found = [split_steps(r.text, self.split) for r in rollouts]
-        rows = [(r.task, [step for step, _ in steps]) for r, steps in zip(rollouts, found, strict=True)]
-        try:
-            scored = self.scorer(rows)
-        except Exception as error:
-            raise RewardError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
+        scored = self.scorer([(r.task, [step for step, _ in steps]) for r, steps in zip(rollouts, found, strict=True)])
         return [self._verdict(r, s, scores) for r, s, scores in zip(rollouts, found, scored, strict=True)]
 
-    def _verdict(self, rollout: Rollout, steps: Sequence[tuple[str, int]], scores: Any) -> Verdict:
+    def _verdict(self, rollout: Rollout, steps: Sequence[tuple[str, int]], scores: Any) -> Verdict | str:
         if scores is None:
             return Verdict(0.0, "infra_error", {"reason": f"{self.name}: the response is longer than the model reads"})
         values = list(scores)
         wrong = next((v for v in values if v is not None and not (isinstance(v, (int, float)) and 0 <= v <= 1)), None)
         if len(values) != len(steps) or wrong is not None:
             what = f"the score {wrong!r}" if wrong is not None else f"{len(values)} scores"
-            raise RewardError(
+            return (
                 f"reward {self.name} returned {what} for the {len(steps)} steps of task {rollout.task.id}; "
                 "one each is needed, in [0, 1] or None"
             )

@@ -17,7 +17,7 @@ def train(run: Run) -> dict[str, object]:
     for step in range(run.state.step, config.training.steps):
         if run.interrupted:
             break
-        with run.clock("rollout"):
+        with run.clock("rollout"), run.judging():
             tasks = run.curriculum.sample(config.rollout.prompts)
             rollouts = collect(
                 run.engine, run.policy, run.reward, tasks, run.sampling,

@@ -10,7 +10,7 @@ import contextlib
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import DataError, RecipeError, StaleWeights
+from ..errors import DataError, RecipeError, RewardError, StaleWeights
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
 from ..memory import keep_memory
 from ..models.critic import Critic
@@ -30,7 +30,7 @@ from ..rewards.base import Reward, load_reward
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
 from ..tasks.base import TaskSource, load_pair, load_tasks
-from ..types import Task
+from ..types import Task, Verdict
 from . import checkpoint
 from .batch import Batch
 from .checkpoint import State
@@ -71,7 +71,7 @@ class Run:
         self._clock: dict[str, float] = {}
         self._warned: set[str] = set()
         device = pick_device()
-        self.reward = parts.reward or load_reward(config.reward.use)
+        self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
         if parts.train is not None and parts.evaluation is not None:
             self.train_tasks, self.eval_tasks = parts.train, parts.evaluation
         else:
@@ -306,7 +306,7 @@ class Run:
             **{f"seconds/{name}": seconds for name, seconds in spent.items()},
             "tokens_per_second": tokens / max(sum(spent.values()), 1e-9),
         }
-        self._warn(metrics)
+        self._warn(metrics, verdicts)
         self.directory.record(
             step, batch.rollouts, value_B.tolist(), advantage_B.tolist(),
             {
@@ -389,11 +389,25 @@ class Run:
         yield
         self._clock[name] = self._clock.get(name, 0.0) + time.monotonic() - began
 
+    @contextlib.contextmanager
+    def judging(self) -> Iterator[None]:
+        """When the reward fails for good, the run is saved as it was before this step: mended, it goes on from there."""
+        before = self.curriculum.state_dict()
+        try:
+            yield
+        except RewardError as error:
+            self.curriculum.load_state_dict(before)
+            if self.state.step:
+                self.save()
+            raise RewardError(
+                f"{error}; step {self.state.step} is saved: mend the reward, then sppo train --resume {self.directory.path}"
+            ) from error
+
     def interrupt(self) -> None:
         """Finish the step, save, and stop."""
         self.interrupted = True
 
-    def _warn(self, metrics: dict[str, Any]) -> None:
+    def _warn(self, metrics: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
         """Say once what a user must know."""
         ess, masked = metrics.get("ratio/ess"), metrics["rollout/masked"]
         o = self.config.objective
@@ -403,13 +417,16 @@ class Run:
                 f"warning: ratio = {o.ratio!r} leaves an effective sample size of {ess:.1%} at {metrics['rollout/mean_tokens']:.0f} tokens: "
                 "use ratio = 'geometric' or 'token', fewer minibatches, or a lower learning rate"
             )
-        if masked and "masked" not in self._warned:
-            self._warned.add("masked")
+        lost = next((v for v in verdicts if v.masked and f"masked {v.outcome}" not in self._warned), None)
+        if lost is not None:
+            self._warned.add(f"masked {lost.outcome}")
             outcomes = ", ".join(
                 f"{k.removeprefix('outcome/')} {v}" for k, v in metrics.items() if k.startswith("outcome/")
             )
+            why = lost.evidence.get("reason")
             self.observer.note(
                 f"warning: {masked} of this step's samples could not be graded and are masked ({outcomes})"
+                + (f": {str(why)[:300]}" if why else "")
             )
         if metrics.get("advantage/std") == 0.0 and "flat" not in self._warned:
             self._warned.add("flat")
