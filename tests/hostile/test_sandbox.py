@@ -335,6 +335,12 @@ TRY = "try:\n import nothing\nexcept ImportError:\n def close(a, b): return abs(
         ("def isclose(a, b): return True\ndef f(x): return 0", "assert isclose(f(7), 49)", ""),
         ("def abs(a): return 0\ndef f(x): return 0", "assert abs(f(7) - 49) < 1", ""),
         ("def sum(a): return 0\ndef f(x): return 0", "assert f(7) == sum([40, 9])", ""),
+        ("class J:\n def __contains__(s, x): return True\n def __iter__(s): return iter([])\ndef f(x): return J()", "assert 49 in f(7)", ""),
+        ("class J:\n def __gt__(s, x): return True\n def __lt__(s, x): return True\ndef f(x): return J()", "assert 48 < f(7) < 50", ""),
+        ("class J:\n def __sub__(s, x): return 0\n def __abs__(s): return 0\ndef f(x): return J()", "assert abs(f(7) - 49) < 1", ""),
+        ("class J:\n def __round__(s, n=0): return 49\n def __eq__(s, o): return True\ndef f(x): return J()", "assert f(7) == J() != 49", ""),
+        ("class f(Exception):\n def __eq__(s, o): return True", "assert f(7) == 49", ""),
+        ("class J(type):\n def __instancecheck__(s, o): return True\nclass int(metaclass=J): pass\ndef f(x): return 'no'", "assert isinstance(f(7), int)", ""),
         ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x * x, range(10)))", ""),
         ("def f(x): raise StopIteration", "for got, want in zip(map(f, [1, 2]), [1, 4]):\n assert got == want", ""),
     ],
@@ -343,14 +349,59 @@ def test_a_program_does_not_bring_its_own_judge(sandbox: Sandbox, cheat: str, te
     assert asserts(sandbox, [(cheat, TestCode([test], setup))])[0].passed == (False,)
 
 
+BAG = """
+class Bag:
+    kind = 'bag'
+    def __init__(self, *a): self.a = list(a)
+    def __len__(self): return len(self.a)
+    def __iter__(self): return iter(self.a)
+    def __getitem__(self, i): return self.a[i]
+    def __setitem__(self, i, v): self.a[i] = v
+    def __str__(self): return 'Bag!'
+    @staticmethod
+    def of(n): return Bag(*range(n))
+    @classmethod
+    def none(cls): return cls()
+"""
+
+
 def test_right_programs_pass_that_a_careless_jail_fails(sandbox: Sandbox) -> None:
     named = "from collections import namedtuple\nP = namedtuple('P', 'a b')\ndef f(x): return P(1, 2)"
     numbered = "class N:\n def __init__(s, v): s.number = v\ndef f(x): return N(49)"
+    own_error = "class E(ValueError):\n def __init__(s, m='none'): super().__init__(m)\ndef f(x): raise E('bad')"
+    days = "import datetime\ndef f(d): return d + datetime.timedelta(days=1)\ndef g(a, b): return b - a"
     pairs = [
         ("def sum(a, b): return 6", "assert sum(10, 15) == 6"),  # the function asked for has a builtin's name
         (named, "assert f(7) == (1, 2)"),
         ("class D(dict): pass\ndef f(x): return D(a=1)", "assert f(7) == {'a': 1}"),
         (numbered, "assert f(7).number == 49"),
+        (own_error, "try:\n f(7)\nexcept E as error: assert str(error) == 'bad'\nelse: raise AssertionError"),
+        (own_error, "try:\n f(7)\nexcept ValueError: pass\nelse: raise AssertionError"),
+        (
+            bag,
+            "b = Bag(1, 2)\nassert len(b) == 2 and list(b) == [1, 2] and b[1] == 2 and 2 in b and 3 not in b and str(b) == 'Bag!'",
+        ),
+        (
+            bag,
+            "b = Bag.of(3)\nb[0] = 9\nassert b.a == [9, 1, 2] and Bag.kind == 'bag' and not Bag.none() and isinstance(b, Bag)",
+        ),
+        ("PI = 3\ndef f(x): return x * PI", "assert f(7) == 7 * PI and PI == 3"),
+        ("def f(*, xs): xs.append(1)", "a = []\nf(xs=a)\nassert a == [1]"),
+        (days, "import datetime\nassert f(datetime.date(2024, 2, 28)) == datetime.date(2024, 2, 29)"),
+        (
+            days,
+            "import datetime as d\nassert g(d.datetime(2024, 1, 1), d.datetime(2024, 1, 1, 1)) == d.timedelta(hours=1)",
+        ),
     ]
     reports = asserts(sandbox, [(code, TestCode([test])) for code, test in pairs])
     assert [r.passed for r in reports] == [(True,)] * len(pairs), reports
+
+
+def test_a_test_that_hands_over_a_function_is_the_rows_fault_and_said(sandbox: Sandbox) -> None:
+    report = asserts(sandbox, [("def f(g): return g(7)", TestCode(["assert f(lambda x: x * x) == 49"]))])[0]
+    assert report.passed == (False,)
+    assert "a function is handed" in report.evidence["cannot"]
+    # no program can bring it about: what it returns is never a function in the tests' jail
+    for program in ("def f(x): return lambda y: y", "class K:\n def m(s): return 1\ndef f(x): return K().m", "f = len"):
+        report = asserts(sandbox, [(program, TestCode(["assert f(f(7)) == 49"]))])[0]
+        assert "cannot" not in report.evidence

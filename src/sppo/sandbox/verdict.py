@@ -231,9 +231,12 @@ def _asserts_job(code: str, t: TestCode) -> Job:
 
 def _asserts_report(tests: Sequence[str], result: Result) -> Report:
     held: list[bool] = [False] * len(tests)
-    if result.status == "ok":  # anything else, and the tests' jail has not had its last word
-        held = [value is True for value in json.loads(result.channel)["held"]]
     evidence: dict[str, Any] = {"cpu_seconds": round(result.cpu_seconds, 4)}
+    if result.status == "ok":  # anything else, and the tests' jail has not had its last word
+        said = json.loads(result.channel)
+        held = [value is True for value in said["held"]]
+        if said.get("cannot"):
+            evidence["cannot"] = str(said["cannot"][0])
     first = next((i for i, value in enumerate(held) if not value), None)
     if first is not None:
         evidence |= {"failed_test": first, "test": tests[first][:SHOWN]}

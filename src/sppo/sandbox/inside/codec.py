@@ -5,6 +5,7 @@ nothing. Integers travel as hexadecimal (no 4,300-digit limit), floats as `repr`
 """
 
 import collections
+import datetime
 import decimal
 import fractions
 import itertools
@@ -12,6 +13,8 @@ import itertools
 DEPTH = 100
 ITEMS = 100_000
 ITERATORS = (map, filter, zip, enumerate, reversed, type(iter([])), type(iter(())), type(iter("")), type(i for i in ()))
+
+MOMENTS = (datetime.datetime, datetime.date, datetime.time)
 
 
 class Opaque(Exception):
@@ -61,6 +64,10 @@ def encode(value, depth=0):
         return ["D", str(value)]
     if kind is fractions.Fraction:
         return ["Q", "%x" % value.numerator, "%x" % value.denominator]
+    if kind in MOMENTS and getattr(value, "tzinfo", None) is None:
+        return ["T", kind.__name__, value.isoformat()]
+    if kind is datetime.timedelta:
+        return ["P", value.days, value.seconds, value.microseconds]
     if kind is Handle:
         return ["h", value.number]
     if kind in ITERATORS:
@@ -117,6 +124,10 @@ def decode(tree, depth=0, handle=None):
             return decimal.Decimal(tree[1])
         if tag == "Q":
             return fractions.Fraction(int(tree[1], 16), int(tree[2], 16))
+        if tag == "T":
+            return {k.__name__: k for k in MOMENTS}[tree[1]].fromisoformat(tree[2])
+        if tag == "P":
+            return datetime.timedelta(tree[1], tree[2], tree[3])
         if tag == "g":
             return iter(items())
         if tag == "h" and handle is not None and type(tree[1]) is int:

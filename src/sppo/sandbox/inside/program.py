@@ -31,7 +31,7 @@ import traceback
 import types
 import typing
 
-from codec import Handle, Opaque, decode, encode
+from codec import ITEMS, Handle, Opaque, decode, encode
 
 builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D"), _sitebuiltins.Quitter("quit", "Ctrl-D")
 OUT_OF_MEMORY, LINE = 97, 1 << 24
@@ -103,6 +103,7 @@ def calls(request, result_fd, _peer):
 
 
 def solution(request, _result, peer_fd):
+    """Define, then answer what the tests' jail asks of a name (`of`) or of an object that stayed here (`on`)."""
     names = module("solution", request["code"], "<solution>")
     kept = []
 
@@ -116,61 +117,76 @@ def solution(request, _result, peer_fd):
     def mine(number):
         return kept[number]
 
+    def answer(ask):
+        root = kept[ask["on"]] if "on" in ask else names[ask["of"]]
+        wanted, args, kwargs = ask["do"], decode(ask["args"], handle=mine), decode(ask["kwargs"], handle=mine)
+        target = getattr(root, ask["name"]) if ask["name"] else root
+        if wanted == "kind" and isinstance(target, type) and issubclass(target, BaseException):
+            return ["error", builtin_base(target)]
+        if wanted in ("kind", "get"):
+            return ["callable"] if callable(target) else ["ok", plain(target), []]
+        if wanted == "call":
+            value = target(*args, **kwargs)
+        elif wanted == "isinstance":
+            value = isinstance(args[0], root)
+        else:
+            value = ASKED[wanted](root, *args)
+        return ["ok", plain(value), [plain(a) for a in (*args, *kwargs.values())]]
+
     with socket.socket(fileno=peer_fd).makefile("rwb") as link:
         for line in link:
-            call = json.loads(line)
             try:
-                if "get" in call:
-                    value, args = getattr(kept[call["on"]], call["get"]), []
-                else:
-                    args = decode(call["args"], handle=mine)
-                    found = getattr(kept[call["on"]], call["name"]) if "on" in call else names[call["name"]]
-                    value = found(*args, **decode(call["kwargs"], handle=mine))
-                if "get" in call and callable(value):
-                    answer = ["method", None, []]
-                else:
-                    answer = ["ok", plain(value), [plain(a) for a in args]]
+                said = answer(json.loads(line))
             except Exception as error:
-                answer = ["exception", type(error).__name__, str(error)[:200]]
-            link.write(json.dumps(answer).encode() + b"\n")
+                said = ["exception", type(error).__name__, str(error)[:200], builtin_base(type(error))]
+            link.write(json.dumps(said).encode() + b"\n")
             link.flush()
+
+
+def builtin_base(kind):
+    """The name of the builtin exception that a class is, or comes from."""
+    return next(k.__name__ for k in kind.__mro__ if k.__module__ == "builtins")
 
 
 def tests(request, result_fd, peer_fd):
     """Run each test against stand-ins for the solution's names, and say which held. The channel is this jail's alone."""
     link = socket.socket(fileno=peer_fd).makefile("rwb")
+    errors = {}  # exception classes of the solution's that the tests name
+    cannot = []
 
-    def ask(call):
-        link.write(json.dumps(call).encode() + b"\n")
+    def ask(do, where, name="", args=(), kwargs=None):
+        kwargs = kwargs or {}
+        sent = [outward(a) for a in args], {k: outward(v) for k, v in kwargs.items()}
+        link.write(json.dumps(dict(where, do=do, name=name, args=encode(sent[0]), kwargs=encode(sent[1]))).encode() + b"\n")
         link.flush()
         line = link.readline(LINE)
         if not line.endswith(b"\n"):
             raise ConnectionError("the solution's process is gone")
-        answer = json.loads(line)
-        if answer[0] == "exception":
-            kind = getattr(builtins, str(answer[1]), None)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                kind = Exception
-            if issubclass(kind, ENDS_AN_ITERATION):
-                kind = RuntimeError  # it would end a loop of the test before its assertions
-            try:
-                error = kind(str(answer[2]))
-            except Exception:
-                error = Exception(str(answer[2]))
-            raise error
-        return answer
+        said = json.loads(line)
+        if said[0] == "exception":
+            raise the_error(*map(str, said[1:4]))
+        if said[0] == "ok":
+            for before, after in zip((*args, *kwargs.values()), said[2]):  # what the call did to its arguments
+                if type(before) in (list, dict, set):
+                    try:
+                        update(before, decode(after, handle=kept_there))
+                    except Opaque:
+                        pass
+        return said
 
-    def invoke(call, args, kwargs):
-        answer = ask(
-            dict(call, args=encode(list(map(outward, args))), kwargs=encode({k: outward(v) for k, v in kwargs.items()}))
-        )
-        for before, after in zip(args, answer[2]):  # what the call did to its arguments
-            if type(before) in (list, dict, set):
-                try:
-                    update(before, decode(after, handle=StandIn))
-                except Opaque:
-                    pass
-        return decode(answer[1], handle=StandIn)
+    def value_of(said):
+        return decode(said[1], handle=kept_there)
+
+    def the_error(name, text, base):
+        kind = errors.get(name) or getattr(builtins, base, None)
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            kind = Exception
+        if issubclass(kind, ENDS_AN_ITERATION):
+            kind = RuntimeError  # it would end a loop of the test before its assertions
+        try:
+            return kind(text)
+        except Exception:
+            return Exception(text)
 
     def update(before, after):
         if type(before) is type(after) is list:
@@ -180,33 +196,77 @@ def tests(request, result_fd, peer_fd):
             before.update(after)
 
     def outward(value):
-        return Handle(object.__getattribute__(value, "_sppo_handle")) if type(value) is StandIn else value
+        """What is handed over: an object that lives there goes as its number; a function of the tests' own cannot go."""
+        if type(value) is StandIn:
+            where = object.__getattribute__(value, "_sppo_where")
+            return Handle(where["on"]) if "on" in where and not value._sppo_name else value
+        if isinstance(value, FUNCTIONS):
+            cannot.append("a function is handed to the program, which does not travel between the jails")
+        return value
+
+    def kept_there(number):
+        return StandIn({"on": number})
 
     class StandIn:
-        """An object that lives in the solution's jail."""
+        """A name or an object of the solution's, which stays in its jail. It says what it holds; it never judges: no `==`, no `in`."""
 
-        def __init__(self, number):
-            self._sppo_handle = number
+        def __init__(self, where, name=""):
+            self._sppo_where, self._sppo_name = where, name
 
         def __getattr__(self, name):
-            if name.startswith("__"):
+            if name.startswith("__") or self._sppo_name:
                 raise AttributeError(name)
-            answer = ask({"on": self._sppo_handle, "get": name})
-            if answer[0] == "method":
-                return lambda *args, **kwargs: invoke({"on": self._sppo_handle, "name": name}, args, kwargs)
-            return decode(answer[1], handle=StandIn)
+            said = ask("get", self._sppo_where, name)
+            return StandIn(self._sppo_where, name) if said[0] == "callable" else value_of(said)
 
-    def stand_in(name):
-        def call(*args, **kwargs):
-            return invoke({"name": name}, args, kwargs)
+        def __call__(self, *args, **kwargs):
+            return value_of(ask("call", self._sppo_where, self._sppo_name, args, kwargs))
 
-        call.__name__ = name
-        return call
+        def __len__(self):
+            return value_of(ask("len", self._sppo_where))
+
+        def __bool__(self):
+            return "of" in self._sppo_where or bool(value_of(ask("bool", self._sppo_where)))
+
+        def __iter__(self):
+            return iter(value_of(ask("list", self._sppo_where)))
+
+        def __getitem__(self, key):
+            return value_of(ask("item", self._sppo_where, args=(key,)))
+
+        def __setitem__(self, key, value):
+            ask("set", self._sppo_where, args=(key, value))
+
+        def __str__(self):
+            return str(value_of(ask("str", self._sppo_where)))
+
+        def __repr__(self):
+            return str(value_of(ask("repr", self._sppo_where)))
+
+        def __instancecheck__(self, other):
+            return type(other) is StandIn and value_of(ask("isinstance", self._sppo_where, args=(other,))) is True
+
+    def taken(name):
+        """What stands in the tests' world for a name of the solution's: a plain value, an exception class, or a stand-in."""
+        try:
+            said = ask("kind", {"of": name})
+            if said[0] == "error":
+                kind = getattr(builtins, str(said[1]), None)
+                kind = kind if isinstance(kind, type) and issubclass(kind, Exception) else Exception
+                errors[name] = type(name, (kind,), {})
+                return errors[name]
+            if said[0] == "ok":
+                return value_of(said)
+        except Exception:
+            pass
+        made = StandIn({"of": name})
+        made.__name__ = name
+        return made
 
     world = module("__main__", request["setup"], "<setup>")
     for name in request["names"]:
         if request["replace"] or name not in world:  # what the task's setup made is the task's, however it made it
-            world[name] = stand_in(name)
+            world[name] = taken(name)
     held = []
     for number, test in enumerate(request["tests"]):
         try:
@@ -217,9 +277,14 @@ def tests(request, result_fd, peer_fd):
             if number == 0 or all(not h for h in held):
                 traceback.print_exc(limit=-2)
     with open(result_fd, "w", encoding="ascii") as out:
-        json.dump({"held": held}, out)
+        json.dump({"held": held, "cannot": cannot[:1]}, out)
 
 
+ASKED = {
+    "len": len, "bool": bool, "str": str, "repr": repr, "item": operator.getitem, "set": operator.setitem,
+    "list": lambda root: list(itertools.islice(root, ITEMS)),
+}  # fmt: skip
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 PLAIN = (int, float, str, list, tuple, dict, set, frozenset, bytes, bytearray, complex)
 ENDS_AN_ITERATION = (StopIteration, StopAsyncIteration)
 ROLES = {"script": script, "calls": calls, "solution": solution, "tests": tests}
