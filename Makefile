@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup quickstart test check clean help bubblewrap bench-sandbox bench-verify
+.PHONY: setup quickstart test check clean help bubblewrap bench-sandbox bench-verify bench-runtime bench-reward-model
 
 help:
 	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
 	@echo "make quickstart   train a tiny reasoner from nothing, three to five minutes on two cores"
-	@echo "make bench-sandbox, make bench-verify   what a verdict costs"
+	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make test         linter, types, layers and all tests"
 
 setup: $(VENV)/.ready
@@ -45,6 +45,12 @@ bench-sandbox: setup bubblewrap
 
 bench-verify: setup
 	$(BIN)/python benchmarks/verify.py
+
+bench-runtime: setup bubblewrap
+	$(BIN)/python benchmarks/runtime.py
+
+bench-reward-model: setup
+	$(BIN)/python benchmarks/reward_model.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

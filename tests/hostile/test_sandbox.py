@@ -378,11 +378,11 @@ def test_right_programs_pass_that_a_careless_jail_fails(sandbox: Sandbox) -> Non
         (own_error, "try:\n f(7)\nexcept E as error: assert str(error) == 'bad'\nelse: raise AssertionError"),
         (own_error, "try:\n f(7)\nexcept ValueError: pass\nelse: raise AssertionError"),
         (
-            bag,
+            BAG,
             "b = Bag(1, 2)\nassert len(b) == 2 and list(b) == [1, 2] and b[1] == 2 and 2 in b and 3 not in b and str(b) == 'Bag!'",
         ),
         (
-            bag,
+            BAG,
             "b = Bag.of(3)\nb[0] = 9\nassert b.a == [9, 1, 2] and Bag.kind == 'bag' and not Bag.none() and isinstance(b, Bag)",
         ),
         ("PI = 3\ndef f(x): return x * PI", "assert f(7) == 7 * PI and PI == 3"),

@@ -22,8 +22,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("data", metavar="DATA", help="a .jsonl/.parquet file or a task spec")
     parser.add_argument(
         "--reward",
-        default="answer",
-        help="the reward that will grade it ['answer']; 'math' also parses every reference",
+        help="the reward that will grade it; 'math' also parses every reference [by the first row: code, gym or answer]",
     )
     parser.add_argument(
         "--threshold", type=float, default=0.0, help="exit 2 when more than this share of rows is bad [0]"
@@ -42,16 +41,17 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check every row; exit 2 above the threshold."""
-    from ..rewards.base import load_reward
+    from ..rewards.base import fitting_reward, load_reward
 
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is a share between 0 and 1, not {args.threshold}")
-    reward = load_reward(args.reward)
+    reward = load_reward(args.reward) if args.reward else None  # a name that is none is said before the file is read
     problems: list[dict[str, Any]] = []
     tasks = _read(args, problems)
     n = len(tasks) + len(problems)
     if n == 0:
         raise DataError(f"{args.data} holds no rows")
+    reward = reward or load_reward(fitting_reward(tasks[0]) if tasks else "answer")
     problems += _prompt_problems(args, tasks)
     check_all = getattr(reward, "check_all", None)
     reasons = check_all(tasks) if check_all else [reward.check(t) for t in tasks]

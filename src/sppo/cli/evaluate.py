@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from ..errors import UserError
@@ -53,7 +54,14 @@ def run(args: argparse.Namespace) -> int:
     loaded = Loaded(args.model)
     if loaded.recipe is not None and args.instruction is None:
         sources = {s: with_instruction(source, loaded.recipe.task.instruction) for s, source in sources.items()}
-    rewards = {s: load_reward(args.reward or _default_reward(s, sources[s][0], loaded)) for s in specs}
+    for spec in specs:
+        if loaded.recipe is not None and is_records(spec) and spec == loaded.recipe.task.train:
+            print(
+                f"warning: the run was trained on {spec} (all but a tenth of it): this is no held-out accuracy; "
+                f"for that: --tasks records:path={spec},split=held-out",
+                file=sys.stderr,
+            )
+    rewards = {s: load_reward(args.reward or _default_reward(sources[s][0], loaded)) for s in specs}
     sampling = loaded.sampling(max_tokens=args.max_tokens, temperature=args.temperature, batch=args.batch)
     engine = LocalEngine(loaded.policy)
     results = []
@@ -83,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default_reward(spec: str, example: Any, loaded: Loaded) -> str:
+def _default_reward(example: Any, loaded: Loaded) -> str:
     """The run's own reward where it can grade such a task, else the one that fits the task."""
-    from ..rewards.base import load_reward
+    from ..rewards.base import fitting_reward, load_reward
     from ..tasks.base import GIVEN
 
     own = loaded.recipe.reward.use if loaded.recipe is not None else None
@@ -97,7 +105,7 @@ def _default_reward(spec: str, example: Any, loaded: Loaded) -> str:
         reward.close()
         if gradable:
             return own
-    return "gym" if spec.startswith("gym:") else "answer"
+    return fitting_reward(example)
 
 
 def _lines(r: dict[str, Any], temperature: float) -> str:

@@ -18,6 +18,9 @@ from ..tasks.base import GIVEN
 from ..types import OUTCOMES, Rollout, Task, Verdict
 from .guard import LIMIT, Fault, guarded
 
+TEST_COLUMNS = ("tests", "test_list", "test", "input_output")
+"""Where rows keep their tests, in the order in which they are looked at."""
+
 
 class Reward(Protocol):
     """Judges responses; `check` says what is wrong with a task before anything is sampled for it."""
@@ -54,6 +57,13 @@ def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT) ->
         return _adapt(found() if inspect.isclass(found) else found, use, limit)
     spec = parse_spec(use)
     return call(resolve(spec.name, "sppo.rewards", "build"), f"reward {spec.name}", *spec.words, **spec.options)
+
+
+def fitting_reward(task: Task) -> str:
+    """The reward that a row looks made for, where none is named: by its tests, its family, or its answer."""
+    if "gym" in task.columns:
+        return "gym"
+    return "code" if any(task.columns.get(name) not in (None, "", [], {}) for name in TEST_COLUMNS) else "answer"
 
 
 def _adapt(reward: Any, name: str, limit: float) -> Reward:

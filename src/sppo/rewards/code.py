@@ -136,7 +136,9 @@ class CodeReward:
             return Verdict(1.0, "correct", evidence)
         cannot = next((r.evidence["cannot"] for r in reports.values() if "cannot" in r.evidence), None)
         if cannot is not None:  # said by the tests' jail of the tests' own values: no program can bring it about
-            return Verdict(0.0, "invalid_task", evidence | {"reason": f"the tests cannot be run in a jail of their own: {cannot}"})
+            return Verdict(
+                0.0, "invalid_task", evidence | {"reason": f"the tests cannot be run in a jail of their own: {cannot}"}
+            )
         statuses = {r.status for r in reports.values()}
         outcome: Outcome = "timeout" if "timeout" in statuses else "wrong"
         if outcome == "wrong" and not any(passed) and statuses - {"ok"}:

@@ -11,15 +11,14 @@ from ..sandbox import Case, Suite, TestCode
 from ..sandbox.inside.codec import Opaque, encode
 from ..sandbox.verdict import parsed
 from ..types import Task
-
-COLUMNS = ("tests", "test_list", "test", "input_output")
+from .base import TEST_COLUMNS
 
 
 def suites_of(task: Task) -> tuple[Suite, Suite | None] | str:
     """The visible and the hidden tests of a row, or why there are none that can be run."""
-    column = next((name for name in COLUMNS if task.columns.get(name) not in (None, "", [], {})), None)
+    column = next((name for name in TEST_COLUMNS if task.columns.get(name) not in (None, "", [], {})), None)
     if column is None:
-        return f"the row has no tests (a column {', '.join(f'`{c}`' for c in COLUMNS)})"
+        return f"the row has no tests (a column {', '.join(f'`{c}`' for c in TEST_COLUMNS)})"
     entry = task.columns.get("entry_point")
     if entry is not None and not (isinstance(entry, str) and all(part.isidentifier() for part in entry.split("."))):
         return f"column `entry_point`: {entry!r} is not the name of a function"

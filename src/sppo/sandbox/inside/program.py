@@ -157,7 +157,9 @@ def tests(request, result_fd, peer_fd):
     def ask(do, where, name="", args=(), kwargs=None):
         kwargs = kwargs or {}
         sent = [outward(a) for a in args], {k: outward(v) for k, v in kwargs.items()}
-        link.write(json.dumps(dict(where, do=do, name=name, args=encode(sent[0]), kwargs=encode(sent[1]))).encode() + b"\n")
+        link.write(
+            json.dumps(dict(where, do=do, name=name, args=encode(sent[0]), kwargs=encode(sent[1]))).encode() + b"\n"
+        )
         link.flush()
         line = link.readline(LINE)
         if not line.endswith(b"\n"):
