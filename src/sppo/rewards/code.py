@@ -25,7 +25,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..sandbox import Report, Runs, Suite, judge, open_sandbox
-from ..sandbox.verdict import parsed
+from ..sandbox.names import parsed
 from ..spec import call
 from ..types import Outcome, Rollout, Task, Verdict
 from .suites import defines, suites_of

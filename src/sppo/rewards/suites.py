@@ -9,7 +9,7 @@ from typing import Any
 
 from ..sandbox import Case, Suite, TestCode
 from ..sandbox.inside.codec import Opaque, encode
-from ..sandbox.verdict import parsed
+from ..sandbox.names import parsed
 from ..types import Task
 from .base import TEST_COLUMNS
 
