@@ -18,6 +18,7 @@ from .config import Config
 from .errors import DataError, ModelError, UserError
 from .report.progress import ProgressDisplay
 from .rewards.base import Reward, load_reward
+from .rewards.guard import LIMIT
 from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, load_pair, load_tasks, with_instruction
 from .tasks.records import tasks_from
 from .training.loop import train
@@ -102,7 +103,7 @@ class SPPOTrainer:
     ) -> None:
         self.args = args or SPPOConfig()
         changes = self.args.overrides()
-        self.parts = Parts(reward=_reward(reward_funcs))
+        self.parts = Parts(reward=_reward(reward_funcs, float(changes.get("reward.limit", LIMIT))))
         changes["reward.use"] = reward_funcs if isinstance(reward_funcs, str) else GIVEN
         if isinstance(model, str):
             changes["policy.model"] = model
@@ -196,14 +197,15 @@ def _source(rows: Any, name: str, instruction: str) -> TaskSource:
     return with_instruction(ListSource(tasks_from(_numbered(rows, name), name)), instruction)
 
 
-def _reward(rewards: RewardLike | list[RewardLike]) -> Reward:
+def _reward(rewards: RewardLike | list[RewardLike], limit: float) -> Reward:
     from .rewards.combine import MixedReward, Part
 
     if not isinstance(rewards, (list, tuple)):
-        return load_reward(rewards)
+        return load_reward(rewards, limit)
     if not rewards:
         raise UserError("reward_funcs is empty; give at least one reward")
     loaded = [
-        Part(r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__), load_reward(r)) for r in rewards
+        Part(r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__), load_reward(r, limit))
+        for r in rewards
     ]
     return loaded[0].reward if len(loaded) == 1 else MixedReward(loaded)

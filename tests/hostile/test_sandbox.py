@@ -257,8 +257,10 @@ def test_the_weaker_backend_is_named_in_every_result() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")
 def test_it_works_as_an_ordinary_user() -> None:
+    backends = ["bwrap", "landlock"] if _landlocked() else ["bwrap"]
     code = (
-        "from sppo.sandbox import *\nwith Sandbox(slots=1) as s: print(s.run([Job('script', 'print(6*7)')])[0].stdout)"
+        f"from sppo.sandbox import *\nfor name in {backends}:\n"
+        " with Sandbox(name, slots=1) as s: print(name, s.run([Job('script', 'print(6*7)')])[0].stdout)"
     )
     open_to_all = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
@@ -270,7 +272,7 @@ def test_it_works_as_an_ordinary_user() -> None:
         )  # fmt: skip
     finally:
         shutil.rmtree(open_to_all)
-    assert "b'42\\n'" in done.stdout, done.stderr
+    assert done.stdout == "".join(f"{name} b'42\\n'\n" for name in backends), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import Reward, load_reward
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
-from ..tasks.base import TaskSource, load_pair, load_tasks
+from ..tasks.base import GIVEN, TaskSource, load_pair, load_tasks
 from ..types import Task, Verdict
 from . import checkpoint
 from .batch import Batch
@@ -399,9 +399,10 @@ class Run:
             self.curriculum.load_state_dict(before)
             if self.state.step:
                 self.save()
-            raise RewardError(
-                f"{error}; step {self.state.step} is saved: mend the reward, then sppo train --resume {self.directory.path}"
-            ) from error
+            how = f"sppo train --resume {self.directory.path}"
+            if self.config.reward.use == GIVEN:
+                how = "train again with resume_from_checkpoint=True"
+            raise RewardError(f"{error}; step {self.state.step} is saved: mend the reward, then {how}") from error
 
     def interrupt(self) -> None:
         """Finish the step, save, and stop."""
