@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -216,3 +218,29 @@ def test_help_is_quick_and_explains_every_key():
 def test_pull_knows_its_models(tmp_path, capsys):
     assert main(["pull", "smollm2-135", "--to", str(tmp_path / "m")]) == 2
     assert "did you mean 'smollm2-135m'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_the_code_recipe_judges_in_the_sandbox_and_measures_hidden_tests(tmp_path, capsys):
+    recipe = Path(__file__).parents[2] / "recipes" / "code.toml"
+    small = {
+        "policy.model": "tiny:hidden=32,layers=1,heads=2", "bootstrap.steps": 2, "bootstrap.batch": 4, "rollout.prompts": 8,
+        "rollout.max_tokens": 40, "training.steps": 1, "evaluation.n": 8,
+    }  # fmt: skip
+    options = [str(piece) for key, value in small.items() for piece in (f"--{key}", value)]
+    out = tmp_path / "run"
+    text = sppo(capsys, "train", recipe, "--out", out, "--json", "--quiet", *options)
+    assert last_json(text)["steps"] == 1
+    metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 <= metrics["reward/mean"] <= 1
+    assert "eval/accuracy" in metrics
+    outcomes = {k for k in metrics if k.startswith("outcome/")}
+    assert outcomes <= {"outcome/correct", "outcome/wrong", "outcome/crashed", "outcome/unparseable", "outcome/timeout"}
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_data_check_finds_the_reward_that_fits_the_rows(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "tests": ["assert f(1) == 2"]}\n{"question": "b", "tests": ["1 +"]}\n')
+    result = last_json(sppo(capsys, "data", "check", path, "--json", code=2))
+    assert [p["row"] for p in result["problems"]] == [f"{path}:2"]

@@ -175,7 +175,7 @@ def test_every_key_of_a_recipe_has_help_text_and_survives_a_round_trip(tmp_path)
     assert moved.sha256 == config.sha256
 
 
-@pytest.mark.parametrize("name", ["quickstart", "smollm2-arithmetic"])
+@pytest.mark.parametrize("name", ["quickstart", "smollm2-arithmetic", "code"])
 def test_the_recipes_that_come_with_the_project_load(name):
     from pathlib import Path
 

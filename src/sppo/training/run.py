@@ -234,6 +234,9 @@ class Run:
             self.observer.step(done, dict(metrics))
             if section.until is None or done % UNTIL_EVERY:
                 return not self.interrupted
+            quarter = probe[: len(probe) // 4]
+            if len(quarter) >= 32 and self.evaluate(quarter).accuracy < section.until / 2:
+                return not self.interrupted  # so far from it that a quarter tells
             solved = self.evaluate(probe).accuracy
             if solved >= section.until:
                 self.observer.note(

@@ -55,17 +55,24 @@ def run(request_fd, result_fd, peer_fd):
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except MemoryError:
         code = OUT_OF_MEMORY
-    except BaseException:
+    except BaseException as error:
         code = 1
-        try:
-            traceback.print_exc(limit=-8)
-        except BaseException:
-            pass
+        say(error)
     try:
         sys.stdout.flush()
     except BaseException:
         code = code or 1
     os._exit(code & 0xFF)
+
+
+def say(error):
+    """The error on standard error, with the lines of the program and the tests that led to it: nothing of this file's."""
+    try:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith("<")]
+        sys.stderr.write("".join("%s, line %s, in %s\n" % (f.filename, f.lineno, f.name) for f in frames[-8:]))
+        sys.stderr.write("".join(traceback.format_exception_only(type(error), error)))
+    except BaseException:
+        pass
 
 
 def module(name, code, filename):
@@ -274,10 +281,10 @@ def tests(request, result_fd, peer_fd):
         try:
             exec(compile(test, "<test %d>" % number, "exec"), world)
             held.append(True)
-        except Exception:
+        except Exception as error:
             held.append(False)
             if number == 0 or all(not h for h in held):
-                traceback.print_exc(limit=-2)
+                say(error)
     with open(result_fd, "w", encoding="ascii") as out:
         json.dump({"held": held, "cannot": cannot[:1]}, out)
 
