@@ -16,8 +16,8 @@ N = 400_000
 REFERENCE = "def f(n):\n    total = 0\n    for i in range(n):\n        total += i % 3\n    return total"
 PROGRAMS = {
     "the same": REFERENCE,
-    "a third faster": "def f(n):\n    return sum(i % 3 for i in range(0, n * 3 // 4)) + sum(i % 3 for i in range(n * 3 // 4, n))",
-    "half the work": REFERENCE.replace("range(n)", "range(n // 2)").replace("i % 3", "i % 3 + (i + n // 2) % 3"),
+    "two sums": "def f(n):\n    return sum(i % 3 for i in range(0, n * 3 // 4)) + sum(i % 3 for i in range(n * 3 // 4, n))",
+    "half the loop, twice the work": REFERENCE.replace("range(n)", "range(n // 2)").replace("i % 3", "i % 3 + (i + n // 2) % 3"),
 }
 REPEATS = 25
 
@@ -39,13 +39,12 @@ def main() -> None:
         speedups = [v.evidence["speedup"] for v in verdicts]
         mean, spread = statistics.mean(speedups), statistics.stdev(speedups)
         noise[name] = round(spread / mean, 4)
-        counted = verdicts[0].evidence["instructions"] is not None
         print(
-            f"{name:<16} speed-up {mean:.3f} ± {spread:.3f} ({100 * spread / mean:.1f}%)   {1000 * seconds:.0f} ms a verdict"
+            f"{name:<30} speed-up {mean:.3f} ± {spread:.3f} ({100 * spread / mean:.1f}%)   {1000 * seconds:.0f} ms a verdict"
         )
-        result |= {"counted": "instructions" if counted else "processor time"}
+        result |= {"by": verdicts[0].evidence["by"], "pairs": verdicts[0].evidence["pairs"]}
     reward.close()
-    result |= {"noise": noise, "worst": max(noise.values()), "repeats": REPEATS, "pairs": 5}
+    result |= {"noise": noise, "worst": max(noise.values()), "repeats": REPEATS}
     print(json.dumps(result))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sppo.errors import RecipeError
 from sppo.rewards.base import load_reward
-from sppo.rewards.runtime import Cost, RuntimeReward, cost
+from sppo.rewards.runtime import Cost, RuntimeReward, Turn
 from sppo.sandbox import Result
 from sppo.sandbox.inside import counter
 from sppo.types import Rollout, Task, Verdict
@@ -83,15 +83,15 @@ def test_a_row_that_cannot_be_timed_says_why(reward: RuntimeReward) -> None:
 
 
 def test_costs_by_hand() -> None:
-    def turns(*seconds: float, instructions: int | None = None) -> list[list[Result]]:
-        return [[Result("ok", cpu_seconds=s, instructions=instructions)] for s in seconds]
+    def cost(seconds: float, instructions: int | None = None) -> Cost:
+        return Cost.of([Result("ok", cpu_seconds=seconds / 2, instructions=instructions)] * 2)
 
-    assert cost(turns(0.004, 0.005, 0.1), turns(0.105, 0.2, 0.015)) == Cost(pytest.approx(0.1), None)
-    counted = cost(turns(0.004, instructions=10), turns(0.024, instructions=110))
-    assert counted == Cost(pytest.approx(0.02), 100)
-    assert counted.of(Cost(0.04, 50)) == 2  # counted instructions go before seconds
-    assert counted.of(Cost(0.01, None)) == pytest.approx(2)
-    assert Cost(0.02, None).of(Cost(0.0, None)) == pytest.approx(200)
+    assert cost(0.024).beyond(cost(0.004)) == Cost(pytest.approx(0.02), None)
+    assert cost(0.003).beyond(cost(0.004)) == Cost(1e-4, None)  # noise never makes it negative
+    assert Turn(cost(0.004), cost(0.024), cost(0.014)).speedup == pytest.approx(2)
+    counted = Turn(cost(0.004, 10), cost(0.024, 210), cost(0.024, 110))
+    assert counted.speedup == 2  # counted instructions go before seconds
+    assert Turn(cost(0.004, 10), cost(0.024, 210), cost(0.014)).speedup == pytest.approx(2)
 
 
 def test_the_processors_counter() -> None:

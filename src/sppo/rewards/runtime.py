@@ -1,7 +1,7 @@
 """How fast a correct program is, against the row's reference solution: 0 for a wrong one, else min(speed-up, cap)/cap.
 
     runtime                       as fast as the reference: 0.5; twice as fast or more: 1
-    runtime:cap=4,pairs=7         up to four times as fast counts; seven paired runs instead of five
+    runtime:cap=4,pairs=11        up to four times as fast counts; eleven paired runs at a time instead of seven
     code + 0.5 * runtime          correctness first; the critic learns correctness alone
     runtime:backend=…             the options of `code` for its sandbox
 
@@ -11,12 +11,14 @@ measured on `runtime_tests` where a row has them (larger inputs, in any layout o
 The program and the reference take turns in one jail, each run a fresh process, so that nothing can be remembered from run to
 run and a drift of the machine meets both. The time is the processor's for the whole process as the jail's keeper sees it, never
 a clock that the program could reach; the instructions that it took, where the machine counts them. From both is taken what a
-program costs that does nothing. The medians are compared. A row whose reference takes too little time to be measured
-is `invalid_task`: its tests need larger inputs.
+program costs that does nothing. The speed-up is the median over the pairs, whose order alternates; where they wobble there are more of them (eight times as
+many at most). A row whose reference takes
+too little time to be measured is `invalid_task`: its tests need larger inputs.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,12 +34,14 @@ from .suites import suite_in, suites_of
 REFERENCES = ("reference", "canonical_solution", "code", "solution")
 LEAST_SECONDS = 0.01
 """A reference that takes less than this is noise: a process starts in about 4 ms, give or take a few tenths."""
+ENOUGH, MOST_ROUNDS = 0.03, 8
+"""Pairs are run, `pairs` at a time, until the median's relative standard error is this small; at most so many times."""
 BROKEN = "the sandbox could not run the reference solution"
 FLOOR = 1e-4
-"""Seconds (or that share of the reference) below which a program's own time is not told apart from 0."""
+"""Seconds below which a program's own time is not told apart from 0."""
 
 
-def build(cap: float = 2.0, pairs: int = 5, **sandbox: Any) -> RuntimeReward:
+def build(cap: float = 2.0, pairs: int = 7, **sandbox: Any) -> RuntimeReward:
     """The reward for `reward.use = "runtime:…"`. Raises SandboxUnavailable when programs cannot be isolated here."""
     if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 1 <= cap <= 1000:
         raise RecipeError(f"reward runtime: cap={cap} must be a speed-up between 1 and 1000")
@@ -48,16 +52,59 @@ def build(cap: float = 2.0, pairs: int = 5, **sandbox: Any) -> RuntimeReward:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one program took: medians over its runs, less what an idle one takes. `instructions` is None where none are counted."""
+    """What one run took: processor time, and instructions where they are counted."""
 
     seconds: float
-    instructions: float | None
+    instructions: int | None
 
-    def of(self, other: Cost) -> float:
-        """How many times this cost the other is: in instructions if both were counted, else in seconds."""
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> Cost:
+        """The cost of the processes of one run."""
+        counts = [r.instructions for r in results]
+        known = [c for c in counts if c is not None]
+        return cls(sum(r.cpu_seconds for r in results), sum(known) if len(known) == len(counts) else None)
+
+    def beyond(self, idle: Cost) -> Cost:
+        """Less what doing nothing takes; never below what cannot be told apart from 0."""
+        counted = self.instructions is not None and idle.instructions is not None
+        return Cost(
+            max(self.seconds - idle.seconds, FLOOR),
+            max((self.instructions or 0) - (idle.instructions or 0), 1) if counted else None,
+        )
+
+    def times(self, other: Cost) -> float:
+        """How many times the other's cost this one is: in instructions if both were counted, else in seconds."""
         if self.instructions is not None and other.instructions is not None:
-            return self.instructions / max(other.instructions, self.instructions * FLOOR, 1.0)
-        return self.seconds / max(other.seconds, FLOOR)
+            return self.instructions / other.instructions
+        return self.seconds / other.seconds
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One pair of runs, and an idle one beside it."""
+
+    idle: Cost
+    reference: Cost
+    program: Cost
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the reference the program was."""
+        return self.reference.beyond(self.idle).times(self.program.beyond(self.idle))
+
+
+def standard_error(turns: Sequence[Turn]) -> float:
+    """Of the median speed-up, relative to it, from the median absolute deviation of its logarithm (robust, as the median is)."""
+    logs = [math.log(turn.speedup) for turn in turns]
+    middle = statistics.median(logs)
+    spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)
+    return 1.2533 * spread / math.sqrt(len(logs))
+
+
+def settled(turns: Sequence[Turn], cap: float) -> bool:
+    """Whether more pairs would tell nothing: the median is known well enough, or surely above what is paid."""
+    error = standard_error(turns)
+    return error <= ENOUGH or statistics.median(turn.speedup for turn in turns) * (1 - 3 * error) > cap
 
 
 class RuntimeReward:
@@ -77,36 +124,59 @@ class RuntimeReward:
             Verdict(0.0, "infra_error" if p == BROKEN else "invalid_task", {"reason": p}) if p else next(judged)
             for p in problems
         ]
-        todo = [i for i, v in enumerate(verdicts) if v.outcome == "correct"]
-        groups = [self._group(rollouts[i].task, program_of(rollouts[i].task, rollouts[i].text) or "") for i in todo]
-        for i, results in zip(todo, self.sandbox.run_groups(groups), strict=True):
-            verdicts[i] = self._timed(verdicts[i], _suite(rollouts[i].task), results)
+        turns: dict[int, list[Turn]] = {i: [] for i, v in enumerate(verdicts) if v.outcome == "correct"}
+        todo = list(turns)
+        while todo:  # more pairs for those that still wobble
+            groups = [self._group(rollouts[i].task, program_of(rollouts[i].task, rollouts[i].text) or "") for i in todo]
+            for i, results in zip(todo, self.sandbox.run_groups(groups), strict=True):
+                found = self._turns(verdicts[i], _suite(rollouts[i].task), results)
+                if isinstance(found, Verdict):
+                    verdicts[i] = found
+                    del turns[i]
+                else:
+                    turns[i] += found
+            todo = [
+                i
+                for i in todo
+                if i in turns and not settled(turns[i], self.cap) and len(turns[i]) < MOST_ROUNDS * self.pairs
+            ]
+        for i, measured in turns.items():
+            verdicts[i] = self._timed(verdicts[i], measured)
         return verdicts
 
     def _group(self, task: Task, program: str) -> list[Job]:
-        """Idle, reference, program; idle, reference, program; …"""
+        """Idle, reference, program; idle, program, reference; idle, reference, program; …"""
         suite = _suite(task)
-        return [*_idle(suite), *_jobs(_reference(task), suite), *_jobs(program, suite)] * self.pairs
+        idle, one, other = _idle(suite), _jobs(_reference(task), suite), _jobs(program, suite)
+        return [job for k in range(self.pairs) for job in (*idle, *((one + other) if k % 2 == 0 else (other + one)))]
 
-    def _timed(self, verdict: Verdict, suite: Suite, results: Sequence[Result]) -> Verdict:
-        n = len(_idle(suite))
-        turns = [results[i : i + 3 * n] for i in range(0, len(results), 3 * n)]
+    def _turns(self, verdict: Verdict, suite: Suite, results: Sequence[Result]) -> list[Turn] | Verdict:
+        """The pairs of one group; a verdict instead where the program was wrong when it was timed."""
         if any(r.status == "infra_error" for r in results):
-            return replace(verdict, score=0.0, outcome="infra_error")
-        for turn in turns:
-            report = suite.report(turn[2 * n :])
+            return replace(verdict, score=0.0, outcome="infra_error", correctness=None)
+        n = len(_idle(suite))
+        turns = []
+        for k in range(self.pairs):
+            idle, first, second = (results[(3 * k + i) * n : (3 * k + i + 1) * n] for i in range(3))
+            reference, program = (first, second) if k % 2 == 0 else (second, first)
+            report = suite.report(program)
             if not all(report.passed):
                 evidence = {
                     **verdict.evidence,
                     "timed": {**report.evidence, "passed": sum(report.passed), "of": len(report.passed)},
                 }
                 return Verdict(0.0, "timeout" if report.status == "timeout" else "wrong", evidence)
-        reference = cost([t[:n] for t in turns], [t[n : 2 * n] for t in turns])
-        program = cost([t[:n] for t in turns], [t[2 * n :] for t in turns])
-        speedup = reference.of(program)
+            turns.append(Turn(Cost.of(idle), Cost.of(reference), Cost.of(program)))
+        return turns
+
+    def _timed(self, verdict: Verdict, turns: Sequence[Turn]) -> Verdict:
+        speedup = statistics.median(turn.speedup for turn in turns)
+        typical = sorted(turns, key=lambda turn: turn.speedup)[len(turns) // 2]
         evidence = {
-            **verdict.evidence, "speedup": speedup, "seconds": program.seconds, "reference_seconds": reference.seconds,
-            "instructions": program.instructions, "reference_instructions": reference.instructions,
+            **verdict.evidence, "speedup": speedup, "error": standard_error(turns), "pairs": len(turns),
+            "by": "seconds" if typical.program.instructions is None else "instructions",
+            "seconds": typical.program.beyond(typical.idle).seconds,
+            "reference_seconds": typical.reference.beyond(typical.idle).seconds,
         }  # fmt: skip
         evidence["measures"] = {**evidence.get("measures", {}), "speedup": min(speedup, self.cap)}
         return Verdict(min(speedup, self.cap) / self.cap, "correct", evidence, correctness=1.0)
@@ -137,7 +207,7 @@ class RuntimeReward:
         report = suite.report(turns[0][len(idle) :])
         if not all(report.passed):
             return f"the reference solution fails its own tests: {report.evidence}"
-        seconds = cost([t[: len(idle)] for t in turns], [t[len(idle) :] for t in turns]).seconds
+        seconds = statistics.median(Cost.of(t[len(idle) :]).beyond(Cost.of(t[: len(idle)])).seconds for t in turns)
         if seconds < LEAST_SECONDS:
             return (
                 f"the reference takes {1000 * seconds:.1f} ms on its tests, too little to be measured; "
@@ -147,23 +217,6 @@ class RuntimeReward:
 
     def close(self) -> None:
         self.sandbox.close()
-
-
-def cost(idle: Sequence[Sequence[Result]], runs: Sequence[Sequence[Result]]) -> Cost:
-    """The median over runs of what their processes took, less the median of idle ones."""
-
-    def seconds(turns: Sequence[Sequence[Result]]) -> float:
-        return statistics.median(sum(r.cpu_seconds for r in turn) for turn in turns)
-
-    def instructions(turns: Sequence[Sequence[Result]]) -> float | None:
-        counts = [[r.instructions for r in turn] for turn in turns]
-        known = [sum(c for c in turn if c is not None) for turn in counts if None not in turn]
-        return statistics.median(known) if len(known) == len(turns) else None
-
-    busy, base = instructions(runs), instructions(idle)
-    return Cost(
-        max(seconds(runs) - seconds(idle), 0.0), None if busy is None or base is None else max(busy - base, 1.0)
-    )
 
 
 def _suite(task: Task) -> Any:
