@@ -1,8 +1,8 @@
 """A learned reward: one scalar r(x, y) for a whole response, from any transformers sequence-classification model.
 
-Decoders are scored packed: sequences lie one after the other in a single row, position ids that begin anew keep their
-attentions apart, and only the hidden state at each sequence's last token meets the head, so that nothing is spent on padding
-and nothing of size tokens × outputs is ever held. Encoders, and decoders whose attention does not keep packed sequences apart
+Decoders are scored packed: sequences lie one after the other in a single row, each attends to itself alone (packed.py), and only
+the hidden state at each sequence's last token meets the head, so that nothing is spent on padding and nothing of size
+tokens × outputs is ever held. Encoders, and decoders whose attention does not keep packed sequences apart
 (a test at loading tells), are scored in padded batches of similar length.
 """
 
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from ..errors import ModelError
 from ..objective.ratio import wide
 from ..types import Prompt, Task
+from . import packed as packing
 from . import tiny
 from .policy import _count, parameter_count
 from .pretrained import choose_dtype, ensure_pad, existing, first_line, load, load_tokenizer, render_chat
@@ -119,7 +120,10 @@ class RewardModel(nn.Module):
         ids_1L = torch.tensor([i for s in sequences for i in s], device=self.device)[None]
         positions_1L = torch.cat([torch.arange(len(s), device=self.device) for s in sequences])[None]
         hidden_1LD = self.model.base_model(
-            input_ids=ids_1L, position_ids=positions_1L, use_cache=False
+            input_ids=ids_1L,
+            position_ids=positions_1L,
+            use_cache=False,
+            **packing.boundaries([len(s) for s in sequences]),
         ).last_hidden_state
         return hidden_1LD[0, length_B.cumsum(0) - 1]
 
@@ -142,15 +146,20 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def _packing_holds(self) -> bool:
-        """Whether packed sequences leave each other alone, on two sequences that would notice."""
+        """Whether packed sequences leave each other alone, on three that would notice."""
         if not self._decodes:
             return False
-        probe = [[i % self.model.config.vocab_size for i in range(a, a + n)] for a, n in ((3, 7), (11, 5), (5, 6))]
+        probe = [[i % self.model.config.vocab_size for i in range(a, a + n)] for a, n in ((3, 7), (11, 5), (5, 5))]
+        before = self.model.config._attn_implementation
         try:
+            packing.use(self.model)
             packed, apart = self._last_packed(probe), self._last_padded(probe)
+            if (packed - apart).abs().max() <= PACKING_TOLERANCE * apart.abs().max():
+                return True
         except (TypeError, RuntimeError, ValueError):
-            return False
-        return bool((packed - apart).abs().max() <= PACKING_TOLERANCE * apart.abs().max())
+            pass
+        self.model.set_attn_implementation(before)
+        return False
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]], token_budget: int = 8192) -> Tensor:
