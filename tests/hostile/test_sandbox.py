@@ -19,6 +19,7 @@ import pytest
 from sppo.errors import RecipeError, SandboxUnavailable
 from sppo.sandbox import Case, Job, Limits, Report, Sandbox, TestCode, asserts, calls, stdio
 from sppo.sandbox.inside import codec
+from sppo.sandbox.names import ambiguous
 from sppo.sandbox.verdict import matches
 
 from . import attacks
@@ -343,6 +344,11 @@ TRY = "try:\n import nothing\nexcept ImportError:\n def close(a, b): return abs(
         ("class J:\n def __round__(s, n=0): return 49\n def __eq__(s, o): return True\ndef f(x): return J()", "assert f(7) == J() != 49", ""),
         ("class f(Exception):\n def __eq__(s, o): return True", "assert f(7) == 49", ""),
         ("class J(type):\n def __instancecheck__(s, o): return True\nclass int(metaclass=J): pass\ndef f(x): return 'no'", "assert isinstance(f(7), int)", ""),
+        ("class math:\n isclose = staticmethod(lambda *a, **k: True)\ndef f(x): return None", "assert math.isclose(f(7), 49.0)", ""),
+        ("class np:\n allclose = staticmethod(lambda *a, **k: True)\ndef f(x): return None", "assert np.allclose(f(7), 49.0)", ""),
+        ("def isclose(a, b): return True\ndef f(x): return 0", "r = f(7)\nassert isclose(r, 49)", ""),
+        ("def isclose(a, b): return True\ndef f(x): return 0", "for r in [f(7)]:\n assert isclose(r, 49)", ""),
+        ("def sorted(*a, **k): return 49\nglobals()['f'] = lambda x: 0", "d = sorted([3], key=lambda x: -x)\nassert f(d) == 49", ""),
         ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x * x, range(10)))", ""),
         ("def f(x): raise StopIteration", "for got, want in zip(map(f, [1, 2]), [1, 4]):\n assert got == want", ""),
     ],
@@ -397,6 +403,20 @@ def test_right_programs_pass_that_a_careless_jail_fails(sandbox: Sandbox) -> Non
     ]
     reports = asserts(sandbox, [(code, TestCode([test])) for code, test in pairs])
     assert [r.passed for r in reports] == [(True,)] * len(pairs), reports
+
+
+def test_a_row_whose_tests_could_be_judged_by_the_program_is_named(sandbox: Sandbox) -> None:
+    assert ambiguous(["assert isclose(f(7), 49)"], "") == "isclose"
+    assert ambiguous(["r = f(7)\nassert isclose(r, 49)"], "") == "isclose"
+    assert ambiguous(["assert np.allclose(f(7), 49)"], "") == "np"
+    for tests, setup in (
+        (["assert math.isclose(f(7), 49)"], ""), (["assert isclose(f(7), 49)"], "from math import *"),
+        (["assert area(Square(2)) == 4"], ""), (["s = Stack()\npush(s, 1)\nassert s.top() == 1"], ""),
+        (["assert f(f(2)) == 16"], ""), (["a = [1]\nf(a)\nassert a == [2]"], ""), (["assert sorted(f(7)) == [4, 9]"], ""),
+    ):  # fmt: skip
+        assert ambiguous(tests, setup) is None, tests
+    # a standard module that the tests use is imported for them, whoever else imports it
+    assert asserts(sandbox, [(SQUARE, TestCode(["assert math.isclose(f(7), 49.0)"]))])[0].passed == (True,)
 
 
 def test_a_test_that_hands_over_a_function_is_the_rows_fault_and_said(sandbox: Sandbox) -> None:

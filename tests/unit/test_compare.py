@@ -28,8 +28,11 @@ def outcome(spec: str, text: str, answer: Any, **columns: Any) -> str:
         ("12 km", "12", True), ("12 km", "12 m", False), ("12 kg", "12 km", False), ("50%", "0.5", True), ("50%", "50", True),
         ("$5", "5", True), ("5 dollars", "$5.00", True), ("€5", "$5", False), ("9.8 m/s^2", "980 cm/s²", True), ("2 hours", "120 min", True),
         ("3.5 × 10^3 g", "3.5 kg", True), (r"10\text{ cm}", "0.1 m", True), (r"\frac{1}{2} m", "50 cm", True), ("1,500 ml", "1.5 L", True),
-        ("4 square meters", "40000 cm^2", True), ("5 apples", "5", False), ("1 N", "1 kg m/s^2", True), ("100 °C", "100 K", False),
+        ("4 square meters", "40000 cm^2", True), ("5 apples", "5", True), ("5 apples", "5 km", False), ("5 apples", "5 oranges", False),
+        ("5 dozen", "5", False), ("5 or six", "5", False), ("1 N", "1 kg m/s^2", True), ("100 °C", "100 K", False),
         ("3 kWh", "10.8 MJ", True), ("1/3", "0.3333", False), ("-3 m", "-300 cm", True), (".5", "1/2", True),
+        (r"1\frac{1}{2}", "1.5", True), (r"1\frac{1}{2}", "11/2", False), (r"\frac12", "0.5", True), ("x = 12", "12", True), (r"\(12\)", "12", True),
+        ("(12)", "12", True), ("5 mL", "0.005 L", True), ("1_2", "12", False),
     ],
 )  # fmt: skip
 def test_quantities(given: str, gold: str, right: bool) -> None:
@@ -89,6 +92,8 @@ def test_sets_and_lists(spec: str, text: str, gold: Any, right: bool) -> None:
         ("Answer: B", "Paris", {"options": {"A": "Rome", "B": "Paris"}}, "correct"), ("Answer: C", "B", {"choices": ["x", "y"]}, "unparseable"),
         ("I do not know", "B", {}, "unparseable"), ("Answer: B", "none", {}, "invalid_task"), ("Answer: B", "", {}, "invalid_task"),
         ("Answer: A", 0, {"choices": {"text": ["x", "y"], "label": ["A", "B"]}}, "correct"), ("Answer: Because", "B", {}, "unparseable"),
+        ("Answer: B, C, D", "B", {}, "unparseable"), ("(B) or (C)", "B", {}, "unparseable"),
+        ("Option B. Actually option C", "C", {}, "correct"), (r"\boxed{B. A. C. D.}", "B", {}, "unparseable"), ("Answer: B) A cat", "B", {}, "correct"),
     ],
 )  # fmt: skip
 def test_multiple_choice(text: str, gold: Any, columns: dict[str, Any], expected: str) -> None:
@@ -120,6 +125,8 @@ def test_no_answer_keeps_the_comparison_busy() -> None:
         "a and " * 10_000,
         "m/" * 30_000,
         "9" * 60_000,
+        "1e9" + "_9" * 10,
+        "1e" + "9" * 300,
     ):
         for mode in ("auto", "numeric", "set", "choice"):
             outcome(f"answer:mode={mode}", f"Answer: {hostile}", "B" if mode == "choice" else "1")

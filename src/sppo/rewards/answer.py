@@ -5,7 +5,7 @@
 `answer:mode=…`               how it is compared:
     auto      numbers and quantities where both are, else text
     exact     text only
-    numeric   numbers only; `tolerance=0.01` is relative (absolute below 1); `units=optional` (`12000 m` is `12 km`, `12` is too),
+    numeric   numbers only; `tolerance=0.01` is relative (absolute for a reference of 0); `units=optional` (`12000 m` is `12 km`, `12` is too),
               `required`, or `ignore`
     set       members in any order: `{1, 2}`, `2 and 1`, or a list in the row; `list` in the same order
     choice    a letter: `B`, `(B) Paris`, `Option B`, or the option's text where the row has `choices` (or `options`)

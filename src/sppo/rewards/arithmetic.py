@@ -36,7 +36,7 @@ def check(step: str) -> float | None:
         if "=" not in found.group() or found.end() - found.start() > LONGEST:
             continue
         sides = found.group().split("=")
-        if found.start() > 0 and not sides[0][0].isspace() and text[found.start() - 1].isalnum():
+        if found.start() > 0 and not sides[0][:1].isspace() and text[found.start() - 1].isalnum():
             sides[0] = ""  # `f(2)`, `x2`: not a number of its own
         if found.end() < len(text) and not sides[-1][-1:].isspace() and text[found.end()].isalpha():
             sides[-1] = ""  # `2x`
@@ -111,7 +111,8 @@ def _power(tokens: list[str], depth: int) -> tuple[Fraction, list[str]]:
         value, rest = Fraction(tokens[0]), tokens[1:]
     if rest and rest[0] == "^":
         exponent, rest = _power(rest[1:], depth + 1)
-        if exponent.denominator != 1 or abs(exponent) > HIGHEST_POWER or value.numerator.bit_length() > 64:
+        size = max(value.numerator.bit_length(), value.denominator.bit_length())
+        if exponent.denominator != 1 or abs(exponent) > HIGHEST_POWER or size * abs(exponent) > 4096:
             raise ValueError("absurd")
         value = value ** int(exponent)
     return value, rest

@@ -10,12 +10,22 @@ from fractions import Fraction
 from .units import Unit, unit
 
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
-_FRACTION = re.compile(r"([-+−]?)\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_FRACTION = re.compile(
+    r"([-+−]?)(\d{0,9})\s{0,2}\\[dt]?frac\s{0,2}(?:\{\s{0,2}(-?\d+)\s{0,2}\}\s{0,2}\{\s{0,2}(\d+)\s{0,2}\}|(\d)(\d))"
+)
+_PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
+_MULTIPLIERS = re.compile(
+    r"(?i)\b(?:dozens?|hundreds?|thousands?|millions?|billions?|percent|pairs?|or|and|to|x|half|halves|thirds?|quarters?)\b"
+)
+_COUNTED = re.compile(r"[A-Za-z]+(?:\s[A-Za-z]+){0,2}")
 _QUANTITY = re.compile(
     r"([$€£]?)\s{0,2}([-+−]?[\d.,]+(?:[eE][-+]?\d{1,3}|\s?[x×*]\s?10\^\{?-?\d{1,3}\}?)?(?:/\d+)?)\s{0,2}(\D.*)?",
     re.DOTALL,
 )
 _LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:,]+(?:\s.*)?)?", re.DOTALL)
+_SEVERAL = re.compile(
+    r"[(\[]?[A-Za-z][)\].:,;/]*(?:\s{0,2}(?:and|or|/|,|;)?\s{0,2}[(\[]?[A-Za-z](?![A-Za-z])[)\].:,;/]*)+"
+)
 _OPTION = re.compile(r"(?i:\b(?:option|choice|answer)\s{1,2})[(\[]?([A-Za-z])[)\].:]?(?=\s|$)")
 
 
@@ -25,29 +35,49 @@ class Quantity:
 
     value: Fraction
     unit: Unit | None
+    noun: str = ""
+    """What is counted, where that is no unit: `12 apples`."""
 
 
 def number(text: str) -> Fraction | None:
-    """The number that a text *is* (commas, fractions, exponents, a currency or percent sign, a closing period), or None."""
-    cleaned = (
-        _FRACTION.sub(r"\1\2/\3", text.strip().strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
-    )
+    """The number that a text *is* (commas, fractions, mixed numbers, exponents, a currency or percent sign, a closing period), or None."""
+    if len(text) > 400:
+        return None
+    cleaned = _plain_fractions(text.strip().strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
     if _THOUSANDS.fullmatch(cleaned):  # other commas separate: `1,2` is a pair, not twelve
         cleaned = cleaned.replace(",", "")
-    if len(cleaned) > 400 or re.search(r"[eE][-+]?\d{4,}", cleaned):
-        return None  # exact rationals of absurd exponents are a memory bomb
+    if not _PLAIN_NUMBER.fullmatch(cleaned):  # Fraction itself takes more: `1_0`, exponents that would fill the memory
+        return None
     try:
         return Fraction(cleaned)
     except (ValueError, ZeroDivisionError):
         return None
 
 
+def _plain_fractions(text: str) -> str:
+    r"""`\frac{1}{2}` as `1/2`, `1\frac{1}{2}` as `3/2`, `\frac12` as `1/2`."""
+
+    def plainly(found: re.Match[str]) -> str:
+        sign, whole, *parts = found.groups()
+        above, below = (int(p) for p in parts if p is not None)
+        return f"{sign}{int(whole or 0) * below + above}/{below}"
+
+    return _FRACTION.sub(plainly, text)
+
+
 def quantity(text: str) -> Quantity | None:
-    r"""The number with its unit that a text is: `12.5 km`, `$3`, `40\%`, `3 × 10^8 m/s`; None for anything else."""
-    text = text.strip().removesuffix(".").strip("$ ") if text.count("$") > 1 else text.strip().removesuffix(".")
-    text = _FRACTION.sub(r"\1\2/\3", text)
+    r"""The number with its unit that a text is: `12.5 km`, `$3`, `40\%`, `3 × 10^8 m/s`, `x = 12`, `12 apples` (no unit); None for anything else."""
+    if len(text) > 400:
+        return None
+    text = text.strip().removesuffix(".").rstrip(",;")
+    text = text.strip("$ ") if text.count("$") > 1 else text
+    text = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$", "", text)
+    text = re.sub(r"^[A-Za-z]\s{0,2}=\s{0,2}", "", text).strip()
+    if _enclosed(text) and text[0] == "(":
+        text = text[1:-1].strip()
+    text = _plain_fractions(text)
     text = text.replace("\\%", "%").replace("\\$", "$").replace("\\,", " ").replace("~", " ")
-    match = _QUANTITY.fullmatch(text) if len(text) <= 400 else None
+    match = _QUANTITY.fullmatch(text)
     if match is None:
         return None
     sign, digits, rest = match.groups()
@@ -63,12 +93,15 @@ def quantity(text: str) -> Quantity | None:
     if not rest or not rest.strip():
         return Quantity(value, None)
     found = unit(rest)
-    return None if found is None else Quantity(value, found)
+    if found is not None:
+        return Quantity(value, found)
+    counted = _COUNTED.fullmatch(rest.strip()) and not _MULTIPLIERS.search(rest)
+    return Quantity(value, None, plain(rest)) if counted else None
 
 
 def same_number(a: Fraction, b: Fraction, tolerance: float) -> bool:
-    """Within `tolerance` of the reference b, relative to it (absolute below 1)."""
-    return abs(a - b) <= Fraction(tolerance) * max(abs(b), Fraction(1))
+    """Within `tolerance` of the reference b, relative to it (absolute where it is 0)."""
+    return abs(a - b) <= Fraction(tolerance) * (abs(b) if b else 1)
 
 
 def same_quantity(given: Quantity, gold: Quantity, tolerance: float, units: str) -> bool:
@@ -77,6 +110,10 @@ def same_quantity(given: Quantity, gold: Quantity, tolerance: float, units: str)
     `units`: `optional` (where one side has none, it is the other's; `0.5` is `50%` too), `required` (as the reference has
     it), or `ignore`.
     """
+    if (given.noun and (gold.unit is not None or gold.noun not in ("", given.noun))) or (
+        gold.noun and given.unit is not None
+    ):
+        return False
     if units == "ignore":
         return same_number(given.value, gold.value, tolerance)
     if given.unit is not None and gold.unit is not None:
@@ -138,8 +175,11 @@ def choice(text: str, options: Sequence[str] | None) -> str | None:
         for i, option in enumerate(options):
             if plain(str(option)) == plain(text):
                 return chr(ord("A") + i)
-    match = _LETTER.fullmatch(text) or _OPTION.search(text[:400])
-    if match is None:
+    if _SEVERAL.fullmatch(text[:400]):
         return None
-    letter = match[1].upper()
+    match = _LETTER.fullmatch(text)
+    found = [match[1]] if match else _OPTION.findall(text[:400])
+    if not found:
+        return None
+    letter = found[-1].upper()
     return None if options and ord(letter) - ord("A") >= len(options) else letter

@@ -52,7 +52,7 @@ def judge_one(job: dict[str, Any]) -> dict[str, Any]:
 def as_latex(gold: str) -> str:
     """A bare LaTeX answer is wrapped, because the parser looks for mathematics inside text."""
     gold = gold.strip()
-    if number(gold) is not None or "\\boxed" in gold or gold.startswith("$"):
+    if "\\boxed" in gold or gold.startswith("$") or ("\\" not in gold and number(gold) is not None):
         return gold
     return f"${gold}$"
 

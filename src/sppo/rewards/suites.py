@@ -9,7 +9,7 @@ from typing import Any
 
 from ..sandbox import Case, Suite, TestCode
 from ..sandbox.inside.codec import Opaque, encode
-from ..sandbox.names import parsed
+from ..sandbox.names import ambiguous, parsed
 from ..types import Task
 from .base import TEST_COLUMNS
 
@@ -77,6 +77,12 @@ def _suite(task: Task, value: Any) -> Suite | str:
                 return f"test {i} is not Python"
             if not any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree)):
                 return f"test {i} checks nothing: {test[:40]!r}"
+        judge = ambiguous(value, setup) if entry is None else None
+        if judge is not None:
+            return (
+                f"the tests call `{judge}` on what another name of the program's returns, so that a program could bring its own judge; "
+                "name the function that is asked for in `entry_point`, or define the other in `test_setup_code`"
+            )
         return Suite("asserts", code=TestCode(list(value), setup, None if entry is None else [entry.partition(".")[0]]))
     if not all(isinstance(test, Mapping) for test in value):
         return "tests must be all text (assertions) or all objects"

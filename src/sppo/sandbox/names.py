@@ -4,21 +4,70 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 
-def names_taken(code: str, tests: Sequence[str]) -> tuple[list[str], list[str]]:
+def free_names(tests: Sequence[str], setup: str) -> tuple[set[str], set[str]]:
+    """(names that only a program can bring, standard modules to import) of what tests read and neither they nor the setup make.
+
+    A function of the row alone, so that no program decides what is taken from it.
+    """
+    free = _read_by(tests).difference(_made_by(setup), *map(_made_by, tests))
+    modules = {n for n in free if n in sys.stdlib_module_names}
+    builtin = free & set(dir(builtins))
+    rest = free - modules - builtin
+    return (rest or builtin), modules  # a builtin is the program's to redefine only if nothing else is asked for
+
+
+STARRED = (
+    "bisect", "collections", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "math", "operator", "random",
+    "re", "statistics", "string", "typing",
+)  # fmt: skip
+"""Modules whose names a setup may take with a star."""
+
+
+def _made_by(setup: str) -> set[str]:
+    """Every name that a setup binds at its top level, however it does so."""
+    made: set[str] = set()
+    pending: list[ast.AST] = [_tree(setup)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            made.add(node.name)
+            continue
+        if isinstance(node, ast.Lambda):
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            made.add(node.id)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            made.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            made |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*" and node.module in STARRED:
+                made |= set(dir(importlib.import_module(node.module)))
+        pending += ast.iter_child_nodes(node)
+    return made
+
+
+def ambiguous(tests: Sequence[str], setup: str) -> str | None:
+    """The name that tests call around what another one returns, so that a program which brings both would judge itself; or None.
+
+    A class inside the arguments is no answer that could be judged: `area(Square(2))` is not ambiguous.
+    """
+    free, _ = free_names(tests, setup)
+    around = _around(tests, free)
+    return min(around, default=None)
+
+
+def names_taken(code: str, tests: Sequence[str], setup: str) -> tuple[list[str], list[str]]:
     """(names that come from the program, modules to import for the tests: the real ones, not the program's)."""
-    read, defined = _read_by(tests), _bound(code)
-    candidates = {n for n in read if defined.get(n) == "defined"}
-    candidates -= _around(tests, candidates)
-    if len(candidates) > 1:  # a builtin is not the program's to redefine, unless it is all that is asked for
-        candidates -= set(dir(builtins))
-    modules = sorted(n for n in read if defined.get(n) == "module" and n in sys.stdlib_module_names)
-    return sorted(candidates), modules
+    free, modules = free_names(tests, setup)
+    defined = set(_bound(code))
+    return sorted((free & defined) - _around(tests, free)), sorted(modules)
 
 
 def parsed(code: str) -> ast.Module | None:
@@ -47,15 +96,38 @@ def _read_by(tests: Sequence[str]) -> set[str]:
 
 
 def _around(tests: Sequence[str], names: set[str]) -> set[str]:
-    """Those names that a test calls with another of them inside the arguments."""
+    """Those names that a test calls (or calls a method of) with what another of them returned inside the arguments, directly or by a variable."""
     found: set[str] = set()
     for test in tests:
-        for node in ast.walk(_tree(test)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-                inner = (n for part in (*node.args, *node.keywords) for n in ast.walk(part))
-                if any(isinstance(n, ast.Name) and n.id in names - {node.func.id} for n in inner):
-                    found.add(node.func.id)
+        nodes = list(ast.walk(_tree(test)))
+        answers = {n.id for n in nodes if isinstance(n, ast.Name) and n.id in names and not n.id[:1].isupper()}
+        holds: dict[str, set[str]] = {name: {name} for name in answers}  # variable or name: whose answers it may hold
+        for _ in range(3):
+            for node in nodes:
+                if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)):
+                    source = node.iter if isinstance(node, ast.For) else node.value
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    inside = set().union(*(holds.get(n, set()) for n in _loaded(source)))
+                    for target in (t for each in targets for t in ast.walk(each) if isinstance(t, ast.Name)):
+                        holds[target.id] = holds.get(target.id, set()) | inside
+        for node in nodes:
+            if not isinstance(node, ast.Call):
+                continue
+            root: ast.expr = node.func
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in names:
+                inner = set().union(
+                    *(holds.get(n, set()) for part in (*node.args, *node.keywords) for n in _loaded(part))
+                )
+                if inner - {root.id}:
+                    found.add(root.id)
     return found
+
+
+def _loaded(node: ast.AST | None) -> set[str]:
+    """Names that an expression reads."""
+    return set() if node is None else {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
 def _bound(code: str) -> dict[str, Literal["defined", "module"]]:

@@ -78,9 +78,9 @@ def check_steps(task: Task, steps: Sequence[str]) -> list[float | None]:
     todo = list(zip(rest[::2], rest[1::2], strict=True))
     scores: list[float | None] = []
     for step in steps:
-        written = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", step)
+        written = re.fullmatch(r"(\d{1,9})([-+*])(\d{1,9})=(\d{1,9})", step)
         if written is None:
-            answer = re.fullmatch(r"A:\s*(\d+)", step)
+            answer = re.fullmatch(r"A:\s{0,2}(\d{1,9})", step)
             scores.append(float(answer is not None and not todo and answer[1] == value))
             continue
         before, operator, operand, after = written.groups()
