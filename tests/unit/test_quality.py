@@ -63,6 +63,15 @@ def test_its_author_cannot_silence_it(reward: QualityReward) -> None:
     assert rules(second) == {"B006"}
 
 
+def test_what_cannot_be_read_is_not_clean(reward: QualityReward) -> None:
+    texts = [f"# coding: {name}\n{SHELL}" for name in ("foo", "utf-7", "utf-16", "undefined")]
+    texts += [f"```python\n{SHELL}def (:\n```", f"exec({SHELL!r})"]
+    verdicts = reward.judge([Rollout(Task("t", "?"), [], [], [], "stop", text) for text in texts])
+    assert all("B602" in rules(v) for v in verdicts[:4])
+    assert (verdicts[4].outcome, verdicts[4].score) == ("unparseable", 0)
+    assert verdicts[5].score == 0
+
+
 def test_as_a_part_of_a_mixture() -> None:
     task = Task("t", "?", {"tests": ["assert f('7') == 7"]})
     rollout = Rollout(task, [], [], [], "stop", EVAL)

@@ -341,3 +341,51 @@ def test_one_sample_at_fault_costs_one_sample(monkeypatch):
     with pytest.raises(RewardError, match="did not come back"):
         load_reward(mine, limit=0.5).judge([rollout("sleep")] * 40)
     assert time.monotonic() - began < 5  # a reward that always hangs is found out soon
+
+
+def test_an_answer_is_never_executed(tmp_path):
+    """Some families' scorers evaluate what they are given: only literals and mathematics reach them."""
+    from sppo.rewards.gym import harmless
+    from sppo.tasks.base import load_tasks
+
+    mark = tmp_path / "mark"
+    for family in ("countdown", "spiral_matrix", "n_queens"):
+        task = load_tasks(f"gym:{family}")[0]
+        good = str(task.columns["answer"])
+        evil = [f"__import__('os').system('touch {mark}') or 5", f"[open('{mark}', 'w')]", "().__class__"]
+        with_reward = load_reward("gym")
+        verdicts = with_reward.judge([Rollout(task, [], [], [], "stop", f"Answer: {text}") for text in (good, *evil)])
+        with_reward.close()
+        assert verdicts[0].score == 1.0, (family, good)
+        assert [v.score for v in verdicts[1:]] == [0.0, 0.0, 0.0]
+    assert not mark.exists()
+    task = load_tasks("gym:polynomial_multiplication")[
+        0
+    ]  # depends on the process's hash seed: masked, never a silent 0
+    with_reward = load_reward("gym")
+    verdict = with_reward.judge([Rollout(task, [], [], [], "stop", f"Answer: {task.columns['answer']}")])[0]
+    with_reward.close()
+    assert verdict.score == 1.0 or "another process" in verdict.evidence["reason"]
+    for text in (
+        "3*(4+5)",
+        "x**2 + 2*x*sin(y)",
+        "[[1, 2], [3, 4]]",
+        "[['Q', '_'], ['_', 'Q']]",
+        "'two words'",
+        "-1.5",
+        "6*x**3 + C",
+    ):
+        assert harmless(text), text
+    for text in (
+        "x.real",
+        "eval('1')",
+        "f(__name__)",
+        "open(1)",
+        "(x := 5)",
+        "print (1)",
+        "(1)(2)",
+        "[f][0](1)",
+        "'a'(1)",
+        "x. real",
+    ):
+        assert not harmless(text), text

@@ -67,6 +67,28 @@ def test_nothing_is_remembered_from_run_to_run(reward: RuntimeReward) -> None:
     assert 0.1 < judged(reward, clock).score < 0.4
 
 
+def test_work_that_hides_is_counted(reward: RuntimeReward) -> None:
+    """Marks that outlive a run, an end that does not come, and work done by others: each is three times slower than the reference."""
+    slow = "def f(n):\n    for k in range(3):\n        total = 0\n        for i in range(n): total += i % 3\n    return total"
+    tests = {"runtime_tests": [f"assert f({N}) == {N // 3 * 3 + (0, 0, 1)[N % 3]}"]}
+    assert judged(reward, slow).score < 0.15
+    endless = f"import os, time\nos._exit = lambda code: time.sleep(60)\n{slow}"
+    assert judged(reward, endless, **tests).score < 0.2  # ended by us, and its time is still known
+    marks = (
+        "import os\ndef f(n):\n    try:\n        seen = os.stat('/dev/pts').st_mtime_ns\n        os.utime('/dev/pts', ns=(n, n))\n"
+        "        if seen == n: return " + str(N // 3 * 3 + (0, 0, 1)[N % 3]) + "\n    except OSError: pass\n" + slow.partition("\n")[2]
+    )  # fmt: skip
+    assert judged(reward, marks).score < 0.15
+    forking = load_reward("runtime:cap=4,pairs=3,slots=1,fork=true")
+    assert isinstance(forking, RuntimeReward)
+    away = (
+        slow.replace("def f", "def work") + "\nimport os\ndef f(n):\n    r, w = os.pipe()\n    if os.fork() == 0:\n        if os.fork() == 0:\n"
+        "            os.write(w, str(work(n)).encode())\n        os._exit(0)\n    return int(os.read(r, 99))"
+    )  # fmt: skip
+    assert judged(forking, away).score < 0.2
+    forking.close()
+
+
 def test_a_row_that_cannot_be_timed_says_why(reward: RuntimeReward) -> None:
     for columns, why in (
         ({"reference": ""}, "no reference"),

@@ -6,7 +6,11 @@ value: some families give partial credit.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import re
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +18,12 @@ from typing import Any
 from ..types import Rollout, Task, Verdict
 from .answer import after_last_mark
 from .workers import WorkerPool
+
+MATHEMATICS = frozenset({
+    "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "pi",
+    "Abs", "abs", "sign", "factorial", "Rational", "Integer", "and", "or", "not", "in", "if", "else",
+})  # fmt: skip
+"""What an answer may put before a parenthesis where a family's scorer evaluates it."""
 
 
 def build(limit: float = 5.0, workers: int = 1) -> GymReward:
@@ -37,7 +47,34 @@ def judge_one(job: dict[str, Any]) -> float:
     """The family's score, inside a worker; the problem is made again from its index."""
     where = job["gym"]
     dataset = _dataset(where["family"], where["seed"], where["size"], json.dumps(where["options"], sort_keys=True))
-    return float(dataset.score_answer(answer=job["answer"], entry=dataset[where["index"]]))
+    entry = dataset[where["index"]]
+    if job["gold"] is not None and str(entry["answer"]) != str(job["gold"]):
+        return -1.0  # another process, another problem
+    if _evaluates(type(dataset).__module__) and not harmless(str(job["answer"])):
+        return 0.0
+    return float(dataset.score_answer(answer=job["answer"], entry=entry))
+
+
+@lru_cache(maxsize=256)
+def _evaluates(module: str) -> bool:
+    """Whether a family's scorer runs what it is given (`eval`, SymPy's parser): looked up in its source."""
+    source = inspect.getsource(sys.modules[module])
+    return re.search(r"\b(?:eval|exec|parse_expr|sympify|parse_latex)\s*\(", source) is not None
+
+
+def harmless(answer: str) -> bool:
+    """Whether an answer may be evaluated: plain literals, or nothing that calls anything but mathematics, and no attributes."""
+    if len(answer) > 10_000:
+        return False
+    try:
+        ast.literal_eval(answer)
+        return True
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        pass
+    if re.search(r"\.\s{0,9}[A-Za-z_]|__|[\\`@#;]|:=", answer) or not answer.isascii():
+        return False
+    called = re.findall(r"([A-Za-z_][A-Za-z_0-9]*|[)\]}'\"])\s*\(", answer)
+    return all(name in MATHEMATICS or (len(name) == 1 and name.isalpha()) for name in called)
 
 
 class GymReward:
@@ -51,11 +88,21 @@ class GymReward:
         """Correct at a score of 1, wrong below it; invalid_task for rows that are not a gym task."""
         answers = [after_last_mark(r.text) or r.text.strip() for r in rollouts]
         todo = [i for i, r in enumerate(rollouts) if self.check(r.task) is None]
-        results = self.pool.run([{"gym": rollouts[i].task.columns["gym"], "answer": answers[i]} for i in todo])
+        results = self.pool.run(
+            [
+                {"gym": (c := rollouts[i].task.columns)["gym"], "answer": answers[i], "gold": c.get("answer")}
+                for i in todo
+            ]
+        )
         verdicts = [Verdict(0.0, "invalid_task", {"reason": self.check(r.task)}) for r in rollouts]
         for i, result in zip(todo, results, strict=True):
             evidence: dict[str, Any] = {"extracted": answers[i], "gold": rollouts[i].task.columns.get("answer")}
-            if "ok" in result:
+            if result.get("ok") == -1.0:
+                why = (
+                    "reasoning-gym makes another problem from this seed in another process; the family cannot be judged"
+                )
+                verdicts[i] = Verdict(0.0, "invalid_task", evidence | {"reason": why})
+            elif "ok" in result:
                 score = min(max(result["ok"], 0.0), 1.0)
                 verdicts[i] = Verdict(score, "correct" if score >= 1.0 else "wrong", evidence)
             elif "timeout" in result:

@@ -1,6 +1,6 @@
 """The quality of a program by static analysis, for what passes its tests and is still insecure or unmaintainable. Nothing is run.
 
-    quality                         1 less 0.5 for a grave finding, 0.25 for a middling one, 0.1 for a slight one; never below 0
+    quality                         1 less 0.5 for a grave finding, 0.25 for a middling one, 0.1 for a slight one; never below 0; `exec` is 0
     quality:complexity=8            how branched a function may be before that is a middling finding (McCabe's number; 10)
     code + 0.1 * quality            a penalty on what the tests allow;  code + 0 * quality   evidence and metrics only
     code gate quality               nothing is paid below 0.5
@@ -20,11 +20,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import RecipeError
+from ..sandbox.names import parsed
 from ..types import Rollout, Task, Verdict
 from .code import program_of
 from .workers import WorkerPool
 
 PENALTY = {"high": 0.5, "medium": 0.25, "low": 0.1}
+HIDDEN = {"B102": 1.0}
+"""`exec` runs text that no analyser has seen."""
+COOKIES_END = "\n\n"
+"""An encoding is declared in a file's first two lines; these are ours, so that a program cannot declare one that nobody can read."""
 RULES = "C901,PLR0911,PLR0912,PLR0913,PLR0915,B"
 HARMLESS = ("B101", "B311")
 """bandit's: assertions, and `random` where no secret is at stake."""
@@ -45,8 +50,10 @@ def warm_up() -> None:
     judge_one({"code": "pass\n", "complexity": 10})
 
 
-def judge_one(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`."""
+def judge_one(job: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`; None for what is no Python."""
+    if parsed(job["code"]) is None:
+        return None
     return sorted(_bandit(job["code"]) + _ruff(job["code"], job["complexity"]), key=lambda f: (f["line"], f["rule"]))
 
 
@@ -60,12 +67,14 @@ def _bandit(code: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "program.py")
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(code)
+            file.write(COOKIES_END + code.removeprefix("\ufeff"))
         manager = BanditManager(BanditConfig(), "file", quiet=True, ignore_nosec=True)
         manager.discover_files([path])
         manager.run_tests()
+        if manager.skipped:
+            raise ValueError(f"bandit could not read the program: {manager.skipped[0][1]}")
         return [
-            {"rule": i.test_id, "severity": i.severity.lower(), "line": i.lineno, "says": i.text}
+            {"rule": i.test_id, "severity": i.severity.lower(), "line": i.lineno - 2, "says": i.text}
             for i in manager.get_issue_list()
             if i.test_id not in HARMLESS
         ]
@@ -111,7 +120,9 @@ class QualityReward:
         if "ok" not in answer:
             return Verdict(0.0, "crashed", {"reason": str(answer.get("error", answer.get("crashed")))})
         findings = answer["ok"]
-        score = max(1.0 - sum(PENALTY.get(f["severity"], PENALTY["low"]) for f in findings), 0.0)
+        if findings is None:
+            return Verdict(0.0, "unparseable", {"reason": "the program is not Python"})
+        score = max(1.0 - sum(HIDDEN.get(f["rule"], PENALTY.get(f["severity"], PENALTY["low"])) for f in findings), 0.0)
         measures = {
             "findings": float(len(findings)),
             "grave_findings": float(sum(f["severity"] == "high" for f in findings)),

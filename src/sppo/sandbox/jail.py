@@ -89,7 +89,8 @@ class Jail:
         if self.control is not None:
             self.control.close()
         if self._folder is not None:
-            self._folder.cleanup()
+            with contextlib.suppress(OSError, RecursionError):  # what a program left there is not worth a run
+                self._folder.cleanup()
         self.process = self.control = self._folder = None
 
     @property
@@ -194,6 +195,7 @@ class Jail:
         kept: dict[str, bytearray] = {"channel": bytearray(), "stdout": bytearray(), "stderr": bytearray()}
         truncated: set[str] = set()
         report: dict[str, Any] | None = None
+        flooded = False
         deadline = time.monotonic() + limits.wall_seconds + GRACE
         open_fds = dict(mine)
 
@@ -224,6 +226,9 @@ class Jail:
             for name in [n for n, data in left.items() if not data]:
                 done(selector, name)
             while report is None and time.monotonic() < deadline:
+                if truncated and not flooded:  # nothing that comes after can make it right: end it
+                    flooded = True
+                    self.cancel()
                 for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
                     name = key.data
                     if name == "control":
@@ -269,7 +274,7 @@ class Jail:
         else:
             code = os.WEXITSTATUS(report["status"])
             status = "memory" if code == OUT_OF_MEMORY else "exception" if code else "ok"
-        if status == "ok" and truncated:
+        if status in ("ok", "cancelled") and truncated:
             status = "output_limit"
         return Result(
             status,

@@ -23,6 +23,7 @@ def free_names(tests: Sequence[str], setup: str) -> tuple[set[str], set[str]]:
     return (rest or builtin), modules  # a builtin is the program's to redefine only if nothing else is asked for
 
 
+LONGEST = 100_000
 STARRED = (
     "bisect", "collections", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "math", "operator", "random",
     "re", "statistics", "string", "typing",
@@ -71,7 +72,9 @@ def names_taken(code: str, tests: Sequence[str], setup: str) -> tuple[list[str],
 
 
 def parsed(code: str) -> ast.Module | None:
-    """The syntax tree, None for what is no Python (in the jail it fails with its own message)."""
+    """The syntax tree, None for what is no Python (in the jail it fails with its own message) or too long to be anybody's answer."""
+    if len(code) > LONGEST:  # parsing an f-string takes quadratic time
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model's `1if` is not the trainer's to warn about

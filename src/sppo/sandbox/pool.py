@@ -197,7 +197,7 @@ def _asserts(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
         status = "protocol"
     return replace(
         verdict, status=status, stdout=program.stdout, stderr=program.stderr + verdict.stderr,
-        cpu_seconds=program.cpu_seconds, max_rss_bytes=program.max_rss_bytes,
+        cpu_seconds=program.cpu_seconds, max_rss_bytes=program.max_rss_bytes, instructions=program.instructions,
     )  # fmt: skip
 
 

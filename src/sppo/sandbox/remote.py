@@ -106,14 +106,17 @@ class RemoteSandbox:
     def _ask(self, jobs: Sequence[Job]) -> list[Result]:
         body = json.dumps({"jobs": [asdict(job) for job in jobs], "limits": asdict(self.limits)})
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
-        connection = self._connection(len(jobs))
-        try:
-            connection.request("POST", f"{self.parts.path.rstrip('/')}/run", body, headers)
-            response = connection.getresponse()
-            text = response.read()
-        except BaseException:
-            connection.close()
-            raise
+        while True:
+            connection, used_before = self._connection(len(jobs))
+            try:
+                connection.request("POST", f"{self.parts.path.rstrip('/')}/run", body, headers)
+                response = connection.getresponse()
+                text = response.read()
+                break
+            except BaseException as error:
+                connection.close()
+                if not (used_before and isinstance(error, ConnectionError)):
+                    raise  # a connection that was idle for long may be closed over there: a fresh one, at once
         if response.status == 200:
             self._idle.put(connection)
         else:
@@ -131,17 +134,17 @@ class RemoteSandbox:
             raise ValueError("the answer does not hold one result a job")
         return [result_from(answer) for answer in answers]
 
-    def _connection(self, jobs: int) -> http.client.HTTPConnection:
+    def _connection(self, jobs: int) -> tuple[http.client.HTTPConnection, bool]:
         timeout = jobs * self.limits.wall_seconds + PATIENCE
         with contextlib.suppress(queue.Empty):
             connection = self._idle.get_nowait()
             if connection.sock is not None:
                 connection.sock.settimeout(timeout)
-            return connection
+            return connection, True
         host, port = self.parts.hostname or "", self.parts.port
         if self.parts.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
-        return http.client.HTTPConnection(host, port, timeout=timeout)
+            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context()), False
+        return http.client.HTTPConnection(host, port, timeout=timeout), False
 
 
 def _reason(text: bytes) -> str:

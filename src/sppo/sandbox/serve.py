@@ -9,24 +9,45 @@ from __future__ import annotations
 
 import hmac
 import json
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from .pool import Sandbox
 from .remote import job_from, limits_from, result_to
 
-LARGEST_REQUEST, MOST_JOBS = 64 << 20, 256
+LARGEST_REQUEST, MOST_JOBS = 64 << 20, 4096
+MOST_CONNECTIONS, IDLE_SECONDS = 256, 30
+"""Connections held at a time, and how long one may say nothing: whoever has no token cannot keep others out for longer."""
 
 
 class Server(ThreadingHTTPServer):
     """An HTTP server over a sandbox. Raises SandboxUnavailable before it listens when programs cannot be isolated here."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], sandbox: Sandbox, token: str) -> None:
         sandbox.probe()
         self.sandbox, self.token = sandbox, token
+        self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
         super().__init__(address, _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for each connection, as long as there are places."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that breaks is its client's affair."""
 
     def run(self, tree: Any) -> dict[str, Any]:
         """`/run`. Raises ValueError for a request that is not one."""
@@ -63,7 +84,7 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"  # connections stay open between jobs
-    timeout = 600
+    timeout = IDLE_SECONDS
 
     def setup(self) -> None:
         super().setup()
@@ -83,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(given.encode(), self.server.token.encode()):
             self.close_connection = True  # its body was not read
             return self._say(401, {"error": "the token is not right: Authorization: Bearer TOKEN"})
-        if answer is None or not size.isdigit() or int(size) > LARGEST_REQUEST:
+        if answer is None or not (size.isascii() and size.isdigit()) or int(size) > LARGEST_REQUEST:
             self.close_connection = True
             return self._say(
                 404 if answer is None else 413, {"error": f"POST /run or /run_code, at most {LARGEST_REQUEST} bytes"}

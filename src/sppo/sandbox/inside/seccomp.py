@@ -26,10 +26,19 @@ DENIED = {
     "ioperm": (173, None), "iopl": (172, None), "modify_ldt": (154, None), "vhangup": (153, 58), "fanotify_init": (300, 262),
     "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "process_madvise": (440, 440), "process_mrelease": (448, 448),
     "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424),
+    # marks on files that outlive a program, also on what is read-only or not its own folder's
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None),
+    "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "flock": (73, 32),
+    # how other processes run
+    "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274), "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239),
 }  # fmt: skip
 FORK = {"fork": (57, None), "vfork": (58, None)}
 EXEC = {"execve": (59, 221), "execveat": (322, 281)}
 CLONE, CLONE3, SOCKET, SOCKETPAIR, IOCTL = (56, 220), (435, 435), (41, 198), (53, 199), (16, 29)
+PRLIMIT, PRCTL, SET_DEATH_SIGNAL = (302, 261), (157, 167), 1
 NEW_NAMESPACES, THREAD = 0x7E020000 | 0x80, 0x10000
 AF_UNIX, TIOCSTI, TIOCLINUX = 1, 0x5412, 0x541C
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -91,6 +100,16 @@ def program(fork, unix=True):
         equal(AF_UNIX, 1, 0)
         give(ERRNO | errno.EACCES)
         load(NUMBER)
+    equal(PRLIMIT[column], 0, 4)  # its own limits only
+    load(ARGUMENT_0)
+    equal(0, 1, 0)
+    give(ERRNO | errno.EPERM)
+    load(NUMBER)
+    equal(PRCTL[column], 0, 4)  # it ends with its keeper
+    load(ARGUMENT_0)
+    equal(SET_DEATH_SIGNAL, 0, 1)
+    give(ERRNO | errno.EPERM)
+    load(NUMBER)
     equal(IOCTL[column], 0, 5)
     load(ARGUMENT_1)
     equal(TIOCSTI, 1, 0)

@@ -15,7 +15,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -37,7 +36,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
     38,
     47,
 )
-ENDED = struct.Struct("<iddqq")  # wait status, user and system seconds, peak in KiB, instructions or -1
+ENDED = struct.Struct("<iqq")  # wait status, peak in KiB, instructions or -1
 PAGE = os.sysconf("SC_PAGE_SIZE")
 WATCH_SECONDS = 0.02  # how often the memory of forking programs is added up
 
@@ -119,13 +118,13 @@ def first_process(limits, fds, report):
         pid, status, usage = os.wait4(-1, 0)
         if pid == child:
             break
-    ended = (status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss, counter.read(counting))
-    os.write(report, b"E" + ENDED.pack(*ended))
+    os.write(report, b"E" + ENDED.pack(status, usage.ru_maxrss, counter.read(counting)))
     os._exit(0)
 
 
 def the_program(limits, fds, report):
     request, result, stdin, stdout, stderr = fds[:5]
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
     os.setsid()
     os.dup2(stdin, 0)
     os.dup2(stdout, 1)
@@ -161,17 +160,35 @@ def memory_in_use(mine):
     return total
 
 
+def seconds_in_use(mine):
+    """Processor time of the programs' living processes and of their children that are gone. `mine`: as above."""
+    total = 0.0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in mine:
+            try:
+                with open("/proc/%s/stat" % name) as file:
+                    ticks = sum(map(int, file.read().rpartition(")")[2].split()[11:15])) / os.sysconf("SC_CLK_TCK")
+                threads = 0
+                for thread in os.listdir("/proc/%s/task" % name):
+                    with open("/proc/%s/task/%s/schedstat" % (name, thread)) as file:
+                        threads += int(file.read().split()[0])
+                total += max(ticks, threads / 1e9)  # whole ticks count dead threads, nanoseconds the living ones
+            except (OSError, IndexError, ValueError):
+                pass  # it ended meanwhile
+    return total
+
+
 def serve(limits, fds):
     """Run one program to its end; returns the report, whose contents no program can write."""
     report_read, report_write = os.pipe()
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     keeper = os.fork()
     if keeper == 0:
         try:
             control.close()
             os.close(report_read)
+            check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
             if ISOLATED:
-                check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
                 check(libc.unshare(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
             first = os.fork()
             if first == 0:
@@ -212,17 +229,47 @@ def serve(limits, fds):
         if limits["fork"] and ISOLATED and memory_in_use(trusted) > limits["memory_bytes"]:
             ended_by = "memory"
             break
+    lost = 0.0
     if ended_by is not None:
+        if ISOLATED:  # a namespace that is torn down takes the account of its processes with it
+            lost = seconds_in_use(trusted)
         os.kill(keeper, signal.SIGKILL)  # and with it process 1, and with that everything in its namespace
     os.close(keeper_fd)
     reap()  # only when nothing of the program is left is its report complete, and the next one may come
     if MODE == "landlock":
-        shutil.rmtree(OWN_FOLDER, ignore_errors=True)
+        remove(OWN_FOLDER)
     text = bytearray()
     while part := os.read(report_read, 4096):
         text += part
     os.close(report_read)
-    return describe(bytes(text), ended_by, time.monotonic() - began)
+    said = describe(bytes(text), ended_by, time.monotonic() - began)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # of everything that ran for this program and is gone: what was killed, what its children's children did
+    said["cpu_seconds"] = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime + lost
+    return said
+
+
+def remove(folder):
+    """Delete a program's folder, whatever it made there; a jail that cannot ends, and is started anew with a fresh one."""
+    if not os.path.lexists(folder):
+        return
+    os.chmod(folder, 0o700)
+    moved = 0
+    folders = [folder]
+    while folders:  # no recursion: nesting is the program's to choose
+        here = folders.pop()
+        for entry in list(os.scandir(here)):
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            if here != folder:  # up to the top, so that no path grows too long
+                moved += 1
+                os.rename(entry.path, os.path.join(folder, ".%d" % moved))
+            folders.append(entry.path if here == folder else os.path.join(folder, ".%d" % moved))
+        if here != folder:
+            os.rmdir(here)
+    os.rmdir(folder)
 
 
 def reap():
@@ -257,10 +304,8 @@ def describe(text, ended_by, seconds):
         if kind == b"R":
             out["ready"] = True
         elif kind == b"E":
-            status, user, system, peak, count = ENDED.unpack(text[at : at + ENDED.size])
-            out.update(
-                ended=True, status=status, cpu_seconds=user + system, max_rss_bytes=peak * 1024, instructions=count
-            )
+            status, peak, count = ENDED.unpack(text[at : at + ENDED.size])
+            out.update(ended=True, status=status, max_rss_bytes=peak * 1024, instructions=count)
             at += ENDED.size
         else:
             out["failure"] = text[at:].decode("utf-8", "replace")
