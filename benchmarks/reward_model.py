@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
+from sppo.models.pretrained import LARGE, choose_dtype
 from sppo.models.reward_model import RewardModel
 from sppo.models.tiny import character_tokenizer
 
 VARIANTS = ("packed", "padded", "per token")
-SEQUENCES, SHORTEST, LONGEST, BATCH = 64, 32, 512, 16
+SEQUENCES, SHORTEST, LONGEST, BATCH = 32, 32, 384, 8
 
 
 def config() -> Any:
-    """The shape of SmolLM2-135M, with random weights: what is measured does not depend on them."""
+    """The widths of SmolLM2-135M and twelve of its layers, with random weights: what is measured does not depend on them."""
     return LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9,
         num_key_value_heads=3, num_labels=1, pad_token_id=0,
     )  # fmt: skip
 
@@ -52,7 +53,7 @@ def measure(variant: str, rounds: int) -> dict[str, Any]:
     """Seconds a round and memory above the loaded model."""
     torch.manual_seed(0)
     kind = LlamaForTokenClassification if variant == "per token" else LlamaForSequenceClassification
-    model = kind(config()).to(torch.bfloat16).eval()
+    model = kind(config()).to(choose_dtype("auto", LARGE, torch.device("cpu"))[0]).eval()
     rows = sequences()
     ours = RewardModel(model, character_tokenizer(), name="benchmark") if variant == "packed" else None
 

@@ -17,7 +17,9 @@ REFERENCE = "def f(n):\n    total = 0\n    for i in range(n):\n        total += 
 PROGRAMS = {
     "the same": REFERENCE,
     "two sums": "def f(n):\n    return sum(i % 3 for i in range(0, n * 3 // 4)) + sum(i % 3 for i in range(n * 3 // 4, n))",
-    "half the loop, twice the work": REFERENCE.replace("range(n)", "range(n // 2)").replace("i % 3", "i % 3 + (i + n // 2) % 3"),
+    "half the loop, twice the work": REFERENCE.replace("range(n)", "range(n // 2)").replace(
+        "i % 3", "i % 3 + (i + n // 2) % 3"
+    ),
 }
 REPEATS = 25
 

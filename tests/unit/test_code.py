@@ -20,7 +20,7 @@ from sppo.errors import RecipeError
 from sppo.rewards.base import load_reward
 from sppo.rewards.code import CodeReward, build, extract_code
 from sppo.tasks.records import task_from
-from sppo.types import Rollout, Verdict
+from sppo.types import Rollout, Task, Verdict
 
 pytestmark = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt-get install bubblewrap"
@@ -228,3 +228,40 @@ def test_no_mutant_passes_that_fails_when_run_by_hand(reward: CodeReward) -> Non
     assert wrong == []
     assert by_hand.count(False) > 100  # the mutations do break programs
     assert [r["task_id"] for (r, _), p, h in zip(pairs, paid, by_hand, strict=True) if p != h] == []
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"tests": ["def test_f():\n    assert f(3) == 9"]}, {"tests": ["f(3) == 9"]}, {"tests": ["f(3)"]},
+        {"tests": ["import unittest\nclass T(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(3), 9)"]},
+        {"test": "def check(candidate):\n    pass", "entry_point": "f"}, {"test": "def chk(c):\n    assert c(3) == 9", "entry_point": "f"},
+        {"tests": ["assert f(3) == 9"], "test_setup_code": "1/0"}, {"tests": ["import nomodule\nassert f(3) == 9"]},
+    ],
+)  # fmt: skip
+def test_tests_that_can_fail_nobody_or_everybody_are_the_rows_fault(reward, columns):
+    verdict = reward.judge([Rollout(Task("t", "?", columns), [], [], [], "stop", "def f(x): return 0")])[0]
+    assert verdict.outcome == "invalid_task", verdict
+
+
+def test_no_program_can_make_its_row_invalid(reward):
+    for body in ("raise ModuleNotFoundError('x', name='y')", "import nothing_like_this", "raise ImportError"):
+        rollout = Rollout(Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", f"def f(x):\n    {body}")
+        assert reward.judge([rollout])[0].outcome in ("wrong", "crashed")
+
+
+def test_which_block_is_the_program_and_what_it_may_use(reward):
+    right = "```python\ndef f(x):\n    return x * x\n```"
+    for after in ("\nOutput:\n```\n9\n```", "\nUse it:\n```python\nprint(f(3))\n```", ""):
+        rollout = Rollout(Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", right + after)
+        assert reward.judge([rollout])[0].outcome == "correct", after
+    row = {"tests": ["assert f(4) == 2"], "test_imports": ["import math"]}
+    assert (
+        reward.judge([Rollout(Task("t", "?", row), [], [], [], "stop", "def f(x): return math.sqrt(x)")])[0].outcome
+        == "correct"
+    )
+    row = {"test": "def check(candidate):\n    assert candidate(3) == 9", "entry_point": "f"}
+    assert (
+        reward.judge([Rollout(Task("t", "Square", row), [], [], [], "stop", "def f(x): return x * x")])[0].outcome
+        == "correct"
+    )

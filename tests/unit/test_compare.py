@@ -132,3 +132,22 @@ def test_no_answer_keeps_the_comparison_busy() -> None:
             outcome(f"answer:mode={mode}", f"Answer: {hostile}", "B" if mode == "choice" else "1")
         extract_answer(hostile)
     assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("The answer is **18**.", "18"), ("The answer is 18. It took 3 steps.", "18"), ("The answer is 18, since 9*2 = 18.", "18"),
+        (r"\boxed{\text{yes}}", "yes"), ("<think>5</think><answer>Paris</answer>", "Paris"), ("Answer: \"Paris\"", "Paris"),
+        ("Answer: - 5", "-5"), ("Answer: 3 1/2", "3.5"), ("Answer: 7/2", "3 1/2"), ("Answer: 5 hrs", "5 h"), ("Answer: 5 gallons", "5 gal"),
+        ("Answer: St. Petersburg", "St. Petersburg"), ("Answer: 0.5.", "0.5"),
+    ],
+)  # fmt: skip
+def test_how_people_write_answers(text: str, gold: str) -> None:
+    assert outcome("answer", text, gold) == "correct"
+    assert outcome("answer", text, "17") == "wrong"
+
+
+def test_choices_as_people_write_them() -> None:
+    for text in (r"\boxed{\textbf{(B)}\ Paris}", "Answer: B - Paris", r"\boxed{\text{(B)}}"):
+        assert outcome("answer:mode=choice", text, "B", choices=["Rome", "Paris"]) == "correct"

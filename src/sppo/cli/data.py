@@ -12,6 +12,8 @@ from ..errors import DataError, UserError
 from ._shared import emit
 
 SHOWN = 20
+MADE = 1000
+"""Problems that are looked at of a task that makes them: it may have a million."""
 
 
 def add(subparsers: Any) -> None:
@@ -34,7 +36,9 @@ def add(subparsers: Any) -> None:
         default=1024,
         help="prompts above this are over-long [1024; 4 characters a token without --model]",
     )
-    parser.add_argument("--n", type=int, help="look at the first N rows only")
+    parser.add_argument(
+        "--n", type=int, help="look at the first N rows only [all of a file, 1000 of a task that makes its problems]"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.set_defaults(run=run)
 
@@ -51,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     n = len(tasks) + len(problems)
     if n == 0:
         raise DataError(f"{args.data} holds no rows")
-    reward = reward or load_reward(fitting_reward(tasks[0]) if tasks else "answer")
+    use = args.reward or (fitting_reward(tasks[0]) if tasks else "answer")
+    reward = reward or load_reward(use)
     problems += _prompt_problems(args, tasks)
     check_all = getattr(reward, "check_all", None)
     reasons = check_all(tasks) if check_all else [reward.check(t) for t in tasks]
@@ -62,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
     bad = len({p["row"] for p in problems})
     kinds = dict(Counter(p["kind"] for p in problems))
     share = bad / n
-    result = {"n": n, "bad": bad, "share": share, "kinds": kinds, "problems": problems}
+    result = {"reward": use, "n": n, "bad": bad, "share": share, "kinds": kinds, "problems": problems}
     lines = [f"{p['row']}: {p['kind']}: {p['reason']}" for p in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"… and {len(problems) - SHOWN} more (--json lists them all)")
-    lines.append(f"{bad} of {n} rows ({share:.2%}) have a problem" + (f": {kinds}" if kinds else ""))
+    lines.append(
+        f"{bad} of {n} rows ({share:.2%}) have a problem for the reward {use}" + (f": {kinds}" if kinds else "")
+    )
     emit(result, args.json, "\n".join(lines))
     return 2 if share > args.threshold else 0
 
@@ -78,7 +85,7 @@ def _read(args: argparse.Namespace, problems: list[dict[str, Any]]) -> list[Any]
 
     if not is_records(args.data) or ":" in args.data:
         source = load_tasks(args.data)
-        return [source[i] for i in range(min(args.n or len(source), len(source)))]
+        return [source[i] for i in range(min(args.n or MADE, len(source)))]
     tasks = []
     broken: list[tuple[int, str]] = []
     for number, row in read_rows(Path(args.data), broken):

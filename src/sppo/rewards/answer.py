@@ -24,6 +24,8 @@ from .compare import choice, members, number, plain, quantity, same_number, same
 _MARK = re.compile(r"(?i:\b(?:final answer|answer))\s*(?:is|:|=)\s*:?|(?<![A-Za-z])A:")
 _HASH = re.compile(r"####[^\S\n]*([^\n]+)")
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?")
+_TAG = re.compile(r"<answer>([^<]*)</answer>")
+_GOES_ON = re.compile(r"\*{0,2}\.\*{0,2}\s|,\s(?:since|because|as|which|so|where|and)\b|\s\(")
 EXTRACT = ("auto", "boxed", "marked", "hash", "number", "whole")
 MODES = ("auto", "exact", "numeric", "set", "list", "choice")
 UNITS = ("optional", "required", "ignore")
@@ -93,6 +95,8 @@ def extract_answer(text: str, how: str = "auto") -> str | None:
         return text.strip() or None
     if how == "number":
         return last_number(text)
+    if how == "auto" and (tagged := _TAG.findall(text)):
+        return tagged[-1].strip() or None
     if how in ("boxed", "auto") and (content := boxed(text)) is not None:
         return content
     if how in ("hash", "auto") and (marks := _HASH.findall(text)):
@@ -100,8 +104,15 @@ def extract_answer(text: str, how: str = "auto") -> str | None:
     if how in ("marked", "auto"):
         after = after_last_mark(text)
         if after:
-            return after.splitlines()[0].strip("*` ") or None
+            return _first_clause(after.splitlines()[0]) or None
     return last_number(text) if how == "auto" else None
+
+
+def _first_clause(line: str) -> str:
+    """The answer of a line that goes on after it: `18. It took 3 steps`, `18, since 9*2 = 18`. Cut only where a number stands before."""
+    line = line.strip("*` ").removesuffix(".").strip("*` ")
+    clause = _GOES_ON.split(line, maxsplit=1)[0].strip("*` ")
+    return clause if clause != line and quantity(clause) is not None else line
 
 
 def looks_cut_off(gold: str) -> bool:

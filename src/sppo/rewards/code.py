@@ -59,12 +59,23 @@ def extract_code(text: str) -> str | None:
             fence = ""
         elif fence:
             body.append(line)
-    python = [code for name, code in blocks if name in ("python", "py", "python3", "")]
     if blocks:
-        return (python or [code for _, code in blocks])[-1]
+        tagged = [code for name, code in blocks if name in ("python", "py", "python3")]
+        found = tagged or [code for name, code in blocks if name == ""] or [code for _, code in blocks]
+        defining = [
+            code for code in found if _defines_something(code)
+        ]  # a usage example after the answer is not the answer
+        return (defining or found)[-1]
     if fence:
         return "".join(body) or None
     return text if text.strip() and parsed(text) is not None else None
+
+
+def _defines_something(code: str) -> bool:
+    tree = parsed(code)
+    return tree is not None and any(
+        isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for n in tree.body
+    )
 
 
 def program_of(task: Task, text: str) -> str | None:
@@ -77,6 +88,11 @@ def program_of(task: Task, text: str) -> str | None:
             return continued if defines(continued, head) else code
         joined = f"{_prompt_code(task, head)}\n{code}"  # the prompt's helpers stay in reach of a function written anew
         return joined if parsed(joined) is not None else code
+    imports = task.columns.get("test_imports")
+    if code is not None and isinstance(imports, list) and all(isinstance(line, str) for line in imports):
+        return "\n".join(
+            [*imports, code]
+        )  # as people run these rows: what the tests import is there for the program too
     return code
 
 
@@ -86,7 +102,10 @@ def _prompt_code(task: Task, entry: str) -> str:
     if tree is None:
         return ""
     return "\n".join(
-        ast.unparse(node) for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == entry)
+        ast.unparse(node)
+        for node in tree.body
+        if not (isinstance(node, ast.FunctionDef) and node.name == entry)
+        and not isinstance(node, ast.Expr)  # a prompt of one word is Python too
     )
 
 

@@ -85,9 +85,10 @@ class MixedReward:
             "measures": {f"part_{i}_{p.name.partition(':')[0]}": v.score for i, (p, v) in enumerate(pairs)}
             | {name: value for v in verdicts for name, value in v.evidence.get("measures", {}).items()},
         }  # fmt: skip
-        masked = next((v for v in verdicts if v.masked), None)
+        masked = next((v for p, v in pairs if v.masked and (p.role != "+" or p.weight > 0)), None)
         if masked is not None:
-            return Verdict(0.0, masked.outcome, evidence, excluded=True)
+            why = {"reason": masked.evidence["reason"]} if "reason" in masked.evidence else {}
+            return Verdict(0.0, masked.outcome, evidence | why, excluded=True)
         required = [verdicts[0], *(v for p, v in pairs[1:] if p.role == "and")]
         worst = min(required, key=lambda v: v.correct)
         held = min((v.correct for v in required[1:]), default=1.0)  # 1 where there is no conjunction

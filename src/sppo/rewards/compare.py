@@ -17,6 +17,7 @@ _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?(?:/\d
 _MULTIPLIERS = re.compile(
     r"(?i)\b(?:dozens?|hundreds?|thousands?|millions?|billions?|percent|pairs?|or|and|to|x|half|halves|thirds?|quarters?)\b"
 )
+_UPRIGHT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s{0,2}\{([^{}]*)\}")
 _COUNTED = re.compile(r"[A-Za-z]+(?:\s[A-Za-z]+){0,2}")
 _QUANTITY = re.compile(
     r"([$€£]?)\s{0,2}([-+−]?[\d.,]+(?:[eE][-+]?\d{1,3}|\s?[x×*]\s?10\^\{?-?\d{1,3}\}?)?(?:/\d+)?)\s{0,2}(\D.*)?",
@@ -43,7 +44,12 @@ def number(text: str) -> Fraction | None:
     """The number that a text *is* (commas, fractions, mixed numbers, exponents, a currency or percent sign, a closing period), or None."""
     if len(text) > 400:
         return None
-    cleaned = _plain_fractions(text.strip().strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
+    text = re.sub(
+        r"^([-+−]?)\s{0,3}(\d{1,9})\s(\d{1,9})/(\d{1,9})$",
+        r"\1\2\\frac{\3}{\4}",
+        re.sub(r"^([-+−])\s{1,3}(?=[\d.])", r"\1", text.strip()),
+    )
+    cleaned = _plain_fractions(text.strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
     if _THOUSANDS.fullmatch(cleaned):  # other commas separate: `1,2` is a pair, not twelve
         cleaned = cleaned.replace(",", "")
     if not _PLAIN_NUMBER.fullmatch(cleaned):  # Fraction itself takes more: `1_0`, exponents that would fill the memory
@@ -126,8 +132,9 @@ def same_quantity(given: Quantity, gold: Quantity, tolerance: float, units: str)
 
 
 def plain(text: str) -> str:
-    """Text less case, spaces at the ends and closing periods."""
-    return " ".join(text.split()).strip(" .").casefold()
+    """Text less case, spaces and quotes at the ends, closing periods, and LaTeX that only sets it upright."""
+    text = _UPRIGHT.sub(r"\1", text).replace("\\ ", " ").replace("\\left", "").replace("\\right", "")
+    return " ".join(text.split()).strip(" .").strip("\"'$").casefold()
 
 
 def members(text: str) -> list[str]:
@@ -170,7 +177,8 @@ def _enclosed(text: str) -> bool:
 
 def choice(text: str, options: Sequence[str] | None) -> str | None:
     """The letter of the option that an answer chooses: `B`, `(B) Paris`, `Option B`, or the option's own text; None if it chooses none."""
-    text = text.strip().strip("*$` ").removeprefix("\\text{").removesuffix("}")
+    text = _UPRIGHT.sub(r"\1", text).replace("\\ ", " ").strip().strip("*$` ")
+    text = re.sub(r"^([A-Za-z])\s[-–—]\s", r"\1. ", text)
     if options:
         for i, option in enumerate(options):
             if plain(str(option)) == plain(text):

@@ -84,7 +84,7 @@ def _once(
         raise Fault(
             f"reward {name} did not come back within {limit:g} s with {len(rollouts)} completions (reward.limit)"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Fault(
             f"reward {name} raised {type(error).__name__}: {error} (called with {len(rollouts)} completions); "
             "a sample that cannot be graded should get None"

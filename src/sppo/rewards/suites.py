@@ -75,8 +75,8 @@ def _suite(task: Task, value: Any) -> Suite | str:
             tree = parsed(test)
             if tree is None:
                 return f"test {i} is not Python"
-            if not any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree)):
-                return f"test {i} checks nothing: {test[:40]!r}"
+            if not _checks(tree, parsed(setup)):
+                return f"test {i} checks nothing (it runs no `assert`): {test[:40]!r}"
         judge = ambiguous(value, setup) if entry is None else None
         if judge is not None:
             return (
@@ -89,11 +89,35 @@ def _suite(task: Task, value: Any) -> Suite | str:
     return _rows(value, entry)
 
 
+def _judges(node: ast.AST) -> bool:
+    """Whether a piece of test code can fail a program on purpose: an assertion, a raise, a call of an `assert…` function."""
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return name.startswith("assert")
+    return isinstance(node, (ast.Assert, ast.Raise))
+
+
+def _checks(test: ast.Module, setup: ast.Module | None) -> bool:
+    """Whether running a test judges anything: by itself, or by calling what it or the setup defines and what does."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    judges = {
+        node.name for tree in (test, setup) if tree is not None for node in tree.body
+        if isinstance(node, definitions) and any(map(_judges, ast.walk(node)))
+    }  # fmt: skip
+    runs = [node for statement in test.body if not isinstance(statement, definitions) for node in ast.walk(statement)]
+    return any(_judges(n) or (isinstance(n, ast.Name) and n.id in judges) for n in runs)
+
+
 def _test_code(task: Task, code: str, entry: Any) -> Suite | str:
     if not isinstance(entry, str):
         return "test code needs an `entry_point`, the name of the function it checks"
-    if parsed(code) is None:
+    tree = parsed(code)
+    if tree is None:
         return "the test code is not Python"
+    if not any(map(_judges, ast.walk(tree))):
+        return "the test code checks nothing (it has no `assert`)"
+    if not defines(code, "check") and not _checks(tree, None):
+        return "the test code defines no `check(candidate)` and runs no `assert` of its own"
     setup = (
         f"{task.text}\n" if defines(task.text, entry) else ""
     )  # helpers of a code prompt; the entry itself is replaced

@@ -12,13 +12,14 @@ _TABLE: dict[str, tuple[str, str]] = {  # unit: (factor, base units)
     "min": ("60", "s"), "h": ("3600", "s"), "hr": ("3600", "s"), "day": ("86400", "s"), "week": ("604800", "s"),
     "in": ("127/5000", "m"), "ft": ("381/1250", "m"), "yd": ("1143/1250", "m"), "mi": ("201168/125", "m"),
     "lb": ("45359237/100000000", "kg"), "oz": ("45359237/1600000000", "kg"), "t": ("1000", "kg"), "ton": ("1000", "kg"),
-    "l": ("1/1000", "m m m"), "L": ("1/1000", "m m m"), "N": ("1", "kg m /s /s"), "J": ("1", "kg m m /s /s"), "W": ("1", "kg m m /s /s /s"),
+    "l": ("1/1000", "m m m"), "L": ("1/1000", "m m m"), "gal": ("473176473/125000000000", "m m m"),
+    "N": ("1", "kg m /s /s"), "J": ("1", "kg m m /s /s"), "W": ("1", "kg m m /s /s /s"),
     "Pa": ("1", "kg /m /s /s"), "Hz": ("1", "/s"), "C": ("1", "A s"), "V": ("1", "kg m m /s /s /s /A"), "ohm": ("1", "kg m m /s /s /s /A /A"),
     "eV": ("1602176634/10000000000000000000000000000", "kg m m /s /s"), "cal": ("523/125", "kg m m /s /s"), "kWh": ("3600000", "kg m m /s /s"),
     "$": ("1", "currency"), "¢": ("1/100", "currency"), "%": ("1/100", ""), "rad": ("1", ""),
 }  # fmt: skip
 _WORDS = {
-    "meter": "m", "metre": "m", "gram": "g", "second": "s", "sec": "s", "minute": "min", "hour": "h", "inch": "in", "inche": "in",
+    "meter": "m", "metre": "m", "gram": "g", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hrs": "h", "gallon": "gal", "inch": "in", "inche": "in",
     "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
     "newton": "N", "joule": "J", "watt": "W", "volt": "V", "amp": "A", "ampere": "A", "kelvin": "K", "hertz": "Hz", "pascal": "Pa",
     "dollar": "$", "usd": "$", "cent": "¢", "percent": "%", "Ω": "ohm", "mph": "mi/h", "kph": "km/h", "sq": "", "lbs": "lb", "calorie": "cal",

@@ -59,7 +59,7 @@ class Sandbox:
         self, backend: str = "bwrap", slots: int = 2, limits: Limits | None = None, python: str | None = None
     ) -> None:
         if backend not in BACKENDS:
-            raise RecipeError(f"sandbox: no backend {backend!r}: {nearest(backend, list(BACKENDS))}")
+            raise RecipeError(f"sandbox: no backend {backend!r}: {nearest(backend, [*BACKENDS, 'remote'])}")
         if slots < 1:
             raise RecipeError(f"sandbox: slots={slots} must be at least 1")
         self.backend, self.slots, self.limits = backend, slots, limits or Limits()

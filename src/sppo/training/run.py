@@ -26,7 +26,7 @@ from ..models.critic import Critic
 from ..models.policy import Policy, parameter_count, weights_sha256
 from ..models.pretrained import pick_device, saved_dtype
 from ..objective.diagnostics import explained_variance_ceiling
-from ..rewards.base import Reward, load_reward
+from ..rewards.base import Reward, fitting_reward, load_reward
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
 from ..tasks.base import GIVEN, TaskSource, load_pair, load_tasks
@@ -261,9 +261,13 @@ class Run:
             self.sync()
             result = self.evaluate()
             if result.n == 0:
-                reasons = {str(dict(r.verdict.evidence)) for r in result.rollouts if r.verdict}
+                reasons = {
+                    str(r.verdict.evidence.get("reason", r.verdict.outcome)) for r in result.rollouts if r.verdict
+                }
+                fits = fitting_reward(self.held_out[0])
+                hint = "" if fits == self.config.reward.use else f"; these problems look made for reward.use = {fits!r}"
                 raise DataError(
-                    f"none of the {len(self.held_out)} held-out problems can be graded by {self.config.reward.use!r}: {min(reasons)}"
+                    f"none of the {len(self.held_out)} held-out problems can be graded by {self.config.reward.use!r}: {min(reasons)}{hint}"
                 )
             self.state.before = result.as_dict()
             self.observer.evaluation(0, result)

@@ -173,7 +173,9 @@ def tests(request, result_fd, peer_fd):
             raise ConnectionError("the solution's process is gone")
         said = json.loads(line)
         if said[0] == "exception":
-            raise the_error(*map(str, said[1:4]))
+            error = the_error(*map(str, said[1:4]))
+            error.from_the_solution = True
+            raise error
         if said[0] == "ok":
             for before, after in zip((*args, *kwargs.values()), said[2]):  # what the call did to its arguments
                 if type(before) in (list, dict, set):
@@ -272,7 +274,11 @@ def tests(request, result_fd, peer_fd):
         made.__name__ = name
         return made
 
-    world = module("__main__", request["setup"], "<setup>")
+    try:
+        world = module("__main__", request["setup"], "<setup>")
+    except BaseException as error:
+        cannot.append("the setup code fails: %s: %s" % (type(error).__name__, str(error)[:200]))
+        world = {}
     for name in request["names"]:
         if request["replace"] or name not in world:  # what the task's setup made is the task's, however it made it
             world[name] = taken(name)
@@ -283,6 +289,8 @@ def tests(request, result_fd, peer_fd):
             held.append(True)
         except Exception as error:
             held.append(False)
+            if type(error) is ModuleNotFoundError and not hasattr(error, "from_the_solution"):
+                cannot.append("a test imports %s, which the jail's Python does not have" % error.name)
             if number == 0 or all(not h for h in held):
                 say(error)
     with open(result_fd, "w", encoding="ascii") as out:
