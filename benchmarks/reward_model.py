@@ -90,7 +90,7 @@ def main() -> None:
         print(json.dumps(measure(args.variant, args.rounds)))
         return
     runs: dict[str, list[dict[str, Any]]] = {v: [] for v in VARIANTS}
-    for _ in range(3):  # interleaved, so that all see the same machine
+    for _ in range(2):  # interleaved, so that all see the same machine
         for variant in VARIANTS:
             done = subprocess.run(
                 [sys.executable, __file__, "--variant", variant], capture_output=True, text=True, check=True
