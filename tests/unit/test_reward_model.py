@@ -82,6 +82,13 @@ def test_micro_batches_keep_to_their_budget_and_lose_nobody() -> None:
             assert cost <= 40
 
 
+def test_text_that_spells_a_special_token_stays_text() -> None:
+    model = small("qwen2")
+    end = model.tokenizer.eos_token_id
+    assert model.ids("q:", "a<eos>b").count(end) == 1  # the one that ends every response
+    assert model.ids("q:", "a<eos>b")[-1] == end
+
+
 def test_two_outputs_are_a_logit_and_more_are_refused() -> None:
     model = small("qwen2", labels=2)
     ids = [5, 6, 7]

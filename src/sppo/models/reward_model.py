@@ -100,8 +100,10 @@ class RewardModel(nn.Module):
         text = prompt if isinstance(prompt, str) else Task("reward", prompt).text
         if self._decodes:  # the end is part of what is judged
             end = self.tokenizer.eos_token_id
-            return self.tokenizer(text + response)["input_ids"] + ([] if end is None else [end])
-        return self.tokenizer(text, response)["input_ids"]
+            return self.tokenizer(text + response, split_special_tokens=True)["input_ids"] + (
+                [] if end is None else [end]
+            )
+        return self.tokenizer(text, response, split_special_tokens=True)["input_ids"]
 
     @property
     def _decodes(self) -> bool:

@@ -59,10 +59,12 @@ class StepModel:
 
     def ids(self, prompt: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
         """(ids, the position at which each step's score is read)."""
-        ids = list(self.tokenizer(prompt)["input_ids"])
+        ids = list(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
         ends = []
         for step in steps:
-            ids += self.tokenizer(step + self.separator, add_special_tokens=False)["input_ids"]
+            ids += self.tokenizer(step + self.separator, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
             ends.append(len(ids) - 1)
         return ids, ends
 
