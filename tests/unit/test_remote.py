@@ -137,5 +137,8 @@ def test_the_command_serves_until_it_is_told_to_stop() -> None:
         assert token
         with RemoteSandbox(address[0], token=token[1]) as far:
             assert far.run([Job("script", "print(6 * 7)")])[0].stdout == b"42\n"
-        process.send_signal(2)
-        assert process.wait(10) == 0
+        process.terminate()
+        try:
+            assert process.wait(10) == 0
+        finally:
+            process.kill()  # a server that stays would keep this test for ever

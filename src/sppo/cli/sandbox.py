@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 from typing import Any
 
 from ..errors import UserError
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             "\n".join(lines),
         )
         print(end="", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where whoever started it had them ignored
+            signal.signal(number, signal.default_int_handler)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
