@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 
 help:
 	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
-	@echo "make quickstart   train a tiny reasoner from nothing, three to five minutes on two cores"
+	@echo "make quickstart   train a tiny reasoner from nothing, three to seven minutes on two cores"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make test         linter, types, layers and all tests"
 
