@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sppo.errors import RecipeError
+from sppo.errors import RecipeError, RewardError
 from sppo.rewards.base import load_reward
 from sppo.rewards.combine import MixedReward, Part, parse_mixture
 from sppo.types import Outcome, Rollout, Task, Verdict
@@ -75,3 +75,24 @@ def test_the_sentence() -> None:
             parse_mixture(bad)
     verdict = load_reward("answer + 1 * answer:mode=exact").judge([ROLLOUT])[0]
     assert (verdict.score, len(verdict.evidence["parts"])) == (1.0, 2)
+
+
+def test_a_part_that_cannot_grade_says_why_and_one_that_pays_nothing_masks_nothing():
+    def leaves(prompts, completions):
+        raise SystemExit(3)
+
+    def none(prompts, completions):
+        return [None] * len(completions)
+
+    def right(prompts, completions):
+        return [1.0] * len(completions)
+
+    rollout = Rollout(Task("t", "?", {}), [], [], [], "stop", "x")
+    with pytest.raises(RewardError, match="SystemExit"):
+        load_reward(leaves).judge([rollout])
+    parts = [Part("right", load_reward(right)), Part("none", load_reward(none), "+", 0.5)]
+    verdict = MixedReward(parts).judge([rollout])[0]
+    assert verdict.masked
+    assert "returned None" in verdict.evidence["reason"]
+    verdict = MixedReward([parts[0], Part("none", load_reward(none), "+", 0.0)]).judge([rollout])[0]
+    assert (verdict.masked, verdict.score) == (False, 1.0)
