@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 NAME = "sppo_packed"
+TOLERANCE = 0.05
+"""Packed and separate outputs may differ by this much of the largest (bfloat16 rounding); a leak is far larger."""
 
 
 def use(model: Any) -> None:
@@ -52,10 +55,11 @@ def attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each sequence to itself.
+    """Causal attention of each sequence to itself, or of one token a sequence to what its slot holds (rollout/slots.py).
 
     Args:
         query, key, value: [1, heads, L, D]; keys and values may have fewer heads (grouped queries).
+        attention_mask: for one query a row, [B, 1, 1, S]: 0 where a row's slot is filled, −inf beyond.
         sliding_window: how far back a layer looks, or None.
         cu_seq_lens_q: where sequences begin, and L, as `boundaries` makes it.
 
@@ -65,6 +69,10 @@ def attention(
     Raises:
         ValueError: for something in the attention that this does not know (a soft cap, sinks).
     """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("this model's attention does more than a softmax; it cannot be packed")
+    if query.size(2) == 1 and attention_mask is not None and attention_mask.dtype == query.dtype:
+        return _next_token(query, key, value, attention_mask, scaling, sliding_window), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module,
@@ -77,8 +85,6 @@ def attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("this model's attention does more than a softmax; it cannot be packed")
     out = []
     lengths: list[int] = cu_seq_lens_q.diff().tolist()
     for start, length, count in runs(lengths):
@@ -98,9 +104,35 @@ def attention(
     return torch.cat(out)[None], None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Packed or not, what is causal needs no mask of its own."""
+def _next_token(
+    query: Tensor, key: Tensor, value: Tensor, mask_B11S: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention of one query a row, [B, 1, heads, D]. The queries that share a key head lie next to each other, so they become
+    the rows of one product, and no key is ever copied for each of them."""
+    if window is not None:
+        filled_B11 = (mask_B11S == 0).sum(-1)
+        column_S = torch.arange(mask_B11S.size(-1), device=query.device)
+        mask_B11S = mask_B11S.masked_fill(column_S < filled_B11[..., None] - window, -torch.inf)
+    rows, heads, _, size = query.shape
+    groups, columns = key.size(1), key.size(2)
+    scale = size**-0.5 if scaling is None else scaling
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        grouped = query.reshape(rows, groups, heads // groups, size)
+        out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask_B11S, scale=scale)
+        return out.reshape(rows, 1, heads, size)
+    # two batched products: on a CPU the fused kernel is made for many queries, and takes up to twice the time for one
+    q, k, v = query.reshape(rows * groups, -1, size), key.flatten(0, 1), value.flatten(0, 1)
+    score = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, columns).mul_(scale).add_(mask_B11S[:, 0])
+    weight = score.softmax(-1).view(rows * groups, -1, columns)
+    return torch.bmm(weight, v).view(rows, 1, heads, size)
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Packed or not, what is causal needs no mask of its own; what is padded gets the one that transformers makes."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _mask)

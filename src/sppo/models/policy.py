@@ -2,8 +2,8 @@
 
 `prompt_ids(task)`: what the model reads. `response_logps(...)`: how likely it finds given responses.
 
-Sequences are right-padded here, so causal attention alone keeps padding out and no mask is needed; the engine, which
-appends tokens, left-pads. Dropout is off in every pass: old and current log-probabilities come from the same function.
+Sequences are packed (packed.py): no padding is computed. A model that cannot be packed gets them right-padded, where causal
+attention alone keeps padding out. Dropout is off in every pass: old and current log-probabilities come from the same function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..types import Task
+from . import packed as packing
 from .logprobs import exact_products, token_logps, token_logps_from_logits
+from .narrow import narrow_linear
 from .pretrained import choose_dtype, ensure_pad, load, render_chat
 
 
@@ -44,6 +46,7 @@ class Policy:
         self.eos_ids = _eos_ids(model, tokenizer, name)
         self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
         self.direct_head = self._head_is_a_projection()
+        self.packs = self._packing_holds()
 
     @classmethod
     def load(
@@ -128,34 +131,84 @@ class Policy:
         row_N, t_N = mask_BT.nonzero(as_tuple=True)
         position_N = prompt_len_B[row_N] + t_N
         target_N = ids_BL[row_N, position_N]
+        # the last token is scored, but nothing follows that it could predict
+        inputs = self._packed_inputs if self.packs else self._padded_inputs
+        inputs_1, state_N = inputs(ids_BL, prompt_len_B + response_len_B - 1, row_N, position_N - 1)
         if self.direct_head:
-            hidden_BLD = self._backbone()(input_ids=ids_BL, use_cache=False).last_hidden_state
+            hidden_ND = self._backbone()(use_cache=False, **inputs_1).last_hidden_state.flatten(0, 1)[state_N]
             head = self.model.get_output_embeddings()
-            logp_N, entropy_N = token_logps(
-                hidden_BLD[row_N, position_N - 1], head.weight, getattr(head, "bias", None), target_N, temperature
-            )
+            logp_N, entropy_N = token_logps(hidden_ND, head.weight, getattr(head, "bias", None), target_N, temperature)
         else:
-            logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
-            logp_N, entropy_N = token_logps_from_logits(logits_BLV[row_N, position_N - 1], target_N, temperature)
+            logits_NV = self.model(use_cache=False, **inputs_1).logits.flatten(0, 1)[state_N]
+            logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N, temperature)
         blank = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=self.device)
         return ResponseLogps(blank.index_put((row_N, t_N), logp_N), blank.index_put((row_N, t_N), entropy_N), mask_BT)
 
-    def next_logits(self, ids_BS: Tensor, **cache_and_positions: Any) -> Tensor:
-        """Float32 logits of the token after the last one, [B, V]; for engines."""
+    @torch.no_grad()
+    def given_logps(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log π of each token of given responses to given prompts, at temperature 1."""
+        rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+        width = max(map(len, rows))
+        ids_BL = torch.tensor([[*row, *[self.pad_id] * (width - len(row))] for row in rows])
+        prompt_len_B, response_len_B = (torch.tensor([len(x) for x in part]) for part in (prompts, responses))
+        logp_BT = self.response_logps(ids_BL, prompt_len_B, response_len_B, 1.0).logp_BT
+        return [logps[: len(r)] for logps, r in zip(logp_BT.tolist(), responses, strict=True)]
+
+    def _padded_inputs(
+        self, ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor
+    ) -> tuple[dict[str, Any], Tensor]:
+        """A rectangle, padded on the right, and where the wanted states lie in it."""
+        width = int(length_B.max())
+        return {"input_ids": ids_BL[:, :width]}, row_N * width + position_N
+
+    def _packed_inputs(
+        self, ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor
+    ) -> tuple[dict[str, Any], Tensor]:
+        """One row of nothing but tokens, and where the wanted states lie in it."""
+        column_L = torch.arange(ids_BL.size(1), device=ids_BL.device)
+        real_BL = column_L < length_B[:, None]
+        packed = {
+            "input_ids": ids_BL[real_BL][None],
+            "position_ids": column_L.expand_as(ids_BL)[real_BL][None],
+            **packing.boundaries(length_B.tolist()),
+        }
+        return packed, (length_B.cumsum(0) - length_B)[row_N] + position_N
+
+    @torch.no_grad()
+    def _packing_holds(self) -> bool:
+        """Whether packed sequences leave each other alone, on three that would notice; if not, padding it is."""
+        before = self.model.config._attn_implementation
+        vocabulary = self.model.get_input_embeddings().weight.size(0)
+        ids_BL = (torch.arange(3)[:, None] * 7 + torch.arange(9) * 3 + 1).remainder(vocabulary).to(self.device)
+        row_N, position_N = torch.tensor([0, 1, 2], device=self.device), torch.tensor([8, 5, 5], device=self.device)
+        length_B = position_N + 1
+        try:
+            inputs, state_N = self._padded_inputs(ids_BL, length_B, row_N, position_N)
+            apart_3V = self.model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+            packing.use(self.model)
+            inputs, state_N = self._packed_inputs(ids_BL, length_B, row_N, position_N)
+            packed_3V = self.model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+            if (packed_3V - apart_3V).abs().max() <= packing.TOLERANCE * apart_3V.abs().max():
+                return True
+        except (TypeError, RuntimeError, ValueError, AttributeError):
+            pass
+        self.model.set_attn_implementation(before)
+        return False
+
+    def next_logits(self, last_N: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Float32 logits of the tokens to come, for engines: after each row's last one, [B, V], or after the tokens at `last_N`
+        of a single packed row, [N, V]."""
         if not self.direct_head:
-            return (
-                self.model(input_ids=ids_BS, use_cache=True, logits_to_keep=1, **cache_and_positions)
-                .logits[:, -1]
-                .float()
-            )
-        hidden_BSD = self._backbone()(input_ids=ids_BS, use_cache=True, **cache_and_positions).last_hidden_state
+            keep = 1 if last_N is None else last_N
+            logits_BSV = self.model(use_cache=True, logits_to_keep=keep, **inputs).logits.float()
+            return logits_BSV[:, -1] if last_N is None else logits_BSV[0]
+        hidden_BSD = self._backbone()(use_cache=True, **inputs).last_hidden_state
+        hidden_ND = hidden_BSD[:, -1] if last_N is None else hidden_BSD[0, last_N]
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         weight = self._float32_head(head.weight)
         with exact_products(head.weight.dtype):
-            return torch.nn.functional.linear(
-                hidden_BSD[:, -1].to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
-            )
+            return narrow_linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
     def _float32_head(self, weight: Tensor) -> Tensor:
         """The head in float32, converted once for each version of the weights rather than once a token."""

@@ -28,8 +28,6 @@ from .pretrained import choose_dtype, ensure_pad, existing, first_line, load, lo
 
 CENTER_KEY = "sppo_center"
 """In `config.json`: the mean score of the training responses. Preferences fix scores only up to a shift."""
-PACKING_TOLERANCE = 0.05
-"""Packed and separate scores may differ by this much of the scores' scale (bfloat16 rounding); a leak is far larger."""
 
 
 class RewardModel(nn.Module):
@@ -156,7 +154,7 @@ class RewardModel(nn.Module):
         try:
             packing.use(self.model)
             packed, apart = self._last_packed(probe), self._last_padded(probe)
-            if (packed - apart).abs().max() <= PACKING_TOLERANCE * apart.abs().max():
+            if (packed - apart).abs().max() <= packing.TOLERANCE * apart.abs().max():
                 return True
         except (TypeError, RuntimeError, ValueError):
             pass

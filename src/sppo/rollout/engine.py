@@ -6,28 +6,37 @@ Token ids go in and token ids come out, never text: what is trained on is exactl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ..models.policy import Policy
+from .sampler import Cut
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy."""
+    """How to sample. `temperature` 0 is greedy; `batch` sequences at once, at most; a response that comes to hold one of the
+    strings `stop` ends there (the tokens that completed it are part of it)."""
 
     max_tokens: int
     temperature: float = 1.0
     batch: int = 256
+    cut: Cut = field(default_factory=Cut)
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response: its ids (EOS included if the model chose it), their log-probabilities as sampled, why it ended."""
+    """One response: its ids (EOS included if the model chose it), their log-probabilities as sampled, why it ended.
+
+    `kept[t]` is the log of the mass among which token t was drawn; empty where the whole softmax was open, so that
+    `logps[t] + kept[t]` is its log-probability under the softmax itself.
+    """
 
     ids: list[int]
     logps: list[float]
     finish: Literal["stop", "length"]
+    kept: list[float] = field(default_factory=list)
 
 
 class Engine(Protocol):
@@ -42,6 +51,9 @@ class Engine(Protocol):
     ) -> list[Sample]:
         """One sample for each prompt, in order. A sample depends on its prompt, its seed and the weights alone: not on its
         neighbours, the batch size or the order. `progress` hears how many sequences are finished."""
+
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log π of each token of given responses at temperature 1, by the code that samples: what the canary sings."""
 
     def sync(self, policy: Policy) -> None:
         """Take over the policy's weights."""

@@ -1,8 +1,8 @@
-"""The local engine: batched decoding of any transformers decoder, in this process, on the learner's own weights.
+"""The local engine: continuous batching of any transformers decoder, in this process, on the learner's own weights.
 
-Prompts are left-padded (positions from the cumulated mask), keys and values are written in place into a cache of the
-final size, and finished sequences leave the batch. Left out on purpose, for a later issue: refilling freed slots,
-sharing a prompt's prefix between its samples, string stops.
+A finished sequence leaves its slot and a waiting one takes it, so that every product is of live tokens alone. Prompts are
+prefilled packed, and a prompt that is sampled several times is computed once. A model that keeps more than plain keys and
+values, or cannot be packed, is sampled by the plain loop (rollout/plain.py).
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from ..errors import RunFailure
+from ..models import packed
+from ..models.narrow import narrow_products
 from ..models.policy import Policy
 from .engine import Sample, Sampling
-from .sampler import draw, uniforms
+from .plain import PlainEngine
+from .responses import Drawn, Given, Responses, next_inputs
+from .slots import Prefix, Slots
 
-SHRINK = 0.8
-"""Finished sequences are dropped once the live share falls below this: dropping copies the cache, keeping wastes steps."""
+PREFILL = 4096
+"""Prompt tokens a pass, about: memory only."""
+REFILL = 16
+"""Waiting prompts are admitted once a sixteenth of the slots is free: a pass for each one alone would cost more than the wait."""
 
 
 def build(policy: Policy) -> LocalEngine:
@@ -33,16 +36,18 @@ class LocalEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.plain = None if policy.packs and _slots_hold(policy) else PlainEngine(policy)
 
     def sync(self, policy: Policy) -> None:
         """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
         self.policy = policy
+        if self.plain is not None:
+            self.plain.sync(policy)
 
     def fingerprint(self) -> str:
         """The checksum of the weights that sampling reads."""
         return self.policy.fingerprint()
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -50,107 +55,149 @@ class LocalEngine:
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
-        """Sample one response a prompt; see the protocol. Prompts of similar length are decoded together."""
+        """Sample one response a prompt; see the protocol."""
         if any(len(p) == 0 for p in prompts):
             raise ValueError("a prompt has no tokens")
-        results: list[Sample | None] = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), sampling.batch):
-            part = order[start : start + sampling.batch]
-            for i, sample in zip(
-                part, self._decode([prompts[i] for i in part], [seeds[i] for i in part], sampling), strict=True
-            ):
-                results[i] = sample
-            if progress:
-                progress(start + len(part))
-        return [r for r in results if r is not None]
+        if self.plain is not None:
+            return self.plain.generate(prompts, seeds, sampling, progress)
+        drawn = Drawn(self.policy, seeds, sampling)
+        _decode(self.policy, prompts, drawn, sampling.batch, progress)
+        return drawn.samples()
 
-    def _decode(self, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Sample]:
-        device, rows, width = self.policy.device, len(prompts), max(map(len, prompts))
-        capacity = width + sampling.max_tokens
-        mask_BS = torch.zeros(rows, capacity, dtype=torch.long)
-        ids_BS = torch.full((rows, width), self.policy.pad_id)
-        for b, prompt in enumerate(prompts):
-            ids_BS[b, width - len(prompt) :] = torch.tensor(prompt)
-            mask_BS[b, width - len(prompt) :] = 1
-        mask_BS, ids_BS = mask_BS.to(device), ids_BS.to(device)
-        position_B1 = mask_BS[:, :width].sum(1, keepdim=True)
-        cache = preallocated_cache(self.policy.model.config, capacity)
-        uniform_BT = uniforms(seeds, sampling.max_tokens).to(device)
-        eos = torch.tensor(self.policy.eos_ids, device=device)
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See the protocol: the decoding loop, with the given tokens in place of drawn ones."""
+        if self.plain is not None:
+            return self.plain.score(prompts, responses)
+        given = Given(responses)
+        _decode(self.policy, prompts, given, len(prompts))
+        return given.logps
 
-        token_BT = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=device)
-        logp_BT = torch.zeros(rows, sampling.max_tokens, device=device)
-        length_B = torch.full((rows,), sampling.max_tokens, device=device)
-        stopped_B = torch.zeros(rows, dtype=torch.bool, device=device)
-        live = torch.arange(rows, device=device)
-        logits_BV = self._logits(ids_BS, mask_BS[:, :width], (mask_BS[:, :width].cumsum(1) - 1).clamp(min=0), cache)
-        for t in range(sampling.max_tokens):
-            try:
-                token_B, logp_B = draw(logits_BV, uniform_BT[live, t], sampling.temperature)
-            except FloatingPointError as error:
-                raise RunFailure(
-                    f"rollouts stopped: {error}; lower training.lr and resume from the last checkpoint"
-                ) from None
-            token_BT[live, t], logp_BT[live, t] = token_B, logp_B.to(logp_BT.dtype)
-            ended_B = torch.isin(token_B, eos) & ~stopped_B[live]
-            length_B[live[ended_B]] = t + 1
-            stopped_B[live[ended_B]] = True
-            keep = (~stopped_B[live]).nonzero()[:, 0]
-            if keep.numel() == 0 or t + 1 == sampling.max_tokens:
+
+@torch.inference_mode()
+def _decode(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    responses: Responses,
+    batch: int,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Let every response grow to its end. `live[b]` is the prompt whose sequence is in slot b."""
+    slots = Slots(policy.model.config, min(batch, len(prompts)), max(map(len, prompts)) + responses.longest)
+    waiting = _Waiting(prompts)
+    live: list[int] = []
+    done = 0
+    with narrow_products(policy.model):
+        while live or waiting.order:
+            free = slots.count - len(live)
+            if waiting.order and free * REFILL >= slots.count:
+                rows = waiting.take(free)
+                logits_BV = _prefill(policy, slots, waiting, rows, first=len(live))
+                finished = [len(live) + b for b in responses.take(logits_BV, rows)]
+                live += rows
+            else:
+                finished = responses.take(_next(policy, slots, prompts, responses, live), live)
+            if finished:
+                _close_ranks(slots, live, finished)
+                done += len(finished)
+                if progress:
+                    progress(done)
+
+
+def _next(
+    policy: Policy, slots: Slots, prompts: Sequence[Sequence[int]], responses: Responses, live: Sequence[int]
+) -> Tensor:
+    """The logits after each live sequence's newest token, [B, V]."""
+    last_B1, before = next_inputs(prompts, responses, live)
+    columns = max(before) + 1
+    length_B = torch.tensor(before, device=policy.device)
+    slots.write_next(length_B, columns)
+    beyond_BS = torch.arange(columns, device=policy.device) > length_B[:, None]
+    mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)
+    return policy.next_logits(
+        input_ids=last_B1.to(policy.device), position_ids=length_B[:, None], attention_mask=mask_BS[:, None, None],
+        past_key_values=slots,
+    )  # fmt: skip
+
+
+class _Waiting:
+    """The prompts that have not begun, the shortest first and equal ones together; and what was computed of the one that was
+    admitted only in part."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.keys = [tuple(p) for p in prompts]
+        self.order = sorted(range(len(prompts)), key=lambda i: (len(self.keys[i]), self.keys[i]), reverse=True)
+        self.begun: tuple[tuple[int, ...], Prefix, Tensor] | None = None
+
+    def take(self, count: int) -> list[int]:
+        """The next ones: at most `count`, and no more different ones than a pass should hold."""
+        rows: list[int] = []
+        tokens = 0
+        while self.order and len(rows) < count:
+            key = self.keys[self.order[-1]]
+            tokens += 0 if rows and key == self.keys[rows[-1]] else len(key)
+            if rows and tokens > PREFILL:
                 break
-            if keep.numel() < SHRINK * live.numel():
-                cache.batch_select_indices(keep)
-                live, mask_BS, position_B1, token_B = live[keep], mask_BS[keep], position_B1[keep], token_B[keep]
-            mask_BS[:, width + t] = 1
-            logits_BV = self._logits(token_B[:, None], mask_BS[:, : width + t + 1], position_B1, cache)
-            position_B1 = position_B1 + 1
-        tokens, logps, lengths, stopped = token_BT.tolist(), logp_BT.tolist(), length_B.tolist(), stopped_B.tolist()
-        return [
-            Sample(tokens[b][: lengths[b]], logps[b][: lengths[b]], "stop" if stopped[b] else "length")
-            for b in range(rows)
-        ]
-
-    def _logits(self, ids_BS: Tensor, mask_BS: Tensor, position_BS: Tensor, cache: DynamicCache) -> Tensor:
-        return self.policy.next_logits(ids_BS, attention_mask=mask_BS, position_ids=position_BS, past_key_values=cache)
+            rows.append(self.order.pop())
+        return rows
 
 
-class PreallocatedLayer(DynamicLayer):
-    """A growing cache layer that writes into memory of its final size, instead of copying everything for each token."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity, self.length = capacity, 0
-        self.is_initialized = False
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            rows, heads, _, size = key_states.shape
-            self.key_store = key_states.new_empty(rows, heads, self.capacity, size)
-            self.value_store = value_states.new_empty(rows, heads, self.capacity, value_states.size(-1))
-            self.is_initialized = True
-        end = self.length + key_states.size(-2)
-        self.key_store[:, :, self.length : end] = key_states
-        self.value_store[:, :, self.length : end] = value_states
-        self.length = end
-        self.keys, self.values = self.key_store[:, :, :end], self.value_store[:, :, :end]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.key_store, self.value_store = self._kept(self.key_store, indices), self._kept(self.value_store, indices)
-        self.keys, self.values = self.key_store[:, :, : self.length], self.value_store[:, :, : self.length]
-
-    def _kept(self, store: Tensor, indices: Tensor) -> Tensor:
-        fresh = store.new_empty(indices.numel(), *store.shape[1:])
-        fresh[:, :, : self.length] = store[indices, :, : self.length]
-        return fresh
+def _prefill(policy: Policy, slots: Slots, waiting: _Waiting, rows: Sequence[int], first: int) -> Tensor:
+    """Read the prompts of `rows` into the slots from `first` on, each different prompt once; the logits after them, [B, V]."""
+    keys = [waiting.keys[i] for i in rows]
+    leader_B = [b if b == 0 or keys[b] != keys[b - 1] else None for b in range(len(keys))]
+    leaders = [b for b in leader_B if b is not None]
+    logits_B: list[Tensor | None] = [None] * len(rows)
+    if waiting.begun is not None and waiting.begun[0] == keys[0]:
+        slots.write(first, waiting.begun[1])
+        logits_B[0] = waiting.begun[2]
+        leaders = leaders[1:]
+    if leaders:
+        lengths = [len(keys[b]) for b in leaders]
+        slots.write_prompts([first + b for b in leaders], lengths, policy.device)
+        logits_NV = policy.next_logits(
+            torch.tensor(lengths, device=policy.device).cumsum(0) - 1,
+            input_ids=torch.tensor([i for b in leaders for i in keys[b]], device=policy.device)[None],
+            position_ids=torch.cat([torch.arange(n) for n in lengths]).to(policy.device)[None],
+            past_key_values=slots, **packed.boundaries(lengths),
+        )  # fmt: skip
+        for b, logits_V in zip(leaders, logits_NV, strict=True):
+            logits_B[b] = logits_V
+    for b in range(1, len(rows)):
+        if logits_B[b] is None:
+            logits_B[b] = logits_B[b - 1]
+            slots.copy([first + b - 1], [first + b], len(keys[b]))
+    goes_on = waiting.order and waiting.keys[waiting.order[-1]] == keys[-1]
+    last = logits_B[-1]
+    waiting.begun = (keys[-1], slots.read(first + len(rows) - 1, len(keys[-1])), last) if goes_on and last is not None else None
+    return torch.stack([x for x in logits_B if x is not None])
 
 
-def preallocated_cache(config: object, capacity: int) -> DynamicCache:
-    """A cache for any decoder: plain attention layers preallocated, sliding-window and other kinds as transformers makes them."""
-    cache = DynamicCache(config=config)
-    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+def _close_ranks(slots: Slots, live: list[int], finished: Sequence[int]) -> None:
+    """Take the finished rows out; the last ones move into their slots."""
+    gone, remaining = set(finished), len(live) - len(finished)
+    holes = [b for b in finished if b < remaining]
+    movers = [b for b in range(remaining, len(live)) if b not in gone]
+    if holes:
+        slots.copy(movers, holes, slots.columns)
+    for hole, mover in zip(holes, movers, strict=True):
+        live[hole] = live[mover]
+    del live[remaining:]
+
+
+def _slots_hold(policy: Policy) -> bool:
+    """Whether sampling through slots finds what the policy itself finds of a few short sequences."""
+    vocabulary = policy.model.get_input_embeddings().weight.size(0)
+    prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate((5, 3, 5))]
+    responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(n)] for b, n in enumerate((2, 4, 3))]
+    given = Given(responses)
+    try:
+        _decode(policy, prompts, given, batch=2)
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
+        return False
+    theirs = policy.given_logps(prompts, responses)
+    scale = max(abs(x) for row in theirs for x in row)
+    return all(
+        abs(a - b) <= packed.TOLERANCE * scale
+        for mine, other in zip(given.logps, theirs, strict=True)
+        for a, b in zip(mine, other, strict=True)
+    )

@@ -1,0 +1,78 @@
+"""The plain decoding loop: a left-padded batch and the cache that transformers makes. Short, slow, and right for any decoder.
+
+It is what the local engine falls back to for models that its slots cannot hold, and what its tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import DynamicCache
+
+from ..models.policy import Policy
+from .engine import Sample, Sampling
+from .responses import Drawn, Given, Responses, next_inputs
+
+
+class PlainEngine:
+    """See `rollout.engine.Engine`; the weights are the policy's own."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def sync(self, policy: Policy) -> None:
+        """Hold this policy's weights."""
+        self.policy = policy
+
+    def fingerprint(self) -> str:
+        """The checksum of the weights that sampling reads."""
+        return self.policy.fingerprint()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Sample]:
+        """Sample one response a prompt. Prompts of similar length are decoded together."""
+        drawn = Drawn(self.policy, seeds, sampling)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), sampling.batch):
+            part = order[start : start + sampling.batch]
+            decode(self.policy, prompts, drawn, part)
+            if progress:
+                progress(start + len(part))
+        return drawn.samples()
+
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See the protocol."""
+        given = Given(responses)
+        decode(self.policy, prompts, given, list(range(len(prompts))))
+        return given.logps
+
+
+@torch.inference_mode()
+def decode(policy: Policy, prompts: Sequence[Sequence[int]], responses: Responses, live: list[int]) -> None:
+    """Let the responses to the prompts `live` grow to their ends; positions come from the cumulated mask."""
+    width = max(len(prompts[i]) for i in live)
+    mask_BS = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in live]).to(policy.device)
+    ids_BS = torch.tensor([[policy.pad_id] * (width - len(prompts[i])) + [*prompts[i]] for i in live]).to(policy.device)
+    position_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.model.config)
+    while live:
+        logits_BV = policy.next_logits(
+            input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_BS, past_key_values=cache
+        )
+        finished = set(responses.take(logits_BV, live))
+        if finished:
+            keep = torch.tensor([b for b in range(len(live)) if b not in finished], dtype=torch.long)
+            live = [i for b, i in enumerate(live) if b not in finished]
+            if not live:
+                break
+            cache.batch_select_indices(keep.to(policy.device))
+            mask_BS = mask_BS[keep.to(policy.device)]
+        last_B1, before = next_inputs(prompts, responses, live)
+        ids_BS, position_BS = last_B1.to(policy.device), torch.tensor(before, device=policy.device)[:, None]
+        mask_BS = torch.nn.functional.pad(mask_BS, (0, 1), value=1)
