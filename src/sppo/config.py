@@ -101,15 +101,34 @@ class BootstrapSection(Section):
 class RolloutSection(Section):
     """How responses are sampled."""
 
-    engine: str = Field("local", description="a file of rollout/: local")
+    engine: str = Field(
+        "local",
+        description="what samples: 'local' (here, on the learner's weights), 'vllm:key=value,…', or package.module:object",
+    )
     prompts: int = Field(128, ge=1, description="prompts a step")
     samples: int = Field(1, ge=1, description="responses a prompt; the algorithm needs one")
     max_tokens: int = Field(256, ge=1, description="response limit, EOS included")
     temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
+    top_k: int = Field(0, ge=0, description="draw among so many of the likeliest tokens; 0: all of them")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw among the fewest tokens that hold this much of the probability; 1: all of them"
+    )
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="draw among tokens at least so many times as likely as the likeliest; 0: all of them"
+    )
+    stop: tuple[str, ...] = Field((), description="a response ends once it holds one of these strings; EOS always ends it")
     batch: int = Field(128, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
     truncated: Literal["penalise", "mask"] = Field(
         "penalise", description="a response cut at max_tokens scores 0, or is masked and leaves every denominator"
     )
+
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty string would end every response at once")
+        return value
 
 
 class ObjectiveSection(Section):
@@ -186,8 +205,9 @@ class TrainingSection(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="AdamW's"
     )
-    micro_tokens: int = Field(
-        16384, ge=1, description="tokens a micro-batch, padding included; memory only, not the result"
+    micro_tokens: int = Field(16384, ge=1, description="tokens a micro-batch; memory only, not the result")
+    checkpoint_activations: bool = Field(
+        False, description="compute each layer again in the backward pass instead of keeping it: less memory, a third more time"
     )
     max_bad_updates: int = Field(
         3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"

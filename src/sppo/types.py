@@ -90,7 +90,8 @@ class Rollout:
 
     `response_ids` ends with the EOS the model chose (`finish == "stop"`), which is an action like any other; a
     truncated response (`finish == "length"`) has none. `logps[t]` is the log-probability of `response_ids[t]` under the
-    sampling distribution, temperature included. `text` leaves special tokens out.
+    sampling distribution, temperature (and any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left.
+    `text` leaves special tokens out.
     """
 
     task: Task
@@ -101,6 +102,7 @@ class Rollout:
     text: str
     sample: int = 0
     verdict: Verdict | None = None
+    kept: Sequence[float] = ()
 
     def judged(self, verdict: Verdict) -> Rollout:
         """The same rollout with its verdict."""

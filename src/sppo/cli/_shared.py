@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, keys, parse_value
+from pydantic import ValidationError
+
+from ..config import Config, RolloutSection, keys, parse_value
 from ..errors import RecipeError, UserError
 from ..spec import nearest
 
@@ -104,20 +106,21 @@ class Loaded:
         if with_critic and beside is not None and (beside / "config.json").exists():
             self.critic, _ = Critic.load(str(beside), dtype="auto", device=device, seed=seed)
 
-    def sampling(self, *, max_tokens: int | None, temperature: float | None, batch: int | None = None) -> Any:
-        """How to sample: what the user says, else what the run's recipe says, else the defaults of a recipe."""
+    def sampling(self, *, temperature: float | None, **flags: int | float | None) -> Any:
+        """How to sample: what the user says (keys of [rollout]), else what the run's recipe says, else the defaults of a recipe."""
         from ..rollout.engine import Sampling
 
-        rollout = (self.recipe or Config()).rollout
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"--max-tokens must be at least 1, not {max_tokens}")
-        if temperature is not None and temperature < 0:
+        if temperature is not None and not temperature >= 0:
             raise UserError(f"--temperature must be 0 (greedy) or above, not {temperature}")
-        sampling = Sampling(
-            rollout.max_tokens if max_tokens is None else max_tokens,
-            rollout.temperature if temperature is None else temperature,
-            batch or rollout.batch,
-        )
+        rollout = (self.recipe or Config()).rollout
+        given = {key: value for key, value in flags.items() if value is not None}
+        for key, value in given.items():
+            try:
+                RolloutSection.model_validate({key: value})
+            except ValidationError as error:
+                flag = key.replace("_", "-")
+                raise UserError(f"--{flag}: {error.errors()[0]['msg'][0].lower()}{error.errors()[0]['msg'][1:]}, not {value}") from None
+        sampling = Sampling.of(rollout.model_copy(update=given), temperature)
         if self.policy.context is not None and sampling.max_tokens >= self.policy.context:
             raise UserError(
                 f"--max-tokens {sampling.max_tokens} leaves no room for a prompt: the model has {self.policy.context} positions"

@@ -25,6 +25,8 @@ def add(subparsers: Any) -> None:
         "--reward", help="what judges them; default: the run's, else 'gym' for gym tasks, else 'answer'"
     )
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's, else 1")
+    parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens; default: the run's, else all")
+    parser.add_argument("--top-p", type=float, help="draw among the tokens that hold this much probability; default: the run's, else 1")
     parser.add_argument("--max-tokens", type=int, help="response limit; default: the run's, else 256")
     parser.add_argument("--instruction", help="text added after every question; default: the run's")
     parser.add_argument("--batch", type=int, help="sequences decoded together")
@@ -62,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     rewards = {s: load_reward(args.reward or _default_reward(sources[s][0], loaded)) for s in specs}
-    sampling = loaded.sampling(max_tokens=args.max_tokens, temperature=args.temperature, batch=args.batch)
+    sampling = loaded.sampling(
+        temperature=args.temperature, max_tokens=args.max_tokens, batch=args.batch, top_k=args.top_k, top_p=args.top_p
+    )
     engine = LocalEngine(loaded.policy)
     results = []
     for spec in specs:

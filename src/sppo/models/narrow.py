@@ -1,8 +1,8 @@
 """Matrix products of few rows, which is what decoding is made of.
 
-`linear(x, W)` of 64 rows asks the CPU's BLAS for 64 × N outputs row by row. Asked for the same product as N × 64, it runs 1.2 to
-1.5 times as fast in float32, three times for one or a few rows and a vocabulary (measured with MKL on AVX2; docs/performance.md).
-The result is the same matrix, lying transposed in memory.
+`linear(x, W)` of 64 rows asks the CPU's BLAS for 64 × N outputs row by row. Asked for the same product as N × 64, it runs 1.1 to
+1.5 times as fast in float32, two to three times for a few rows or a vocabulary (measured with MKL on AVX2; docs/performance.md),
+but only if the 64 is a multiple of 8. The result is the same matrix, lying transposed in memory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-ROWS = 512
-"""Above so many rows both ways are equally fast."""
+ROWS = 128
+"""Above so many rows it no longer pays."""
+STRIDE = 8
 
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,7 +26,10 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     rows = x.numel() // x.size(-1)
     if rows > ROWS or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return linear(x, weight, bias)
-    out_NK = torch.mm(weight, x.reshape(rows, -1).t()).t()
+    x_NK = x.reshape(rows, -1)
+    if rows % STRIDE and rows > STRIDE // 2:
+        x_NK = pad(x_NK, (0, 0, 0, -rows % STRIDE))
+    out_NK = torch.mm(weight, x_NK.t()).t()[:rows]
     if bias is not None:
         out_NK += bias
     return out_NK.view(*x.shape[:-1], weight.size(0))

@@ -34,6 +34,11 @@ def boundaries(lengths: Sequence[int]) -> dict[str, Tensor]:
     return {"cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0)}
 
 
+def slot_boundaries(lengths: Sequence[int]) -> dict[str, Tensor]:
+    """The same for one new token a sequence, of which `lengths` tokens are in its slot by then."""
+    return {"cu_seq_lens_k": torch.tensor([0, *lengths]).cumsum(0)}
+
+
 def runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(start, length, how many) of each run of equally long sequences."""
     start = 0
@@ -53,6 +58,7 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each sequence to itself, or of one token a sequence to what its slot holds (rollout/slots.py).
@@ -62,6 +68,7 @@ def attention(
         attention_mask: for one query a row, [B, 1, 1, S]: 0 where a row's slot is filled, −inf beyond.
         sliding_window: how far back a layer looks, or None.
         cu_seq_lens_q: where sequences begin, and L, as `boundaries` makes it.
+        cu_seq_lens_k: for one query a row, the same of what the slots hold.
 
     Returns:
         [1, L, heads, D], as transformers' attention functions do.
@@ -71,8 +78,8 @@ def attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("this model's attention does more than a softmax; it cannot be packed")
-    if query.size(2) == 1 and attention_mask is not None and attention_mask.dtype == query.dtype:
-        return _next_token(query, key, value, attention_mask, scaling, sliding_window), None
+    if cu_seq_lens_k is not None and attention_mask is not None:
+        return _next_token(query, key, value, attention_mask, cu_seq_lens_k, scaling, sliding_window), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module,
@@ -105,7 +112,13 @@ def attention(
 
 
 def _next_token(
-    query: Tensor, key: Tensor, value: Tensor, mask_B11S: Tensor, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_B11S: Tensor,
+    boundaries: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """Attention of one query a row, [B, 1, heads, D]. The queries that share a key head lie next to each other, so they become
     the rows of one product, and no key is ever copied for each of them."""
@@ -114,17 +127,25 @@ def _next_token(
         column_S = torch.arange(mask_B11S.size(-1), device=query.device)
         mask_B11S = mask_B11S.masked_fill(column_S < filled_B11[..., None] - window, -torch.inf)
     rows, heads, _, size = query.shape
-    groups, columns = key.size(1), key.size(2)
+    groups = key.size(1)
     scale = size**-0.5 if scaling is None else scaling
+    query = query.reshape(rows, groups, heads // groups, size)
     if query.device.type != "cpu" or query.dtype != torch.float32:
-        grouped = query.reshape(rows, groups, heads // groups, size)
-        out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask_B11S, scale=scale)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S, scale=scale)
         return out.reshape(rows, 1, heads, size)
-    # two batched products: on a CPU the fused kernel is made for many queries, and takes up to twice the time for one
-    q, k, v = query.reshape(rows * groups, -1, size), key.flatten(0, 1), value.flatten(0, 1)
-    score = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, columns).mul_(scale).add_(mask_B11S[:, 0])
-    weight = score.softmax(-1).view(rows * groups, -1, columns)
-    return torch.bmm(weight, v).view(rows, 1, heads, size)
+    # Two batched products: a CPU's fused kernel is made for many queries, and takes up to twice the time for one. A few rows at a
+    # time, each lot no further than its own longest reaches.
+    lengths: list[int] = boundaries.diff().tolist()
+    lot = max(16, -(-rows // 4))
+    out = query.new_empty(rows * groups, heads // groups, size)
+    for start in range(0, rows, lot):
+        end = min(start + lot, rows)
+        columns = max(lengths[start:end])
+        q, k, v = query[start:end].flatten(0, 1), key[start:end, :, :columns], value[start:end, :, :columns]
+        score = torch.bmm(q, k.flatten(0, 1).transpose(1, 2)).view(end - start, heads, columns)
+        weight = score.mul_(scale).add_(mask_B11S[start:end, 0, :, :columns]).softmax(-1)
+        torch.bmm(weight.view(q.size(0), -1, columns), v.flatten(0, 1), out=out[start * groups : end * groups])
+    return out.view(rows, 1, heads, size)
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -8,15 +8,17 @@ attention alone keeps padding out. Dropout is off in every pass: old and current
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ModelError
 from ..types import Task
@@ -46,6 +48,7 @@ class Policy:
         self.eos_ids = _eos_ids(model, tokenizer, name)
         self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
         self.direct_head = self._head_is_a_projection()
+        self._checkpointed: list[Any] = []
         self.packs = self._packing_holds()
 
     @classmethod
@@ -82,7 +85,7 @@ class Policy:
         """A frozen copy: π_ref."""
         frozen = Policy.__new__(Policy)
         frozen.__dict__.update(self.__dict__)
-        frozen.model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        frozen.model, frozen._checkpointed = copy.deepcopy(self.model).requires_grad_(False).eval(), []
         return frozen
 
     # -- text and ids --------------------------------------------------------------------------------------------
@@ -134,15 +137,38 @@ class Policy:
         # the last token is scored, but nothing follows that it could predict
         inputs = self._packed_inputs if self.packs else self._padded_inputs
         inputs_1, state_N = inputs(ids_BL, prompt_len_B + response_len_B - 1, row_N, position_N - 1)
-        if self.direct_head:
-            hidden_ND = self._backbone()(use_cache=False, **inputs_1).last_hidden_state.flatten(0, 1)[state_N]
-            head = self.model.get_output_embeddings()
-            logp_N, entropy_N = token_logps(hidden_ND, head.weight, getattr(head, "bias", None), target_N, temperature)
-        else:
-            logits_NV = self.model(use_cache=False, **inputs_1).logits.flatten(0, 1)[state_N]
-            logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N, temperature)
+        with self._checkpointing():
+            if self.direct_head:
+                hidden_ND = self._backbone()(use_cache=False, **inputs_1).last_hidden_state.flatten(0, 1)[state_N]
+                head = self.model.get_output_embeddings()
+                bias = getattr(head, "bias", None)
+                logp_N, entropy_N = token_logps(hidden_ND, head.weight, bias, target_N, temperature)
+            else:
+                logits_NV = self.model(use_cache=False, **inputs_1).logits.flatten(0, 1)[state_N]
+                logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N, temperature)
         blank = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=self.device)
         return ResponseLogps(blank.index_put((row_N, t_N), logp_N), blank.index_put((row_N, t_N), entropy_N), mask_BT)
+
+    def checkpoint_activations(self) -> None:
+        """From now on training passes keep only the layers' inputs, and compute the layers again in the backward pass."""
+        try:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError:
+            raise ModelError(f"training.checkpoint_activations: {self.name} is of a kind that cannot do that") from None
+        self._checkpointed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    @contextlib.contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """transformers checkpoints layers in training mode only. They get that flag alone, and while gradients are wanted: dropout
+        stays off, and engines, whose caches cannot be combined with it, never meet it."""
+        layers = self._checkpointed if torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     @torch.no_grad()
     def given_logps(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -41,7 +41,7 @@ def collect(
     seeds = [sample_seed(*seed, position // samples, k) for position, (_, k) in enumerate(repeated)]
     responses = engine.generate(prompts, seeds, sampling, progress)
     rollouts = [
-        Rollout(task, prompt, r.ids, r.logps, r.finish, policy.text(r.ids), k)
+        Rollout(task, prompt, r.ids, r.logps, r.finish, policy.text(r.ids), k, kept=r.kept)
         for (task, k), prompt, r in zip(repeated, prompts, responses, strict=True)
     ]
     verdicts = reward.judge(rollouts)

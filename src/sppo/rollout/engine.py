@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from ..config import RolloutSection
 from ..models.policy import Policy
 from .sampler import Cut
 
@@ -23,6 +24,17 @@ class Sampling:
     batch: int = 256
     cut: Cut = field(default_factory=Cut)
     stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, section: RolloutSection, temperature: float | None = None) -> Sampling:
+        """As a recipe says, at another temperature if one is given."""
+        return cls(
+            section.max_tokens,
+            section.temperature if temperature is None else temperature,
+            section.batch,
+            Cut(section.top_k, section.top_p, section.min_p),
+            section.stop,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,5 +70,8 @@ class Engine(Protocol):
     def sync(self, policy: Policy) -> None:
         """Take over the policy's weights."""
 
-    def fingerprint(self) -> str:
-        """`Policy.fingerprint` of the weights that the engine would sample from now."""
+    def holds(self, policy: Policy) -> bool:
+        """Whether the weights that the engine would sample from now are the policy's, told by a fingerprint taken where they are."""
+
+    def close(self) -> None:
+        """Let go of processes and memory."""

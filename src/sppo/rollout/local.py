@@ -44,9 +44,12 @@ class LocalEngine:
         if self.plain is not None:
             self.plain.sync(policy)
 
-    def fingerprint(self) -> str:
-        """The checksum of the weights that sampling reads."""
-        return self.policy.fingerprint()
+    def holds(self, policy: Policy) -> bool:
+        """Sampling reads the policy's own tensors."""
+        return self.policy is policy
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def generate(
         self,
@@ -115,7 +118,7 @@ def _next(
     mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)
     return policy.next_logits(
         input_ids=last_B1.to(policy.device), position_ids=length_B[:, None], attention_mask=mask_BS[:, None, None],
-        past_key_values=slots,
+        past_key_values=slots, **packed.slot_boundaries([n + 1 for n in before]),
     )  # fmt: skip
 
 

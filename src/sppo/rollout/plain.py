@@ -6,6 +6,7 @@ It is what the local engine falls back to for models that its slots cannot hold,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from transformers import DynamicCache
@@ -25,9 +26,12 @@ class PlainEngine:
         """Hold this policy's weights."""
         self.policy = policy
 
-    def fingerprint(self) -> str:
-        """The checksum of the weights that sampling reads."""
-        return self.policy.fingerprint()
+    def holds(self, policy: Policy) -> bool:
+        """Sampling reads the policy's own tensors."""
+        return self.policy is policy
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def generate(
         self,
@@ -36,14 +40,20 @@ class PlainEngine:
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
-        """Sample one response a prompt. Prompts of similar length are decoded together."""
+        """Sample one response a prompt. Prompts of similar length are decoded together; of the same length, where padding would go
+        into a recurrent state."""
         drawn = Drawn(self.policy, seeds, sampling)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), sampling.batch):
-            part = order[start : start + sampling.batch]
-            decode(self.policy, prompts, drawn, part)
-            if progress:
-                progress(start + len(part))
+        stateful = getattr(self.policy.model, "_is_stateful", False)
+        done = 0
+        for _, alike in groupby(order, key=lambda i: len(prompts[i]) if stateful else 0):
+            same = list(alike)
+            for start in range(0, len(same), sampling.batch):
+                part = same[start : start + sampling.batch]
+                decode(self.policy, prompts, drawn, part)
+                done += len(part)
+                if progress:
+                    progress(done)
         return drawn.samples()
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -67,12 +77,12 @@ def decode(policy: Policy, prompts: Sequence[Sequence[int]], responses: Response
         )
         finished = set(responses.take(logits_BV, live))
         if finished:
-            keep = torch.tensor([b for b in range(len(live)) if b not in finished], dtype=torch.long)
+            keep = torch.tensor([b for b in range(len(live)) if b not in finished], device=policy.device)
             live = [i for b, i in enumerate(live) if b not in finished]
             if not live:
                 break
-            cache.batch_select_indices(keep.to(policy.device))
-            mask_BS = mask_BS[keep.to(policy.device)]
+            cache.reorder_cache(keep)
+            mask_BS = mask_BS[keep]
         last_B1, before = next_inputs(prompts, responses, live)
         ids_BS, position_BS = last_B1.to(policy.device), torch.tensor(before, device=policy.device)[:, None]
         mask_BS = torch.nn.functional.pad(mask_BS, (0, 1), value=1)

@@ -13,13 +13,18 @@ from ..types import Rollout
 
 @dataclass(slots=True)
 class Batch:
-    """One step's rollouts: `ids_BL` holds prompt, response, padding (on the right); `keep_B` is False where masked."""
+    """One step's rollouts: `ids_BL` holds prompt, response, padding (on the right); `keep_B` is False where masked.
+
+    `behaviour_logp_BT` is of the distribution that was sampled from; with `kept_BT`, the log of the mass that a cut (top-p and its
+    kind) left, it is of the whole softmax.
+    """
 
     rollouts: Sequence[Rollout]
     ids_BL: Tensor
     prompt_len_B: Tensor
     response_len_B: Tensor
     behaviour_logp_BT: Tensor
+    kept_BT: Tensor
     reward_B: Tensor
     correct_B: Tensor
     keep_B: Tensor
@@ -38,10 +43,12 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
     prompts = torch.tensor([len(r.prompt_ids) for r in rollouts])
     responses = torch.tensor([len(r.response_ids) for r in rollouts])
     ids_BL = torch.full((len(rollouts), int((prompts + responses).max())), pad_id)
-    behaviour_BT = torch.zeros(len(rollouts), int(responses.max()))
+    behaviour_BT, kept_BT = torch.zeros(2, len(rollouts), int(responses.max()))
     for b, r in enumerate(rollouts):
         ids_BL[b, : len(r.prompt_ids) + len(r.response_ids)] = torch.tensor([*r.prompt_ids, *r.response_ids])
         behaviour_BT[b, : len(r.response_ids)] = torch.tensor(r.logps)
+        if r.kept:
+            kept_BT[b, : len(r.response_ids)] = torch.tensor(r.kept)
     verdicts = [r.verdict for r in rollouts if r.verdict is not None]
     if len(verdicts) != len(rollouts):
         raise ValueError("every rollout needs a verdict")
@@ -51,25 +58,27 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
         prompts,
         responses,
         behaviour_BT,
+        kept_BT,
         torch.tensor([v.score for v in verdicts]),
         torch.tensor([v.correct for v in verdicts]),
         torch.tensor([not v.masked for v in verdicts]),
     )
 
 
-def micro_batches(index: Tensor, length_B: Tensor, budget: int) -> list[Tensor]:
-    """Cut rows into micro-batches of similar length that hold at most `budget` tokens, padding included.
+def micro_batches(index: Tensor, length_B: Tensor, budget: int, packed: bool = False) -> list[Tensor]:
+    """Cut rows into micro-batches of similar length that hold at most `budget` tokens (or one row that is longer).
 
     Args:
         index: the rows to cut, [n].
         length_B: the length of every row of the batch.
+        packed: whether the model computes no padding; else it counts.
     """
     parts: list[Tensor] = []
     ordered = index[torch.argsort(length_B[index], stable=True)]
-    start = 0
-    for end in range(1, len(ordered) + 1):
-        full = end == len(ordered) or int(length_B[ordered[end]]) * (end + 1 - start) > budget
-        if full:
+    start = tokens = 0
+    for end, length in enumerate(length_B[ordered].tolist()):
+        tokens = tokens + length if packed else length * (end + 1 - start)
+        if tokens > budget and end > start:
             parts.append(ordered[start:end])
-            start = end
-    return parts
+            start, tokens = end, length
+    return [*parts, ordered[start:]] if len(ordered) else []

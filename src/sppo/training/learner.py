@@ -1,9 +1,10 @@
 """The learner: from judged rollouts to new weights, for the policy and for its critic.
 
 One update (a minibatch): every micro-batch adds its share of one globally normalised loss, then one optimiser step.
-`old` log-probabilities are those of the weights that sampled, computed by the very function that computes the current ones
-and over the same micro-batches, so the first update's ratio is exactly 1. The engine's own numbers serve to measure, and
-correct, how far engine and learner disagree.
+`old` log-probabilities are those of the weights that sampled. The first minibatch's come from its own training pass, so the first
+update's ratio is exactly 1, and they tell how far engine and learner disagree. Where that is next to nothing the engine's numbers
+serve the other minibatches, and a step needs no forward pass of its own for them; else they are computed, over the same
+micro-batches, and the importance weight corrects for the engine's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from .optim import MasterAdamW, learning_rate
 
 EV_MEMORY = 0.9
 """Decay of the running explained variance that the EV gate reads."""
+NEGLIGIBLE = 0.01
+"""The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more."""
 LOW_ESS = 0.1
 """Below this effective sample size the importance weights carry almost no information: the user is told."""
 
@@ -38,6 +41,8 @@ class Learner:
     def __init__(self, policy: Policy, critic: Critic, reference: Policy | None, config: Config) -> None:
         self.policy, self.critic, self.reference, self.config = policy, critic, reference, config
         t = config.training
+        if t.checkpoint_activations:
+            policy.checkpoint_activations()
         self.policy_optimiser = MasterAdamW(policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.critic_optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
@@ -57,7 +62,7 @@ class Learner:
         reward_B = batch.reward_B
         if self.config.objective.kl > 0 and self.config.objective.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
-            reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT, ref_BT, batch.mask_BT, self.config.objective.kl)
+            reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, self.config.objective.kl)
         advantage_B = critic_advantage(reward_B, logit_B)
         if self.config.objective.ev_gate:
             advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
@@ -89,15 +94,22 @@ class Learner:
             "critic": learning_rate(t.critic_lr, step, t.steps, warmup=t.warmup, schedule=t.schedule),
         }
         plans = [self._plan(batch, kept, step, epoch) for epoch in range(t.epochs)]
-        old_BT = self._old_logps(batch, plans[0], first_is_free=self.ratio_checked)
+        # Once a run the first minibatch is computed twice, to see that two passes over the same weights agree exactly.
+        old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
+        if not self.ratio_checked:
+            self._fill_old(old_BT, batch, plans[0][:1])
         reference_BT = self._all_logps(self._reference(), batch) if self._loss_reads_reference() else None
         tally = _Tally()
         updates = [minibatch for plan in plans for minibatch in plan]
         for number, minibatch in enumerate(updates):
             rows = torch.cat(minibatch)
-            self._check_finite(
-                self._policy_update(batch, advantage_B, minibatch, old_BT, reference_BT, number, lr, tally)
-            )
+            self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
+            if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
+                self._settle_rest(old_BT, batch, plans[0], tally)
+            self._check_gap(tally)
+            norm = self.policy_optimiser.step(lr["policy"], t.max_grad_norm)
+            tally.add("update/grad_norm", norm)
+            self._check_finite(norm)
             tally.add("critic/loss", self._critic_update(batch, rows, lr["critic"]))
         return tally.metrics(len(updates)) | {
             "update/lr": lr["policy"],
@@ -110,9 +122,9 @@ class Learner:
         shuffled = kept[torch.randperm(len(kept), generator=generator)]
         length_B = batch.prompt_len_B + batch.response_len_B
         minibatches = [m for m in shuffled.tensor_split(self.config.training.minibatches) if len(m)]
-        return [micro_batches(m, length_B, self.config.training.micro_tokens) for m in minibatches]
+        return [micro_batches(m, length_B, self.config.training.micro_tokens, self.policy.packs) for m in minibatches]
 
-    def _policy_update(
+    def _policy_gradient(
         self,
         batch: Batch,
         advantage_B: Tensor,
@@ -120,9 +132,9 @@ class Learner:
         old_BT: Tensor,
         reference_BT: Tensor | None,
         number: int,
-        lr: dict[str, float],
         tally: _Tally,
-    ) -> float:
+    ) -> None:
+        """Add up the gradient of one minibatch's loss over its micro-batches."""
         o = self.config.objective
         rows = torch.cat(minibatch)
         sequences, tokens = len(rows), int(batch.response_len_B[rows].sum())
@@ -163,13 +175,9 @@ class Learner:
                 current.entropy_BT,
                 mask_bT,
                 old_bT,
-                behaviour_bT,
+                behaviour_bT + batch.kept_BT[part, :width].to(logp_bT.device),
                 logp_bT.detach(),
             )
-        self._check_gap(tally)
-        norm = self.policy_optimiser.step(lr["policy"], self.config.training.max_grad_norm)
-        tally.add("update/grad_norm", norm)
-        return norm
 
     def _critic_update(self, batch: Batch, rows: Tensor, lr: float) -> float:
         """Binary cross-entropy of V(x) against the correctness of the responses (never a shaped reward)."""
@@ -200,14 +208,24 @@ class Learner:
         )
 
     @torch.no_grad()
-    def _old_logps(self, batch: Batch, plan: list[list[Tensor]], first_is_free: bool) -> Tensor:
-        """log π_old, [B, T]. The first minibatch's come from its own training pass (NaN until then) once one has been checked."""
-        old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
-        for minibatch in plan[1:] if first_is_free else plan:
-            for part in minibatch:
-                logp = self._logps(self.policy, batch, part).logp_BT
-                old_BT[part, : logp.size(1)] = logp.to(old_BT.dtype).cpu()
-        return old_BT
+    def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[list[Tensor]]) -> None:
+        """log π_old of some minibatches by a pass of their own."""
+        for part in (p for minibatch in minibatches for p in minibatch):
+            logp = self._logps(self.policy, batch, part).logp_BT
+            old_BT[part, : logp.size(1)] = logp.to(old_BT.dtype).cpu()
+
+    def _settle_rest(self, old_BT: Tensor, batch: Batch, plan: list[list[Tensor]], tally: _Tally) -> None:
+        """log π_old of all minibatches but the first: the engine's where the first shows that they are the learner's, else computed."""
+        o, first = self.config.objective, torch.cat(plan[0])
+        engine_BT = batch.behaviour_logp_BT + batch.kept_BT
+        weight = log_ratio(old_BT[first], engine_BT[first], batch.mask_BT[first], o.ratio, o.kappa)
+        serves = float(weight.abs().max()) <= NEGLIGIBLE
+        tally.add("engine/serves_as_old", float(serves))
+        if not serves:
+            self._fill_old(old_BT, batch, plan[1:])
+            return
+        rest = torch.cat([part for minibatch in plan[1:] for part in minibatch])
+        old_BT[rest] = engine_BT[rest]
 
     def _settle_first(self, old_BT: Tensor, part: Tensor, logp_bT: Tensor, width: int) -> None:
         """On the first update old and current are the same numbers. Once a run that is verified, not assumed."""
@@ -227,7 +245,7 @@ class Learner:
     def _all_logps(self, policy: Policy, batch: Batch) -> Tensor:
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
         length_B = batch.prompt_len_B + batch.response_len_B
-        for part in micro_batches(torch.arange(len(batch)), length_B, self.config.training.micro_tokens):
+        for part in micro_batches(torch.arange(len(batch)), length_B, self.config.training.micro_tokens, policy.packs):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         return out_BT

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import DataError, RecipeError, RewardError, StaleWeights
+from ..errors import DataError, RecipeError, RewardError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
 from ..memory import keep_memory
 from ..models.critic import Critic
@@ -27,6 +27,7 @@ from ..models.policy import Policy, parameter_count, weights_sha256
 from ..models.pretrained import pick_device, saved_dtype
 from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import Reward, fitting_reward, load_reward
+from ..rollout.canary import Canary
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
 from ..tasks.base import GIVEN, TaskSource, load_pair, load_tasks
@@ -81,7 +82,7 @@ class Run:
         if saved is None:
             config = self.config = config.with_rates(parameter_count(self.policy.model), parameter_count(self.critic))
             directory.write_recipe(config)
-        self.sampling = Sampling(config.rollout.max_tokens, config.rollout.temperature, config.rollout.batch)
+        self.sampling = Sampling.of(config.rollout)
         self.prompt_limit, self.prompt_limit_why = self._prompt_limit()
         self.curriculum = Curriculum(self.train_tasks, config.seed, self._too_long)
         held_out = held_out_tasks(self.eval_tasks, config.evaluation.n)
@@ -95,6 +96,8 @@ class Run:
         spec = parse_spec(config.rollout.engine)
         factory = resolve(spec.name, "sppo.rollout", "build")
         self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
+        self.canary = Canary(self.policy)
+        self.canary_gap = 0.0  # at the last sync
         self.resumed_from = saved
         self.learner: Learner  # made by begin(): its master weights are copies of what the bootstrap leaves
         if saved is not None:
@@ -234,6 +237,7 @@ class Run:
             self.observer.step(done, dict(metrics))
             if section.until is None or done % UNTIL_EVERY:
                 return not self.interrupted
+            self.sync()
             quarter = probe[: len(probe) // 4]
             if len(quarter) >= 32 and self.evaluate(quarter).accuracy < section.until / 2:
                 return not self.interrupted  # so far from it that a quarter tells
@@ -273,6 +277,8 @@ class Run:
             self.observer.evaluation(0, result)
             self.critic.start_at(result.accuracy)
             self.save()
+        else:
+            self.sync()
         self.observer.stage("train", self.config.training.steps, self.state.step)
 
     def on_rollout(self, done: int) -> None:
@@ -283,8 +289,7 @@ class Run:
         """Give the engine the learner's weights, and make sure that it has them."""
         self.engine.sync(self.policy)
         self.fingerprint = self.policy.fingerprint()
-        if self.engine.fingerprint() != self.fingerprint:
-            raise StaleWeights("after a sync the engine's weights are not the learner's (their fingerprints differ)")
+        self.canary_gap = self.canary.check(self.engine, self.policy)
 
     def record(self, step: int, batch: Batch, advantage_B: Tensor, value_B: Tensor, metrics: dict[str, Any]) -> None:
         """Write the step down; evaluate and checkpoint when it is time."""
@@ -306,6 +311,7 @@ class Run:
             "rollout/truncated": sum(r.finish == "length" for r in batch.rollouts) / len(batch),
             **{f"outcome/{name}": count for name, count in sorted(Counter(v.outcome for v in verdicts).items())},
             **{f"reward/{name}": value for name, value in mean_measures(verdicts).items()},
+            "engine/canary_gap": self.canary_gap,
             "data/position": self.curriculum.position,
             "data/passed_over": self.curriculum.passed_over,
             "advantage/std": float(advantage_B[batch.keep_B].std()) if len(kept) > 1 else None,
@@ -368,6 +374,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the run directory and the reward's processes."""
+        self.engine.close()
         self.reward.close()
         self.directory.close()
 
@@ -375,8 +382,7 @@ class Run:
         """The held-out (or given) problems, with the current weights; its time is kept apart from training's."""
         began = time.monotonic()
         e = self.config.evaluation
-        temperature = self.config.rollout.temperature if e.temperature is None else e.temperature
-        sampling = Sampling(self.config.rollout.max_tokens, temperature, self.config.rollout.batch)
+        sampling = Sampling.of(self.config.rollout, e.temperature)
         result = evaluate(
             self.engine,
             self.policy,
