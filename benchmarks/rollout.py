@@ -80,7 +80,8 @@ class VLLM:
         self._tell({"prompts": prompts, "eos": eos})
 
     def _tell(self, message: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -101,8 +102,12 @@ def serve_vllm(dtype: str, batch: int) -> None:
     asked = [{"prompt_token_ids": p} for p in first["prompts"]]
     print("{}", flush=True)
     for line in sys.stdin:
-        json.loads(line)  # no seed for each request: on a CPU vLLM 0.32 fails with them once a prefill is cut into chunks
-        params = SamplingParams(temperature=1.0, max_tokens=LIMIT, logprobs=0, stop_token_ids=first["eos"], detokenize=False)
+        json.loads(
+            line
+        )  # no seed for each request: on a CPU vLLM 0.32 fails with them once a prefill is cut into chunks
+        params = SamplingParams(
+            temperature=1.0, max_tokens=LIMIT, logprobs=0, stop_token_ids=first["eos"], detokenize=False
+        )
         began = time.perf_counter()
         done = llm.generate(asked, params, use_tqdm=False)
         seconds = time.perf_counter() - began

@@ -31,6 +31,11 @@ def prompts(policy: Any, count: int) -> list[list[int]]:
     return [policy.prompt_ids(sources[i % len(sources)][i]) for i in range(count)]
 
 
+def digits(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """A reward that costs nothing: the share of digits."""
+    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in map(str, completions)]
+
+
 def interleaved(sides: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
     """Every side's figure in every round, the order turning round by round; prints as it goes."""
     found: dict[str, list[float]] = {name: [] for name in sides}

@@ -111,17 +111,24 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
     top_k: int = Field(0, ge=0, description="draw among so many of the likeliest tokens; 0: all of them")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="draw among the fewest tokens that hold this much of the probability; 1: all of them"
+        1.0,
+        gt=0,
+        le=1,
+        description="draw among the fewest tokens that hold this much of the probability; 1: all of them",
     )
     min_p: float = Field(
-        0.0, ge=0, le=1, description="draw among tokens at least so many times as likely as the likeliest; 0: all of them"
+        0.0,
+        ge=0,
+        le=1,
+        description="draw among tokens at least so many times as likely as the likeliest; 0: all of them",
     )
-    stop: tuple[str, ...] = Field((), description="a response ends once it holds one of these strings; EOS always ends it")
+    stop: tuple[str, ...] = Field(
+        (), description="a response ends once it holds one of these strings; EOS always ends it"
+    )
     batch: int = Field(128, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
     truncated: Literal["penalise", "mask"] = Field(
         "penalise", description="a response cut at max_tokens scores 0, or is masked and leaves every denominator"
     )
-
 
     @field_validator("stop")
     @classmethod
@@ -207,7 +214,8 @@ class TrainingSection(Section):
     )
     micro_tokens: int = Field(16384, ge=1, description="tokens a micro-batch; memory only, not the result")
     checkpoint_activations: bool = Field(
-        False, description="compute each layer again in the backward pass instead of keeping it: less memory, a third more time"
+        False,
+        description="compute each layer again in the backward pass instead of keeping it: less memory, a third more time",
     )
     max_bad_updates: int = Field(
         3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"

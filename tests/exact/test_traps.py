@@ -314,7 +314,9 @@ def test_the_first_updates_ratio_is_exactly_one():
     batch = pack(rollouts, policy.pad_id)
     learner = Learner(policy, small_critic(), None, small_config())
     plan = learner._plan(batch, batch.keep_B.nonzero()[:, 0], 0, 0)
-    old_BT = learner._old_logps(batch, plan, first_is_free=False)
+    old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
+    with torch.no_grad():
+        learner._fill_old(old_BT, batch, plan)
     for minibatch in plan:
         for part in minibatch:
             current = learner._logps(policy, batch, part).logp_BT.detach()
@@ -354,6 +356,7 @@ def test_ordinary_dropout_is_off():
 def test_the_head_and_log_softmax_run_in_float32_for_bfloat16_models():
     policy = small_policy()
     policy.model.to(torch.bfloat16)
+    policy.packs = False  # so that the hidden states are those of the comparison, to the bit
     rollouts = small_rollouts(policy)
     batch = pack(rollouts, policy.pad_id)
     found = policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, 1.0).logp_BT

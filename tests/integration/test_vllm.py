@@ -45,7 +45,9 @@ def test_it_reports_what_the_learner_finds(policy, engine):
         rows = [[*p, *s.ids] for p, s in zip(PROMPTS, samples, strict=True)]
         width = max(map(len, rows))
         ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-        mine = policy.response_logps(ids, torch.full((32,), 4), torch.tensor([len(s.ids) for s in samples]), temperature)
+        mine = policy.response_logps(
+            ids, torch.full((32,), 4), torch.tensor([len(s.ids) for s in samples]), temperature
+        )
         for s, logps in zip(samples, mine.logp_BT.tolist(), strict=True):
             assert s.logps == pytest.approx(logps[: len(s.ids)], abs=1e-4)
             assert (s.finish == "stop") == (s.ids[-1] in policy.eos_ids)
@@ -65,7 +67,9 @@ def test_a_sync_is_proven_inside_the_engine(policy, engine):
             canary.check(engine, policy)
         engine.sync(policy)
         assert engine.holds(policy)
-    assert engine.score([[5, 6, 7]], [[8, 9]])[0] == pytest.approx(policy.given_logps([[5, 6, 7]], [[8, 9]])[0], abs=1e-4)
+    assert engine.score([[5, 6, 7]], [[8, 9]])[0] == pytest.approx(
+        policy.given_logps([[5, 6, 7]], [[8, 9]])[0], abs=1e-4
+    )
 
 
 def test_same_distribution_as_the_local_engine(policy, engine):
@@ -82,7 +86,7 @@ def test_same_distribution_as_the_local_engine(policy, engine):
 def test_stop_strings_and_cuts(policy, engine):
     engine.sync(policy)
     free = LocalEngine(policy).generate(PROMPTS, range(32), Sampling(12, 0.0))
-    text = next(t for t in map(lambda s: policy.text(s.ids), free) if len(t) > 4)
+    text = next(t for s in free if len(t := policy.text(s.ids)) > 4)
     stopped = engine.generate(PROMPTS, range(32), Sampling(12, 0.0, stop=(text[1:3],)))
     assert any(text[1:3] in policy.text(s.ids) and s.finish == "stop" and len(s.ids) < 12 for s in stopped)
     with pytest.raises(RecipeError, match="top_k"):

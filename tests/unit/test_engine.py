@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MambaConfig, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Lfm2Config, MistralConfig, Qwen3Config
 
 from sppo.models import tiny
 from sppo.models.narrow import narrow_linear, narrow_products
@@ -26,7 +26,9 @@ FAMILIES = {
     "Mistral, sliding window": MistralConfig(**SIZES, sliding_window=6),
     "GPT-2": GPT2Config(vocab_size=33, n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "Gemma 2, soft caps": Gemma2Config(**SIZES, query_pre_attn_scalar=8, sliding_window=6),
-    "Mamba": MambaConfig(vocab_size=33, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "LFM2, convolutions": Lfm2Config(
+        **{k: v for k, v in SIZES.items() if k != "head_dim"}, layer_types=["conv", "full_attention", "conv"]
+    ),
 }
 PROMPTS = [[1 + (7 * i + k) % 20 for k in range(2 + (i // 3) % 9)] for i in range(24)]
 
@@ -118,8 +120,15 @@ def test_the_sampled_distribution_is_the_enumerated_one(policy):
     n, prompt = 6000, [5, 6, 7]
     vocabulary = policy.model.get_input_embeddings().weight.size(0)
     pairs = [(a, b) for a in range(vocabulary) if a not in policy.eos_ids for b in range(vocabulary)]
-    exact = {p: math.exp(sum(l)) for p, l in zip(pairs, policy.given_logps([prompt] * len(pairs), pairs), strict=True)}
-    found = Counter(tuple(s.ids) for s in LocalEngine(policy).generate([prompt] * n, range(n), Sampling(2, 1.0, 512)) if len(s.ids) == 2)
+    exact = {
+        p: math.exp(sum(logps))
+        for p, logps in zip(pairs, policy.given_logps([prompt] * len(pairs), pairs), strict=True)
+    }
+    found = Counter(
+        tuple(s.ids)
+        for s in LocalEngine(policy).generate([prompt] * n, range(n), Sampling(2, 1.0, 512))
+        if len(s.ids) == 2
+    )
     frequent = [p for p in pairs if exact[p] * n >= 5]
     rest = n * (1 - sum(exact[p] for p in frequent))
     expected = [*(exact[p] * n for p in frequent), rest]
@@ -182,7 +191,9 @@ def test_a_stop_string_ends_a_response_and_is_part_of_it(policy):
     for whole, before, after in zip(text, free, stopped, strict=True):
         if stop in whole:
             said = policy.text(after.ids)
-            assert said.endswith(stop) and said.count(stop) == 1 and after.finish == "stop"
+            assert said.endswith(stop)
+            assert said.count(stop) == 1
+            assert after.finish == "stop"
             assert before.ids[: len(after.ids)] == after.ids
         else:
             assert (after.ids, after.finish) == (before.ids, before.finish)
@@ -210,7 +221,8 @@ def test_narrow_products_are_products(shape, bias):
     with torch.no_grad():
         assert torch.allclose(narrow_linear(x, layer.weight, layer.bias), layer(x), atol=1e-5)
         with narrow_products(layer):
-            assert "forward" in layer.__dict__ and torch.allclose(layer(x).flatten(), narrow_linear(x, layer.weight, layer.bias).flatten())
+            assert torch.allclose(layer(x), narrow_linear(x, layer.weight, layer.bias))
+            assert "forward" in layer.__dict__
     assert "forward" not in layer.__dict__
 
 

@@ -119,7 +119,9 @@ class Loaded:
                 RolloutSection.model_validate({key: value})
             except ValidationError as error:
                 flag = key.replace("_", "-")
-                raise UserError(f"--{flag}: {error.errors()[0]['msg'][0].lower()}{error.errors()[0]['msg'][1:]}, not {value}") from None
+                raise UserError(
+                    f"--{flag}: {error.errors()[0]['msg'][0].lower()}{error.errors()[0]['msg'][1:]}, not {value}"
+                ) from None
         sampling = Sampling.of(rollout.model_copy(update=given), temperature)
         if self.policy.context is not None and sampling.max_tokens >= self.policy.context:
             raise UserError(

@@ -25,8 +25,12 @@ def add(subparsers: Any) -> None:
         "--reward", help="what judges them; default: the run's, else 'gym' for gym tasks, else 'answer'"
     )
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's, else 1")
-    parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens; default: the run's, else all")
-    parser.add_argument("--top-p", type=float, help="draw among the tokens that hold this much probability; default: the run's, else 1")
+    parser.add_argument(
+        "--top-k", type=int, help="draw among so many of the likeliest tokens; default: the run's, else all"
+    )
+    parser.add_argument(
+        "--top-p", type=float, help="draw among the tokens that hold this much probability; default: the run's, else 1"
+    )
     parser.add_argument("--max-tokens", type=int, help="response limit; default: the run's, else 256")
     parser.add_argument("--instruction", help="text added after every question; default: the run's")
     parser.add_argument("--batch", type=int, help="sequences decoded together")

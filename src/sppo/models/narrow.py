@@ -41,7 +41,7 @@ def narrow_products(model: Any) -> Iterator[None]:
     current log-probabilities must come from one and the same arithmetic."""
     layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
     for layer in layers:
-        layer.forward = partial(_forward, layer)
+        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -15,18 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sppo_packed"
-TOLERANCE = 0.05
-"""Packed and separate outputs may differ by this much of the largest (bfloat16 rounding); a leak is far larger."""
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Packed and separate outputs may differ by this much of the largest, for rounding; a leak is larger."""
 
 
 def use(model: Any) -> None:
-    """Let a model's attention layers understand `lengths`. Raises ValueError for a model without transformers' attention interface."""
+    """Let a model's attention layers understand `boundaries`. Raises ValueError for a model without transformers' attention
+    interface, or with layers of another kind: a convolution or a recurrent state would run on from one sequence into the next."""
+    if not attends_only(model.config):
+        raise ValueError("this model has layers that do more than attend")
     model.set_attn_implementation(NAME)
+
+
+def attends_only(config: Any) -> bool:
+    """Whether all that a model's layers remember of a sequence is keys and values."""
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def boundaries(lengths: Sequence[int]) -> dict[str, Tensor]:
@@ -81,6 +91,8 @@ def attention(
     if cu_seq_lens_k is not None and attention_mask is not None:
         return _next_token(query, key, value, attention_mask, cu_seq_lens_k, scaling, sliding_window), None
     if cu_seq_lens_q is None:
+        if attention_mask is None:
+            attention_mask = _band(query.size(2), sliding_window, query.device)
         return sdpa_attention_forward(
             module,
             query,
@@ -100,15 +112,20 @@ def attention(
             x[0, :, start : start + length * count].unflatten(1, (count, length)).transpose(0, 1)
             for x in (query, key, value)
         )
-        band = None
-        if sliding_window is not None and length > sliding_window:
-            back = torch.arange(length, device=q.device)
-            band = (back[:, None] >= back) & (back[:, None] - back < sliding_window)
+        band = _band(length, sliding_window, q.device)
         o = scaled_dot_product_attention(
             q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
         )
         out.append(o.transpose(1, 2).flatten(0, 1))  # [count × length, heads, D]
     return torch.cat(out)[None], None
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys each query of a sequence sees under a sliding window, [length, length]; None: all before it."""
+    if window is None or length <= window:
+        return None
+    back = torch.arange(length, device=device)
+    return (back[:, None] >= back) & (back[:, None] - back < window)
 
 
 def _next_token(

@@ -152,7 +152,8 @@ class Policy:
     def checkpoint_activations(self) -> None:
         """From now on training passes keep only the layers' inputs, and compute the layers again in the backward pass."""
         try:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # the newer name
+            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         except ValueError:
             raise ModelError(f"training.checkpoint_activations: {self.name} is of a kind that cannot do that") from None
         self._checkpointed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -202,19 +203,19 @@ class Policy:
 
     @torch.no_grad()
     def _packing_holds(self) -> bool:
-        """Whether packed sequences leave each other alone, on three that would notice; if not, padding it is."""
+        """Whether packed sequences leave each other alone, at every position of three; if not, padding it is."""
         before = self.model.config._attn_implementation
         vocabulary = self.model.get_input_embeddings().weight.size(0)
         ids_BL = (torch.arange(3)[:, None] * 7 + torch.arange(9) * 3 + 1).remainder(vocabulary).to(self.device)
-        row_N, position_N = torch.tensor([0, 1, 2], device=self.device), torch.tensor([8, 5, 5], device=self.device)
-        length_B = position_N + 1
+        length_B = torch.tensor([9, 6, 6], device=self.device)
+        row_N, position_N = (torch.arange(9, device=self.device) < length_B[:, None]).nonzero(as_tuple=True)
         try:
             inputs, state_N = self._padded_inputs(ids_BL, length_B, row_N, position_N)
-            apart_3V = self.model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+            apart_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
             packing.use(self.model)
             inputs, state_N = self._packed_inputs(ids_BL, length_B, row_N, position_N)
-            packed_3V = self.model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
-            if (packed_3V - apart_3V).abs().max() <= packing.TOLERANCE * apart_3V.abs().max():
+            packed_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+            if (packed_NV - apart_NV).abs().max() <= packing.TOLERANCE[self.dtype] * apart_NV.abs().max():
                 return True
         except (TypeError, RuntimeError, ValueError, AttributeError):
             pass

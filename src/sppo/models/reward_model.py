@@ -154,7 +154,7 @@ class RewardModel(nn.Module):
         try:
             packing.use(self.model)
             packed, apart = self._last_packed(probe), self._last_padded(probe)
-            if (packed - apart).abs().max() <= packing.TOLERANCE * apart.abs().max():
+            if (packed - apart).abs().max() <= packing.TOLERANCE[apart.dtype] * apart.abs().max():
                 return True
         except (TypeError, RuntimeError, ValueError):
             pass

@@ -171,7 +171,9 @@ def _prefill(policy: Policy, slots: Slots, waiting: _Waiting, rows: Sequence[int
             slots.copy([first + b - 1], [first + b], len(keys[b]))
     goes_on = waiting.order and waiting.keys[waiting.order[-1]] == keys[-1]
     last = logits_B[-1]
-    waiting.begun = (keys[-1], slots.read(first + len(rows) - 1, len(keys[-1])), last) if goes_on and last is not None else None
+    waiting.begun = (
+        (keys[-1], slots.read(first + len(rows) - 1, len(keys[-1])), last) if goes_on and last is not None else None
+    )
     return torch.stack([x for x in logits_B if x is not None])
 
 
@@ -200,7 +202,7 @@ def _slots_hold(policy: Policy) -> bool:
     theirs = policy.given_logps(prompts, responses)
     scale = max(abs(x) for row in theirs for x in row)
     return all(
-        abs(a - b) <= packed.TOLERANCE * scale
+        abs(a - b) <= packed.TOLERANCE[policy.dtype] * scale
         for mine, other in zip(given.logps, theirs, strict=True)
         for a, b in zip(mine, other, strict=True)
     )

@@ -92,7 +92,9 @@ class Given:
         return [b for b, i in enumerate(live) if len(self.ids[i]) == len(self.given[i])]
 
 
-def next_inputs(prompts: Sequence[Sequence[int]], responses: Responses, live: Sequence[int]) -> tuple[Tensor, list[int]]:
+def next_inputs(
+    prompts: Sequence[Sequence[int]], responses: Responses, live: Sequence[int]
+) -> tuple[Tensor, list[int]]:
     """The newest token of each response, [B, 1], and how many tokens came before it."""
     last_B1 = torch.tensor([[responses.ids[i][-1]] for i in live])
     return last_B1, [len(prompts[i]) + len(responses.ids[i]) - 1 for i in live]

@@ -38,7 +38,9 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack(rows)).clamp_(max=1 - 2**-24).float()
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, cut: Cut | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def draw(
+    logits_BV: Tensor, uniform_B: Tensor, temperature: float, cut: Cut | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sample a token for each row.
 
     Temperature 0 is greedy, with log-probabilities at temperature 1. Non-finite logits raise FloatingPointError: a

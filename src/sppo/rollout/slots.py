@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 FIRST = 256
 """Columns to begin with, if the sequences may get longer at all; doubled whenever one does."""
@@ -23,12 +23,9 @@ Prefix = list[tuple[Tensor, Tensor]]
 
 
 class Slots(Cache):
-    """A cache of `count` slots that grows to `longest` columns. Raises ValueError for a model with layers of another kind."""
+    """A cache of `count` slots that grows to `longest` columns."""
 
     def __init__(self, config: Any, count: int, longest: int) -> None:
-        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-        if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            raise ValueError("this model keeps more than plain keys and values")
         self.count, self.longest = count, longest
         self.columns = min(longest, FIRST)
         self.slot_N = self.column_N = torch.empty(0, dtype=torch.long)

@@ -58,7 +58,11 @@ class VLLMEngine:
         on_cpu = policy.device.type == "cpu"
         limit = context or min(policy.context or 8192, 8192)
         # Without chunks a prompt is read in one pass; vLLM 0.32's CPU sampler fails on a seeded request whose prompt was cut.
-        how = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(limit, 8192)} if on_cpu else {"gpu_memory_utilization": memory}
+        how = (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(limit, 8192)}
+            if on_cpu
+            else {"gpu_memory_utilization": memory}
+        )
         try:
             self.llm: Any = LLM(
                 self._folder.name, dtype=str(policy.dtype).removeprefix("torch."), max_model_len=limit, enforce_eager=eager,
@@ -77,7 +81,7 @@ class VLLMEngine:
     def holds(self, policy: Policy) -> bool:
         """Compare checksums that do not depend on how matrices are fused or ordered, taken on both sides."""
         inside = self.llm.apply_model(_checksum_inside)[0]
-        return inside == checksum([p for p in policy.model.parameters()])
+        return inside == checksum(list(policy.model.parameters()))
 
     def generate(
         self,
@@ -106,8 +110,9 @@ class VLLMEngine:
             for done in self.llm.generate(asked, params[part], use_tqdm=False):
                 found = done.outputs[0]
                 logps = [entry[i].logprob for i, entry in zip(found.token_ids, found.logprobs, strict=True)]
-                finish = "stop" if found.finish_reason == "stop" else "length"
-                samples.append(Sample(list(found.token_ids), logps, finish))
+                samples.append(
+                    Sample(list(found.token_ids), logps, "stop" if found.finish_reason == "stop" else "length")
+                )
             if progress:
                 progress(len(samples))
         return samples
@@ -117,7 +122,9 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         asked = [{"prompt_token_ids": [*p, *r]} for p, r in zip(prompts, responses, strict=True)]
-        done = self.llm.generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
+        done = self.llm.generate(
+            asked, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False
+        )
         return [
             [entry[i].logprob for i, entry in zip(response, found.prompt_logprobs[-len(response) :], strict=True)]
             for found, response in zip(done, responses, strict=True)

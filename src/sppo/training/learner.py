@@ -10,6 +10,7 @@ micro-batches, and the importance weight corrects for the engine's.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Learner:
         self.bad_in_a_row = 0
         self.bad_total = 0
         self.ratio_checked = False
+        self.critic_seconds = 0.0
 
     # -- the advantage -----------------------------------------------------------------------------------------------
 
@@ -57,12 +59,16 @@ class Learner:
 
         Call before `update`: the values must not have seen these rewards. Masked rollouts get whatever, and are not used.
         """
+        began = time.perf_counter()
         logit_B = self.critic.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens)
+        self.critic_seconds = time.perf_counter() - began
         value_B, keep_B = logit_B.sigmoid(), batch.keep_B
         reward_B = batch.reward_B
         if self.config.objective.kl > 0 and self.config.objective.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
-            reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, self.config.objective.kl)
+            reward_B = kl_in_reward(
+                reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, self.config.objective.kl
+            )
         advantage_B = critic_advantage(reward_B, logit_B)
         if self.config.objective.ev_gate:
             advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
@@ -110,9 +116,12 @@ class Learner:
             norm = self.policy_optimiser.step(lr["policy"], t.max_grad_norm)
             tally.add("update/grad_norm", norm)
             self._check_finite(norm)
+            began = time.perf_counter()
             tally.add("critic/loss", self._critic_update(batch, rows, lr["critic"]))
+            self.critic_seconds += time.perf_counter() - began
         return tally.metrics(len(updates)) | {
             "update/lr": lr["policy"],
+            "update/critic_seconds": self.critic_seconds,  # of the whole step's
             "update/skipped_non_finite": self.bad_total,
         }
 

@@ -1,0 +1,194 @@
+"""The fast update against the plain one: packed log-probabilities and gradients, whose `old` serves, checkpointed activations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from sppo.errors import ModelError, StaleWeights
+from sppo.models import tiny
+from sppo.models.policy import Policy
+from sppo.rollout.canary import Canary
+from sppo.rollout.local import LocalEngine
+from sppo.rollout.sampler import Cut
+from sppo.training.batch import micro_batches, pack
+from sppo.training.learner import Learner
+from sppo.types import Verdict
+
+from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from .test_engine import FAMILIES, TokenCount, of_family
+
+LENGTHS = [(3, 5), (3, 5), (1, 1), (7, 2), (4, 9), (4, 9), (2, 12)]
+
+
+def rectangle(vocabulary: int = 33):
+    torch.manual_seed(3)
+    prompt, response = torch.tensor(LENGTHS).T
+    ids = torch.randint(1, vocabulary, (len(LENGTHS), int((prompt + response).max())))
+    return ids, prompt, response
+
+
+def gradients(policy: Policy, weight_BT: torch.Tensor) -> list[torch.Tensor]:
+    policy.model.zero_grad()
+    (policy.response_logps(*rectangle(), 0.8).logp_BT * weight_BT).sum().backward()
+    return [p.grad for p in policy.model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", ["tiny", *FAMILIES])
+def test_packed_is_padded(family):
+    """The same numbers, and the same gradient, from rows of nothing but tokens as from a padded rectangle."""
+    packed = small_policy() if family == "tiny" else of_family(family)
+    assert packed.packs == (family not in ("Gemma 2, soft caps", "LFM2, convolutions"))
+    padded = packed.reference()
+    padded.packs = False
+    padded.model.set_attn_implementation("eager")
+    padded.model.requires_grad_(True)
+    ids, prompt, response = rectangle()
+    a, b = (p.response_logps(ids, prompt, response, 0.8) for p in (packed, padded))
+    assert torch.allclose(a.logp_BT, b.logp_BT, atol=2e-5)
+    assert torch.allclose(a.entropy_BT, b.entropy_BT, atol=2e-4)
+    weight_BT = torch.randn(a.logp_BT.shape)
+    for mine, theirs in zip(gradients(packed, weight_BT), gradients(padded, weight_BT), strict=True):
+        assert torch.allclose(mine, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_a_packed_row_holds_nothing_but_what_is_needed(policy):
+    count = TokenCount(policy)
+    policy.response_logps(*rectangle(), 1.0)
+    assert count.passes == 1
+    assert count.total == sum(p + r - 1 for p, r in LENGTHS)  # the last token predicts nothing
+
+
+def test_checkpointed_activations_change_no_bit_and_leave_sampling_alone():
+    plain, checkpointed = small_policy(), small_policy()
+    checkpointed.checkpoint_activations()
+    weight_BT = torch.randn(len(LENGTHS), 12)
+    count = TokenCount(checkpointed)
+    calls = []
+    checkpointed.model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for mine, theirs in zip(gradients(checkpointed, weight_BT), gradients(plain, weight_BT), strict=True):
+        assert torch.equal(mine, theirs)
+    assert count.passes == 1
+    assert len(calls) == 2  # the layer was computed again
+    assert not checkpointed.model.model.layers[0].training
+    mine, theirs = (LocalEngine(p).score([[5, 6, 7]], [[8, 9, 10]]) for p in (checkpointed, plain))
+    assert mine == theirs
+
+
+def test_a_model_that_cannot_checkpoint_says_so(policy):
+    policy.model._supports_gradient_checkpointing = policy.model.supports_gradient_checkpointing = False
+    with pytest.raises(ModelError, match="checkpoint_activations"):
+        policy.checkpoint_activations()
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    torch.manual_seed(0)
+    length = torch.randint(1, 60, (200,))
+    index = torch.randperm(200)[:150]
+    for packed in (False, True):
+        parts = micro_batches(index, length, 256, packed)
+        assert sorted(torch.cat(parts).tolist()) == sorted(index.tolist())
+        for part in parts:
+            cost = int(length[part].sum()) if packed else int(length[part].max()) * len(part)
+            assert cost <= 256
+    assert [len(p) for p in micro_batches(torch.arange(2), torch.tensor([900, 5]), 100, True)] == [1, 1]
+    assert micro_batches(torch.arange(0), length, 100) == []
+
+
+# -- whose log-probabilities serve as `old` --------------------------------------------------------------------------------------
+
+
+def judged_batch(policy: Policy, shift: float = 0.0, **kwargs):
+    """Sixteen rollouts whose rewards alternate; the engine's log-probabilities off by `shift` a token."""
+    rollouts = small_rollouts(policy, 16, **kwargs)
+    rollouts = [r.judged(Verdict(float(i % 2), "correct" if i % 2 else "wrong")) for i, r in enumerate(rollouts)]
+    batch = pack(rollouts, policy.pad_id)
+    batch.behaviour_logp_BT += shift * batch.mask_BT
+    return batch
+
+
+def one_update(shift: float, minibatches: int = 4):
+    policy = small_policy()
+    batch = judged_batch(policy, shift)
+    learner = Learner(policy, small_critic(), None, small_config(training__minibatches=minibatches).with_rates(1, 1))
+    learner.ratio_checked = True
+    count = TokenCount(policy)
+    metrics = learner.update(batch, batch.reward_B - 0.5, 0)
+    return policy, metrics, count.passes
+
+
+def test_the_engine_spares_the_extra_pass_where_its_numbers_are_the_learners():
+    exact, metrics, passes = one_update(0.0)
+    assert metrics["engine/serves_as_old"] == 1.0
+    assert passes == 4  # one a minibatch: forward and backward of the loss, and nothing else
+    far, metrics, passes = one_update(0.02)  # 12 tokens × 0.02: a weight of 1.27 between engine and learner
+    assert metrics["engine/serves_as_old"] == 0.0
+    assert passes == 4 + 3
+    assert metrics["engine/gap_mean"] == pytest.approx(0.02, abs=1e-4)
+    assert far.fingerprint() != exact.fingerprint()  # it was corrected for
+
+
+def test_engine_and_learner_as_old_lead_to_the_same_weights(monkeypatch):
+    served, _, _ = one_update(0.0)
+    monkeypatch.setattr("sppo.training.learner.NEGLIGIBLE", -1.0)
+    computed, metrics, passes = one_update(0.0)
+    assert metrics["engine/serves_as_old"] == 0.0
+    assert passes == 7
+    for a, b in zip(served.model.parameters(), computed.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_cut_is_no_gap_between_engine_and_learner_but_an_importance_weight(policy):
+    from dataclasses import replace
+
+    from sppo.rewards.base import load_reward
+    from sppo.rollout.collect import collect
+    from sppo.rollout.engine import Sampling
+    from sppo.tasks.base import load_tasks
+
+    source = load_tasks("chain:steps=1-2")
+    rollouts = collect(
+        LocalEngine(policy), policy, load_reward("answer"), [source[i] for i in range(16)], Sampling(12, cut=Cut(top_k=4)), seed=("t",)
+    )  # fmt: skip
+    batch = pack([replace(r, verdict=Verdict(1.0, "correct")) for r in rollouts], policy.pad_id)
+    learner = Learner(policy, small_critic(), None, small_config(training__minibatches=2).with_rates(1, 1))
+    metrics = learner.update(batch, torch.linspace(-1, 1, 16), 0)
+    assert metrics["engine/gap_mean"] < 1e-5
+    assert metrics["engine/serves_as_old"] == 1.0
+    assert float(batch.kept_BT.sum()) < -1.0
+
+
+# -- the canary ------------------------------------------------------------------------------------------------------------------
+
+
+class Deaf(LocalEngine):
+    """An engine that takes no weights after its first, though it says that it holds them."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.reference())
+
+    def holds(self, policy: Policy) -> bool:
+        return True
+
+
+def test_the_canary_hears_stale_weights_that_a_fingerprint_does_not(policy):
+    engine, canary = Deaf(policy), Canary(policy)
+    assert canary.check(engine, policy) < 1e-5
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(torch.randn_like(p) * 5e-3)
+    with pytest.raises(StaleWeights, match="fixed probe"):
+        canary.check(engine, policy)
+
+
+def test_the_canary_is_the_same_in_every_run():
+    first, again = (Canary(Policy(*tiny.build(seed=s, hidden=32, layers=2, heads=2))) for s in (0, 5))
+    assert (first.prompt, first.response) == (again.prompt, again.response)
+
+
+def test_an_engine_of_other_weights_is_not_held(policy):
+    other = copy.copy(policy)
+    assert LocalEngine(policy).holds(policy)
+    assert not LocalEngine(other).holds(policy)
