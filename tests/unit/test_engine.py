@@ -7,7 +7,15 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Lfm2Config, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    Lfm2Config,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from sppo.models import tiny
 from sppo.models.narrow import narrow_linear, narrow_products
@@ -23,6 +31,7 @@ SIZES = {
 }  # fmt: skip
 FAMILIES = {
     "Qwen3": Qwen3Config(**SIZES),
+    "Qwen2, biases": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}, attention_bias=True),
     "Mistral, sliding window": MistralConfig(**SIZES, sliding_window=6),
     "GPT-2": GPT2Config(vocab_size=33, n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "Gemma 2, soft caps": Gemma2Config(**SIZES, query_pre_attn_scalar=8, sliding_window=6),
@@ -65,10 +74,13 @@ class TokenCount:
         self.passes += 1
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("batch", [24, 5, 1])
-def test_slots_draw_what_the_plain_loop_draws(policy, batch):
+def test_slots_draw_what_the_plain_loop_draws(policy, batch, lean):
     engine = LocalEngine(policy)
     assert engine.plain is None
+    assert engine.lean
+    engine.lean = lean
     mine = engine.generate(PROMPTS, range(24), Sampling(20, 1.0, batch))
     theirs = plain(policy).generate(PROMPTS, range(24), Sampling(20))
     assert [s.ids for s in mine] == [s.ids for s in theirs]
@@ -80,8 +92,12 @@ def test_slots_draw_what_the_plain_loop_draws(policy, batch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_decoder(family):
     policy = of_family(family)
+    with torch.no_grad():
+        for p in policy.model.parameters():  # biases and norms that are not their neutral start
+            p.add_(torch.randn_like(p) * 0.05)
     engine = LocalEngine(policy)
-    in_slots = family in ("Qwen3", "Mistral, sliding window", "GPT-2")
+    in_slots = family in ("Qwen3", "Qwen2, biases", "Mistral, sliding window", "GPT-2")
+    assert engine.lean == (family in ("Qwen3", "Qwen2, biases"))
     assert (engine.plain is None) == in_slots  # a soft cap or a recurrent state is not guessed at
     mine = engine.generate(PROMPTS, range(24), Sampling(20, 1.0, 7))
     theirs = plain(policy).generate(PROMPTS, range(24), Sampling(20))
@@ -98,6 +114,7 @@ def test_no_pass_computes_padding_and_no_prompt_is_read_twice(policy, batch):
     prompts = [p for p in PROMPTS[:8] for _ in range(4)]
     distinct = {tuple(p) for p in prompts}
     engine = LocalEngine(policy)
+    engine.lean = False  # so that every token goes through the embedding that counts
     count = TokenCount(policy)
     samples = engine.generate(prompts, range(32), Sampling(12, 1.0, batch))
     assert count.total == sum(map(len, distinct)) + sum(len(s.ids) - 1 for s in samples)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..models import packed
+from ..models import llama, packed
 from ..models.narrow import narrow_products
 from ..models.policy import Policy
 from .engine import Sample, Sampling
@@ -36,7 +36,8 @@ class LocalEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.plain = None if policy.packs and _slots_hold(policy) else PlainEngine(policy)
+        self.lean = llama.steps(policy.model) and _slots_hold(policy, lean=True)
+        self.plain = None if self.lean or (policy.packs and _slots_hold(policy, lean=False)) else PlainEngine(policy)
 
     def sync(self, policy: Policy) -> None:
         """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
@@ -64,7 +65,7 @@ class LocalEngine:
         if self.plain is not None:
             return self.plain.generate(prompts, seeds, sampling, progress)
         drawn = Drawn(self.policy, seeds, sampling)
-        _decode(self.policy, prompts, drawn, sampling.batch, progress)
+        _decode(self.policy, prompts, drawn, sampling.batch, self.lean, progress)
         return drawn.samples()
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -72,7 +73,7 @@ class LocalEngine:
         if self.plain is not None:
             return self.plain.score(prompts, responses)
         given = Given(responses)
-        _decode(self.policy, prompts, given, len(prompts))
+        _decode(self.policy, prompts, given, len(prompts), self.lean)
         return given.logps
 
 
@@ -82,6 +83,7 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     responses: Responses,
     batch: int,
+    lean: bool,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Let every response grow to its end. `live[b]` is the prompt whose sequence is in slot b."""
@@ -98,7 +100,7 @@ def _decode(
                 finished = [len(live) + b for b in responses.take(logits_BV, rows)]
                 live += rows
             else:
-                finished = responses.take(_next(policy, slots, prompts, responses, live), live)
+                finished = responses.take(_next(policy, slots, prompts, responses, live, lean), live)
             if finished:
                 _close_ranks(slots, live, finished)
                 done += len(finished)
@@ -107,12 +109,19 @@ def _decode(
 
 
 def _next(
-    policy: Policy, slots: Slots, prompts: Sequence[Sequence[int]], responses: Responses, live: Sequence[int]
+    policy: Policy,
+    slots: Slots,
+    prompts: Sequence[Sequence[int]],
+    responses: Responses,
+    live: Sequence[int],
+    lean: bool,
 ) -> Tensor:
     """The logits after each live sequence's newest token, [B, V]."""
     last_B1, before = next_inputs(prompts, responses, live)
     columns = max(before) + 1
     length_B = torch.tensor(before, device=policy.device)
+    if lean:
+        return llama.next_logits(policy.model, slots, last_B1[:, 0], length_B, columns)
     slots.write_next(length_B, columns)
     beyond_BS = torch.arange(columns, device=policy.device) > length_B[:, None]
     mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)
@@ -189,14 +198,14 @@ def _close_ranks(slots: Slots, live: list[int], finished: Sequence[int]) -> None
     del live[remaining:]
 
 
-def _slots_hold(policy: Policy) -> bool:
-    """Whether sampling through slots finds what the policy itself finds of a few short sequences."""
+def _slots_hold(policy: Policy, lean: bool) -> bool:
+    """Whether sampling through slots (and by the lean step) finds what the policy itself finds of a few short sequences."""
     vocabulary = policy.model.get_input_embeddings().weight.size(0)
     prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate((5, 3, 5))]
     responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(n)] for b, n in enumerate((2, 4, 3))]
     given = Given(responses)
     try:
-        _decode(policy, prompts, given, batch=2)
+        _decode(policy, prompts, given, 2, lean)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
         return False
     theirs = policy.given_logps(prompts, responses)
