@@ -266,6 +266,9 @@ class Config(Section):
             raise ValueError(
                 f"training.minibatches is {self.training.minibatches}, but a step has only {rollouts} rollouts"
             )
+        r = self.rollout
+        if r.engine.startswith("vllm") and (r.top_k or r.top_p < 1 or r.min_p):
+            raise ValueError("rollout.top_k, top_p and min_p need rollout.engine = 'local'")
         return self
 
     def with_rates(self, policy_parameters: int, critic_parameters: int) -> Config:

@@ -238,10 +238,11 @@ def test_a_policy_whose_logits_are_not_finite_is_not_sampled_from(policy):
     from sppo.rollout.engine import Sampling
     from sppo.rollout.local import LocalEngine
 
+    engine = LocalEngine(policy)
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(RunFailure, match="not finite"):
-        LocalEngine(policy).generate([[5, 6]], [0], Sampling(4))
+        engine.generate([[5, 6]], [0], Sampling(4))
 
 
 def test_an_engine_with_other_weights_is_found_at_the_sync(tmp_path):

@@ -11,12 +11,16 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     Lfm2Config,
     MistralConfig,
+    OPTConfig,
+    PhimoeConfig,
     Qwen2Config,
     Qwen3Config,
-)
+)  # fmt: skip
 
+from sppo.errors import RunFailure
 from sppo.models import tiny
 from sppo.models.narrow import narrow_linear, narrow_products
 from sppo.models.policy import Policy
@@ -35,10 +39,32 @@ FAMILIES = {
     "Mistral, sliding window": MistralConfig(**SIZES, sliding_window=6),
     "GPT-2": GPT2Config(vocab_size=33, n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "Gemma 2, soft caps": Gemma2Config(**SIZES, query_pre_attn_scalar=8, sliding_window=6),
+    "OPT": OPTConfig(
+        vocab_size=33,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        dropout=0.1,
+        max_position_embeddings=128,
+    ),
+    "GPT-Neo, attention of its own": GPTNeoConfig(
+        vocab_size=33,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=6,
+        max_position_embeddings=128,
+    ),
+    "PhiMoE, a window told to the mask only": PhimoeConfig(**SIZES, sliding_window=6, num_local_experts=2),
     "LFM2, convolutions": Lfm2Config(
         **{k: v for k, v in SIZES.items() if k != "head_dim"}, layer_types=["conv", "full_attention", "conv"]
     ),
 }
+PACKED = ("Qwen3", "Qwen2, biases", "Mistral, sliding window", "GPT-2", "OPT")
+"""The others are not guessed at: soft caps, recurrent states, masks that this knows nothing of."""
 PROMPTS = [[1 + (7 * i + k) % 20 for k in range(2 + (i // 3) % 9)] for i in range(24)]
 
 
@@ -96,9 +122,10 @@ def test_any_decoder(family):
         for p in policy.model.parameters():  # biases and norms that are not their neutral start
             p.add_(torch.randn_like(p) * 0.05)
     engine = LocalEngine(policy)
-    in_slots = family in ("Qwen3", "Qwen2, biases", "Mistral, sliding window", "GPT-2")
+    in_slots = family in PACKED
+    assert bool(engine.stated) != in_slots  # who samples slowly is told why
     assert engine.lean == (family in ("Qwen3", "Qwen2, biases"))
-    assert (engine.plain is None) == in_slots  # a soft cap or a recurrent state is not guessed at
+    assert (engine.plain is None) == in_slots
     mine = engine.generate(PROMPTS, range(24), Sampling(20, 1.0, 7))
     theirs = plain(policy).generate(PROMPTS, range(24), Sampling(20))
     assert [s.ids for s in mine] == [s.ids for s in theirs]
@@ -244,8 +271,23 @@ def test_narrow_products_are_products(shape, bias):
 
 
 def test_a_model_is_left_as_it_was_when_sampling_breaks(policy):
+    engine = LocalEngine(policy)
+    assert engine.plain is None
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(Exception, match="not finite"):
-        LocalEngine(policy).generate(PROMPTS, range(24), Sampling(4))
+    with pytest.raises(RunFailure, match="not finite"):
+        engine.generate(PROMPTS, range(24), Sampling(4))
     assert not any("forward" in m.__dict__ for m in policy.model.modules())
+
+
+def test_nothing_asked_nothing_sampled(policy):
+    assert LocalEngine(policy).generate([], [], Sampling(4)) == []
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_response(policy):
+    eos = policy.tokenizer.eos_token
+    policy.eos_ids = [policy.model.get_input_embeddings().weight.size(0) - 1]  # as if the model did not know its own
+    samples = LocalEngine(policy).generate(PROMPTS, range(24), Sampling(60, stop=(eos,)))
+    end = policy.tokenizer.eos_token_id
+    assert any(s.ids[-1] == end and s.finish == "stop" for s in samples)
+    assert not any(end in s.ids[:-1] for s in samples)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from sppo.errors import ModelError, StaleWeights
+from sppo.errors import EngineMismatch, ModelError, NonFinite, StaleWeights
 from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.canary import Canary
@@ -18,7 +18,7 @@ from sppo.training.learner import Learner
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
-from .test_engine import FAMILIES, TokenCount, of_family
+from .test_engine import FAMILIES, PACKED, TokenCount, of_family
 
 LENGTHS = [(3, 5), (3, 5), (1, 1), (7, 2), (4, 9), (4, 9), (2, 12)]
 
@@ -40,7 +40,7 @@ def gradients(policy: Policy, weight_BT: torch.Tensor) -> list[torch.Tensor]:
 def test_packed_is_padded(family):
     """The same numbers, and the same gradient, from rows of nothing but tokens as from a padded rectangle."""
     packed = small_policy() if family == "tiny" else of_family(family)
-    assert packed.packs == (family not in ("Gemma 2, soft caps", "LFM2, convolutions"))
+    assert packed.packs == (family == "tiny" or family in PACKED)
     padded = packed.reference()
     padded.packs = False
     padded.model.set_attn_implementation("eager")
@@ -77,8 +77,17 @@ def test_checkpointed_activations_change_no_bit_and_leave_sampling_alone():
     assert mine == theirs
 
 
+def test_checkpointing_leaves_dropout_off():
+    policy = of_family("OPT")  # its layers read their own training flag
+    policy.checkpoint_activations()
+    first = policy.response_logps(*rectangle(), 1.0).logp_BT
+    first.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(policy.response_logps(*rectangle(), 1.0).logp_BT, first)
+
+
 def test_a_model_that_cannot_checkpoint_says_so(policy):
-    policy.model._supports_gradient_checkpointing = policy.model.supports_gradient_checkpointing = False
+    policy.model.model.layers = torch.nn.ModuleList()
     with pytest.raises(ModelError, match="checkpoint_activations"):
         policy.checkpoint_activations()
 
@@ -160,6 +169,29 @@ def test_a_cut_is_no_gap_between_engine_and_learner_but_an_importance_weight(pol
     assert float(batch.kept_BT.sum()) < -1.0
 
 
+def test_an_engine_that_is_right_in_the_first_minibatch_only_is_found_out(policy):
+    batch = judged_batch(policy)
+    learner = Learner(policy, small_critic(), None, small_config(training__minibatches=4).with_rates(1, 1))
+    learner.ratio_checked = True
+    first = torch.cat(learner._plan(batch, batch.keep_B.nonzero()[:, 0], 0, 0)[0])
+    others = torch.ones(16, dtype=torch.bool)
+    others[first] = False
+    batch.behaviour_logp_BT[others] += 5.0 * batch.mask_BT[others]
+    with pytest.raises(EngineMismatch, match="same weights"):
+        learner.update(batch, batch.reward_B - 0.5, 0)
+
+
+def test_what_a_cut_costs_the_sequence_ratio_is_reported(policy):
+    """exp of a sum over tokens: hardly any weight is left to a long response."""
+    batch = judged_batch(policy)
+    batch.kept_BT -= torch.linspace(0, 1, 16)[:, None] * batch.mask_BT
+    batch.behaviour_logp_BT -= batch.kept_BT
+    learner = Learner(policy, small_critic(), None, small_config().with_rates(1, 1))
+    metrics = learner.update(batch, batch.reward_B - 0.5, 0)
+    assert metrics["engine/gap_mean"] < 1e-5
+    assert metrics["engine/correction_ess"] < 0.35
+
+
 # -- the canary ------------------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +212,14 @@ def test_the_canary_hears_stale_weights_that_a_fingerprint_does_not(policy):
         for p in policy.model.parameters():
             p.add_(torch.randn_like(p) * 5e-3)
     with pytest.raises(StaleWeights, match="fixed probe"):
+        canary.check(engine, policy)
+
+
+def test_a_broken_policy_is_not_called_stale(policy):
+    engine, canary = LocalEngine(policy), Canary(policy)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(NonFinite, match=r"lower training\.lr"):
         canary.check(engine, policy)
 
 

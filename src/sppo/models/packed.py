@@ -28,15 +28,15 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, tor
 def use(model: Any) -> None:
     """Let a model's attention layers understand `boundaries`. Raises ValueError for a model without transformers' attention
     interface, or with layers of another kind: a convolution or a recurrent state would run on from one sequence into the next."""
-    if not attends_only(model.config):
-        raise ValueError("this model has layers that do more than attend")
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise ValueError("its layers remember more than keys and values")
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError("its positions depend on the longest sequence beside it")
     model.set_attn_implementation(NAME)
-
-
-def attends_only(config: Any) -> bool:
-    """Whether all that a model's layers remember of a sequence is keys and values."""
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    if model.config._attn_implementation != NAME:  # transformers only logs that
+        raise ValueError("it does not use transformers' attention interface")
 
 
 def boundaries(lengths: Sequence[int]) -> dict[str, Tensor]:
@@ -84,10 +84,12 @@ def attention(
         [1, L, heads, D], as transformers' attention functions do.
 
     Raises:
-        ValueError: for something in the attention that this does not know (a soft cap, sinks).
+        ValueError: for something in the attention that this does not know (a soft cap, sinks, a window told to the mask only).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("this model's attention does more than a softmax; it cannot be packed")
+        raise ValueError("its attention does more than a softmax")
+    if sliding_window is None and _looks_no_further(module):
+        raise ValueError("its attention is limited by a mask alone")
     if cu_seq_lens_k is not None and attention_mask is not None:
         return _next_token(query, key, value, attention_mask, cu_seq_lens_k, scaling, sliding_window), None
     if cu_seq_lens_q is None:
@@ -118,6 +120,15 @@ def attention(
         )
         out.append(o.transpose(1, 2).flatten(0, 1))  # [count × length, heads, D]
     return torch.cat(out)[None], None
+
+
+def _looks_no_further(module: Any) -> bool:
+    """Whether the config says that this layer has a window or chunks."""
+    config = module.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return kinds[module.layer_idx] != "full_attention"
+    return getattr(config, "sliding_window", None) is not None
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:

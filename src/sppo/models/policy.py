@@ -13,11 +13,13 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ModelError
@@ -25,7 +27,7 @@ from ..types import Task
 from . import packed as packing
 from .logprobs import exact_products, token_logps, token_logps_from_logits
 from .narrow import narrow_linear
-from .pretrained import choose_dtype, ensure_pad, load, render_chat
+from .pretrained import choose_dtype, ensure_pad, first_line, load, render_chat
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Policy:
         self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
         self.direct_head = self._head_is_a_projection()
         self._checkpointed: list[Any] = []
+        self.unpacked_why = ""
         self.packs = self._packing_holds()
 
     @classmethod
@@ -62,8 +65,10 @@ class Policy:
         policy = cls(model.to(device=device, dtype=chosen), tokenizer, chat_template=chat_template, name=name)
         style = "chat template" if policy.chat else "plain text (no chat template)"
         head = "" if policy.direct_head else "; its head is more than a projection, so full logits are held"
+        padded = "" if policy.packs else f"; updates are padded, not packed: {policy.unpacked_why}"
         return policy, (
-            f"policy {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} on {device} ({why}); {style}{head}"
+            f"policy {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} on {device} ({why}); "
+            f"{style}{head}{padded}"
         )
 
     @property
@@ -151,25 +156,24 @@ class Policy:
 
     def checkpoint_activations(self) -> None:
         """From now on training passes keep only the layers' inputs, and compute the layers again in the backward pass."""
-        try:
-            enable = getattr(self.model, "activation_checkpointing_enable", None)  # the newer name
-            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
-        except ValueError:
-            raise ModelError(f"training.checkpoint_activations: {self.name} is of a kind that cannot do that") from None
         self._checkpointed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not self._checkpointed:
+            raise ModelError(
+                f"training.checkpoint_activations: {self.name} has no layers that transformers could checkpoint"
+            )
 
     @contextlib.contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """transformers checkpoints layers in training mode only. They get that flag alone, and while gradients are wanted: dropout
-        stays off, and engines, whose caches cannot be combined with it, never meet it."""
+        """transformers' own switch works in training mode only, where dropout is on; so the layers are wrapped here, while
+        gradients are wanted."""
         layers = self._checkpointed if torch.is_grad_enabled() else []
         for layer in layers:
-            layer.training = True
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         try:
             yield
         finally:
             for layer in layers:
-                layer.training = False
+                del layer.forward
 
     @torch.no_grad()
     def given_logps(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -217,8 +221,11 @@ class Policy:
             packed_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
             if (packed_NV - apart_NV).abs().max() <= packing.TOLERANCE[self.dtype] * apart_NV.abs().max():
                 return True
-        except (TypeError, RuntimeError, ValueError, AttributeError):
-            pass
+            self.unpacked_why = "its packed sequences see each other"
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            self.unpacked_why = first_line(error)
         self.model.set_attn_implementation(before)
         return False
 

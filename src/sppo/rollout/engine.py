@@ -52,7 +52,14 @@ class Sample:
 
 
 class Engine(Protocol):
-    """Samples responses from the weights it was last synced to."""
+    """Samples responses from the weights it was last synced to.
+
+    `stated` is a sentence for the user at the start, or empty; `context` the most tokens of a prompt and its response, if the engine
+    has a limit of its own.
+    """
+
+    stated: str
+    context: int | None
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..models import llama, packed
 from ..models.narrow import narrow_products
 from ..models.policy import Policy
+from ..models.pretrained import first_line
 from .engine import Sample, Sampling
 from .plain import PlainEngine
 from .responses import Drawn, Given, Responses, next_inputs
@@ -34,10 +35,16 @@ def build(policy: Policy) -> LocalEngine:
 class LocalEngine:
     """See `rollout.engine.Engine`."""
 
+    context: int | None = None
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.lean = llama.steps(policy.model) and _slots_hold(policy, lean=True)
-        self.plain = None if self.lean or (policy.packs and _slots_hold(policy, lean=False)) else PlainEngine(policy)
+        why = policy.unpacked_why
+        self.lean = policy.packs and llama.steps(policy.model) and not _trouble(policy, lean=True)
+        if policy.packs and not self.lean:
+            why = _trouble(policy, lean=False)
+        self.plain = PlainEngine(policy) if why else None
+        self.stated = f"engine local: the plain loop, several times slower: {why}" if why else ""
 
     def sync(self, policy: Policy) -> None:
         """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
@@ -62,6 +69,8 @@ class LocalEngine:
         """Sample one response a prompt; see the protocol."""
         if any(len(p) == 0 for p in prompts):
             raise ValueError("a prompt has no tokens")
+        if not prompts:
+            return []
         if self.plain is not None:
             return self.plain.generate(prompts, seeds, sampling, progress)
         drawn = Drawn(self.policy, seeds, sampling)
@@ -95,8 +104,9 @@ def _decode(
         while live or waiting.order:
             free = slots.count - len(live)
             if waiting.order and free * REFILL >= slots.count:
-                rows = waiting.take(free)
-                logits_BV = _prefill(policy, slots, waiting, rows, first=len(live))
+                admitted = waiting.take(free)
+                rows = [i for same in admitted.values() for i in same]
+                logits_BV = _prefill(policy, slots, waiting, admitted, first=len(live))
                 finished = [len(live) + b for b in responses.take(logits_BV, rows)]
                 live += rows
             else:
@@ -131,59 +141,59 @@ def _next(
     )  # fmt: skip
 
 
+Key = tuple[int, ...]
+"""A prompt's ids."""
+
+
 class _Waiting:
     """The prompts that have not begun, the shortest first and equal ones together; and what was computed of the one that was
     admitted only in part."""
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
-        self.keys = [tuple(p) for p in prompts]
+        self.keys: list[Key] = [tuple(p) for p in prompts]
         self.order = sorted(range(len(prompts)), key=lambda i: (len(self.keys[i]), self.keys[i]), reverse=True)
-        self.begun: tuple[tuple[int, ...], Prefix, Tensor] | None = None
+        self.begun: tuple[Key, Prefix, Tensor] | None = None
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int) -> dict[Key, list[int]]:
         """The next ones: at most `count`, and no more different ones than a pass should hold."""
-        rows: list[int] = []
+        rows: dict[Key, list[int]] = {}
         tokens = 0
-        while self.order and len(rows) < count:
+        while self.order and count:
             key = self.keys[self.order[-1]]
-            tokens += 0 if rows and key == self.keys[rows[-1]] else len(key)
+            tokens += 0 if key in rows else len(key)
             if rows and tokens > PREFILL:
                 break
-            rows.append(self.order.pop())
+            rows.setdefault(key, []).append(self.order.pop())
+            count -= 1
         return rows
 
 
-def _prefill(policy: Policy, slots: Slots, waiting: _Waiting, rows: Sequence[int], first: int) -> Tensor:
-    """Read the prompts of `rows` into the slots from `first` on, each different prompt once; the logits after them, [B, V]."""
-    keys = [waiting.keys[i] for i in rows]
-    leader_B = [b if b == 0 or keys[b] != keys[b - 1] else None for b in range(len(keys))]
-    leaders = [b for b in leader_B if b is not None]
-    logits_B: list[Tensor | None] = [None] * len(rows)
-    if waiting.begun is not None and waiting.begun[0] == keys[0]:
-        slots.write(first, waiting.begun[1])
-        logits_B[0] = waiting.begun[2]
-        leaders = leaders[1:]
-    if leaders:
-        lengths = [len(keys[b]) for b in leaders]
-        slots.write_prompts([first + b for b in leaders], lengths, policy.device)
+def _prefill(policy: Policy, slots: Slots, waiting: _Waiting, rows: dict[Key, list[int]], first: int) -> Tensor:
+    """Read prompts into the slots from `first` on, each different one once and then copied; the logits after each row's, [B, V]."""
+    slot = {key: first + sum(map(len, list(rows.values())[:n])) for n, key in enumerate(rows)}
+    logits: dict[Key, Tensor] = {}
+    if waiting.begun is not None and waiting.begun[0] in rows:
+        key, prefix, logits[key] = waiting.begun
+        slots.write(slot[key], prefix)
+    unread = [key for key in rows if key not in logits]
+    if unread:
+        lengths = [len(key) for key in unread]
+        slots.write_prompts([slot[key] for key in unread], lengths, policy.device)
         logits_NV = policy.next_logits(
             torch.tensor(lengths, device=policy.device).cumsum(0) - 1,
-            input_ids=torch.tensor([i for b in leaders for i in keys[b]], device=policy.device)[None],
+            input_ids=torch.tensor([i for key in unread for i in key], device=policy.device)[None],
             position_ids=torch.cat([torch.arange(n) for n in lengths]).to(policy.device)[None],
             past_key_values=slots, **packed.boundaries(lengths),
         )  # fmt: skip
-        for b, logits_V in zip(leaders, logits_NV, strict=True):
-            logits_B[b] = logits_V
-    for b in range(1, len(rows)):
-        if logits_B[b] is None:
-            logits_B[b] = logits_B[b - 1]
-            slots.copy([first + b - 1], [first + b], len(keys[b]))
-    goes_on = waiting.order and waiting.keys[waiting.order[-1]] == keys[-1]
-    last = logits_B[-1]
-    waiting.begun = (
-        (keys[-1], slots.read(first + len(rows) - 1, len(keys[-1])), last) if goes_on and last is not None else None
-    )
-    return torch.stack([x for x in logits_B if x is not None])
+        logits |= dict(zip(unread, logits_NV, strict=True))
+    for key, same in rows.items():
+        copies = list(range(slot[key] + 1, slot[key] + len(same)))
+        if copies:
+            slots.copy([slot[key]] * len(copies), copies, len(key))
+    last = next(reversed(rows))
+    goes_on = waiting.order and waiting.keys[waiting.order[-1]] == last
+    waiting.begun = (last, slots.read(slot[last], len(last)), logits[last]) if goes_on else None
+    return torch.stack([logits[key] for key, same in rows.items() for _ in same])
 
 
 def _close_ranks(slots: Slots, live: list[int], finished: Sequence[int]) -> None:
@@ -198,20 +208,27 @@ def _close_ranks(slots: Slots, live: list[int], finished: Sequence[int]) -> None
     del live[remaining:]
 
 
-def _slots_hold(policy: Policy, lean: bool) -> bool:
-    """Whether sampling through slots (and by the lean step) finds what the policy itself finds of a few short sequences."""
+def _trouble(policy: Policy, lean: bool) -> str:
+    """Why sampling through slots (and by the lean step) does not find what the policy itself finds of a few short sequences; empty
+    when it does."""
     vocabulary = policy.model.get_input_embeddings().weight.size(0)
     prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate((5, 3, 5))]
     responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(n)] for b, n in enumerate((2, 4, 3))]
     given = Given(responses)
     try:
         _decode(policy, prompts, given, 2, lean)
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
-        return False
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        return first_line(error)
     theirs = policy.given_logps(prompts, responses)
     scale = max(abs(x) for row in theirs for x in row)
-    return all(
-        abs(a - b) <= packed.TOLERANCE[policy.dtype] * scale
-        for mine, other in zip(given.logps, theirs, strict=True)
-        for a, b in zip(mine, other, strict=True)
+    gap = max(
+        abs(a - b) for mine, other in zip(given.logps, theirs, strict=True) for a, b in zip(mine, other, strict=True)
+    )
+    # what is not a number is the policy's trouble, and said when it is sampled from
+    return (
+        f"its log-probabilities through slots are off by {gap:.2g}"
+        if gap > packed.TOLERANCE[policy.dtype] * scale
+        else ""
     )

@@ -5,7 +5,7 @@ It is what the local engine falls back to for models that its slots cannot hold,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -18,6 +18,9 @@ from .responses import Drawn, Given, Responses, next_inputs
 
 class PlainEngine:
     """See `rollout.engine.Engine`; the weights are the policy's own."""
+
+    stated = ""
+    context: int | None = None
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -40,26 +43,29 @@ class PlainEngine:
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
-        """Sample one response a prompt. Prompts of similar length are decoded together; of the same length, where padding would go
-        into a recurrent state."""
+        """Sample one response a prompt."""
         drawn = Drawn(self.policy, seeds, sampling)
+        done = 0
+        for part in self._parts(prompts, sampling.batch):
+            decode(self.policy, prompts, drawn, part)
+            done += len(part)
+            if progress:
+                progress(done)
+        return drawn.samples()
+
+    def _parts(self, prompts: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+        """Prompts of similar length are decoded together; of the same length, where padding would go into a recurrent state."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         stateful = getattr(self.policy.model, "_is_stateful", False)
-        done = 0
         for _, alike in groupby(order, key=lambda i: len(prompts[i]) if stateful else 0):
             same = list(alike)
-            for start in range(0, len(same), sampling.batch):
-                part = same[start : start + sampling.batch]
-                decode(self.policy, prompts, drawn, part)
-                done += len(part)
-                if progress:
-                    progress(done)
-        return drawn.samples()
+            yield from (same[start : start + batch] for start in range(0, len(same), batch))
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """See the protocol."""
         given = Given(responses)
-        decode(self.policy, prompts, given, list(range(len(prompts))))
+        for part in self._parts(prompts, len(prompts)):
+            decode(self.policy, prompts, given, part)
         return given.logps
 
 

@@ -34,6 +34,7 @@ class Drawn:
         self.kept: list[list[float]] = [[] for _ in seeds]
         self.stopped = [False] * len(seeds)
         self._uniform_BT = uniforms(seeds, sampling.max_tokens)
+        self._ends = ending_ids(policy, sampling.stop)
         # a token is a byte at least, so so many last tokens hold any stop string that the newest one completed
         self._tail = 2 + max((len(s.encode()) for s in sampling.stop), default=0)
 
@@ -54,7 +55,7 @@ class Drawn:
         for b, (i, token, logp) in enumerate(zip(live, token_B.tolist(), logp_B.tolist(), strict=True)):
             self.ids[i].append(token)
             self.logps[i].append(logp)
-            self.stopped[i] = token in self.policy.eos_ids or self._says_stop(self.ids[i])
+            self.stopped[i] = token in self._ends or self._says_stop(self.ids[i])
             if self.stopped[i] or len(self.ids[i]) == self.longest:
                 finished.append(b)
         return finished
@@ -90,6 +91,12 @@ class Given:
             self.ids[i].append(token)
             self.logps[i].append(float(logp_BV[b, token]))
         return [b for b, i in enumerate(live) if len(self.ids[i]) == len(self.given[i])]
+
+
+def ending_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
+    """The ids that end a response: EOS, and stop strings that are special tokens, which no text shows."""
+    special = dict(zip(policy.tokenizer.all_special_tokens, policy.tokenizer.all_special_ids, strict=True))
+    return [*policy.eos_ids, *(special[s] for s in stop if s in special)]
 
 
 def next_inputs(

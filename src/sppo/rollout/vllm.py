@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import RecipeError
 from ..models.policy import Policy
 from .engine import Sample, Sampling
+from .responses import ending_ids
 
 
 def build(policy: Policy, *, memory: float = 0.4, context: int = 0, eager: bool = False) -> VLLMEngine:
@@ -70,7 +71,8 @@ class VLLMEngine:
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise RecipeError(f"rollout.engine = 'vllm': it does not start with this model: {error}") from error
-        self.eos_ids = policy.eos_ids
+        self.policy, self.context = policy, limit
+        self.stated = f"engine vllm: weights of its own in {str(policy.dtype).removeprefix('torch.')}, prompts and responses up to {limit} tokens"
 
     def sync(self, policy: Policy) -> None:
         """Push every weight into the running engine; what it remembers of prompts is of the old ones, and goes."""
@@ -99,7 +101,7 @@ class VLLMEngine:
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=seed % 2**31, logprobs=0,
-                stop_token_ids=self.eos_ids, stop=list(sampling.stop) or None, detokenize=bool(sampling.stop),
+                stop_token_ids=ending_ids(self.policy, sampling.stop), stop=list(sampling.stop) or None, detokenize=bool(sampling.stop),
             )
             for seed in seeds
         ]  # fmt: skip
@@ -134,7 +136,7 @@ class VLLMEngine:
         """Let go of the engine's memory and its folder."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        del self.llm
+        self.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
         self._folder.cleanup()

@@ -42,8 +42,6 @@ class Learner:
     def __init__(self, policy: Policy, critic: Critic, reference: Policy | None, config: Config) -> None:
         self.policy, self.critic, self.reference, self.config = policy, critic, reference, config
         t = config.training
-        if t.checkpoint_activations:
-            policy.checkpoint_activations()
         self.policy_optimiser = MasterAdamW(policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.critic_optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
@@ -165,10 +163,12 @@ class Learner:
             value, clipped = surrogate(
                 log_r, advantage_b[:, None] if o.ratio == "token" else advantage_b, o.clip, o.dual_clip or None
             )
+            element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
             if o.engine_correction:
                 mismatch = log_ratio(old_bT, behaviour_bT, mask_bT, o.ratio, o.kappa)
-                value = value * mismatch.clamp(max=math.log(o.engine_correction)).exp()
-            element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
+                mismatch = mismatch.clamp(max=math.log(o.engine_correction))
+                value = value * mismatch.exp()
+                tally.correction.append(mismatch[element_mask].cpu())
             loss = -normalised_sum(value, element_mask, denominator)
             if o.kl > 0 and o.kl_form != "reward":
                 assert reference_BT is not None
@@ -228,9 +228,9 @@ class Learner:
         o, first = self.config.objective, torch.cat(plan[0])
         engine_BT = batch.behaviour_logp_BT + batch.kept_BT
         weight = log_ratio(old_BT[first], engine_BT[first], batch.mask_BT[first], o.ratio, o.kappa)
-        serves = float(weight.abs().max()) <= NEGLIGIBLE
-        tally.add("engine/serves_as_old", float(serves))
-        if not serves:
+        tally.served = float(weight.abs().max()) <= NEGLIGIBLE
+        tally.add("engine/serves_as_old", float(tally.served))
+        if not tally.served:
             self._fill_old(old_BT, batch, plan[1:])
             return
         rest = torch.cat([part for minibatch in plan[1:] for part in minibatch])
@@ -289,6 +289,11 @@ class Learner:
                 f"engine and learner disagree by {gap:.3f} nats a token on average (objective.engine_gap_limit is {limit}): "
                 "the engine holds other weights, or computes in another precision or at another temperature"
             )
+        if tally.drift > 10 * limit:  # no update within one step moves a policy so far
+            raise EngineMismatch(
+                f"a minibatch whose `old` log-probabilities are the engine's is {tally.drift:.2f} nats a token away from the learner: the "
+                "engine did not sample all responses from the same weights, or training.lr is far too high"
+            )
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -316,6 +321,9 @@ class _Tally:
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = {}
         self.log_ratio: list[Tensor] = []
+        self.correction: list[Tensor] = []  # log weights from the engine's distribution to the learner's
+        self.served = False  # whether the engine's numbers are `old` in all minibatches but the first
+        self.drift = 0.0  # the largest mean distance of such a minibatch to the current policy
         self.clipped = self.elements = 0
         self.entropy = self.tokens = self.kl = self.kl_tokens = 0.0
         self.gap_sum = self.gap_tokens = self.gap_max = 0.0
@@ -340,10 +348,15 @@ class _Tally:
         tokens = float(mask_bT.sum())
         self.entropy += float(entropy_bT.sum())
         self.tokens += tokens
-        gap = torch.where(mask_bT, (old_bT - behaviour_bT).abs(), 0.0)
-        self.gap_sum += float(gap.sum())
-        self.gap_max = max(self.gap_max, float(gap.max()))
-        self.gap_tokens += tokens
+        if number == 0 or not self.served:
+            gap = torch.where(mask_bT, (old_bT - behaviour_bT).abs(), 0.0)
+            self.gap_sum += float(gap.sum())
+            self.gap_max = max(self.gap_max, float(gap.max()))
+            self.gap_tokens += tokens
+        else:
+            self.drift = max(
+                self.drift, float(torch.where(mask_bT, (logp_bT - old_bT).abs(), 0.0).sum()) / max(tokens, 1)
+            )
         if number > 0:  # before the first update every ratio is 1, and says nothing about health
             difference = torch.where(mask_bT, logp_bT - old_bT, 0.0)
             self.kl += float((torch.expm1(difference) - difference).sum())  # k3 of KL(old‖new), a token
@@ -364,6 +377,7 @@ class _Tally:
             "engine/gap_max": self.gap_max,
         }
         out |= {name: sum(v) / len(v) for name, v in self.values.items() if not name.startswith("loss/")}
+        out["engine/correction_ess"] = effective_sample_size(torch.cat(self.correction)) if self.correction else None
         log_r = torch.cat(self.log_ratio) if self.log_ratio else None
         out["ratio/ess"] = None if log_r is None else effective_sample_size(log_r)
         out["ratio/mean"] = None if log_r is None else float(log_r.clamp(max=60).exp().mean())

@@ -78,10 +78,17 @@ class Run:
         else:
             self.train_tasks, self.eval_tasks = load_pair(config.task.train, config.task.eval, config.task.instruction)
         self.policy = self._load_policy(parts, saved, device)
+        if config.training.checkpoint_activations:
+            self.policy.checkpoint_activations()
         self.critic = self._load_critic(parts, saved, device)
         if saved is None:
             config = self.config = config.with_rates(parameter_count(self.policy.model), parameter_count(self.critic))
             directory.write_recipe(config)
+        spec = parse_spec(config.rollout.engine)
+        factory = resolve(spec.name, "sppo.rollout", "build")
+        self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
+        if self.engine.stated:
+            observer.note(self.engine.stated)
         self.sampling = Sampling.of(config.rollout)
         self.prompt_limit, self.prompt_limit_why = self._prompt_limit()
         self.curriculum = Curriculum(self.train_tasks, config.seed, self._too_long)
@@ -93,9 +100,6 @@ class Run:
             observer.note(
                 f"{len(held_out) - len(self.held_out)} of {len(held_out)} held-out prompts are over the limit and left out"
             )
-        spec = parse_spec(config.rollout.engine)
-        factory = resolve(spec.name, "sppo.rollout", "build")
-        self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
         self.canary = Canary(self.policy)
         self.canary_gap = 0.0  # at the last sync
         self.resumed_from = saved
@@ -194,12 +198,13 @@ class Run:
     def _prompt_limit(self) -> tuple[int, str]:
         """The longest usable prompt in policy tokens, and which setting says so."""
         limit, why = self.config.task.max_prompt_tokens, "task.max_prompt_tokens"
-        context = self.policy.context
+        known = [n for n in (self.policy.context, self.engine.context) if n is not None]
+        context = min(known, default=None)
         if context is not None:
             room = context - self.config.rollout.max_tokens
             if room < 1:
                 raise RecipeError(
-                    f"rollout.max_tokens is {self.config.rollout.max_tokens}, but {self.policy.name} has only {context} positions "
+                    f"rollout.max_tokens is {self.config.rollout.max_tokens}, but {self.policy.name} has only {context} positions here "
                     "for prompt and response together"
                 )
             if room < limit:
@@ -374,9 +379,11 @@ class Run:
 
     def close(self) -> None:
         """Let go of the run directory and the reward's processes."""
-        self.engine.close()
-        self.reward.close()
-        self.directory.close()
+        try:
+            self.engine.close()
+        finally:
+            self.reward.close()
+            self.directory.close()
 
     def evaluate(self, tasks: list[Task] | None = None) -> Evaluation:
         """The held-out (or given) problems, with the current weights; its time is kept apart from training's."""
@@ -424,12 +431,21 @@ class Run:
     def _warn(self, metrics: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
         """Say once what a user must know."""
         ess, masked = metrics.get("ratio/ess"), metrics["rollout/masked"]
+        correction = metrics.get("engine/correction_ess")
         o = self.config.objective
         if ess is not None and ess < LOW_ESS and "ess" not in self._warned:
             self._warned.add("ess")
             self.observer.note(
                 f"warning: ratio = {o.ratio!r} leaves an effective sample size of {ess:.1%} at {metrics['rollout/mean_tokens']:.0f} tokens: "
                 "use ratio = 'geometric' or 'token', fewer minibatches, or a lower learning rate"
+            )
+        if correction is not None and correction < LOW_ESS and "correction" not in self._warned:
+            self._warned.add("correction")
+            cut = self.sampling.cut
+            cause = "top_k, top_p or min_p" if cut else "the engine's precision"
+            self.observer.note(
+                f"warning: correcting for {cause} leaves an effective sample size of {correction:.1%} with ratio = {o.ratio!r}: "
+                + ("sample without them, or use ratio = 'token'" if cut else "use ratio = 'token' or 'geometric'")
             )
         lost = next((v for v in verdicts if v.masked and f"masked {v.outcome}" not in self._warned), None)
         if lost is not None:
