@@ -213,6 +213,10 @@ class TrainingSection(Section):
         (0.9, 0.95), description="AdamW's"
     )
     micro_tokens: int = Field(16384, ge=1, description="tokens a micro-batch; memory only, not the result")
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "adamw",
+        description="of the policy: AdamW, or with 8-bit moments (bitsandbytes): 6 bytes a weight less, not the same bits",
+    )
     checkpoint_activations: bool = Field(
         False,
         description="compute each layer again in the backward pass instead of keeping it: less memory, a third more time",

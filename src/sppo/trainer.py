@@ -44,11 +44,15 @@ class SPPOConfig:
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
     temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     learning_rate: float | None = None
     critic_learning_rate: float | None = None
     lr_scheduler_type: str | None = None
     warmup_steps: int | None = None
     max_grad_norm: float | None = None
+    gradient_checkpointing: bool | None = None
     beta: float | None = None
     epsilon: float | None = None
     epsilon_high: float | None = None
@@ -64,7 +68,8 @@ class SPPOConfig:
             "max_steps": "training.steps", "prompts_per_step": "rollout.prompts", "num_generations": "rollout.samples",
             "num_minibatches": "training.minibatches", "num_iterations": "training.epochs",
             "max_prompt_length": "task.max_prompt_tokens", "max_completion_length": "rollout.max_tokens",
-            "temperature": "rollout.temperature", "learning_rate": "training.lr", "critic_learning_rate": "training.critic_lr",
+            "temperature": "rollout.temperature", "top_k": "rollout.top_k", "top_p": "rollout.top_p", "min_p": "rollout.min_p",
+            "gradient_checkpointing": "training.checkpoint_activations", "learning_rate": "training.lr", "critic_learning_rate": "training.critic_lr",
             "lr_scheduler_type": "training.schedule", "warmup_steps": "training.warmup", "max_grad_norm": "training.max_grad_norm",
             "beta": "objective.kl", "eval_steps": "evaluation.every", "save_steps": "run.checkpoint_every",
         }  # fmt: skip

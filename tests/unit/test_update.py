@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from sppo.errors import EngineMismatch, ModelError, NonFinite, StaleWeights
+from sppo.errors import EngineMismatch, ModelError, NonFinite, RecipeError, StaleWeights
 from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.canary import Canary
@@ -15,6 +15,7 @@ from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
 from sppo.training.batch import micro_batches, pack
 from sppo.training.learner import Learner
+from sppo.training.optim import MasterAdamW
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
@@ -90,6 +91,33 @@ def test_a_model_that_cannot_checkpoint_says_so(policy):
     policy.model.model.layers = torch.nn.ModuleList()
     with pytest.raises(ModelError, match="checkpoint_activations"):
         policy.checkpoint_activations()
+
+
+def test_eight_bit_moments_train_like_float32_ones_and_resume_to_the_bit(tmp_path):
+    def train_some(kind: str, stop_after: int | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(64, 128, bias=False)
+        optimiser = MasterAdamW(layer.parameters(), betas=(0.9, 0.99), weight_decay=0.0, kind=kind)
+        for step in range(20):
+            if step == stop_after:
+                torch.save({"optimiser": optimiser.state_dict(), "model": layer.state_dict()}, tmp_path / "state")
+                layer = torch.nn.Linear(64, 128, bias=False)
+                saved = torch.load(tmp_path / "state", weights_only=True)
+                layer.load_state_dict(saved["model"])
+                optimiser = MasterAdamW(layer.parameters(), betas=(0.9, 0.99), weight_decay=0.0, kind=kind)
+                optimiser.load_state_dict(saved["optimiser"])
+            x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step))
+            (layer(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            optimiser.step(1e-2, 1.0)
+        moments = [v for s in optimiser.inner.state.values() for k, v in s.items() if k in ("state1", "exp_avg")]
+        assert {m.dtype for m in moments} == {torch.uint8 if kind == "adamw-8bit" else torch.float32}
+        return layer.weight.detach()
+
+    exact, eight = train_some("adamw"), train_some("adamw-8bit")
+    assert (eight - exact).abs().max() < 0.02
+    assert torch.equal(train_some("adamw-8bit", stop_after=11), eight)
+    with pytest.raises(RecipeError, match="adamw-8bit"):
+        train_some("paged-adamw-8bit")
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():

@@ -42,7 +42,9 @@ class Learner:
     def __init__(self, policy: Policy, critic: Critic, reference: Policy | None, config: Config) -> None:
         self.policy, self.critic, self.reference, self.config = policy, critic, reference, config
         t = config.training
-        self.policy_optimiser = MasterAdamW(policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay)
+        self.policy_optimiser = MasterAdamW(
+            policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay, kind=t.optimizer
+        )
         self.critic_optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
         self.bad_in_a_row = 0

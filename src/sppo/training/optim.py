@@ -1,13 +1,17 @@
-"""AdamW on float32 master weights, and learning-rate schedules that are functions of the step alone."""
+"""AdamW on float32 master weights, its moments in float32 or eight bits, and learning rates that are functions of the step alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..errors import RecipeError
+from ..models.pretrained import first_line
 
 
 class MasterAdamW:
@@ -15,15 +19,26 @@ class MasterAdamW:
 
     A bfloat16 weight near 1 moves in steps of 0.008, so updates of 1e-6 would vanish: they accumulate in the float32 master
     copy, and the model gets its rounding. For a float32 model the master *is* the model's parameter, and nothing is copied.
+
+    `kind` is a recipe's `training.optimizer`: the moments of `adamw-8bit` (bitsandbytes, block-wise, arXiv 2110.02861) take 2 bytes a
+    weight instead of 8; the `paged` one may move them to the host's memory.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        kind: str = "adamw",
+    ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [
             p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
             for p in self.parameters
         ]
-        self.inner = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        made = optimiser_class(kind, self.masters[0].device)
+        self.inner = made(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -60,6 +75,23 @@ class MasterAdamW:
         with torch.no_grad():
             for master, saved in zip(separate, state["masters"], strict=True):
                 master.copy_(saved)
+
+
+def optimiser_class(kind: str, device: torch.device) -> Any:
+    """The class behind `training.optimizer`. Raises RecipeError when it cannot be had here."""
+    if kind == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    if kind.startswith("paged") and device.type != "cuda":
+        raise RecipeError(
+            "training.optimizer = 'paged-adamw-8bit' pages out of a GPU's memory, and there is none; use 'adamw-8bit'"
+        )
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise RecipeError(
+            f"training.optimizer = {kind!r} needs bitsandbytes ({first_line(error)}): pip install 'sppo[low-memory]'"
+        ) from None
+    return optim.PagedAdamW8bit if kind.startswith("paged") else optim.AdamW8bit
 
 
 def learning_rate(peak: float, step: int, total: int, *, warmup: int, schedule: str) -> float:

@@ -38,6 +38,7 @@ from .checkpoint import State
 from .curriculum import Curriculum
 from .learner import LOW_ESS, Learner
 from .observer import Observer, Silent
+from .optim import optimiser_class
 from .rundir import RunDirectory
 from .sft import supervised
 
@@ -72,6 +73,7 @@ class Run:
         self._clock: dict[str, float] = {}
         self._warned: set[str] = set()
         device = pick_device()
+        optimiser_class(config.training.optimizer, device)  # said now, and not after a bootstrap
         self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
         if parts.train is not None and parts.evaluation is not None:
             self.train_tasks, self.eval_tasks = parts.train, parts.evaluation
