@@ -63,7 +63,7 @@ trl-env: .venv-trl/.ready
 	@touch $@
 
 test-vllm: vllm-env
-	.venv-vllm/bin/python -m pytest tests/integration/test_vllm.py
+	.venv-vllm/bin/python -m pytest -W default tests/integration/test_vllm.py   # what vLLM imports warns of much
 
 models/smollm2-135m: | setup
 	$(BIN)/sppo pull smollm2-135m

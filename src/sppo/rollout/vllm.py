@@ -78,6 +78,8 @@ class VLLMEngine:
         """Push every weight into the running engine; what it remembers of prompts is of the old ones, and goes."""
         weights = [(name, p.detach()) for name, p in policy.model.named_parameters()]
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if getattr(policy.model.config, "tie_word_embeddings", False):
+            self.llm.apply_model(_tie_again)
         self.llm.reset_prefix_cache()
 
     def holds(self, policy: Policy) -> bool:
@@ -140,6 +142,19 @@ class VLLMEngine:
         gc.collect()
         cleanup_dist_env_and_memory()
         self._folder.cleanup()
+
+
+def _tie_again(model: Any) -> None:
+    """vLLM 0.32 leaves an output matrix that is tied to the embedding as it was when weights are reloaded (on a CPU: a packed copy of
+    it), and goes on sampling from it. The checksum found that."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embedding = next(m for m in model.modules() if type(m) is VocabParallelEmbedding)
+    for head in (m for m in model.modules() if isinstance(m, ParallelLMHead)):
+        head.weight = embedding.weight
+        if hasattr(head, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
 CHUNK = 1 << 20
