@@ -1,6 +1,6 @@
 """Forward and backward of a policy update against the ordinary way: full logits and cross-entropy. `make bench-update`
 
-sppo        packed sequences, the head and log-softmax in chunks at response positions, micro-batches of 2,048 tokens; SPPO's loss
+sppo        packed sequences, the head and log-softmax in chunks at response positions, micro-batches of 1,024 tokens (as in recipes/smollm2-arithmetic.toml); SPPO's loss
 ordinary    padded batches of eight in the order given, logits of every position, transformers' own cross-entropy on the responses
 
 The same 16 sequences, prompts of 40 to 240 tokens and responses as long as SmolLM2 wrote them under a limit of 256 (`mixed`), and
@@ -22,7 +22,7 @@ import workload
 
 LENGTHS = (3, 8, 9, 14, 21, 28, 35, 37, 39, 43, 47, 59, 67, 118, 190, 256)
 """Response lengths of one run of `make bench-rollout`: every fourth of the 64, in order."""
-KINDS = {"mixed": (8, 2048), "equal": (16, 16384)}
+KINDS = {"mixed": (8, 1024), "equal": (16, 16384)}
 """Sequences a padded batch, and tokens a packed one."""
 
 
