@@ -1,6 +1,7 @@
 """Forward and backward of a policy update against the ordinary way: full logits and cross-entropy. `make bench-update`
 
-sppo        packed sequences, the head and log-softmax in chunks at response positions, micro-batches of 1,024 tokens (as in recipes/smollm2-arithmetic.toml); SPPO's loss
+sppo        packed sequences, the head and log-softmax in chunks at response positions, SPPO's loss; micro-batches of 1,024 tokens,
+            as in recipes/smollm2-arithmetic.toml
 ordinary    padded batches of eight in the order given, logits of every position, transformers' own cross-entropy on the responses
 
 The same 16 sequences, prompts of 40 to 240 tokens and responses as long as SmolLM2 wrote them under a limit of 256 (`mixed`), and
