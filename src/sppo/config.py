@@ -219,7 +219,7 @@ class TrainingSection(Section):
     )
     checkpoint_activations: bool = Field(
         False,
-        description="compute each layer again in the backward pass instead of keeping it: less memory, a third more time",
+        description="compute each layer again in the backward pass instead of keeping it: less memory for one more forward pass",
     )
     max_bad_updates: int = Field(
         3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"

@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature, max_tokens=args.max_tokens, batch=args.batch, top_k=args.top_k, top_p=args.top_p
     )
     engine = LocalEngine(loaded.policy)
+    if engine.stated:
+        print(engine.stated, file=sys.stderr)
     results = []
     for spec in specs:
         tasks = held_out_tasks(sources[spec], args.n)

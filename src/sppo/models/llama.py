@@ -1,7 +1,7 @@
 """One decoding step of a Llama-like model (Llama, SmolLM, Mistral, Qwen 2 and 3) on a CPU, without what transformers needs for more.
 
-Between two matrix products a decoding step does next to nothing, some fifty times a layer: at 16 sequences that is a third of its
-time, and of a tiny model's nearly all. Here activations lie feature by feature, [D, B], which is what makes the products fast
+Between two matrix products a decoding step does next to nothing, some fifty times a layer: with few sequences or a tiny model
+that is much of its time (docs/performance.md). Here activations lie feature by feature, [D, B], which is what makes the products fast
 (models/narrow.py), residuals are added inside the products, and every operation is over all sequences. The weights are the
 model's own tensors: there is nothing to copy and nothing to go stale. The engine compares it with the model before it uses it.
 """

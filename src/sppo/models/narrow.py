@@ -1,7 +1,7 @@
 """Matrix products of few rows, which is what decoding is made of.
 
 `linear(x, W)` of 64 rows asks the CPU's BLAS for 64 × N outputs row by row. Asked for the same product as N × 64, it runs 1.1 to
-1.5 times as fast in float32, two to three times for a few rows or a vocabulary (measured with MKL on AVX2; docs/performance.md),
+1.5 times as fast in float32, up to three times for a few rows and a vocabulary (measured with MKL on AVX2; docs/performance.md),
 but only if the 64 is a multiple of 8. The result is the same matrix, lying transposed in memory.
 """
 

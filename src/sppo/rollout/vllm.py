@@ -100,10 +100,11 @@ class VLLMEngine:
 
         if sampling.cut and sampling.temperature > 0:
             raise RecipeError("rollout.top_k, top_p and min_p need rollout.engine = 'local'")
+        ends = ending_ids(self.policy, sampling.stop)
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=seed % 2**31, logprobs=0,
-                stop_token_ids=ending_ids(self.policy, sampling.stop), stop=list(sampling.stop) or None, detokenize=bool(sampling.stop),
+                stop_token_ids=ends, stop=list(sampling.stop) or None, detokenize=bool(sampling.stop),
             )
             for seed in seeds
         ]  # fmt: skip
