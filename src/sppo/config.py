@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .algorithms import PRESETS, preset, with_algorithm
 from .errors import RecipeError
 from .spec import nearest, scalar
 
@@ -106,7 +107,12 @@ class RolloutSection(Section):
         description="what samples: 'local' (here, on the learner's weights), 'vllm:key=value,…', or package.module:object",
     )
     prompts: int = Field(128, ge=1, description="prompts a step")
-    samples: int = Field(1, ge=1, description="responses a prompt; the algorithm needs one")
+    samples: int = Field(1, ge=1, description="responses a prompt; SPPO needs one, group baselines two or more")
+    resample: int = Field(
+        0,
+        ge=0,
+        description="replace prompts whose samples all score the same, in at most so many more rounds (DAPO's dynamic sampling); 0: keep them",
+    )
     max_tokens: int = Field(256, ge=1, description="response limit, EOS included")
     temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
     top_k: int = Field(0, ge=0, description="draw among so many of the likeliest tokens; 0: all of them")
@@ -139,8 +145,35 @@ class RolloutSection(Section):
 
 
 class ObjectiveSection(Section):
-    """The clipped sequence-level surrogate."""
+    """The clipped sequence-level surrogate, or a peer's."""
 
+    algorithm: str = Field(
+        "sppo",
+        description="a preset for the keys below and rollout.samples, where they are not given: " + ", ".join(PRESETS),
+    )
+    baseline: Literal["critic", "beta", "regressed", "token-critic", "batch", "others", "group", "greedy"] = Field(
+        "critic",
+        description="what the reward is compared with: V(x); beta: V(x) with the prompt's past and other samples; regressed: V(x) as a control "
+        "variate; token-critic: a value for every token and GAE; batch, others, group: the mean of the batch's other rewards, of the prompt's "
+        "other samples, of all its samples; greedy: the greedy response's reward",
+    )
+    scale: Literal["none", "group", "batch"] = Field(
+        "none",
+        description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
+    )
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="of baseline = 'token-critic'")
+    half_life: float = Field(
+        1.0, gt=0, description="of baseline = 'beta': nats by which the policy moves until a past reward counts half"
+    )
+    surrogate: Literal["clip", "cispo", "plain"] = Field(
+        "clip",
+        description="clip: PPO's; cispo: a clipped weight on the log-probability; plain: the log-probability alone (REINFORCE)",
+    )
+    average: Literal["auto", "tokens", "responses", "constant"] = Field(
+        "auto",
+        description="what a loss of token ratios averages over: all tokens (auto), each response's tokens and then responses, or "
+        "responses times rollout.max_tokens; sequence ratios: responses (auto)",
+    )
     ratio: Literal["sequence", "geometric", "token", "family"] = Field(
         "sequence", description="importance ratio: exp(l), exp(l/T) (GSPO), per token, or exp(l/T^kappa)"
     )
@@ -182,9 +215,26 @@ class ObjectiveSection(Section):
     @classmethod
     def _clip_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
         low, high = value
-        if not (0 < low < 1 and high > 0):
-            raise ValueError("low must lie in (0, 1) and high above 0")
+        if not (0 < low <= 1 and high > 0):
+            raise ValueError("low must lie in (0, 1] and high above 0")
         return value
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known_algorithm(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(nearest(value, list(PRESETS)))
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ObjectiveSection:
+        if self.baseline == "token-critic" and self.ratio != "token":
+            raise ValueError("baseline = 'token-critic' gives every token an advantage of its own: set ratio = 'token'")
+        if self.average != "auto" and self.ratio != "token":
+            raise ValueError(f"average = {self.average!r} is about tokens: set ratio = 'token', or average = 'auto'")
+        if self.ev_gate and self.baseline != "critic":
+            raise ValueError("ev_gate is about baseline = 'critic'")
+        return self
 
 
 class TrainingSection(Section):
@@ -220,6 +270,10 @@ class TrainingSection(Section):
     checkpoint_activations: bool = Field(
         False,
         description="compute each layer again in the backward pass instead of keeping it: less memory for one more forward pass",
+    )
+    measure_noise: bool = Field(
+        False,
+        description="measure the variance of the policy's gradient from a step's first two minibatches (holds a copy of the gradient)",
     )
     max_bad_updates: int = Field(
         3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"
@@ -263,6 +317,18 @@ class Config(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="held-out accuracy")
     run: RunSection = Field(default_factory=RunSection, description="the run directory")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        name = (
+            (tree.get("objective") or {}).get("algorithm", "sppo")
+            if isinstance(tree.get("objective", {}), Mapping)
+            else None
+        )
+        return preset(tree, name) if name in PRESETS else tree
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         rollouts = self.rollout.prompts * self.rollout.samples
@@ -273,6 +339,18 @@ class Config(Section):
         r = self.rollout
         if r.engine.startswith("vllm") and (r.top_k or r.top_p < 1 or r.min_p):
             raise ValueError("rollout.top_k, top_p and min_p need rollout.engine = 'local'")
+        o = self.objective
+        grouped = "objective.baseline" if o.baseline in ("others", "group") else "objective.scale"
+        if r.samples < 2 and (o.baseline in ("others", "group") or o.scale == "group"):
+            chosen = o.baseline if grouped == "objective.baseline" else o.scale
+            raise ValueError(f"{grouped} = {chosen!r} compares samples of one prompt: set rollout.samples to 2 or more")
+        if r.samples < 2 and r.resample:
+            raise ValueError("rollout.resample looks at the samples of one prompt: set rollout.samples to 2 or more")
+        if o.baseline == "beta" and self.training.minibatches * self.training.epochs < 2:
+            raise ValueError(
+                "objective.baseline = 'beta' needs the policy's movement, which is measured from a step's second minibatch on: "
+                "set training.minibatches to 2 or more"
+            )
         return self
 
     def with_rates(self, policy_parameters: int, critic_parameters: int) -> Config:
@@ -287,6 +365,13 @@ class Config(Section):
             rate = self.bootstrap.lr or bootstrap_rate(policy_parameters)
             changes["bootstrap"] = self.bootstrap.model_copy(update={"lr": rate})
         return self.model_copy(update=changes)
+
+    @property
+    def critic_reads(self) -> Literal["prompt", "tokens"] | None:
+        """What the critic reads: the prompt alone, or every token; None where the algorithm has no critic."""
+        if self.objective.baseline == "token-critic":
+            return "tokens"
+        return "prompt" if self.objective.baseline in ("critic", "beta", "regressed") else None
 
     @property
     def needs_reference(self) -> bool:
@@ -311,7 +396,14 @@ class Config(Section):
                 raise RecipeError(f"{path} cannot be read: {error}") from None
             except tomllib.TOMLDecodeError as error:
                 raise RecipeError(f"{path} is not valid TOML: {error}") from None
-        for dotted, value in (overrides or {}).items():
+        overrides = dict(overrides or {})
+        other = overrides.get("objective.algorithm")
+        if path is not None and other in PRESETS:  # the recipe's keys are of its own algorithm
+            rollout = tree.setdefault("rollout", {})
+            if isinstance(rollout, dict):
+                rollout.setdefault("prompts", RolloutSection.model_fields["prompts"].default)
+                tree = with_algorithm(tree, other)
+        for dotted, value in overrides.items():
             _set(tree, dotted, value)
         return cls.validated(tree, where)
 

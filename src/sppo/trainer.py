@@ -160,7 +160,12 @@ class SPPOTrainer:
     def predicted_chance(self, prompts: Iterable[str]) -> list[float]:
         """The critic's predicted chance that the policy solves each question."""
         rows = enumerate(({"question": p} for p in prompts), 1)
-        return self._trained().critic.logits(tasks_from(rows, "prompts")).sigmoid().tolist()
+        critic = self._trained().critic
+        if critic is None or self.config.critic_reads != "prompt":
+            raise UserError(
+                f"objective.algorithm = {self.config.objective.algorithm!r} trains no critic that reads prompts"
+            )
+        return critic.logits(tasks_from(rows, "prompts")).sigmoid().tolist()
 
     def save_model(self, folder: str) -> None:
         """Write policy and tokenizer as an ordinary model folder."""

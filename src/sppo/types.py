@@ -91,7 +91,7 @@ class Rollout:
     `response_ids` ends with the EOS the model chose (`finish == "stop"`), which is an action like any other; a
     truncated response (`finish == "length"`) has none. `logps[t]` is the log-probability of `response_ids[t]` under the
     sampling distribution, temperature (and any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left.
-    `text` leaves special tokens out.
+    `text` leaves special tokens out. `greedy` is the judged greedy response to the same prompt, where the algorithm asks for one.
     """
 
     task: Task
@@ -103,6 +103,7 @@ class Rollout:
     sample: int = 0
     verdict: Verdict | None = None
     kept: Sequence[float] = ()
+    greedy: Rollout | None = None
 
     def judged(self, verdict: Verdict) -> Rollout:
         """The same rollout with its verdict."""

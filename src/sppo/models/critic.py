@@ -46,7 +46,9 @@ class Critic(nn.Module):
         self.trained = False
 
     @classmethod
-    def load(cls, name: str, *, dtype: str, device: torch.device, seed: int) -> tuple[Critic, str]:
+    def load(
+        cls, name: str, *, dtype: str, device: torch.device, seed: int, reads: str = "prompt"
+    ) -> tuple[Critic, str]:
         """Load `critic.model` (with its trained head, if the folder has one); also returns the sentence to state."""
         backbone, tokenizer = load(name, role="critic.model", head=False, seed=seed)
         parameters = parameter_count(backbone)
@@ -57,7 +59,8 @@ class Critic(nn.Module):
             critic.head.load_state_dict(load_file(trained))
             critic.trained = True
         return critic.to(device), (
-            f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads the prompt only"
+            f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
+            + ("the prompt only" if reads == "prompt" else "prompt and response: a value for every token")
         )
 
     @torch.no_grad()
@@ -101,6 +104,20 @@ class Critic(nn.Module):
         hidden_BPD = self.backbone(input_ids=ids_BP, attention_mask=mask_BP, **self._no_cache).last_hidden_state
         last_BD = hidden_BPD[torch.arange(len(prompts), device=device), length_B - 1]
         return self.head(wide(last_BD))[:, 0]
+
+    def token_logits(self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor) -> Tensor:
+        """Read-outs of the state *before* each response token, [B, T] in float32: PPO's values, and no prompt-only critic's.
+
+        Args:
+            ids_BL: prompt, response, padding on the right. What lies beyond a response comes out as anything.
+        """
+        device = self.head.weight.device
+        ids_BL, length_B = ids_BL.to(device), (prompt_len_B + response_len_B).to(device)
+        mask_BL = (torch.arange(ids_BL.size(1), device=device)[None] < length_B[:, None]).long()
+        hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL, **self._no_cache).last_hidden_state
+        at_BT = prompt_len_B.to(device)[:, None] - 1 + torch.arange(int(response_len_B.max()), device=device)[None]
+        at_BT = at_BT.clamp(max=ids_BL.size(1) - 1)
+        return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
 
     @torch.no_grad()
     def logits(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:

@@ -54,13 +54,17 @@ class _TokenLogProbs(torch.autograd.Function):
         weight, bias = wide(weight_VD), None if bias_V is None else wide(bias_V)
         logps, entropies, normalisers = [], [], []
         size = chunk_size(weight.size(0))
+        logits_CV, weights_CV = _chunks(hidden_ND, weight, size, 2)
         for h, target in zip(hidden_ND.split(size), target_N.split(size), strict=True):
             with exact_products(weight_VD.dtype):
-                logits = _logits(h, weight, bias, temperature)
-            normaliser = torch.logsumexp(logits, -1)
+                logits = _logits(h, weight, bias, temperature, logits_CV)
+            # log Z and the entropy log Z − Σ p·logit without a temporary of the logits' size (logsumexp and vecdot make one each)
+            top = logits.amax(-1)
+            weights = torch.sub(logits, top[:, None], out=weights_CV[: len(h)]).exp_()
+            total = weights.sum(-1)
+            normaliser = top + total.log()
             logps.append(logits.gather(-1, target[:, None])[:, 0] - normaliser)
-            probability = (logits - normaliser[:, None]).exp_()
-            entropies.append(normaliser - torch.linalg.vecdot(probability, logits))  # H = log Z − Σ p·logit
+            entropies.append(normaliser - weights.mul_(logits).sum(-1) / total)
             normalisers.append(normaliser)
         normaliser_N = torch.cat(normalisers)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
@@ -78,11 +82,12 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         size = chunk_size(weight.size(0))
+        (logits_CV,) = _chunks(hidden_ND, weight, size, 1)
         for start in range(0, hidden_ND.size(0), size):
             part = slice(start, start + size)
             h, g = wide(hidden_ND[part]), grad_N[part]
             with exact_products(weight_VD.dtype):
-                softmax = _logits(h, weight, bias, temperature).sub_(normaliser_N[part, None]).exp_()
+                softmax = _logits(h, weight, bias, temperature, logits_CV).sub_(normaliser_N[part, None]).exp_()
             # d logp / d logit = onehot − softmax
             grad_logits = softmax.mul_(-g[:, None])
             grad_logits.scatter_add_(1, target_N[part, None], g[:, None])
@@ -102,8 +107,16 @@ class _TokenLogProbs(torch.autograd.Function):
         )
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    logits = torch.nn.functional.linear(wide(hidden_ND), weight_VD, bias_V)
+def _chunks(hidden_ND: Tensor, weight_VD: Tensor, size: int, count: int) -> Tensor:
+    """Room for `count` chunks of logits, held from the first chunk to the last: malloc finds an aligned block's old place too small
+    for its successor, so a block for each chunk made the heap grow with the response (1.3 GiB at 4,096 tokens)."""
+    return weight_VD.new_empty(count, min(size, len(hidden_ND)), weight_VD.size(0))
+
+
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, room_CV: Tensor) -> Tensor:
+    logits = torch.mm(wide(hidden_ND), weight_VD.t(), out=room_CV[: len(hidden_ND)])
+    if bias_V is not None:
+        logits += bias_V
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

@@ -17,15 +17,87 @@ def critic_advantage(reward_B: Tensor, critic_logit_B: Tensor) -> Tensor:
     return (wide(reward_B) - torch.sigmoid(wide(critic_logit_B))).detach()
 
 
-def leave_one_out_mean(reward_B: Tensor, mask_B: Tensor) -> Tensor:
-    """The mean of the *other* unmasked rewards (RLOO over a batch, arXiv 2402.14740 eq. 6). [B], [B] → [B].
+def group_sums(x_B: Tensor, mask_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the unmasked values of each sample's group, itself included. [B] × 3 → [B], [B]."""
+    keep_B = mask_B.bool()
+    x_B = torch.where(keep_B, wide(x_B), torch.zeros_like(wide(x_B)))
+    groups = int(group_B.max()) + 1 if len(group_B) else 0
+    sum_G = x_B.new_zeros(groups).index_add_(0, group_B, x_B)
+    count_G = x_B.new_zeros(groups).index_add_(0, group_B, keep_B.to(x_B.dtype))
+    return sum_G[group_B], count_G[group_B]
+
+
+def leave_one_out_mean(reward_B: Tensor, mask_B: Tensor, group_B: Tensor | None = None) -> Tensor:
+    """The mean of the *other* unmasked rewards, of the batch or of each sample's group (RLOO, arXiv 2402.14740 eq. 6). → [B].
 
     A sample without others gets 0 as its baseline.
     """
     reward_B, keep_B = wide(reward_B), mask_B.bool()
-    kept_B = torch.where(keep_B, reward_B, torch.zeros_like(reward_B))
-    others_B = keep_B.sum() - keep_B.long()
-    return (kept_B.sum() - kept_B) / others_B.clamp(min=1)
+    group_B = torch.zeros(len(reward_B), dtype=torch.long, device=reward_B.device) if group_B is None else group_B
+    sum_B, count_B = group_sums(reward_B, keep_B, group_B)
+    own_B = torch.where(keep_B, reward_B, torch.zeros_like(reward_B))
+    return (sum_B - own_B) / (count_B - keep_B.to(count_B.dtype)).clamp(min=1)
+
+
+def group_mean(reward_B: Tensor, mask_B: Tensor, group_B: Tensor) -> Tensor:
+    """The mean of each sample's group, the sample itself included (GRPO, arXiv 2402.03300): scales the gradient by 1 − 1/N."""
+    sum_B, count_B = group_sums(reward_B, mask_B, group_B)
+    return sum_B / count_B.clamp(min=1)
+
+
+GROUP_EPSILON = 1e-4
+"""What GRPO adds to a group's deviation (TRL's number)."""
+
+
+def group_deviation(reward_B: Tensor, mask_B: Tensor, group_B: Tensor) -> Tensor:
+    """The sample standard deviation (N − 1) of each sample's group; 0 for a group of one. [B] × 3 → [B]."""
+    centred_B = wide(reward_B) - group_mean(reward_B, mask_B, group_B)
+    sum_B, count_B = group_sums(centred_B.square(), mask_B, group_B)
+    return (sum_B / (count_B - 1).clamp(min=1)).sqrt()
+
+
+def whitened(advantage: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over everything unmasked (PPO's habit). Same shapes, [B] or [B, T]; 0 where masked."""
+    kept = wide(advantage)[mask.bool()]
+    if len(kept) < 2:
+        return torch.where(mask.bool(), wide(advantage), torch.zeros_like(wide(advantage)))
+    out = (wide(advantage) - kept.mean()) / (kept.std() + 1e-8)
+    return torch.where(mask.bool(), out, torch.zeros_like(out))
+
+
+def gae(reward_B: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Tensor:
+    """Generalised advantages of a reward that comes with the last token, undiscounted (arXiv 1506.02438 eq. 16, γ = 1).
+
+    Args:
+        reward_B: [B], earned by the response's last token.
+        value_BT: [B, T], V of the state before each token; what lies beyond a response may be anything.
+        mask_BT: True on the response's own tokens.
+        decay: λ.
+
+    Returns:
+        [B, T], without gradient; 0 beyond a response. With a constant V the first token's is λ^(T−1) times the last one's.
+    """
+    inside_BT = mask_BT.bool()
+    value_BT = torch.where(inside_BT, wide(value_BT), torch.zeros_like(wide(value_BT))).detach()
+    length_B = inside_BT.sum(1)
+    following_BT = torch.cat([value_BT[:, 1:], torch.zeros_like(value_BT[:, :1])], 1)
+    delta_BT = torch.where(inside_BT, following_BT - value_BT, torch.zeros_like(value_BT))
+    rows = torch.arange(len(reward_B), device=value_BT.device)
+    some_B = length_B > 0
+    delta_BT[rows[some_B], length_B[some_B] - 1] += wide(reward_B)[some_B]
+    out_BT, running_B = torch.zeros_like(delta_BT), torch.zeros_like(delta_BT[:, 0])
+    for t in reversed(range(delta_BT.size(1))):
+        running_B = delta_BT[:, t] + decay * running_B
+        out_BT[:, t] = running_B
+    return torch.where(inside_BT, out_BT, torch.zeros_like(out_BT))
+
+
+def shrunk_value(value_B: Tensor, strength: float, past_sum_B: Tensor, past_count_B: Tensor) -> Tensor:
+    """V(x) as a Beta prior of `strength` pseudo-samples, with what was seen of the prompt: (n0·V + S) / (n0 + n). [B] × 3 → [B].
+
+    `past` may hold discounted rewards of earlier visits and the *other* samples of this one, never the sample's own.
+    """
+    return (strength * wide(value_B) + past_sum_B) / (strength + past_count_B)
 
 
 def gated_advantage(

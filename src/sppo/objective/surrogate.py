@@ -43,7 +43,7 @@ def surrogate(
     if clip is not None:
         low, high = clip
         above = positive & (log_ratio > math.log1p(high))
-        below = negative & (log_ratio < math.log1p(-low))
+        below = negative & (log_ratio < _log_low(low))
         bound = torch.where(above, 1 + high, torch.where(below, 1 - low, bound))
         clipped = above | below
     if dual_clip is not None:
@@ -53,6 +53,33 @@ def surrogate(
     # Where clipped, the exponent is replaced before exp: the unused branch of a `where` still sends NaN gradients.
     safe = torch.where(clipped, torch.zeros_like(log_ratio), log_ratio).clamp(max=CEILING)
     return torch.where(clipped, bound, safe.exp()) * advantage, clipped
+
+
+def cispo(log_ratio: Tensor, logp: Tensor, advantage: Tensor, clip: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """sg(clip(r, 1−ε_lo, 1+ε_hi))·Â·log π: the weight is clipped, and no element loses its gradient (arXiv 2506.13585 eq. 4, 5).
+
+    Shapes and results as `surrogate`; `logp` is what the ratio was made of.
+    """
+    low, high = clip
+    log_ratio = log_ratio.detach()
+    held = log_ratio.clamp(min=_log_low(low), max=math.log1p(high))
+    return held.exp() * advantage.to(logp.dtype) * logp, held != log_ratio
+
+
+def plain(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """Â·log π: REINFORCE's, without a ratio (Williams 1992). Nothing is ever clipped."""
+    value = advantage.to(logp.dtype) * logp
+    return value, torch.zeros_like(value, dtype=torch.bool)
+
+
+def _log_low(low: float) -> float:
+    """log(1 − ε_lo); −∞ where there is no lower bound (ε_lo = 1)."""
+    return math.log1p(-low) if low < 1 else -math.inf
+
+
+def response_means(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each element divided by its response's number of tokens, so that a sum over elements is a sum of responses' means. [B, T]."""
+    return value_BT / mask_BT.sum(1, keepdim=True).clamp(min=1).to(value_BT.dtype)
 
 
 def normalised_sum(value: Tensor, mask: Tensor, denominator: float | Tensor) -> Tensor:

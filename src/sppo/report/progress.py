@@ -98,7 +98,8 @@ class ProgressDisplay:
         pieces = [f"reward {_number(m['reward/mean'])}"]
         if self.accuracy:
             pieces.append(f"held-out {self.accuracy}")
-        pieces.append(f"critic EV {_number(m['critic/explained_variance'])} ECE {_number(m['critic/ece'])}")
+        if "critic/ece" in m:
+            pieces.append(f"critic EV {_number(m['critic/explained_variance'])} ECE {_number(m['critic/ece'])}")
         pieces.append(f"{m['rollout/mean_tokens']:.0f} tok each, {m['tokens_per_second']:,.0f} tok/s")
         return " · ".join(pieces)
 

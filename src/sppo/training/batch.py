@@ -16,7 +16,8 @@ class Batch:
     """One step's rollouts: `ids_BL` holds prompt, response, padding (on the right); `keep_B` is False where masked.
 
     `behaviour_logp_BT` is of the distribution that was sampled from; with `kept_BT`, the log of the mass that a cut (top-p and its
-    kind) left, it is of the whole softmax.
+    kind) left, it is of the whole softmax. `group_B` numbers the prompts: samples of one prompt lie side by side. `greedy_B` is the
+    reward of the prompt's greedy response, where there is one.
     """
 
     rollouts: Sequence[Rollout]
@@ -28,6 +29,8 @@ class Batch:
     reward_B: Tensor
     correct_B: Tensor
     keep_B: Tensor
+    group_B: Tensor
+    greedy_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -52,6 +55,9 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
     verdicts = [r.verdict for r in rollouts if r.verdict is not None]
     if len(verdicts) != len(rollouts):
         raise ValueError("every rollout needs a verdict")
+    greedy = [r.greedy.verdict for r in rollouts if r.greedy is not None and r.greedy.verdict is not None]
+    if greedy and len(greedy) != len(rollouts):
+        raise ValueError("a greedy response for every rollout, or for none")
     return Batch(
         rollouts,
         ids_BL,
@@ -61,7 +67,10 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
         kept_BT,
         torch.tensor([v.score for v in verdicts]),
         torch.tensor([v.correct for v in verdicts]),
-        torch.tensor([not v.masked for v in verdicts]),
+        torch.tensor([not v.masked for v in verdicts])
+        & torch.tensor([not v.masked for v in greedy] or [True]),  # without its baseline a reward says nothing
+        torch.tensor([b > 0 and r.sample == 0 for b, r in enumerate(rollouts)]).cumsum(0),
+        torch.tensor([v.score for v in greedy]) if greedy else None,
     )
 
 

@@ -35,7 +35,8 @@ class State:
 def save(folder: Path, state: State, learner: Learner, curriculum: Curriculum) -> None:
     """Fill a (not yet named) checkpoint folder."""
     learner.policy.save(folder / "policy")
-    learner.critic.save(folder / "critic")
+    if learner.credit.critic is not None:
+        learner.credit.critic.save(folder / "critic")
     with (folder / "state.pt").open("wb") as file:  # a file object keeps the system's own error: "no space left"
         torch.save(
             {

@@ -20,16 +20,14 @@ from ..config import Config
 from ..errors import EngineMismatch, NonFinite, RunFailure
 from ..models.critic import Critic
 from ..models.policy import Policy
-from ..objective.advantage import critic_advantage, gated_advantage
-from ..objective.diagnostics import critic_quality, effective_sample_size, explained_variance
+from ..objective.diagnostics import effective_sample_size
 from ..objective.kl import kl_in_reward, sequence_kl
 from ..objective.ratio import log_ratio
-from ..objective.surrogate import normalised_sum, surrogate
+from ..objective.surrogate import cispo, normalised_sum, plain, response_means, surrogate
 from .batch import Batch, micro_batches
+from .credit import credit
 from .optim import MasterAdamW, learning_rate
 
-EV_MEMORY = 0.9
-"""Decay of the running explained variance that the EV gate reads."""
 NEGLIGIBLE = 0.01
 """The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more."""
 LOW_ESS = 0.1
@@ -39,14 +37,13 @@ LOW_ESS = 0.1
 class Learner:
     """Holds what is trained, and how. `reference` is None unless the recipe reads it."""
 
-    def __init__(self, policy: Policy, critic: Critic, reference: Policy | None, config: Config) -> None:
-        self.policy, self.critic, self.reference, self.config = policy, critic, reference, config
+    def __init__(self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config) -> None:
+        self.policy, self.reference, self.config = policy, reference, config
+        self.credit = credit(config, policy, critic)
         t = config.training
         self.policy_optimiser = MasterAdamW(
             policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay, kind=t.optimizer
         )
-        self.critic_optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
-        self.running_ev: float | None = None
         self.bad_in_a_row = 0
         self.bad_total = 0
         self.ratio_checked = False
@@ -54,32 +51,19 @@ class Learner:
 
     # -- the advantage -----------------------------------------------------------------------------------------------
 
-    def advantage(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Â = R − b(x) for each rollout, [B], the values V(x), [B], and the critic's metrics.
+    def advantage(self, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """R − b for each rollout, [B] (or for each token, [B, T]), the values V(x), [B], where there is a critic, and its metrics.
 
         Call before `update`: the values must not have seen these rewards. Masked rollouts get whatever, and are not used.
         """
-        began = time.perf_counter()
-        logit_B = self.critic.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens)
-        self.critic_seconds = time.perf_counter() - began
-        value_B, keep_B = logit_B.sigmoid(), batch.keep_B
-        reward_B = batch.reward_B
-        if self.config.objective.kl > 0 and self.config.objective.kl_form == "reward":
+        reward_B, o = batch.reward_B, self.config.objective
+        if o.kl > 0 and o.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
-            reward_B = kl_in_reward(
-                reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, self.config.objective.kl
-            )
-        advantage_B = critic_advantage(reward_B, logit_B)
-        if self.config.objective.ev_gate:
-            advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
-        metrics: dict[str, Any] = critic_quality(batch.correct_B[keep_B], value_B[keep_B])
-        metrics["critic/value_mean"] = float(value_B[keep_B].mean()) if keep_B.any() else None
-        ev = explained_variance(batch.correct_B[keep_B], value_B[keep_B])
-        if ev is not None:
-            previous = ev if self.running_ev is None else self.running_ev
-            self.running_ev = EV_MEMORY * previous + (1 - EV_MEMORY) * ev
-        metrics["critic/running_ev"] = self.running_ev
-        return advantage_B, value_B, metrics
+            reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
+        began = time.perf_counter()
+        found = self.credit.advantage(batch, reward_B)
+        self.critic_seconds = time.perf_counter() - began
+        return found
 
     # -- the update --------------------------------------------------------------------------------------------------
 
@@ -90,7 +74,7 @@ class Learner:
         log-probabilities are too far from the learner's.
         """
         t = self.config.training
-        assert t.lr is not None  # resolved by Config.with_rates
+        assert t.lr is not None  # both are resolved by Config.with_rates
         assert t.critic_lr is not None
         kept = batch.keep_B.nonzero()[:, 0]
         if len(kept) == 0:
@@ -113,13 +97,16 @@ class Learner:
             if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
                 self._settle_rest(old_BT, batch, plans[0], tally)
             self._check_gap(tally)
+            if t.measure_noise and number < 2:
+                tally.gradients.append(self._gradient())
             norm = self.policy_optimiser.step(lr["policy"], t.max_grad_norm)
             tally.add("update/grad_norm", norm)
             self._check_finite(norm)
-            began = time.perf_counter()
-            tally.add("critic/loss", self._critic_update(batch, rows, lr["critic"]))
-            self.critic_seconds += time.perf_counter() - began
-        return tally.metrics(len(updates)) | {
+            self._teach_critic(batch, rows, lr["critic"], tally)
+        metrics = tally.metrics(len(updates))
+        if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
+            self.credit.moved(2 * metrics["policy/kl_step"] * float(batch.response_len_B[kept].float().mean()))
+        return metrics | {
             "update/lr": lr["policy"],
             "update/critic_seconds": self.critic_seconds,  # of the whole step's
             "update/skipped_non_finite": self.bad_total,
@@ -147,7 +134,10 @@ class Learner:
         o = self.config.objective
         rows = torch.cat(minibatch)
         sequences, tokens = len(rows), int(batch.response_len_B[rows].sum())
-        denominator = tokens if o.ratio == "token" else sequences
+        denominator = sequences
+        if o.ratio == "token":
+            constant = sequences * self.config.rollout.max_tokens
+            denominator = {"auto": tokens, "tokens": tokens, "responses": sequences, "constant": constant}[o.average]
         for part in minibatch:
             current = self._logps(self.policy, batch, part)
             logp_bT, mask_bT = current.logp_BT, current.mask_BT
@@ -161,16 +151,25 @@ class Learner:
                 assert reference_BT is not None
                 anchor_bT = reference_BT[part, :width].to(logp_bT.device)
             log_r = log_ratio(logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
-            advantage_b = advantage_B[part].to(logp_bT.device)
-            value, clipped = surrogate(
-                log_r, advantage_b[:, None] if o.ratio == "token" else advantage_b, o.clip, o.dual_clip or None
-            )
+            advantage = advantage_B[part, :width] if advantage_B.dim() == 2 else advantage_B[part]
+            if o.ratio == "token" and advantage.dim() == 1:
+                advantage = advantage[:, None]
+            advantage = advantage.to(logp_bT.device)
+            if o.surrogate == "clip":
+                value, clipped = surrogate(log_r, advantage, o.clip, o.dual_clip or None)
+            else:
+                logp = log_ratio(logp_bT, torch.zeros_like(logp_bT), mask_bT, o.ratio, o.kappa)
+                value, clipped = (
+                    cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
+                )
             element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
             if o.engine_correction:
                 mismatch = log_ratio(old_bT, behaviour_bT, mask_bT, o.ratio, o.kappa)
                 mismatch = mismatch.clamp(max=math.log(o.engine_correction))
                 value = value * mismatch.exp()
                 tally.correction.append(mismatch[element_mask].cpu())
+            if o.average == "responses":
+                value = response_means(value, mask_bT)
             loss = -normalised_sum(value, element_mask, denominator)
             if o.kl > 0 and o.kl_form != "reward":
                 assert reference_BT is not None
@@ -190,22 +189,19 @@ class Learner:
                 logp_bT.detach(),
             )
 
-    def _critic_update(self, batch: Batch, rows: Tensor, lr: float) -> float:
-        """Binary cross-entropy of V(x) against the correctness of the responses (never a shaped reward)."""
-        prompts = [self.critic.prompt_ids(batch.rollouts[i].task) for i in rows.tolist()]
-        target_b = batch.correct_B[rows]
-        length_b = torch.tensor([len(p) for p in prompts])
-        total = 0.0
-        for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_tokens):
-            logit = self.critic([prompts[i] for i in part.tolist()])
-            target = target_b[part].to(logit.device)
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="sum") / len(rows)
-            loss.backward()
-            total += float(loss.detach())
-        norm = self.critic_optimiser.step(lr, self.config.training.max_grad_norm)
-        if not math.isfinite(norm):
-            self.bad_total += 1
-        return total
+    def _teach_critic(self, batch: Batch, rows: Tensor, lr: float, tally: _Tally) -> None:
+        began = time.perf_counter()
+        learnt = self.credit.learn(batch, rows, lr)
+        if learnt is not None:
+            loss, norm = learnt
+            tally.add("critic/loss", loss)
+            self.bad_total += not math.isfinite(norm)
+        self.critic_seconds += time.perf_counter() - began
+
+    def _gradient(self) -> Tensor:
+        """The policy's gradient as one vector."""
+        parts = [p.grad.detach().flatten().float().cpu() for p in self.policy.model.parameters() if p.grad is not None]
+        return torch.cat(parts)
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
@@ -303,8 +299,7 @@ class Learner:
         """Everything but the models' weights, which checkpoints hold as model folders."""
         return {
             "policy_optimiser": self.policy_optimiser.state_dict(),
-            "critic_optimiser": self.critic_optimiser.state_dict(),
-            "running_ev": self.running_ev,
+            "credit": self.credit.state_dict(),
             "bad_in_a_row": self.bad_in_a_row,
             "bad_total": self.bad_total,
         }
@@ -312,8 +307,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         self.policy_optimiser.load_state_dict(state["policy_optimiser"])
-        self.critic_optimiser.load_state_dict(state["critic_optimiser"])
-        self.running_ev = state["running_ev"]
+        self.credit.load_state_dict(state["credit"])
         self.bad_in_a_row, self.bad_total = state["bad_in_a_row"], state["bad_total"]
 
 
@@ -329,6 +323,7 @@ class _Tally:
         self.clipped = self.elements = 0
         self.entropy = self.tokens = self.kl = self.kl_tokens = 0.0
         self.gap_sum = self.gap_tokens = self.gap_max = 0.0
+        self.gradients: list[Tensor] = []  # of the first two minibatches, where the recipe asks for their noise
 
     def add(self, name: str, value: float) -> None:
         self.values.setdefault(name, []).append(value)
@@ -385,5 +380,12 @@ class _Tally:
         out["ratio/mean"] = None if log_r is None else float(log_r.clamp(max=60).exp().mean())
         out["ratio/max_log"] = None if log_r is None else float(log_r.abs().max())
         out["ratio/clip_fraction"] = None if log_r is None else self.clipped / max(self.elements, 1)
+        if len(self.gradients) == 2:
+            first, second = self.gradients
+            signal = float(
+                first @ second
+            )  # of two independent samples: ‖E g‖², without bias but for one small update between them
+            out["update/grad_signal"] = signal
+            out["update/grad_variance"] = float(first @ first + second @ second) / 2 - signal
         out["policy/kl_step"] = self.kl / self.kl_tokens if self.kl_tokens else None
         return out

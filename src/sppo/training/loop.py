@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..rollout.collect import collect
 from .batch import pack
+from .gather import gather
 from .run import Run
 
 
@@ -18,17 +18,12 @@ def train(run: Run) -> dict[str, object]:
         if run.interrupted:
             break
         with run.clock("rollout"), run.judging():
-            tasks = run.curriculum.sample(config.rollout.prompts)
-            rollouts = collect(
-                run.engine, run.policy, run.reward, tasks, run.sampling,
-                samples=config.rollout.samples, seed=(config.seed, "train", step), truncated=config.rollout.truncated,
-                progress=run.on_rollout,
-            )  # fmt: skip
-        batch = pack(rollouts, run.policy.pad_id)
+            gathered = gather(run, step)  # tasks of the curriculum, responses of the engine, verdicts of the reward
+        batch = pack(gathered.rollouts, run.policy.pad_id)
         with run.clock("update"):
-            advantage_B, value_B, critic_metrics = run.learner.advantage(batch)  # R − V(x), before V sees these rewards
-            update_metrics = run.learner.update(batch, advantage_B, step)  # clipped surrogate, and the critic's BCE
+            advantage, value_B, metrics = run.learner.advantage(batch)  # R − V(x), before V sees these rewards
+            metrics |= run.learner.update(batch, advantage, step)  # clipped surrogate, and the critic's BCE
             run.sync()  # checked by a fingerprint of the weights
-        run.curriculum.observe(rollouts)
-        run.record(step, batch, advantage_B, value_B, critic_metrics | update_metrics)
+        run.curriculum.observe(gathered.rollouts)
+        run.record(step, gathered, batch, advantage, value_B, metrics)
     return run.finish()

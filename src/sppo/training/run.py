@@ -36,6 +36,7 @@ from . import checkpoint
 from .batch import Batch
 from .checkpoint import State
 from .curriculum import Curriculum
+from .gather import Gathered
 from .learner import LOW_ESS, Learner
 from .observer import Observer, Silent
 from .optim import optimiser_class
@@ -84,7 +85,8 @@ class Run:
             self.policy.checkpoint_activations()
         self.critic = self._load_critic(parts, saved, device)
         if saved is None:
-            config = self.config = config.with_rates(parameter_count(self.policy.model), parameter_count(self.critic))
+            critic_size = parameter_count(self.critic) if self.critic is not None else 0
+            config = self.config = config.with_rates(parameter_count(self.policy.model), critic_size)
             directory.write_recipe(config)
         spec = parse_spec(config.rollout.engine)
         factory = resolve(spec.name, "sppo.rollout", "build")
@@ -172,12 +174,16 @@ class Run:
         self.observer.note(stated)
         return policy
 
-    def _load_critic(self, parts: Parts, saved: Path | None, device: torch.device) -> Critic:
+    def _load_critic(self, parts: Parts, saved: Path | None, device: torch.device) -> Critic | None:
+        if self.config.critic_reads is None:
+            return None
         if parts.critic is not None and saved is None:
             return Critic(*parts.critic, name="the given critic").to(device)
         name = str(saved / "critic") if saved else self.config.critic.model
         dtype = saved_dtype(name) if saved else self.config.critic.dtype
-        critic, stated = Critic.load(name, dtype=dtype, device=device, seed=self.config.seed + 1)
+        critic, stated = Critic.load(
+            name, dtype=dtype, device=device, seed=self.config.seed + 1, reads=self.config.critic_reads
+        )
         self.observer.note(stated)
         return critic
 
@@ -201,6 +207,8 @@ class Run:
         """The longest usable prompt in policy tokens, and which setting says so."""
         limit, why = self.config.task.max_prompt_tokens, "task.max_prompt_tokens"
         known = [n for n in (self.policy.context, self.engine.context) if n is not None]
+        if self.critic is not None and self.config.critic_reads == "tokens" and self.critic.context is not None:
+            known.append(self.critic.context)
         context = min(known, default=None)
         if context is not None:
             room = context - self.config.rollout.max_tokens
@@ -219,8 +227,12 @@ class Run:
             return "the prompt is empty"
         if length > self.prompt_limit:
             return f"the prompt has {length} tokens, the limit is {self.prompt_limit} ({self.prompt_limit_why})"
-        critic_limit = self.critic.context
-        if critic_limit is not None and (length := len(self.critic.prompt_ids(task))) > critic_limit:
+        critic_limit = self.critic.context if self.critic is not None else None
+        if (
+            self.critic is not None
+            and critic_limit is not None
+            and (length := len(self.critic.prompt_ids(task))) > critic_limit
+        ):
             return f"the prompt has {length} tokens for the critic, which reads {critic_limit} at most"
         return None
 
@@ -282,7 +294,8 @@ class Run:
                 )
             self.state.before = result.as_dict()
             self.observer.evaluation(0, result)
-            self.critic.start_at(result.accuracy)
+            if self.critic is not None:
+                self.critic.start_at(result.accuracy)
             self.save()
         else:
             self.sync()
@@ -298,21 +311,36 @@ class Run:
         self.fingerprint = self.policy.fingerprint()
         self.canary_gap = self.canary.check(self.engine, self.policy)
 
-    def record(self, step: int, batch: Batch, advantage_B: Tensor, value_B: Tensor, metrics: dict[str, Any]) -> None:
+    def record(
+        self,
+        step: int,
+        gathered: Gathered,
+        batch: Batch,
+        advantage: Tensor,
+        value_B: Tensor | None,
+        metrics: dict[str, Any],
+    ) -> None:
         """Write the step down; evaluate and checkpoint when it is time."""
+        advantage_B, credit = advantage, advantage[batch.keep_B]
+        if advantage.dim() == 2:  # a token critic's: the mean over each response's tokens
+            advantage_B = advantage.sum(1) / batch.response_len_B
+            credit = advantage[batch.mask_BT & batch.keep_B[:, None]]
         verdicts = [r.verdict for r in batch.rollouts if r.verdict]
         kept = [v for v in verdicts if not v.masked]
         tokens = sum(len(r.response_ids) for r in batch.rollouts)
+        masked = len(batch) - int(batch.keep_B.sum())
         spent = self._clock
         self._clock = {}
         self.state.step = step + 1
         self.state.seconds += sum(spent.values())
-        self.state.generated_tokens += tokens
-        self.state.masked += len(verdicts) - len(kept)
+        self.state.generated_tokens += tokens + gathered.beside_tokens
+        self.state.masked += masked
         metrics = {
             "reward/mean": sum(v.score for v in kept) / len(kept) if kept else None,
             "reward/correct": sum(v.correct for v in kept) / len(kept) if kept else None,
-            "rollout/masked": len(verdicts) - len(kept),
+            "rollout/masked": masked,
+            "rollout/beside_tokens": gathered.beside_tokens,
+            "rollout/thrown_away": gathered.thrown_away,
             "rollout/tokens": tokens,
             "rollout/mean_tokens": tokens / len(batch),
             "rollout/truncated": sum(r.finish == "length" for r in batch.rollouts) / len(batch),
@@ -321,14 +349,15 @@ class Run:
             "engine/canary_gap": self.canary_gap,
             "data/position": self.curriculum.position,
             "data/passed_over": self.curriculum.passed_over,
-            "advantage/std": float(advantage_B[batch.keep_B].std()) if len(kept) > 1 else None,
+            "advantage/std": float(advantage_B[batch.keep_B].std()) if len(batch) - masked > 1 else None,
+            "advantage/variance": float(credit.var()) if len(credit) > 1 else None,
             **metrics,
             **{f"seconds/{name}": seconds for name, seconds in spent.items()},
             "tokens_per_second": tokens / max(sum(spent.values()), 1e-9),
         }
         self._warn(metrics, verdicts)
         self.directory.record(
-            step, batch.rollouts, value_B.tolist(), advantage_B.tolist(),
+            step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
             {
                 "recipe_sha256": self.config.sha256, "seed": self.config.seed, "data_position": self.curriculum.position,
                 "policy_fingerprint": self.fingerprint,

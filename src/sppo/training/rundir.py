@@ -131,13 +131,13 @@ class RunDirectory:
         self,
         step: int,
         rollouts: Sequence[Rollout],
-        values: Sequence[float],
+        values: Sequence[float] | None,
         advantages: Sequence[float],
         audit: dict[str, Any],
     ) -> None:
         """Write a step's rollouts, then its line of the audit chain, which vouches for them."""
         columns: dict[str, list[Any]] = {name: [] for name in ROLLOUT_SCHEMA.names}
-        for r, value, advantage in zip(rollouts, values, advantages, strict=True):
+        for r, value, advantage in zip(rollouts, values or (None,) * len(rollouts), advantages, strict=True):
             verdict = r.verdict
             assert verdict is not None
             row = (

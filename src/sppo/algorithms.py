@@ -1,0 +1,86 @@
+"""The peers, as presets: each is a few keys of a recipe in the same loop, and nothing else. `objective.algorithm = "grpo"`
+
+What a recipe says itself wins over its preset. A peer is its baseline (where the advantage comes from), its ratio, its surrogate and
+what the loss averages over; `samples` is what its paper or reference code samples a prompt. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+SPPO: dict[str, dict[str, Any]] = {
+    "objective": {
+        "ratio": "sequence", "baseline": "critic", "scale": "none", "surrogate": "clip", "average": "auto",
+        "clip": [0.2, 0.2], "dual_clip": 3.0,
+    },
+    "rollout": {"samples": 1, "resample": 0},
+}  # fmt: skip
+
+
+def _like_sppo(samples: int = 1, resample: int = 0, **objective: Any) -> dict[str, dict[str, Any]]:
+    return {"objective": SPPO["objective"] | objective, "rollout": {"samples": samples, "resample": resample}}
+
+
+GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Sequence-Level PPO, arXiv 2604.08865: Â = R − V(x), one sample a prompt, the whole response's ratio clipped.
+    "sppo": SPPO,
+    # SPPO with what it throws away: V(x) shrunk towards the prompt's own past rewards and its other samples. docs/algorithm.md
+    "sppo-beta": _like_sppo(baseline="beta"),
+    # SPPO with the prediction's best linear use as a baseline, fitted on earlier steps: the optimal control variate.
+    "sppo-cv": _like_sppo(baseline="regressed"),
+    # PPO, arXiv 1707.06347 eq. 7, with a value for every token, GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
+    "ppo": _like_sppo(ratio="token", baseline="token-critic", scale="batch", average="tokens", dual_clip=0.0),
+    # REINFORCE, Williams 1992, against the mean of the batch's other rewards.
+    "reinforce": _like_sppo(baseline="batch", surrogate="plain", dual_clip=0.0),
+    # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples.
+    "rloo": _like_sppo(samples=4, baseline="others", dual_clip=0.0),
+    # ReMax, arXiv 2310.10505 algorithm 2: against the reward of the greedy response.
+    "remax": _like_sppo(baseline="greedy", surrogate="plain", dual_clip=0.0),
+    # GRPO, arXiv 2402.03300 eq. 3: group mean and deviation, token ratios, the mean over responses of their means.
+    "grpo": _like_sppo(samples=8, **GROUP, scale="group", average="responses"),
+    # Dr. GRPO, arXiv 2503.20783 §3.2: without the division by deviation and by length.
+    "dr-grpo": _like_sppo(samples=8, **GROUP, average="constant"),
+    # GSPO, arXiv 2507.18071 eq. 5 and 7, with the clip of its section 5.1.
+    "gspo": _like_sppo(samples=8, **GROUP | {"ratio": "geometric"}, scale="group", clip=[3e-4, 4e-4]),
+    # CISPO, arXiv 2506.13585 eq. 4 and 5: the ratio's weight is clipped and detached, no token loses its gradient. A weight of 5 at most.
+    "cispo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="cispo", average="tokens", clip=[1.0, 4.0]),
+    # DAPO, arXiv 2503.14476 eq. 8 to 12: clip-higher, the mean over tokens, groups that teach nothing sampled again.
+    "dapo": _like_sppo(samples=8, resample=3, **GROUP, scale="group", average="tokens", clip=[0.2, 0.28]),
+}  # fmt: skip
+
+
+def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A recipe's tree with what its algorithm's preset says of keys that it leaves open."""
+    out = dict(tree)
+    for section, values in PRESETS[name].items():
+        given = tree.get(section, {})
+        if isinstance(given, Mapping):  # else it is refused where it is validated
+            out[section] = {**copy.deepcopy(values), **given}
+    return out
+
+
+def with_algorithm(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A recipe's tree as another algorithm would run it: the old one's keys go, and a step keeps its number of responses.
+
+    ReMax's greedy responses count.
+    """
+    out = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
+    objective, rollout = out.setdefault("objective", {}), out.setdefault("rollout", {})
+    before = PRESETS.get(str(objective.get("algorithm", "sppo")), SPPO)
+    if "prompts" in rollout:
+        responses = rollout["prompts"] * _responses(before, rollout.get("samples"))
+        rollout["prompts"] = max(1, responses // _responses(PRESETS[name]))
+    for section, values in SPPO.items():
+        for key in values:
+            out[section].pop(key, None)
+    objective["algorithm"] = name
+    return out
+
+
+def _responses(chosen: Mapping[str, Any], samples: int | None = None) -> int:
+    """Responses a prompt."""
+    return (samples or chosen["rollout"]["samples"]) + (chosen["objective"]["baseline"] == "greedy")

@@ -1,0 +1,295 @@
+"""Where a response's credit comes from: its reward less a baseline. One class for each kind of knowledge that a baseline has.
+
+    PromptCritic   V(x), a prediction from the prompt alone                 critic, beta, regressed
+    TokenCritic    a value for every token, and GAE                         token-critic
+    Samples        other rewards of the same step, no critic                batch, others, group, greedy
+
+`advantage` is asked before `learn` has seen the batch's rewards: no baseline ever contains its sample's own reward (but for
+`group` and whitening, which are the peers' own habit and scale the gradient).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from ..config import Config
+from ..errors import RecipeError
+from ..models.critic import Critic
+from ..models.policy import Policy
+from ..objective.advantage import (
+    GROUP_EPSILON,
+    critic_advantage,
+    gae,
+    gated_advantage,
+    group_deviation,
+    group_mean,
+    group_sums,
+    leave_one_out_mean,
+    shrunk_value,
+    whitened,
+)
+from ..objective.diagnostics import critic_quality, explained_variance
+from .batch import Batch, micro_batches
+from .history import History
+from .optim import MasterAdamW
+
+EV_MEMORY = 0.9
+"""Decay of the running explained variance that the EV gate reads."""
+
+Found = tuple[Tensor, Tensor | None, dict[str, Any]]
+"""Advantages, [B] or [B, T]; the predicted values V(x), [B], where there is a critic; metrics."""
+
+
+class Credit(Protocol):
+    """What the learner asks for advantages, and teaches with each minibatch."""
+
+    critic: Critic | None
+
+    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
+        """Advantages from everything known before this batch; masked rollouts get whatever, and are not used."""
+
+    def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float] | None:
+        """Train on some rows of the batch that `advantage` saw last; loss and gradient norm, or None where there is nothing to train."""
+
+    def moved(self, nats: float) -> None:
+        """The policy moved by so much in this step (KL of a whole response)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the critic's weights."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+
+
+def credit(config: Config, policy: Policy, critic: Critic | None) -> Credit:
+    """What `objective.baseline` names."""
+    if config.critic_reads is None:
+        return Samples(config)
+    if critic is None:
+        raise RecipeError(f"objective.baseline = {config.objective.baseline!r} needs a critic")
+    return PromptCritic(config, critic) if config.critic_reads == "prompt" else TokenCritic(config, policy, critic)
+
+
+def scaled(advantage: Tensor, reward_B: Tensor, batch: Batch, scale: str) -> Tensor:
+    """`objective.scale`: nothing, the deviation of each group's rewards, or whitening over the batch."""
+    keep = batch.keep_B if advantage.dim() == 1 else batch.keep_B[:, None] & batch.mask_BT
+    if scale == "group":
+        deviation_B = group_deviation(reward_B, batch.keep_B, batch.group_B) + GROUP_EPSILON
+        return advantage / (deviation_B if advantage.dim() == 1 else deviation_B[:, None])
+    return whitened(advantage, keep) if scale == "batch" else advantage
+
+
+class Samples:
+    """Baselines of the step's own rewards: peers without a critic."""
+
+    critic: Critic | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.baseline, self.scale = config.objective.baseline, config.objective.scale
+
+    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
+        """R less the mean of others, of the group, or the greedy response's reward."""
+        keep_B = batch.keep_B
+        if self.baseline == "batch":
+            baseline_B = leave_one_out_mean(reward_B, keep_B)
+        elif self.baseline == "others":
+            baseline_B = leave_one_out_mean(reward_B, keep_B, batch.group_B)
+        elif self.baseline == "group":
+            baseline_B = group_mean(reward_B, keep_B, batch.group_B)
+        else:
+            assert batch.greedy_B is not None
+            baseline_B = batch.greedy_B
+        return scaled(reward_B - baseline_B, reward_B, batch, self.scale), None, {}
+
+    def learn(self, batch: Batch, rows: Tensor, lr: float) -> None:
+        """There is nothing to train."""
+
+    def moved(self, nats: float) -> None:
+        """It does not matter here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class _Trained:
+    """What both critics share: the optimiser, micro-batches and the metrics of a prediction."""
+
+    def __init__(self, config: Config, critic: Critic) -> None:
+        t = config.training
+        self.critic: Critic | None = critic
+        self.model, self.config = critic, config
+        self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
+        self.running_ev: float | None = None
+
+    def moved(self, nats: float) -> None:
+        """The policy moved by so much in this step (KL of a whole response)."""
+
+    def quality(self, batch: Batch, value_B: Tensor) -> dict[str, Any]:
+        """How good the predictions were, made before these rewards were seen."""
+        correct_b, value_b = batch.correct_B[batch.keep_B], value_B[batch.keep_B]
+        metrics: dict[str, Any] = critic_quality(correct_b, value_b)
+        metrics["critic/value_mean"] = float(value_b.mean()) if len(value_b) else None
+        ev = explained_variance(correct_b, value_b)
+        if ev is not None:
+            previous = ev if self.running_ev is None else self.running_ev
+            self.running_ev = EV_MEMORY * previous + (1 - EV_MEMORY) * ev
+        metrics["critic/running_ev"] = self.running_ev
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, masters, and what was measured."""
+        return {"optimiser": self.optimiser.state_dict(), "running_ev": self.running_ev}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.running_ev = state["running_ev"]
+
+
+class PromptCritic(_Trained):
+    """R − b(x), b from V(x) = σ(c(x)): as it is, shrunk towards what was seen of the prompt, or as a control variate."""
+
+    def __init__(self, config: Config, critic: Critic) -> None:
+        super().__init__(config, critic)
+        self.history = History(config.objective.half_life)
+        self.moments: list[float] | None = None  # running means of R, V, R·V, V² (a control variate's fit)
+
+    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
+        """See the protocol."""
+        o, keep_B = self.config.objective, batch.keep_B
+        logit_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens)
+        value_B = logit_B.sigmoid()
+        metrics: dict[str, Any] = {}
+        if o.baseline == "beta":
+            metrics["critic/strength"] = self.history.strength
+            advantage_B = reward_B - self._shrunk(batch, reward_B, value_B)
+        elif o.baseline == "regressed":
+            slope, offset = self._fit()
+            metrics["critic/slope"] = slope
+            advantage_B = reward_B - (offset + slope * value_B)
+            self._remember(reward_B[keep_B], value_B[keep_B])
+        elif o.ev_gate:
+            advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
+        else:
+            advantage_B = critic_advantage(reward_B, logit_B)
+        metrics |= self.quality(batch, value_B)
+        return scaled(advantage_B, reward_B, batch, o.scale), value_B, metrics
+
+    def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
+        """Binary cross-entropy of V(x) against the correctness of the responses (never a shaped reward)."""
+        prompts = [self.model.prompt_ids(batch.rollouts[i].task) for i in rows.tolist()]
+        target_b = batch.correct_B[rows]
+        length_b = torch.tensor([len(p) for p in prompts])
+        total = 0.0
+        for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_tokens):
+            logit = self.model([prompts[i] for i in part.tolist()])
+            loss = binary_cross_entropy_with_logits(logit, target_b[part].to(logit.device), reduction="sum") / len(rows)
+            loss.backward()
+            total += float(loss.detach())
+        return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
+
+    def moved(self, nats: float) -> None:
+        """Past rewards count the less, the further the policy has moved."""
+        self.history.clock += nats
+
+    def _shrunk(self, batch: Batch, reward_B: Tensor, value_B: Tensor) -> Tensor:
+        keep_B = batch.keep_B
+        names = [r.task.id for r in batch.rollouts]
+        past_BN = torch.tensor([self.history.past(name) for name in names])
+        sum_B, count_B = group_sums(reward_B, keep_B, batch.group_B)
+        own_B = torch.where(keep_B, reward_B, torch.zeros_like(reward_B))
+        others_sum_B, others_B = sum_B - own_B, count_B - keep_B.to(count_B.dtype)
+        strength = self.history.strength
+        out_B = shrunk_value(value_B, strength, past_BN[:, 1] + others_sum_B, past_BN[:, 0] + others_B)
+        firsts = [b for b, g in enumerate(batch.group_B.tolist()) if b == 0 or g != int(batch.group_B[b - 1])]
+        rewards: list[list[float]] = [[] for _ in firsts]
+        for g, r, keep in zip(batch.group_B.tolist(), reward_B.tolist(), keep_B.tolist(), strict=True):
+            if keep:
+                rewards[g].append(r)
+        self.history.observe([names[b] for b in firsts], rewards, [float(value_B[b]) for b in firsts])
+        return out_B if strength > 0 else torch.where(past_BN[:, 0] + others_B > 0, out_B, value_B)
+
+    def _fit(self) -> tuple[float, float]:
+        """Slope and offset of the best linear baseline in V, of earlier steps: c = Cov(R, V) / Var(V)."""
+        if self.moments is None:
+            return 1.0, 0.0
+        r, v, rv, vv = self.moments
+        variance = vv - v * v
+        slope = (rv - r * v) / variance if variance > 1e-6 else 0.0
+        return slope, r - slope * v
+
+    def _remember(self, reward_b: Tensor, value_b: Tensor) -> None:
+        if len(reward_b) == 0:
+            return
+        now = [float(x.mean()) for x in (reward_b, value_b, reward_b * value_b, value_b.square())]
+        before = self.moments or now
+        self.moments = [EV_MEMORY * a + (1 - EV_MEMORY) * b for a, b in zip(before, now, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, masters, and what was measured."""
+        return super().state_dict() | {"history": self.history.state_dict(), "moments": self.moments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+        super().load_state_dict(state)
+        self.history.load_state_dict(state["history"])
+        self.moments = state["moments"]
+
+
+class TokenCritic(_Trained):
+    """PPO's: a value for the state before every token, generalised advantages, and λ-returns as the critic's target.
+
+    The value is σ of the critic's read-out and learns by cross-entropy, as the prompt critic does: returns lie in [0, 1].
+    """
+
+    def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
+        super().__init__(config, critic)
+        self.target_BT: Tensor | None = None
+        if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise RecipeError(
+                f"objective.baseline = 'token-critic' reads the response, so critic.model ({critic.name}) must have the policy's own "
+                "tokenizer: give it the policy's model or a smaller one of its family"
+            )
+
+    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
+        """See the protocol; advantages are [B, T]."""
+        decay, mask_BT = self.config.objective.gae_lambda, batch.mask_BT
+        value_BT = torch.zeros_like(batch.behaviour_logp_BT)
+        with torch.no_grad():
+            for part in self._parts(batch, torch.arange(len(batch))):
+                logit = self._logits(batch, part)
+                value_BT[part, : logit.size(1)] = logit.sigmoid().cpu()
+        advantage_BT = gae(reward_B, value_BT, mask_BT, decay)
+        self.target_BT = (gae(batch.correct_B, value_BT, mask_BT, decay) + value_BT).clamp(0, 1)
+        value_B = value_BT[:, 0]  # before the first token: of the prompt alone
+        metrics = self.quality(batch, value_B)
+        return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+
+    def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
+        """Cross-entropy of every token's value against its λ-return."""
+        assert self.target_BT is not None
+        tokens, total = int(batch.response_len_B[rows].sum()), 0.0
+        for part in self._parts(batch, rows):
+            logit = self._logits(batch, part)
+            width = logit.size(1)
+            target = self.target_BT[part, :width].to(logit.device)
+            loss_bT = binary_cross_entropy_with_logits(logit, target, reduction="none")
+            loss = torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum() / max(tokens, 1)
+            loss.backward()
+            total += float(loss.detach())
+        return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
+
+    def _parts(self, batch: Batch, rows: Tensor) -> list[Tensor]:
+        return micro_batches(rows, batch.prompt_len_B + batch.response_len_B, self.config.training.micro_tokens)
+
+    def _logits(self, batch: Batch, part: Tensor) -> Tensor:
+        width = int((batch.prompt_len_B[part] + batch.response_len_B[part]).max())
+        return self.model.token_logits(batch.ids_BL[part, :width], batch.prompt_len_B[part], batch.response_len_B[part])

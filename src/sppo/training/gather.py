@@ -1,0 +1,72 @@
+"""A step's judged rollouts, with what an algorithm wants beside them: greedy responses (ReMax), groups that can teach (DAPO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..rollout.collect import collect
+from ..types import Rollout, Task
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the step trains on, and what it cost beside that."""
+
+    rollouts: list[Rollout]
+    beside_tokens: int = 0
+    """Tokens sampled that nothing is trained on: greedy responses, groups thrown away."""
+    thrown_away: int = 0
+    """Prompts whose samples all scored the same, replaced by others."""
+
+
+def gather(run: Run, step: int) -> Gathered:
+    """Sample and judge `rollout.prompts` problems; see `rollout.resample` and `objective.baseline = "greedy"`."""
+    r = run.config.rollout
+    tasks = run.curriculum.sample(r.prompts)
+    rollouts = _collect(run, tasks, (run.config.seed, "train", step))
+    if run.config.objective.baseline == "greedy":
+        return _with_greedy(run, tasks, rollouts, step)
+    beside = thrown_away = 0
+    for again in range(r.resample):
+        mixed, flat = _sorted_out(rollouts)
+        if not flat:
+            break
+        fresh = _collect(run, run.curriculum.sample(len(flat)), (run.config.seed, "train", step, "again", again))
+        beside += sum(len(x.response_ids) for group in flat for x in group)
+        thrown_away += len(flat)
+        rollouts = [x for group in mixed for x in group] + fresh
+    return Gathered(rollouts, beside, thrown_away)
+
+
+def _collect(run: Run, tasks: list[Task], seed: tuple[int | str, ...]) -> list[Rollout]:
+    r = run.config.rollout
+    return collect(
+        run.engine, run.policy, run.reward, tasks, run.sampling,
+        samples=r.samples, seed=seed, truncated=r.truncated, progress=run.on_rollout,
+    )  # fmt: skip
+
+
+def _with_greedy(run: Run, tasks: list[Task], rollouts: list[Rollout], step: int) -> Gathered:
+    greedy = collect(
+        run.engine, run.policy, run.reward, tasks, replace(run.sampling, temperature=0.0),
+        seed=(run.config.seed, "greedy", step), truncated=run.config.rollout.truncated,
+    )  # fmt: skip
+    samples = run.config.rollout.samples
+    joined = [replace(x, greedy=greedy[i // samples]) for i, x in enumerate(rollouts)]
+    return Gathered(joined, sum(len(g.response_ids) for g in greedy))
+
+
+def _sorted_out(rollouts: list[Rollout]) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+    """Groups that hold different scores, and groups that do not (or hold less than two graded samples)."""
+    starts = [i for i, x in enumerate(rollouts) if x.sample == 0]
+    mixed: list[list[Rollout]] = []
+    flat: list[list[Rollout]] = []
+    for start, end in zip(starts, [*starts[1:], len(rollouts)], strict=True):
+        group = rollouts[start:end]
+        scores = {x.verdict.score for x in group if x.verdict and not x.verdict.masked}
+        (mixed if len(scores) > 1 else flat).append(group)
+    return mixed, flat
