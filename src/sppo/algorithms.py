@@ -66,8 +66,10 @@ def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 def with_algorithm(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A recipe's tree as another algorithm would run it: the old one's keys go, and a step keeps its number of responses.
 
-    ReMax's greedy responses count.
+    ReMax's greedy responses count. A recipe of that very algorithm stays as it is.
     """
+    if isinstance(tree.get("objective"), Mapping) and tree["objective"].get("algorithm", "sppo") == name:
+        return dict(tree)
     out = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
     objective, rollout = out.setdefault("objective", {}), out.setdefault("rollout", {})
     before = PRESETS.get(str(objective.get("algorithm", "sppo")), SPPO)

@@ -366,6 +366,13 @@ class Config(Section):
             changes["bootstrap"] = self.bootstrap.model_copy(update={"lr": rate})
         return self.model_copy(update=changes)
 
+    def as_algorithm(self, name: str, overrides: Mapping[str, Any]) -> Config:
+        """This recipe as another algorithm would run it (`algorithms.with_algorithm`), with keys laid over that."""
+        tree = with_algorithm(self.model_dump(mode="json", exclude_none=True), name)
+        for dotted, value in overrides.items():
+            _set(tree, dotted, value)
+        return Config.validated(tree, f"--algorithms {name}")
+
     @property
     def critic_reads(self) -> Literal["prompt", "tokens"] | None:
         """What the critic reads: the prompt alone, or every token; None where the algorithm has no critic."""

@@ -66,7 +66,7 @@ def split_specs(text: str) -> list[str]:
     """
     specs: list[str] = []
     for piece in text.split(","):
-        is_option = re.match(r"^\s*\w+=", piece) is not None
+        is_option = re.match(r"^\s*[\w.]+=", piece) is not None
         if specs and is_option:
             specs[-1] += "," + piece
         elif piece.strip():

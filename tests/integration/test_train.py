@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from sppo.algorithms import PRESETS
 from sppo.audit.chain import GENESIS, file_sha256
 from sppo.config import Config
 from sppo.errors import NonFinite, RecipeError, RewardError, RunFailure, StaleWeights, UserError
@@ -112,6 +113,7 @@ def test_the_same_recipe_and_seed_give_the_same_policy(tmp_path):
         {"rollout__samples": 2, "rollout__truncated": "mask"},
         {"training__minibatches": 1},
         {"policy__dtype": "bfloat16"},
+        *({"objective__algorithm": name} for name in PRESETS if name != "sppo"),
     ],
 )
 def test_every_setting_of_the_objective_runs_and_resumes_to_the_same_bits(tmp_path, overrides):

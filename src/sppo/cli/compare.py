@@ -1,0 +1,279 @@
+"""`sppo compare`: several algorithms on one recipe with paired seeds: learning curves, costs to a target, intervals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from ..algorithms import PRESETS
+from ..config import Config
+from ..errors import RecipeError, RunFailure, UserError
+from ..spec import nearest, parse_spec, split_specs
+from ._shared import add_recipe_options, emit, overrides
+
+DEFAULT = "sppo,grpo,rloo,reinforce"
+START = "checkpoints/step-000000/policy"
+AMBITION = 0.8
+"""Without --target: so much of the way from the start to the best mean accuracy at the end."""
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "compare", help="compare algorithms on one recipe: paired seeds, equal tokens, intervals", description=__doc__
+    )
+    add_recipe_options(parser)
+    parser.add_argument("--steps", type=int, metavar="N", help="short for --training.steps")
+    parser.add_argument(
+        "--algorithms", default=DEFAULT, metavar="A,B,…",
+        help=f"presets, each with keys of its own if need be: sppo,grpo:training.lr=1e-4 [{DEFAULT}]; known: {', '.join(PRESETS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="K", help="seeds an algorithm, from the recipe's on [5]"
+    )
+    parser.add_argument(
+        "--target", type=float, metavar="ACCURACY",
+        help=f"the held-out accuracy whose cost is compared [{100 * AMBITION:.0f}%% of the way to the best one's end]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs side by side, on their share of the cores [1]"
+    )
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One run of the comparison."""
+
+    algorithm: str
+    seed: int
+    folder: Path
+    config: Config
+    start: Path | None
+
+    @property
+    def recipe(self) -> Path:
+        """What it is given."""
+        return self.folder.with_suffix(".toml")
+
+    @property
+    def log(self) -> Path:
+        """What it said."""
+        return self.folder.with_suffix(".log")
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has done all its steps."""
+        try:
+            return json.loads((self.folder / "summary.json").read_text())["stopped"] == "finished"
+        except (OSError, json.JSONDecodeError, KeyError):
+            return False
+
+    @property
+    def steps_done(self) -> int:
+        """Lines of metrics."""
+        try:
+            return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is not finished yet, then compare; exit 0 when every run finished, 1 when one failed, 130 when interrupted."""
+    changes = overrides(args)
+    if args.recipe is None:
+        raise RecipeError("give a recipe to compare on (recipes/ has some)")
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be 1 or more")
+    if args.target is not None and not 0 < args.target < 1:
+        raise UserError(f"--target must lie between 0 and 1, not {args.target}")
+    out = Path(changes.pop("run.out", None) or f"runs/compare-{Path(args.recipe).stem}")
+    entries = _entries(args, changes, out)
+    _write_recipes(entries, out)
+    from ..evaluation.compare import compare
+    from ..report.curves import figure, read_curve, table
+
+    try:
+        for entry in entries:
+            if entry.start is not None and not entry.finished:
+                _bootstrap(args.recipe, changes, entry.start, entry.seed, args.quiet)
+        failed = _Work(entries, args.jobs, quiet=args.quiet).do()
+    except KeyboardInterrupt:
+        print(f"interrupted; everything is saved in {out}: the same command goes on", file=sys.stderr)
+        return 130
+    curves: dict[str, dict[int, Any]] = {}
+    for entry in entries:
+        if entry.finished:
+            curves.setdefault(entry.algorithm, {})[entry.seed] = read_curve(entry.folder)
+    if not curves:
+        raise RunFailure(f"no run finished: {failed[0] if failed else 'nothing was run'}")
+    target, chosen = args.target, "given before the runs"
+    if target is None:
+        starts = [c.accuracy[0] for runs in curves.values() for c in runs.values()]
+        ends = [sum(c.accuracy[-1] for c in runs.values()) / len(runs) for runs in curves.values()]
+        start = sum(starts) / len(starts)
+        target, chosen = (
+            start + AMBITION * (max(ends) - start),
+            "chosen after the runs; fix it before them with --target",
+        )
+    result = compare(curves, target) | {"target_was": chosen, "failed": failed}
+    (out / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = table(result)
+    (out / "comparison.md").write_text(text)
+    where = f"\n{out}/comparison.md, comparison.json"
+    try:
+        figure(curves, target, out / "curves.svg")
+        where += ", curves.svg"
+    except UserError as error:
+        where += f"; {error}"
+    emit(result, args.json, f"{text}{where}; the target was {chosen}")
+    return 1 if failed else 0
+
+
+def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> list[Entry]:
+    """Every run, seeds outside, the order of the algorithms turning with the seed."""
+    named: dict[str, tuple[str, dict[str, Any]]] = {}
+    for text in split_specs(args.algorithms):
+        spec = parse_spec(text)
+        if spec.name not in PRESETS or spec.words:
+            raise UserError(f"--algorithms: {spec.name!r} is unknown: {nearest(spec.name, list(PRESETS))}")
+        named[text.strip()] = (spec.name, spec.options)
+    first = Config.load(args.recipe, changes)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    entries = []
+    for n in range(args.seeds):
+        seed = first.seed + n
+        labels = [*named][n % len(named) :] + [*named][: n % len(named)]
+        for label in labels:
+            algorithm, options = named[label]
+            folder = out / re.sub(r"[^\w.=-]+", "-", label) / f"seed-{seed}"
+            fixed = {"seed": seed, "run.out": str(folder), "run.threads": threads, "training.measure_noise": True}
+            config = first.as_algorithm(algorithm, options | fixed)
+            start = None
+            if config.bootstrap is not None:
+                start = out / "starts" / f"seed-{seed}"
+                policy = config.policy.model_copy(update={"model": str(start / START)})
+                config = config.model_copy(update={"bootstrap": None, "policy": policy})
+            entries.append(Entry(label, seed, folder, config, start))
+    return entries
+
+
+def _write_recipes(entries: list[Entry], out: Path) -> None:
+    """Each run's own recipe. Raises RecipeError when the folder holds a comparison of other ones."""
+    for entry in entries:
+        text = entry.config.to_toml()
+        if entry.recipe.exists() and entry.recipe.read_text() != text:
+            raise RecipeError(
+                f"{out} holds a comparison with another recipe ({entry.recipe} differs): choose another --out"
+            )
+        entry.recipe.parent.mkdir(parents=True, exist_ok=True)
+        entry.recipe.write_text(text)
+
+
+def _bootstrap(recipe: str, changes: dict[str, Any], start: Path, seed: int, quiet: bool) -> None:
+    """The supervised start that all algorithms of a seed share, if it is not there yet."""
+    from ..report.progress import ProgressDisplay
+    from ..training.run import Run
+    from .train import interruptible
+
+    if (start / START).exists():
+        return
+    shutil.rmtree(start, ignore_errors=True)
+    display = ProgressDisplay(quiet=quiet)
+    job = Run.new(Config.load(recipe, changes | {"seed": seed, "run.out": str(start)}), display)
+    try:
+        with interruptible(job, display):
+            job.begin()
+    finally:
+        display.stop()
+        job.close()
+    if job.interrupted:
+        raise KeyboardInterrupt
+
+
+class _Work:
+    """The runs that are not finished, `jobs` at a time, each `sppo train` in a process of its own."""
+
+    def __init__(self, entries: list[Entry], jobs: int, quiet: bool) -> None:
+        from ..report.progress import clock  # not above: it needs torch, and `sppo --help` does not
+
+        self.entries, self.jobs, self.quiet, self.clock = entries, jobs, quiet, clock
+        self.waiting = [e for e in entries if not e.finished]
+        self.running: dict[Entry, subprocess.Popen[bytes]] = {}
+        self.failed: list[str] = []
+        self.console = Console(stderr=True, highlight=False)
+        self.total = sum(e.config.training.steps for e in entries)
+
+    def do(self) -> list[str]:
+        """Run everything; returns a sentence for each run that failed. Ctrl-C lets the runs save themselves."""
+        began, before = time.monotonic(), self.steps_done
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[left]}")
+        live = self.console.is_terminal and not self.quiet
+        with Progress(*columns, console=self.console, disable=not live) as progress:
+            bar = progress.add_task("", total=self.total, left="")
+            try:
+                while self.waiting or self.running:
+                    while self.waiting and len(self.running) < self.jobs:
+                        self._start(self.waiting.pop(0))
+                    time.sleep(0.3)
+                    done = self.steps_done
+                    pace = (time.monotonic() - began) / max(done - before, 1)
+                    left = f"left {self.clock(pace * (self.total - done))}" if done > before else ""
+                    progress.update(bar, completed=done, left=left, description=self._state())
+                    for entry in [e for e, process in self.running.items() if process.poll() is not None]:
+                        self._finish(entry, left)
+            except KeyboardInterrupt:
+                for process in self.running.values():
+                    process.send_signal(signal.SIGINT)
+                for process in self.running.values():
+                    process.wait()
+                raise
+        return self.failed
+
+    @property
+    def steps_done(self) -> int:
+        """Over all runs."""
+        return sum(min(e.steps_done, e.config.training.steps) for e in self.entries)
+
+    def _state(self) -> str:
+        return ", ".join(f"{e.algorithm} seed {e.seed}: {e.steps_done}/{e.config.training.steps}" for e in self.running)
+
+    def _start(self, entry: Entry) -> None:
+        command = [sys.executable, "-m", "sppo.cli.main", "train"]
+        if any((entry.folder / "checkpoints").glob("step-*")):
+            command += ["--resume", str(entry.folder)]
+        else:
+            shutil.rmtree(entry.folder, ignore_errors=True)
+            command += [str(entry.recipe)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(entry.config.run.threads)}
+        with entry.log.open("wb") as log:
+            # a session of its own: Ctrl-C comes from here, once
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self.running[entry] = process
+
+    def _finish(self, entry: Entry, left: str) -> None:
+        code = self.running.pop(entry).returncode
+        if entry.finished:
+            summary = json.loads((entry.folder / "summary.json").read_text())
+            if not self.quiet:
+                self.console.print(
+                    f"{entry.algorithm} seed {entry.seed}: {summary['accuracy_before']:.3f} → {summary['accuracy_after']:.3f} in "
+                    f"{self.clock(summary['seconds'])}, {summary['generated_tokens'] / 1e6:.2f}M tokens   {left}", markup=False,
+                )  # fmt: skip
+            return
+        lines = entry.log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+        self.failed.append(f"{entry.algorithm} seed {entry.seed} (exit {code}): {lines[-1]}")
+        self.console.print(f"warning: {self.failed[-1]}; see {entry.log}", style="yellow", markup=False)

@@ -1,0 +1,122 @@
+"""A comparison for people: a table in Markdown, and learning curves with bands as a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..evaluation.compare import Curve
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
+
+STEP_MEANS = {
+    "advantage/variance": "advantage_variance",
+    "update/grad_variance": "gradient_variance",
+    "update/grad_signal": "gradient_signal",
+    "ratio/ess": "ess",
+    "ratio/clip_fraction": "clip_fraction",
+    "critic/explained_variance": "explained_variance",
+}
+
+
+def read_curve(run: Path) -> Curve:
+    """The learning curve of a finished run's directory. Raises UserError when it holds none."""
+    try:
+        summary = json.loads((run / "summary.json").read_text())
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{run} holds no finished run: {error}") from None
+    tokens, seconds, accuracy = [0.0], [0.0], [float(summary["accuracy_before"])]
+    spent = used = 0.0
+    for m in steps:
+        spent += m["rollout/tokens"] + m["rollout/beside_tokens"]
+        used += sum(v for k, v in m.items() if k.startswith("seconds/"))
+        if m.get("eval/accuracy") is not None:
+            tokens.append(spent)
+            seconds.append(used)
+            accuracy.append(float(m["eval/accuracy"]))
+    means = {short: _mean([m.get(long) for m in steps]) for long, short in STEP_MEANS.items()}
+    return Curve(tokens, seconds, accuracy, means)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The comparison as a Markdown table, one row an algorithm."""
+    target = result["target"]
+    rows = [
+        f"| algorithm | reached {target:.2f} | tokens to {target:.2f} | seconds to {target:.2f} | "
+        f"accuracy at {result['equal_tokens'] / 1e6:.2f}M tokens | mean accuracy on the way | collapsed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, a in result["algorithms"].items():
+        rows.append(
+            f"| {name} | {a['reached']} of {len(a['seeds'])} | {_cell(a['tokens_to_target'], 1e6, '{:.2f}M')} | "
+            f"{_cell(a['time_to_target'], 1, '{:.0f}')} | {_cell(a['final_accuracy'], 1, '{:.3f}')} | {_cell(a['area'], 1, '{:.3f}')} | {a['collapses']} |"
+        )
+    compared = [(name, a["against"]) for name, a in result["algorithms"].items() if "against" in a]
+    if compared:
+        first = next(iter(compared[0][1]))
+        rows += [
+            "",
+            f"| against {first}, same seeds | tokens to {target:.2f}, ratio | seconds to {target:.2f}, ratio | accuracy at equal tokens, difference |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name, against in compared:
+            pair = against[first]
+            rows.append(
+                f"| {name} | {_ratio(pair, 'tokens_ratio')} | {_ratio(pair, 'time_ratio')} | {_cell(pair['accuracy_difference'], 1, '{:+.3f}')} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def _cell(interval: Mapping[str, float | None], unit: float, form: str) -> str:
+    shown = ["–" if interval[k] is None else form.format(interval[k] / unit) for k in ("value", "low", "high")]  # type: ignore[operator]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def _ratio(pair: Mapping[str, Any], key: str) -> str:
+    if pair[key] is None:
+        return "– (no seed where both reached it)"
+    return f"{_cell(pair[key], 1, '{:.2f}')} ({pair[f'{key}_pairs']} of {pair['seeds']} seeds)"
+
+
+def figure(curves: Mapping[str, Mapping[int, Curve]], target: float, path: Path) -> None:
+    """Mean accuracy against tokens and against seconds, the band from the lowest to the highest seed. Raises UserError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the figure needs matplotlib: pip install 'sppo[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, cost, label, unit in zip(
+        axes, ("tokens", "seconds"), ("generated tokens (millions)", "seconds of training"), (1e6, 1.0), strict=True
+    ):
+        for i, (name, runs) in enumerate(curves.items()):
+            end = min(getattr(c, cost)[-1] for c in runs.values())
+            grid = np.linspace(0, end, 200)
+            lines = np.stack([np.interp(grid, getattr(c, cost), c.accuracy) for c in runs.values()])
+            colour, style = COLOURS[i % len(COLOURS)], ("-", "--", "-.", ":")[i // len(COLOURS) % 4]
+            axis.plot(grid / unit, lines.mean(0), style, color=colour, label=name, linewidth=1.8)
+            axis.fill_between(grid / unit, lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0)
+        axis.axhline(target, color="#888888", linewidth=0.8, linestyle=":")
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("held-out accuracy")
+    axes[0].legend(frameon=False, fontsize=9)
+    seeds = max(len(runs) for runs in curves.values())
+    shown.suptitle(f"mean and range over {seeds} seeds; dotted: the target, {target:.2f}", fontsize=10)
+    shown.savefig(path)
+    plt.close(shown)

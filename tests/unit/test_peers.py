@@ -1,0 +1,448 @@
+"""The peers: hand-worked advantages, each loss against a plain version and against TRL's own, and what no baseline may see."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sppo.algorithms import PRESETS
+from sppo.config import Config
+from sppo.errors import RecipeError
+from sppo.objective.advantage import (
+    gae,
+    group_deviation,
+    group_mean,
+    leave_one_out_mean,
+    shrunk_value,
+    whitened,
+)
+from sppo.training.batch import pack
+from sppo.training.gather import _sorted_out
+from sppo.training.history import History
+from sppo.training.learner import Learner, _Tally
+from sppo.types import Verdict
+
+from ..conftest import small_config, small_critic, small_policy, small_rollouts
+
+SCORES = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]  # two groups of four
+
+
+def judged(rollouts, scores):
+    return [r.judged(Verdict(s, "correct" if s else "wrong")) for r, s in zip(rollouts, scores, strict=True)]
+
+
+def a_batch(policy, name, *, scores=SCORES, masked=()):
+    """Eight judged rollouts as the algorithm would sample them: one a prompt, or two prompts of four."""
+    samples = 1 if PRESETS[name]["rollout"]["samples"] == 1 else 4
+    rollouts = small_rollouts(policy, 8 // samples, samples=samples)
+    rollouts = judged(rollouts, scores)
+    rollouts = [
+        r.judged(replace(r.verdict, outcome="infra_error")) if i in masked else r for i, r in enumerate(rollouts)
+    ]
+    if PRESETS[name]["objective"]["baseline"] == "greedy":
+        greedy = judged(small_rollouts(policy, 8, temperature=0.0), [1.0, 0.0] * 4)
+        rollouts = [replace(r, greedy=g) for r, g in zip(rollouts, greedy, strict=True)]
+    return pack(rollouts, policy.pad_id)
+
+
+def a_config(name, **changes):
+    base = {"objective__algorithm": name, "rollout__prompts": 8, "objective__engine_correction": 0}
+    if PRESETS[name]["rollout"]["samples"] > 1:
+        base |= {"rollout__samples": 4, "rollout__prompts": 2}
+    return small_config(**base | changes)
+
+
+def a_learner(policy, name, **changes):
+    config = a_config(name, **changes)
+    return Learner(policy, small_critic() if config.critic_reads else None, None, config)
+
+
+# -- advantages by hand --------------------------------------------------------------------------------------------------
+
+
+def test_groups_by_hand():
+    reward = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
+    group, keep = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([True, True, True, True, False])
+    assert torch.allclose(group_mean(reward, keep, group), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 1.0]))
+    # deviations 2/3, 1/3, 1/3: squares sum to 6/9, over N − 1 = 2
+    assert torch.allclose(group_deviation(reward, keep, group)[:3], torch.full((3,), math.sqrt(1 / 3)))
+    assert group_deviation(reward, keep, group)[3] == 0.0
+    assert torch.allclose(leave_one_out_mean(reward, keep, group), torch.tensor([0.0, 0.5, 0.5, 0.0, 1.0]))
+    assert torch.allclose(leave_one_out_mean(reward, keep), torch.tensor([1 / 3, 2 / 3, 2 / 3, 1 / 3, 0.5]))
+
+
+def test_gae_by_hand():
+    value, mask = (
+        torch.tensor([[0.5, 0.6, 0.8], [0.2, 9.0, float("nan")]]),
+        torch.tensor([[True] * 3, [True, False, False]]),
+    )
+    # δ = (0.1, 0.2, 1 − 0.8); with λ = ½: 0.2, 0.2 + 0.1, 0.1 + 0.15
+    found = gae(torch.tensor([1.0, 0.0]), value, mask, 0.5)
+    assert torch.allclose(found, torch.tensor([[0.25, 0.3, 0.2], [-0.2, 0.0, 0.0]]))
+    # λ = 1: R − V(s_t) at every token, λ = 0: the next value less this one
+    assert torch.allclose(gae(torch.tensor([1.0, 0.0]), value, mask, 1.0)[0], torch.tensor([0.5, 0.4, 0.2]))
+    assert torch.allclose(gae(torch.tensor([1.0, 0.0]), value, mask, 0.0)[0], torch.tensor([0.1, 0.2, 0.2]))
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_a_constant_critic_scales_the_first_tokens_signal_by_lambda_to_the_length(length):
+    mask = torch.ones(1, length, dtype=torch.bool)
+    found = gae(torch.tensor([1.0], dtype=torch.float64), torch.full((1, length), 0.3, dtype=torch.float64), mask, 0.95)
+    assert math.isclose(float(found[0, 0]), 0.95 ** (length - 1) * float(found[0, -1]), rel_tol=1e-12)
+    assert math.isclose(float(found[0, -1]), 0.7, rel_tol=1e-12)
+
+
+def test_whitening_and_shrinkage_by_hand():
+    mask = torch.tensor([True, True, True, False])
+    found = whitened(torch.tensor([1.0, 2.0, 3.0, 99.0]), mask)
+    assert torch.allclose(found, torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=1e-6)
+    # (3·0.6 + 1) / (3 + 2)
+    assert torch.allclose(
+        shrunk_value(torch.tensor([0.6]), 3.0, torch.tensor([1.0]), torch.tensor([2.0])), torch.tensor([0.56])
+    )
+
+
+BASELINE = {
+    "reinforce": [(sum(SCORES) - s) / 7 for s in SCORES],
+    "rloo": [(sum(SCORES[i // 4 * 4 : i // 4 * 4 + 4]) - s) / 3 for i, s in enumerate(SCORES)],
+    "remax": [1.0, 0.0] * 4,
+    "dr-grpo": [0.5] * 8,
+    "sppo": [0.3] * 8,
+}
+
+
+@pytest.mark.parametrize("name", BASELINE)
+def test_each_presets_advantage_by_hand(name):
+    learner = a_learner(small_policy(), name)
+    if learner.credit.critic is not None:
+        learner.credit.critic.start_at(0.3)
+    found = learner.advantage(a_batch(learner.policy, name))[0]
+    assert torch.allclose(found, torch.tensor(SCORES) - torch.tensor(BASELINE[name]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "dapo"])
+def test_grpo_and_its_kin_divide_by_the_groups_deviation(name):
+    policy = small_policy()
+    found = a_learner(policy, name).advantage(a_batch(policy, name))[0]
+    expected = (torch.tensor(SCORES) - 0.5) / (math.sqrt(1 / 3) + 1e-4)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PRESETS if PRESETS[n]["objective"]["baseline"] not in ("group", "token-critic")]
+)
+def test_no_baseline_sees_its_samples_own_reward(name):
+    """Flipping one reward moves that sample's advantage by exactly 1, whatever is remembered of earlier batches."""
+    found = []
+    for flipped in (0.0, 1.0):
+        policy = small_policy()
+        learner = a_learner(policy, name)
+        if learner.credit.critic is not None:
+            torch.manual_seed(3)
+            torch.nn.init.normal_(learner.credit.critic.head.weight)
+        learner.advantage(a_batch(policy, name, scores=[1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0]))
+        found.append(learner.advantage(a_batch(policy, name, scores=[flipped, *SCORES[1:]]))[0])
+    assert math.isclose(float(found[1][0] - found[0][0]), 1.0, abs_tol=1e-6)
+
+
+def test_control_a_group_mean_does_see_it():
+    policy = small_policy()
+    one, zero = (
+        a_learner(policy, "dr-grpo").advantage(a_batch(policy, "dr-grpo", scores=[s, *SCORES[1:]]))[0]
+        for s in (1.0, 0.0)
+    )
+    assert math.isclose(float(one[0] - zero[0]), 1 - 1 / 4, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_masked_samples_are_in_no_baseline_and_teach_nothing(name):
+    """What a masked sample scored changes no other sample's advantage, and no gradient."""
+    gradients, advantages = [], []
+    for score in (0.0, 1.0):
+        policy = small_policy()
+        learner = a_learner(policy, name)
+        batch = a_batch(policy, name, scores=[SCORES[0], score, *SCORES[2:]], masked=(1,))
+        advantage = learner.advantage(batch)[0]
+        assert learner.update(batch, advantage, 0)["update/skipped_non_finite"] == 0
+        advantages.append(advantage[batch.keep_B])
+        gradients.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+    assert torch.equal(*advantages)
+    assert torch.equal(*gradients)
+
+
+def test_a_rollout_whose_greedy_response_cannot_be_graded_is_masked():
+    policy = small_policy()
+    batch = a_batch(policy, "remax")
+    broken = [
+        replace(r, greedy=r.greedy.judged(replace(r.greedy.verdict, outcome="infra_error"))) if b == 3 else r
+        for b, r in enumerate(batch.rollouts)
+    ]
+    assert pack(broken, policy.pad_id).keep_B.tolist() == [b != 3 for b in range(8)]
+
+
+# -- losses against a plain version, and TRL's ---------------------------------------------------------------------------
+
+
+def off_policy(policy, batch):
+    """log π_old of a neighbour of the policy, so that ratios differ from 1 and some are clipped."""
+    noise = torch.randn(batch.behaviour_logp_BT.shape, generator=torch.Generator().manual_seed(5))
+    return batch.behaviour_logp_BT + 0.25 * noise
+
+
+def gradients(policy):
+    found = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    for p in policy.model.parameters():
+        p.grad = None
+    return found
+
+
+def ours(policy, name, batch, advantage, old_BT, **changes):
+    """Loss and gradient of the learner's own path, in two micro-batches."""
+    learner, tally = a_learner(policy, name, training__micro_tokens=150, **changes), _Tally()
+    plan = learner._plan(batch, torch.arange(len(batch)), 0, 0)
+    minibatch = [part for each in plan for part in each]
+    assert len(minibatch) > 1
+    learner._policy_gradient(batch, advantage, minibatch, old_BT, None, 1, tally)
+    return sum(tally.values["loss/1"]), gradients(policy)
+
+
+def logps(policy, batch):
+    return policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, 1.0).logp_BT
+
+
+def by_hand(policy, name, batch, advantage_B, old_BT, max_tokens):
+    """The papers' formulas, response by response and token by token."""
+    new_BT, p = logps(policy, batch), PRESETS[name]["objective"]
+    low, high = p["clip"]
+    per_response, tokens = [], []
+    for b, t in enumerate(batch.response_len_B.tolist()):
+        new, old, a = new_BT[b, :t], old_BT[b, :t], advantage_B[b] if advantage_B.dim() == 1 else advantage_B[b, :t]
+        if p["surrogate"] == "plain":
+            each = a * new.sum()
+        elif p["surrogate"] == "cispo":
+            each = (new - old).exp().detach().clamp(max=1 + high) * a * new
+        else:
+            r = (
+                (new - old).exp()
+                if p["ratio"] == "token"
+                else (new - old).sum().exp()
+                if p["ratio"] == "sequence"
+                else (new - old).mean().exp()
+            )
+            each = torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a)
+        per_response.append(each)
+        tokens.append(t)
+    n, average = len(tokens), p["average"]
+    if p["ratio"] != "token":
+        loss = -sum(per_response) / n
+    elif average == "responses":
+        loss = -sum(x.mean() for x in per_response) / n
+    elif average == "constant":
+        loss = -sum(x.sum() for x in per_response) / (n * max_tokens)
+    else:
+        loss = -sum(x.sum() for x in per_response) / sum(tokens)
+    loss.backward()
+    return float(loss.detach()), gradients(policy)
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("sppo-")])
+def test_each_loss_and_gradient_against_the_papers_formula(name):
+    policy = small_policy()
+    batch = a_batch(policy, name)
+    old_BT = off_policy(policy, batch)
+    advantage = a_learner(policy, name).advantage(batch)[0]
+    loss, gradient = ours(policy, name, batch, advantage, old_BT, objective__dual_clip=0)
+    expected, true = by_hand(policy, name, batch, advantage, old_BT, max_tokens=12)
+    assert math.isclose(loss, expected, rel_tol=1e-4, abs_tol=1e-6)
+    assert torch.allclose(gradient, true, atol=1e-5)
+    assert float(true.abs().max()) > 1e-3
+
+
+TRL = {
+    "grpo": {"loss_type": "grpo"},
+    "dr-grpo": {"loss_type": "dr_grpo", "scale_rewards": False},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+}  # fmt: skip
+
+
+def trl_trainer(kind, policy, folder, **settings):
+    from datasets import Dataset
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import trl
+
+        arguments = getattr(trl, f"{kind}Config")(
+            output_dir=str(folder), beta=0.0, max_completion_length=12, num_generations=4, per_device_train_batch_size=8,
+            report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_dropout=True, **settings,
+        )  # fmt: skip
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=policy.model, processing_class=policy.tokenizer, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            train_dataset=Dataset.from_dict({"prompt": ["1+1?"] * 8}), args=arguments,
+        )  # fmt: skip
+    policy.model.eval()
+    return trainer
+
+
+def trl_inputs(policy, batch, advantage_B, old_BT):
+    """The batch as TRL packs it: prompts padded on the left, completions on the right."""
+    p, t = int(batch.prompt_len_B.max()), int(batch.response_len_B.max())
+    prompt, completion = torch.full((len(batch), p), policy.pad_id), torch.full((len(batch), t), policy.pad_id)
+    prompt_mask, completion_mask = torch.zeros_like(prompt), torch.zeros_like(completion)
+    for b, r in enumerate(batch.rollouts):
+        prompt[b, p - len(r.prompt_ids) :] = torch.tensor(r.prompt_ids)
+        prompt_mask[b, p - len(r.prompt_ids) :] = 1
+        completion[b, : len(r.response_ids)] = torch.tensor(r.response_ids)
+        completion_mask[b, : len(r.response_ids)] = 1
+    return {
+        "prompt_ids": prompt, "prompt_mask": prompt_mask, "completion_ids": completion, "completion_mask": completion_mask,
+        "advantages": advantage_B, "old_per_token_logps": old_BT, "old_logps": torch.where(batch.mask_BT, old_BT, 0.0).sum(1),
+        "num_items_in_batch": completion_mask.sum(),
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*TRL, "rloo"])
+def test_loss_and_gradient_equal_trls(name, tmp_path):
+    """The same ids, advantages and old log-probabilities through TRL's own trainer (1.16)."""
+    pytest.importorskip("trl")
+    policy = small_policy()
+    batch = a_batch(policy, name)
+    old_BT = off_policy(policy, batch)
+    advantage_B = a_learner(policy, name).advantage(batch)[0]
+    kind = "RLOO" if name == "rloo" else "GRPO"
+    trainer = trl_trainer(kind, policy, tmp_path, **TRL.get(name, {}))
+    loss = trainer._compute_loss(policy.model, trl_inputs(policy, batch, advantage_B, old_BT))
+    loss.backward()
+    theirs = gradients(policy)
+    our_loss, gradient = ours(policy, name, batch, advantage_B, old_BT)
+    assert math.isclose(our_loss, float(loss.detach()), rel_tol=1e-4, abs_tol=1e-5)
+    assert torch.allclose(gradient, theirs, atol=1e-5)
+    assert float(theirs.abs().max()) > 1e-3
+
+
+# -- presets and recipes -------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_fills_what_the_recipe_leaves_open_and_no_more():
+    config = small_config(objective__algorithm="grpo", rollout__samples=4)
+    assert (config.rollout.samples, config.objective.baseline, config.objective.average) == (4, "group", "responses")
+    assert Config.validated(__import__("tomllib").loads(config.to_toml()), "again") == config
+
+
+def test_another_algorithm_on_the_command_line_replaces_the_recipes_keys_and_keeps_its_responses(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[rollout]\nprompts = 256\nsamples = 1\n[objective]\nratio = "geometric"\nclip = [0.1, 0.1]\n')
+    config = Config.load(recipe, {"objective.algorithm": "grpo"})
+    assert (config.rollout.prompts, config.rollout.samples, config.objective.ratio) == (32, 8, "token")
+    assert config.objective.clip == (0.2, 0.2)
+    assert Config.load(recipe, {"objective.algorithm": "remax"}).rollout.prompts == 128  # the greedy ones count
+    assert (
+        Config.load(recipe, {"objective.algorithm": "sppo"}).objective.ratio == "geometric"
+    )  # its own algorithm: nothing to replace
+    base = Config.load(recipe, {"rollout.prompts": 64})
+    assert base.as_algorithm("rloo", {"training.lr": 0.1}).rollout.prompts == 16
+    back = tmp_path / "g.toml"
+    back.write_text(config.to_toml())
+    assert Config.load(back, {"objective.algorithm": "sppo"}).rollout.prompts == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"objective.algorithm": "gppo"}, "did you mean 'ppo'"),
+        ({"objective.baseline": "group"}, "set rollout.samples to 2 or more"),
+        ({"objective.baseline": "token-critic"}, "set ratio = 'token'"),
+        ({"objective.average": "constant"}, "set ratio = 'token'"),
+        ({"rollout.resample": 2}, "set rollout.samples to 2 or more"),
+        ({"objective.algorithm": "sppo-beta", "training.minibatches": 1}, "set training.minibatches to 2 or more"),
+        ({"objective.ev_gate": True, "objective.baseline": "batch"}, "ev_gate"),
+        ({"objective": 3}, "objective"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_one_sentence(changes, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        Config.load(None, changes)
+
+
+def test_ppos_critic_must_read_the_policys_tokens():
+    critic = small_critic()
+    critic.tokenizer.add_tokens(["<other>"])
+    with pytest.raises(RecipeError, match="must have the policy's own tokenizer"):
+        Learner(small_policy(), critic, None, a_config("ppo"))
+
+
+def test_the_token_critics_values_do_not_see_their_own_token():
+    critic = small_critic()
+    torch.nn.init.normal_(critic.head.weight)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    changed = ids.clone()
+    changed[0, 4] = 20  # the second response token
+    lengths = torch.tensor([3]), torch.tensor([3])
+    with torch.no_grad():
+        a, b = (critic.token_logits(x, *lengths)[0] for x in (ids, changed))
+        prompt = critic([[5, 6, 7]])[0]
+    assert torch.allclose(a[:2], b[:2], atol=1e-6)
+    assert abs(float(a[2] - b[2])) > 1e-4
+    assert torch.allclose(a[0], prompt, atol=1e-5)  # before the first token: the prompt-only value
+
+
+# -- what DAPO throws away, and what was seen before ---------------------------------------------------------------------
+
+
+def test_flat_groups_are_sorted_out():
+    policy = small_policy()
+    rollouts = judged(small_rollouts(policy, 3, samples=2), [1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    mixed, flat = _sorted_out(rollouts)
+    assert [[r.verdict.score for r in g] for g in mixed] == [[0.0, 1.0]]
+    assert [[r.verdict.score for r in g] for g in flat] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_history_discounts_by_the_policys_movement():
+    history = History(half_life=2.0)
+    history.observe(["a"], [[1.0, 0.0]], [0.5])
+    assert history.past("a") == (2.0, 1.0)
+    history.clock += 2.0  # one half-life
+    assert history.past("a") == (1.0, 0.5)
+    history.observe(["a"], [[1.0]], [0.5])
+    assert history.past("a") == (2.0, 1.5)
+    assert history.past("b") == (0.0, 0.0)
+
+
+def test_the_strength_of_the_critic_is_estimated_from_pairs():
+    """Success rates from Beta(n0·V, n0·(1−V)) about V: the estimate finds n0; a perfect critic is worth the most."""
+    rng = torch.Generator().manual_seed(0)
+    for n0 in (2.0, 6.0):
+        history, values = History(1e9), 0.2 + 0.6 * torch.rand(4000, generator=rng)
+        torch.manual_seed(1)
+        rate = torch.distributions.Beta(n0 * values, n0 * (1 - values)).sample()
+        rewards = (torch.rand(4000, 2, generator=rng) < rate[:, None]).double()
+        history.observe([str(i) for i in range(4000)], rewards.tolist(), values.tolist())
+        assert history.strength == pytest.approx(n0, rel=0.15)
+    exact = History(1e9)
+    rewards = (torch.rand(4000, 2, generator=rng) < values[:, None]).double()
+    exact.observe([str(i) for i in range(4000)], rewards.tolist(), values.tolist())
+    assert exact.strength > 50
+
+
+def test_history_lowers_the_baselines_error_with_every_visit():
+    """ALGORITHM §3: mean squared error to the true success rate, of V alone, with one past visit, with six."""
+    rng = torch.Generator().manual_seed(0)
+    rate = torch.rand(5000, generator=rng)
+    value = (0.35 * rate + 0.325 + 0.2 * torch.randn(5000, generator=rng)).clamp(0.05, 0.95)
+    names = [str(i) for i in range(5000)]
+    history, errors = History(1e9), {}
+    for visit in range(7):
+        past = torch.tensor([history.past(n) for n in names])
+        guess = shrunk_value(value, history.strength, past[:, 1], past[:, 0])
+        errors[visit] = float((guess - rate).square().mean())
+        rewards = (torch.rand(5000, generator=rng) < rate).double()
+        history.observe(names, rewards[:, None].tolist(), value.tolist())
+    assert sorted(errors.values(), reverse=True) == list(errors.values())
+    assert errors[6] < 0.35 * errors[0]
