@@ -88,6 +88,7 @@ class Loaded:
     """A trained (or any) model with what its run, if it has one, says about how to sample and judge."""
 
     def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, with_critic: bool = False) -> None:
+        from ..models.control import is_control
         from ..models.critic import Critic
         from ..models.policy import Policy
         from ..models.pretrained import pick_device
@@ -97,6 +98,10 @@ class Loaded:
         folder = newest_policy(path) if path.is_dir() else None
         self.recipe = _recipe_near(path) if path.is_dir() else None
         name = str(folder) if folder else model
+        if is_control(name):
+            raise UserError(
+                f"{model} is the policy of a control task, not a language model; its run's metrics say how it does"
+            )
         template = self.recipe.policy.chat_template if self.recipe else "auto"
         device = pick_device()
         self.policy, self.stated = Policy.load(name, dtype=dtype, device=device, seed=seed, chat_template=template)

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, RecipeError
 from ..objective.ratio import wide
 from ..types import Task
-from .policy import _count, parameter_count
+from .policy import Policy, _count, parameter_count
 from .pretrained import choose_dtype, ensure_pad, load, render_chat
 
 HEAD_FILE = "value_head.safetensors"
@@ -104,6 +104,14 @@ class Critic(nn.Module):
         hidden_BPD = self.backbone(input_ids=ids_BP, attention_mask=mask_BP, **self._no_cache).last_hidden_state
         last_BD = hidden_BPD[torch.arange(len(prompts), device=device), length_B - 1]
         return self.head(wide(last_BD))[:, 0]
+
+    def reads_tokens_of(self, policy: Policy) -> None:
+        """Make sure that the policy's ids mean to this critic what they mean to the policy. Raises RecipeError when they do not."""
+        if self.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise RecipeError(
+                f"objective.baseline = 'token-critic' reads the response, so critic.model ({self.name}) must have the policy's own "
+                "tokenizer: give it the policy's model or a smaller one of its family"
+            )
 
     def token_logits(self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor) -> Tensor:
         """Read-outs of the state *before* each response token, [B, T] in float32: PPO's values, and no prompt-only critic's.

@@ -113,6 +113,13 @@ class Policy:
         """The ids of a response to be learnt by supervision: its text, then the EOS."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_ids[0]]
 
+    def probe(self, prompt: int, response: int) -> tuple[list[int], list[int]]:
+        """Pseudo-random ids for the engine's canary, the same for every model of a vocabulary: so many of a prompt, of a response."""
+        vocabulary = self.model.get_input_embeddings().weight.size(0)
+        ids = torch.randint(vocabulary, (prompt + response,), generator=torch.Generator().manual_seed(0)).tolist()
+        room = max(1, min(prompt, (self.context or 10**9) - response))
+        return ids[:room], ids[prompt:]
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of response ids, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

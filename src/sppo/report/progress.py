@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from ..evaluation.evaluate import Evaluation
+from ..models.control import is_control
 
 PLAIN_EVERY = 15.0
 """Seconds between plain progress lines."""
@@ -132,4 +133,6 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
     table.add_row("policy", str(summary["policy"]))
     console = Console(file=sys.stdout, highlight=False)
     console.print(table)
+    if summary["policy"] and is_control(summary["policy"]):
+        return  # there is nothing to ask
     console.print(f'Ask it something:  sppo solve {out} "…"      Measure it:  sppo eval {out} --tasks …', markup=False)

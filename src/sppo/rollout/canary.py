@@ -21,14 +21,10 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, tor
 
 
 class Canary:
-    """A probe for models of one vocabulary: pseudo-random ids, the same ones in every run and step."""
+    """Holds a probe: the same ids in every run and step."""
 
     def __init__(self, policy: Policy) -> None:
-        vocabulary = policy.model.get_input_embeddings().weight.size(0)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (PROMPT + RESPONSE,), generator=generator).tolist()
-        room = max(1, min(PROMPT, (policy.context or 10**9) - RESPONSE))
-        self.prompt, self.response = ids[:room], ids[PROMPT:]
+        self.prompt, self.response = policy.probe(PROMPT, RESPONSE)
 
     def check(self, engine: Engine, policy: Policy) -> float:
         """The mean gap in nats a token. Raises StaleWeights when the engine does not hold, or does not use, the policy's weights, and
@@ -41,7 +37,7 @@ class Canary:
             raise NonFinite(
                 "the policy's log-probabilities are not finite after the update: lower training.lr and resume from the last checkpoint"
             )
-        gap = sum(abs(a - b) for a, b in zip(theirs, mine, strict=True)) / RESPONSE
+        gap = sum(abs(a - b) for a, b in zip(theirs, mine, strict=True)) / len(mine)
         limit = TOLERANCE[policy.dtype]
         if not gap <= limit:
             raise StaleWeights(

@@ -2,7 +2,7 @@
 
 A row needs a prompt and something to grade by:
 
-    {"question": "2+2?", "answer": "4"}                                       a question: becomes a user's chat message
+    {"question": "2+2?", "answer": "4"}                                       a question (or `problem`): becomes a user's chat message
     {"prompt": "2+2=", "answer": "4"}                                         text: used as it is
     {"prompt": [{"role": "user", "content": "2+2?"}], "tests": ["…"]}         chat messages
     {"prompt": [...], "reward_model": {"ground_truth": "4"}}                  the nested layout of published RL sets
@@ -57,8 +57,9 @@ def task_from(row: Mapping[str, Any], name: str) -> Task:
     solution = row.get("solution")
     messages = row.get("messages")
     prompt = row.get("prompt")
-    if prompt is None and row.get("question") is not None:
-        prompt = question(_text(row["question"], "question", name))
+    for key in ("question", "problem"):
+        if prompt is None and row.get(key) is not None:
+            prompt = question(_text(row[key], key, name))
     if messages is not None:
         conversation = _messages(messages, "messages", name)
         if conversation[-1]["role"] == "assistant":

@@ -253,11 +253,7 @@ class TokenCritic(_Trained):
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, critic)
         self.target_BT: Tensor | None = None
-        if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            raise RecipeError(
-                f"objective.baseline = 'token-critic' reads the response, so critic.model ({critic.name}) must have the policy's own "
-                "tokenizer: give it the policy's model or a smaller one of its family"
-            )
+        critic.reads_tokens_of(policy)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol; advantages are [B, T]."""

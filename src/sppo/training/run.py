@@ -22,6 +22,7 @@ from ..config import Config
 from ..errors import DataError, RecipeError, RewardError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
 from ..memory import keep_memory
+from ..models.control import ControlCritic, ControlPolicy, is_control
 from ..models.critic import Critic
 from ..models.policy import Policy, parameter_count, weights_sha256
 from ..models.pretrained import pick_device, saved_dtype
@@ -164,9 +165,10 @@ class Run:
             self.observer.note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
             return policy
         name = str(saved / "policy") if saved else config.policy.model
-        policy, stated = Policy.load(
+        kind = ControlPolicy if is_control(name) else Policy
+        policy, stated = kind.load(
             name,
-            dtype=saved_dtype(name) if saved else config.policy.dtype,
+            dtype=saved_dtype(name) if saved and kind is Policy else config.policy.dtype,
             device=device,
             seed=config.seed,
             chat_template=config.policy.chat_template,
@@ -180,8 +182,9 @@ class Run:
         if parts.critic is not None and saved is None:
             return Critic(*parts.critic, name="the given critic").to(device)
         name = str(saved / "critic") if saved else self.config.critic.model
-        dtype = saved_dtype(name) if saved else self.config.critic.dtype
-        critic, stated = Critic.load(
+        kind = ControlCritic if is_control(name) else Critic
+        dtype = saved_dtype(name) if saved and kind is Critic else self.config.critic.dtype
+        critic, stated = kind.load(
             name, dtype=dtype, device=device, seed=self.config.seed + 1, reads=self.config.critic_reads
         )
         self.observer.note(stated)
@@ -196,10 +199,12 @@ class Run:
             self.learner.reference = self.policy.reference()
             return
         start = self.directory.path / "checkpoints" / "step-000000" / "policy"
-        reference, _ = Policy.load(
+        reference, _ = type(self.policy).load(
             str(start), dtype=str(self.policy.dtype).removeprefix("torch."), device=self.policy.device, seed=0,
             chat_template=self.config.policy.chat_template,
         )  # fmt: skip
+        if isinstance(reference, ControlPolicy) and isinstance(self.policy, ControlPolicy):
+            reference.states = self.policy.states
         reference.model.requires_grad_(False)
         self.learner.reference = reference
 

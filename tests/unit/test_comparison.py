@@ -1,0 +1,134 @@
+"""Learning curves into numbers: costs to a target, equal budgets, intervals, pairs; by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sppo.cli.main import main
+from sppo.evaluation.compare import Curve, area_under, bootstrap, collapsed, compare, cost_to, mean, middle, value_at
+
+
+def test_cost_to_a_target_is_read_between_evaluations():
+    cost, accuracy = [0.0, 10.0, 20.0], [0.4, 0.6, 0.5]
+    assert cost_to(cost, accuracy, 0.5) == pytest.approx(5.0)
+    assert cost_to(cost, accuracy, 0.4) == 0.0
+    assert cost_to(cost, accuracy, 0.61) == math.inf
+
+
+def test_values_and_areas_by_hand():
+    cost, accuracy = [0.0, 10.0, 20.0], [0.4, 0.6, 1.0]
+    assert value_at(cost, accuracy, 15.0) == pytest.approx(0.8)
+    # 10 at a mean of 0.5, 5 at a mean of 0.7
+    assert area_under(cost, accuracy, 15.0) == pytest.approx((5.0 + 3.5) / 15)
+    assert area_under([0.0], [0.4], 0.0) == pytest.approx(0.4)
+
+
+def test_collapse():
+    assert collapsed([0.4, 0.9, 0.3])
+    assert collapsed([0.1, 0.9, 0.4])
+    assert not collapsed([0.4, 0.9, 0.5])
+    assert not collapsed([0.4, 0.38])
+    assert not collapsed([0.4])
+
+
+def test_bootstrap_intervals_cover_and_take_infinity():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        _, low, high = bootstrap(rng.normal(size=30), mean)
+        hits += low <= 0 <= high
+    assert 170 <= hits <= 198
+    value, low, high = bootstrap([1.0, 2.0, math.inf], middle)
+    assert (value, low, high) == (2.0, 1.0, math.inf)
+    assert bootstrap([3.0], mean) == (3.0, 3.0, 3.0)
+
+
+def a_curve(*accuracy, tokens=100.0, seconds=10.0):
+    n = range(len(accuracy))
+    return Curve([tokens * i for i in n], [seconds * i for i in n], accuracy, {"ess": 0.5})
+
+
+def test_a_comparison_by_hand():
+    curves = {
+        "a": {1: a_curve(0.4, 0.6, 0.8), 2: a_curve(0.4, 0.8, 0.9)},
+        "b": {1: a_curve(0.4, 0.5, 0.6), 2: a_curve(0.4, 0.5, 0.5)},
+    }
+    found = compare(curves, 0.6)
+    a, b = found["algorithms"]["a"], found["algorithms"]["b"]
+    assert found["equal_tokens"] == 200.0
+    assert (a["reached"], b["reached"]) == (2, 1)
+    assert a["tokens_to_target"]["value"] == pytest.approx(100.0)  # 100 and 50: the upper of the middle two
+    assert b["tokens_to_target"]["value"] is None  # 200 and never
+    assert a["final_accuracy"]["value"] == pytest.approx(0.85)
+    assert b["ess"] == 0.5
+    against = b["against"]["a"]
+    assert against["tokens_ratio"]["value"] == pytest.approx(2.0)  # seed 1 alone: 200 against 100
+    assert against["tokens_ratio_pairs"] == 1
+    assert against["accuracy_difference"]["value"] == pytest.approx(-0.3)
+    assert b["per_seed"]["2"]["tokens_to_target"] is None
+
+
+SMALL = [
+    "recipes/quickstart.toml", "--policy.model", "tiny:hidden=32,layers=1,heads=2", "--critic.model", "tiny:hidden=32,layers=1,heads=2",
+    "--steps", "2", "--bootstrap.steps", "5", "--evaluation.n", "16", "--evaluation.every", "1", "--rollout.prompts", "16",
+    "--training.lr", "1e-3", "--seeds", "2",
+]  # fmt: skip
+
+
+def test_the_command_pairs_seeds_resumes_and_refuses_other_recipes(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    command = [
+        "compare",
+        *SMALL,
+        "--algorithms",
+        "sppo,grpo:rollout.samples=4,training.lr=2e-3",
+        "--out",
+        str(tmp_path / "c"),
+        "--json",
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.strip().splitlines()[-1])
+    assert list(result["algorithms"]) == ["sppo", "grpo:rollout.samples=4,training.lr=2e-3"]
+    for numbers in result["algorithms"].values():
+        assert numbers["seeds"] == [1, 2]
+        for key in ("time_to_target", "tokens_to_target", "final_accuracy"):
+            assert {"value", "low", "high"} <= numbers[key].keys()
+        assert numbers["gradient_variance"] is not None
+    starts = {
+        json.loads((tmp_path / "c" / folder / "seed-1" / "summary.json").read_text())["accuracy_before"]
+        for folder in ("sppo", "grpo-rollout.samples=4-training.lr=2e-3")
+    }
+    assert len(starts) == 1  # the same start
+    assert "<svg" in (tmp_path / "c" / "curves.svg").read_text()
+    assert "| sppo |" in (tmp_path / "c" / "comparison.md").read_text()
+    recipe = (tmp_path / "c" / "grpo-rollout.samples=4-training.lr=2e-3" / "seed-2" / "recipe.toml").read_text()
+    assert "samples = 4" in recipe
+    assert "prompts = 4" in recipe  # as many responses a step
+
+    stamp = (tmp_path / "c" / "sppo" / "seed-1" / "summary.json").stat().st_mtime_ns
+    assert main([*command, "--target", "0.01"]) == 0  # nothing is run again
+    assert (tmp_path / "c" / "sppo" / "seed-1" / "summary.json").stat().st_mtime_ns == stamp
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["target"] == 0.01
+    assert main([*command, "--training.critic_lr", "1e-2"]) == 2
+    assert "holds a comparison with another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["recipes/quickstart.toml", "--algorithms", "gppo"], "'gppo' is unknown: did you mean"),
+        (["recipes/quickstart.toml", "--algorithms", "grpo:rollout.sample=3"], "did you mean 'samples'"),
+        (["recipes/quickstart.toml", "--seeds", "0"], "--seeds and --jobs must be 1 or more"),
+        (["recipes/quickstart.toml", "--target", "85"], "--target must lie between 0 and 1"),
+        ([], "give a recipe"),
+        (["recipes/nothing.toml"], "no recipe at"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(arguments, sentence, capsys, tmp_path):
+    assert main(["compare", *arguments, "--out", str(tmp_path / "c")]) == 2
+    assert sentence in capsys.readouterr().err
