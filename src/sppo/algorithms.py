@@ -63,10 +63,10 @@ def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     return out
 
 
-def with_algorithm(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = None) -> dict[str, Any]:
     """A recipe's tree as another algorithm would run it: the old one's keys go, and a step keeps its number of responses.
 
-    ReMax's greedy responses count. A recipe of that very algorithm stays as it is.
+    `samples` a prompt, where they are not the preset's; ReMax's greedy responses count. A recipe of that very algorithm stays as it is.
     """
     if isinstance(tree.get("objective"), Mapping) and tree["objective"].get("algorithm", "sppo") == name:
         return dict(tree)
@@ -75,7 +75,7 @@ def with_algorithm(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     before = PRESETS.get(str(objective.get("algorithm", "sppo")), SPPO)
     if "prompts" in rollout:
         responses = rollout["prompts"] * _responses(before, rollout.get("samples"))
-        rollout["prompts"] = max(1, responses // _responses(PRESETS[name]))
+        rollout["prompts"] = max(1, responses // _responses(PRESETS[name], samples))
     for section, values in SPPO.items():
         for key in values:
             out[section].pop(key, None)

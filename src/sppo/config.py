@@ -368,7 +368,8 @@ class Config(Section):
 
     def as_algorithm(self, name: str, overrides: Mapping[str, Any]) -> Config:
         """This recipe as another algorithm would run it (`algorithms.with_algorithm`), with keys laid over that."""
-        tree = with_algorithm(self.model_dump(mode="json", exclude_none=True), name)
+        tree = self.model_dump(mode="json", exclude_none=True)
+        tree = with_algorithm(tree, name, _whole(overrides.get("rollout.samples")))
         for dotted, value in overrides.items():
             _set(tree, dotted, value)
         return Config.validated(tree, f"--algorithms {name}")
@@ -409,7 +410,7 @@ class Config(Section):
             rollout = tree.setdefault("rollout", {})
             if isinstance(rollout, dict):
                 rollout.setdefault("prompts", RolloutSection.model_fields["prompts"].default)
-                tree = with_algorithm(tree, other)
+                tree = with_algorithm(tree, other, _whole(overrides.get("rollout.samples")))
         for dotted, value in overrides.items():
             _set(tree, dotted, value)
         return cls.validated(tree, where)
@@ -432,6 +433,11 @@ class Config(Section):
         tree = self.model_dump(mode="json", exclude_none=True)
         tree["run"].pop("out")
         return hashlib.sha256(tomli_w.dumps(tree).encode()).hexdigest()
+
+
+def _whole(value: Any) -> int | None:
+    """A positive number of samples, or None where there is none (what else was given is refused where it is validated)."""
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _size_class(parameters: int) -> int:
