@@ -265,7 +265,7 @@ def test_values_do_not_see_the_rewards_they_judge():
     critic.start_at(0.3)
     rollouts = judged(small_rollouts(policy, 8))
     learner, batch, _ = a_step(policy, critic, rollouts)
-    assert float(learner.critic.head.weight.detach().abs().max()) > 0  # it did train
+    assert float(learner.credit.critic.head.weight.detach().abs().max()) > 0  # it did train
     fresh = small_critic()
     fresh.start_at(0.3)
     advantage_B, value_B, _ = Learner(small_policy(), fresh, None, small_config()).advantage(batch)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn import functional
 
 from ..config import Config
 from ..errors import RecipeError
@@ -191,7 +191,9 @@ class PromptCritic(_Trained):
         total = 0.0
         for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_tokens):
             logit = self.model([prompts[i] for i in part.tolist()])
-            loss = binary_cross_entropy_with_logits(logit, target_b[part].to(logit.device), reduction="sum") / len(rows)
+            loss = functional.binary_cross_entropy_with_logits(
+                logit, target_b[part].to(logit.device), reduction="sum"
+            ) / len(rows)
             loss.backward()
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
@@ -277,7 +279,7 @@ class TokenCritic(_Trained):
             logit = self._logits(batch, part)
             width = logit.size(1)
             target = self.target_BT[part, :width].to(logit.device)
-            loss_bT = binary_cross_entropy_with_logits(logit, target, reduction="none")
+            loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
             loss = torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum() / max(tokens, 1)
             loss.backward()
             total += float(loss.detach())
