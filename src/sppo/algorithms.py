@@ -64,25 +64,35 @@ def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = None) -> dict[str, Any]:
-    """A recipe's tree as another algorithm would run it: the old one's keys go, and a step keeps its number of responses.
+    """A recipe's tree as another algorithm would run it. Keys in which the two presets differ go, those in which they agree are the
+    recipe's own choice and stay (a clip, say), and a step keeps its number of responses.
 
     `samples` a prompt, where they are not the preset's; ReMax's greedy responses count. A recipe of that very algorithm stays as it is.
     """
-    if isinstance(tree.get("objective"), Mapping) and tree["objective"].get("algorithm", "sppo") == name:
-        return dict(tree)
     out = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
     objective, rollout = out.setdefault("objective", {}), out.setdefault("rollout", {})
-    before = PRESETS.get(str(objective.get("algorithm", "sppo")), SPPO)
-    if "prompts" in rollout:
-        responses = rollout["prompts"] * _responses(before, rollout.get("samples"))
-        rollout["prompts"] = max(1, responses // _responses(PRESETS[name], samples))
-    for section, values in SPPO.items():
+    if not isinstance(objective, dict) or not isinstance(rollout, dict):
+        return dict(tree)  # refused where it is validated
+    chosen = objective.get("algorithm", "sppo")
+    before = PRESETS.get(chosen, SPPO) if isinstance(chosen, str) else SPPO
+    after = PRESETS[name]
+    if after is before:
+        return dict(tree)
+    given = rollout.get("prompts"), rollout.get("samples") or before["rollout"]["samples"]
+    for section, values in before.items():
         for key in values:
-            out[section].pop(key, None)
+            if values[key] != after[section][key]:
+                out[section].pop(key, None)
+    kept = rollout.get("samples", after["rollout"]["samples"])
+    if all(isinstance(x, int) for x in (*given, kept)):
+        responses = given[0] * (given[1] + _greedy(before))
+        rollout["prompts"] = max(1, responses // ((samples or kept) + _greedy(after)))
+    if after["objective"]["baseline"] != "critic":
+        objective.pop("ev_gate", None)  # of a critic that is not there
     objective["algorithm"] = name
     return out
 
 
-def _responses(chosen: Mapping[str, Any], samples: int | None = None) -> int:
-    """Responses a prompt."""
-    return (samples or chosen["rollout"]["samples"]) + (chosen["objective"]["baseline"] == "greedy")
+def _greedy(chosen: Mapping[str, Any]) -> int:
+    """Responses a prompt that nothing is trained on."""
+    return int(chosen["objective"]["baseline"] == "greedy")

@@ -327,7 +327,7 @@ class Config(Section):
             if isinstance(tree.get("objective", {}), Mapping)
             else None
         )
-        return preset(tree, name) if name in PRESETS else tree
+        return preset(tree, name) if isinstance(name, str) and name in PRESETS else tree
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -339,7 +339,12 @@ class Config(Section):
         r = self.rollout
         if r.engine.startswith("vllm") and (r.top_k or r.top_p < 1 or r.min_p):
             raise ValueError("rollout.top_k, top_p and min_p need rollout.engine = 'local'")
+        self._control()
         o = self.objective
+        if o.baseline == "greedy" and r.resample:
+            raise ValueError(
+                "rollout.resample looks at groups of samples: leave it out with objective.baseline = 'greedy'"
+            )
         grouped = "objective.baseline" if o.baseline in ("others", "group") else "objective.scale"
         if r.samples < 2 and (o.baseline in ("others", "group") or o.scale == "group"):
             chosen = o.baseline if grouped == "objective.baseline" else o.scale
@@ -352,6 +357,38 @@ class Config(Section):
                 "set training.minibatches to 2 or more"
             )
         return self
+
+    def _control(self) -> None:
+        """The parts of a control recipe (models/control.py) are of one and the same task, and no key is without effect."""
+        kinds = {"policy.model": "mlp", "critic.model": "mlp", "task.train": "control", "task.eval": "control"}
+        given = {
+            "policy.model": self.policy.model, "task.train": self.task.train, "task.eval": self.task.eval,
+            "critic.model": self.critic.model if self.critic_reads else None,
+        }  # fmt: skip
+        names = {
+            key: text.partition(":")[2].partition(",")[0]
+            for key, text in given.items()
+            if text and text.startswith(f"{kinds[key]}:")
+        }
+        r = self.rollout
+        if not names and r.engine != "control":
+            return
+        if r.engine != "control":
+            raise ValueError(f"rollout.engine = {r.engine!r} runs no control tasks: set rollout.engine = 'control'")
+        one, name = next(iter(names.items()), ("task.train", "NAME"))
+        for key, text in given.items():
+            if text and key not in names and not ("model" in key and Path(text).exists()):
+                raise ValueError(f"{key} = {text!r} is of no control task: set {key} = '{kinds[key]}:{name}'")
+            if key in names and names[key] != name:
+                raise ValueError(f"{one} is of the control task {name!r}, but {key} of {names[key]!r}")
+        if r.top_k or r.top_p < 1 or r.min_p or r.stop:
+            raise ValueError(
+                "rollout.top_k, top_p, min_p and stop are about text: leave them out with rollout.engine = 'control'"
+            )
+        if r.resample > 2:
+            raise ValueError(
+                "rollout.resample may be 2 at most with rollout.engine = 'control', which holds a step's last few blocks of episodes"
+            )
 
     def with_rates(self, policy_parameters: int, critic_parameters: int) -> Config:
         """The recipe with the learning rates that it left open, by the sizes of its models."""
@@ -406,11 +443,11 @@ class Config(Section):
                 raise RecipeError(f"{path} is not valid TOML: {error}") from None
         overrides = dict(overrides or {})
         other = overrides.get("objective.algorithm")
-        if path is not None and other in PRESETS:  # the recipe's keys are of its own algorithm
+        if isinstance(other, str) and other in PRESETS:  # the recipe's keys are of its own algorithm
             rollout = tree.setdefault("rollout", {})
             if isinstance(rollout, dict):
                 rollout.setdefault("prompts", RolloutSection.model_fields["prompts"].default)
-                tree = with_algorithm(tree, other, _whole(overrides.get("rollout.samples")))
+            tree = with_algorithm(tree, other, _whole(overrides.get("rollout.samples")))
         for dotted, value in overrides.items():
             _set(tree, dotted, value)
         return cls.validated(tree, where)

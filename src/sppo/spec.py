@@ -121,6 +121,9 @@ def _offers(module: str, factory: str) -> bool:
         return re.search(rf"^(def|class) {factory}\b", file.read(), re.MULTILINE) is not None
 
 
+NUMBERS = {"int": "a whole number", "float": "a number"}
+
+
 def call(factory: Callable[..., Any], what: str, *args: Any, **options: Any) -> Any:
     """Call a factory with a spec's options; an unknown or missing option is one sentence, not a TypeError."""
     signature = inspect.signature(factory)
@@ -130,7 +133,11 @@ def call(factory: Callable[..., Any], what: str, *args: Any, **options: Any) -> 
         if not open_ended and key not in named:
             raise RecipeError(f"{what} has no option {key!r}: {nearest(key, named[len(args) :])}")
     try:
-        signature.bind(*args, **options)
+        bound = signature.bind(*args, **options)
     except TypeError as error:
         raise RecipeError(f"{what}: {error}") from error
+    for key, value in bound.arguments.items():
+        wanted = NUMBERS.get(str(signature.parameters[key].annotation))
+        if wanted and isinstance(value, str):
+            raise RecipeError(f"{what}: {key}={value} is not {wanted}")
     return factory(*args, **options)

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from sppo.cli.main import main
-from sppo.evaluation.compare import Curve, area_under, bootstrap, collapsed, compare, cost_to, mean, middle, value_at
+from sppo.evaluation.compare import (
+    Curve,
+    area_under,
+    collapsed,
+    compare,
+    cost_to,
+    mean_interval,
+    median_interval,
+    ratio_interval,
+    students_t,
+    value_at,
+)  # fmt: skip
+from sppo.report.curves import table
 
 
 def test_cost_to_a_target_is_read_between_evaluations():
@@ -35,16 +47,36 @@ def test_collapse():
     assert not collapsed([0.4])
 
 
-def test_bootstrap_intervals_cover_and_take_infinity():
+@pytest.mark.parametrize("seeds", [2, 5, 30])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds):
     rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        _, low, high = bootstrap(rng.normal(size=30), mean)
-        hits += low <= 0 <= high
-    assert 170 <= hits <= 198
-    value, low, high = bootstrap([1.0, 2.0, math.inf], middle)
-    assert (value, low, high) == (2.0, 1.0, math.inf)
-    assert bootstrap([3.0], mean) == (3.0, 3.0, 3.0)
+    drawn = rng.normal(size=(4000, seeds))
+    found = [mean_interval(list(x)) for x in drawn]
+    hits = sum(f["low"] <= 0 <= f["high"] for f in found) / len(drawn)
+    assert 0.938 <= hits <= 0.962  # three standard errors around 95%
+    found = [median_interval(list(x)) for x in drawn]
+    hits = sum(f["low"] <= 0 <= f["high"] for f in found) / len(drawn)
+    assert hits >= {2: 0.47, 5: 0.925, 30: 0.94}[seeds]
+
+
+def test_intervals_by_hand():
+    assert mean_interval([3.0]) == {"value": 3.0, "low": None, "high": None}
+    assert mean_interval([1.0, 3.0])["low"] == pytest.approx(2 - 12.706)
+    assert ratio_interval([1.0, 4.0])["value"] == pytest.approx(2.0)
+    assert median_interval([1.0, 2.0, math.inf]) == {"value": 2.0, "low": 1.0, "high": None}
+    assert median_interval(range(9)) == {"value": 4, "low": 1, "high": 7}  # 96%; the inner ones hold it in 82%
+    assert students_t(21) == pytest.approx(2.080, abs=0.01)
+    assert students_t(60) == pytest.approx(2.000, abs=0.002)
+
+
+def test_a_failed_run_never_reached_the_target_and_the_first_one_named_stays_first():
+    found = compare({"a": {1: None, 2: a_curve(0.4, 0.8)}, "b": {1: a_curve(0.4, 0.8), 2: a_curve(0.4, 0.5)}}, 0.6)
+    a, b = found["algorithms"]["a"], found["algorithms"]["b"]
+    assert (a["failed"], a["reached"], a["seeds"]) == (1, 1, [2])
+    assert a["tokens_to_target"]["value"] is None
+    assert b["against"]["a"]["tokens_ratio_missed"] == [1, 0]
+    assert "1 of 2" in table(found)
+    assert "it alone missed it in 1" in table(found)
 
 
 def a_curve(*accuracy, tokens=100.0, seconds=10.0):
@@ -113,7 +145,9 @@ def test_the_command_pairs_seeds_resumes_and_refuses_other_recipes(tmp_path, cap
     stamp = (tmp_path / "c" / "sppo" / "seed-1" / "summary.json").stat().st_mtime_ns
     assert main([*command, "--target", "0.01"]) == 0  # nothing is run again
     assert (tmp_path / "c" / "sppo" / "seed-1" / "summary.json").stat().st_mtime_ns == stamp
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["target"] == 0.01
+    again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert again["target"] == 0.01
+    assert again["target_was"] == "given when there were results already"
     assert main([*command, "--training.critic_lr", "1e-2"]) == 2
     assert "holds a comparison with another recipe" in capsys.readouterr().err
 
@@ -125,6 +159,7 @@ def test_the_command_pairs_seeds_resumes_and_refuses_other_recipes(tmp_path, cap
         (["recipes/quickstart.toml", "--algorithms", "grpo:rollout.sample=3"], "did you mean 'samples'"),
         (["recipes/quickstart.toml", "--seeds", "0"], "--seeds and --jobs must be 1 or more"),
         (["recipes/quickstart.toml", "--target", "85"], "--target must lie between 0 and 1"),
+        (["recipes/quickstart.toml", "--run.threads", "1"], "--jobs decides it"),
         ([], "give a recipe"),
         (["recipes/nothing.toml"], "no recipe at"),
     ],

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -94,11 +95,32 @@ def test_a_wrong_task_is_one_sentence(spec, sentence):
 
 
 def test_a_wrong_model_is_one_sentence():
-    for name, sentence in (("mlp:x", "unknown control task"), ("mlp:pendulum,hiden=3", "hiden"), ("mlp", "task")):
+    for name, sentence in (
+        ("mlp:x", "unknown control task"), ("mlp:pendulum,hiden=3", "hiden"), ("mlp", "task"),
+        ("mlp:pendulum,hidden=abc", "hidden=abc is not a whole number"),
+    ):  # fmt: skip
         with pytest.raises(RecipeError, match=sentence):
             ControlPolicy.load(name, dtype="auto", device=CPU, seed=0)
     with pytest.raises(RecipeError, match="samples policy.model = 'mlp:TASK' only"):  # noqa: RUF043
         build(small_policy())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"policy.model": "mlp:pendulum"}, "policy.model is of the control task 'pendulum', but"),
+        ({"critic.model": "mlp:pendulum"}, "but critic.model of 'pendulum'"),
+        ({"critic.model": "tiny:hidden=64,layers=2,heads=4"}, "set critic.model = 'mlp:mountain-car'"),
+        ({"task.train": "chain:steps=4-6"}, "set task.train = 'control:mountain-car'"),
+        ({"rollout.engine": "local"}, "set rollout.engine = 'control'"),
+        ({"rollout.top_p": 0.5}, "leave them out"),
+        ({"rollout.stop": ["x"]}, "leave them out"),
+        ({"objective.algorithm": "dapo"}, "rollout.resample may be 2 at most"),
+    ],
+)  # fmt: skip
+def test_parts_of_different_tasks_are_one_sentence(changes, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        Config.load("recipes/control-mountaincar.toml", changes)
 
 
 # -- the policy ----------------------------------------------------------------------------------------------------------
@@ -209,6 +231,9 @@ def test_peers_run_on_control_tasks_and_resume_to_the_same_bits(tmp_path, name):
     again = train(job)
     job.close()
     assert again["policy_sha256"] == whole["policy_sha256"]
+    for name_of in ("step-000002", "step-000003"):
+        files = [next((tmp_path / k / "rollouts").glob(f"*{name_of[-6:]}*")) for k in ("whole", "cut")]
+        assert pq.read_table(files[0]).equals(pq.read_table(files[1]))
     assert (tmp_path / "whole" / "checkpoints" / "step-000004" / "critic").exists() == (name in ("sppo", "ppo"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 
@@ -248,6 +249,25 @@ def test_score_is_what_sampling_reports(policy):
     samples = engine.generate(PROMPTS, range(24), Sampling(12))
     for mine, s in zip(engine.score(PROMPTS, [s.ids for s in samples]), samples, strict=True):
         assert mine == pytest.approx(s.logps, abs=2e-5)
+
+
+def test_a_bfloat16_model_is_sampled_as_closely_as_the_learner_knows_it(policy):
+    """Rounding apart: neither the lean step nor the slots may be further from the float32 model than the learner's own pass is."""
+    responses = [[1 + (5 * i + k) % 20 for k in range(3 + i % 9)] for i in range(24)]
+    rounded = copy.deepcopy(policy.model).to(torch.bfloat16)
+    exact = Policy(copy.deepcopy(rounded).float(), policy.tokenizer).given_logps(PROMPTS, responses)
+    policy = Policy(rounded, policy.tokenizer)
+
+    def error(found):
+        gaps = [(a - b) ** 2 for x, y in zip(found, exact, strict=True) for a, b in zip(x, y, strict=True)]
+        return math.sqrt(sum(gaps) / len(gaps))
+
+    engine = LocalEngine(policy)
+    assert engine.lean
+    learners = error(policy.given_logps(PROMPTS, responses))
+    assert 1e-4 < learners < 0.02
+    for engine.lean in (True, False):
+        assert error(engine.score(PROMPTS, responses)) < 1.5 * learners
 
 
 def test_bits_repeat(policy):

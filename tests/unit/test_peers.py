@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from dataclasses import replace
@@ -24,6 +25,9 @@ from sppo.training.batch import pack
 from sppo.training.gather import _sorted_out
 from sppo.training.history import History
 from sppo.training.learner import Learner, _Tally
+from sppo.training.loop import train
+from sppo.training.observer import Silent
+from sppo.training.run import Parts, Run
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
@@ -341,7 +345,14 @@ def test_another_algorithm_on_the_command_line_replaces_the_recipes_keys_and_kee
     recipe.write_text('[rollout]\nprompts = 256\nsamples = 1\n[objective]\nratio = "geometric"\nclip = [0.1, 0.1]\n')
     config = Config.load(recipe, {"objective.algorithm": "grpo"})
     assert (config.rollout.prompts, config.rollout.samples, config.objective.ratio) == (32, 8, "token")
-    assert config.objective.clip == (0.2, 0.2)
+    assert config.objective.clip == (0.1, 0.1)  # which both presets leave alike: the recipe's own choice
+    beta = Config.load(recipe, {"objective.algorithm": "sppo-beta"})  # differs in its baseline, and in nothing else
+    assert (beta.objective.ratio, beta.objective.clip, beta.objective.baseline) == ("geometric", (0.1, 0.1), "beta")
+    gated = Config.load(None, {"objective.ev_gate": True})
+    assert not gated.as_algorithm("grpo", {}).objective.ev_gate
+    assert (
+        Config.load(None, {"objective.algorithm": "grpo"}).rollout.prompts == 16
+    )  # 128 responses, with a recipe or without
     assert Config.load(recipe, {"objective.algorithm": "remax"}).rollout.prompts == 128  # the greedy ones count
     assert (
         Config.load(recipe, {"objective.algorithm": "sppo"}).objective.ratio == "geometric"
@@ -364,6 +375,11 @@ def test_another_algorithm_on_the_command_line_replaces_the_recipes_keys_and_kee
         ({"objective.algorithm": "sppo-beta", "training.minibatches": 1}, "set training.minibatches to 2 or more"),
         ({"objective.ev_gate": True, "objective.baseline": "batch"}, "ev_gate"),
         ({"objective": 3}, "objective"),
+        ({"objective": 3, "objective.algorithm": "grpo"}, "objective"),
+        ({"objective.algorithm": ["grpo"]}, "objective.algorithm"),
+        ({"rollout.prompts": "many", "objective.algorithm": "grpo"}, "rollout.prompts"),
+        ({"rollout.samples": "two", "objective.algorithm": "grpo"}, "rollout.samples"),
+        ({"objective.algorithm": "remax", "rollout.samples": 2, "rollout.resample": 1}, "leave it out"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_one_sentence(changes, sentence):
@@ -402,6 +418,70 @@ def test_flat_groups_are_sorted_out():
     mixed, flat = _sorted_out(rollouts)
     assert [[r.verdict.score for r in g] for g in mixed] == [[0.0, 1.0]]
     assert [[r.verdict.score for r in g] for g in flat] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_ungradable_samples_that_resampling_throws_away_are_counted_and_said(tmp_path):
+    """A grader that fails on half of the prompts: DAPO replaces those groups, and must not look healthy."""
+
+    class HalfBroken:
+        def judge(self, rollouts):
+            bad = Verdict(0.0, "infra_error", {"reason": "the grader is down"})
+            return [
+                bad
+                if sum(map(ord, r.task.id)) % 2
+                else Verdict(r.sample % 2, "correct" if r.sample % 2 else "wrong", {})
+                for r in rollouts
+            ]
+
+        def check(self, task):
+            return None
+
+        def close(self):
+            pass
+
+    notes = []
+    observer = Silent()
+    observer.note = notes.append
+    config = small_config(
+        objective__algorithm="dapo",
+        rollout__samples=2,
+        rollout__prompts=8,
+        training__steps=1,
+        run__out=str(tmp_path / "r"),
+    )
+    job = Run.new(config, observer, Parts(reward=HalfBroken()))
+    train(job)
+    job.close()
+    metrics = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["rollout/thrown_away_masked"] > 0
+    assert job.state.masked >= metrics["rollout/thrown_away_masked"] + metrics["rollout/masked"]
+    assert any("could not be graded" in note and "the grader is down" in note for note in notes)
+
+
+def test_a_narrow_clip_does_not_take_the_engines_rounding_for_movement():
+    """GSPO's clip is 3e-4: an engine a thousandth away must not serve as `old`, or its rounding alone would clip."""
+    policy = small_policy()
+    batch, learner = a_batch(policy, "gspo", scores=SCORES), a_learner(policy, "gspo")
+    batch = replace(batch, behaviour_logp_BT=batch.behaviour_logp_BT + 1e-3 * batch.mask_BT)
+    metrics = learner.update(batch, learner.advantage(batch)[0], 0)
+    assert metrics["engine/serves_as_old"] == 0.0
+    wide = a_learner(small_policy(), "gspo", objective__clip=(0.2, 0.2))
+    assert wide.update(batch, wide.advantage(batch)[0], 0)["engine/serves_as_old"] == 1.0
+
+
+def test_a_prompts_samples_stay_in_one_minibatch_and_noise_needs_two_of_them():
+    policy = small_policy()
+    learner = a_learner(policy, "grpo", training__minibatches=2, training__measure_noise=True)
+    batch = a_batch(policy, "grpo", scores=SCORES)
+    plan = learner._plan(batch, torch.arange(len(batch)), 0, 0)
+    groups = [set(batch.group_B[torch.cat(minibatch)].tolist()) for minibatch in plan]
+    assert len(groups) == 2
+    assert not groups[0] & groups[1]
+    assert "update/grad_variance" in learner.update(batch, learner.advantage(batch)[0], 0)
+    once = a_learner(policy, "grpo", training__minibatches=1, training__epochs=2, training__measure_noise=True)
+    assert "update/grad_variance" not in once.update(
+        batch, once.advantage(batch)[0], 0
+    )  # the same rows twice tell nothing
 
 
 def test_history_discounts_by_the_policys_movement():

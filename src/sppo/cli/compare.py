@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,14 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None and not 0 < args.target < 1:
         raise UserError(f"--target must lie between 0 and 1, not {args.target}")
     out = Path(changes.pop("run.out", None) or f"runs/compare-{Path(args.recipe).stem}")
-    entries = _entries(args, changes, out)
+    for key, why in {"run.threads": "--jobs decides it", "training.measure_noise": "it is always on here"}.items():
+        if key in changes:
+            raise UserError(f"--{key} has no place in a comparison: {why}")
+    labels, entries = _entries(args, changes, out)
     _write_recipes(entries, out)
+    if not args.quiet:
+        print(_differences(entries, labels), file=sys.stderr)
+    target, chosen = _target(args.target, entries, out)
     from ..evaluation.compare import compare
     from ..report.curves import figure, read_curve, table
 
@@ -114,16 +121,16 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; everything is saved in {out}: the same command goes on", file=sys.stderr)
         return 130
-    curves: dict[str, dict[int, Any]] = {}
-    for entry in entries:
-        if entry.finished:
-            curves.setdefault(entry.algorithm, {})[entry.seed] = read_curve(entry.folder)
-    if not curves:
-        raise RunFailure(f"no run finished: {failed[0] if failed else 'nothing was run'}")
-    target, chosen = args.target, "given before the runs"
+    curves: dict[str, dict[int, Any]] = {label: {} for label in labels}
+    for entry in sorted(entries, key=lambda e: e.seed):
+        curves[entry.algorithm][entry.seed] = read_curve(entry.folder) if entry.finished else None
+    known = {label: [c for c in runs.values() if c is not None] for label, runs in curves.items()}
+    if not all(known.values()):
+        lost = next(label for label, runs in known.items() if not runs)
+        raise RunFailure(f"no run of {lost} finished: {failed[0] if failed else 'nothing was run'}")
     if target is None:
-        starts = [c.accuracy[0] for runs in curves.values() for c in runs.values()]
-        ends = [sum(c.accuracy[-1] for c in runs.values()) / len(runs) for runs in curves.values()]
+        starts = [c.accuracy[0] for runs in known.values() for c in runs]
+        ends = [sum(c.accuracy[-1] for c in runs) / len(runs) for runs in known.values()]
         start = sum(starts) / len(starts)
         target, chosen = (
             start + AMBITION * (max(ends) - start),
@@ -135,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     (out / "comparison.md").write_text(text)
     where = f"\n{out}/comparison.md, comparison.json"
     try:
-        figure(curves, target, out / "curves.svg")
+        figure(known, target, out / "curves.svg")
         where += ", curves.svg"
     except UserError as error:
         where += f"; {error}"
@@ -143,8 +150,49 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> list[Entry]:
-    """Every run, seeds outside, the order of the algorithms turning with the seed."""
+def _target(given: float | None, entries: list[Entry], out: Path) -> tuple[float | None, str]:
+    """The target and when it was fixed. One that was given while there was nothing to see yet is kept in the folder."""
+    kept = out / "target.json"
+    before = json.loads(kept.read_text()) if kept.exists() else None
+    if given is None and before is not None:
+        return before, "given before the runs"
+    if given is None:
+        return None, "chosen after the runs; fix it before them with --target"
+    if before is None and not any(e.steps_done for e in entries):
+        kept.write_text(json.dumps(given))
+        before = given
+    return given, "given before the runs" if given == before else "given when there were results already"
+
+
+def _differences(entries: list[Entry], labels: list[str]) -> str:
+    """What each algorithm has otherwise than the first one, in words of the recipe."""
+    one = {
+        e.algorithm: dict(_flat(e.config.model_dump(mode="json", exclude={"run", "bootstrap", "seed"})))
+        for e in entries
+    }
+    first, lines = one[labels[0]], []
+    for label in labels[1:]:
+        other = {
+            k: v
+            for k, v in one[label].items()
+            if v != first.get(k) and k not in ("objective.algorithm", "policy.model")
+        }
+        lines.append(
+            f"{label}: as {labels[0]} but " + (", ".join(f"{k} = {v}" for k, v in other.items()) or "for nothing")
+        )
+    return "\n".join(lines)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> tuple[list[str], list[Entry]]:
+    """The algorithms, and every run: seeds outside, the order of the algorithms turning with the seed."""
     named: dict[str, tuple[str, dict[str, Any]]] = {}
     for text in split_specs(args.algorithms):
         spec = parse_spec(text)
@@ -168,7 +216,7 @@ def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> li
                 policy = config.policy.model_copy(update={"model": str(start / START)})
                 config = config.model_copy(update={"bootstrap": None, "policy": policy})
             entries.append(Entry(label, seed, folder, config, start))
-    return entries
+    return [*named], entries
 
 
 def _write_recipes(entries: list[Entry], out: Path) -> None:

@@ -98,6 +98,13 @@ def _plan(config: Any) -> dict[str, Any]:
     tasks = load_tasks(config.task.train, instruction=config.task.instruction, default_split="train")
     load_reward(config.reward.use).close()
     name, device = config.policy.model, pick_device()
+    said = {
+        "problems": f"{config.task.train}: {len(tasks):,}, e.g. {tasks[0].text[:60]!r}",
+        "reward": config.reward.use,
+        "engine": config.rollout.engine,
+    }
+    if config.rollout.engine == "control":  # networks of a few thousand weights
+        return {"policy": name, "critic": config.critic.model, **said, "memory_bytes": {"total": 0}}
     model, critic = (
         outline(name, role="policy.model", head=True),
         outline(config.critic.model, role="critic.model", head=False),
@@ -123,8 +130,6 @@ def _plan(config: Any) -> dict[str, Any]:
     return {
         "critic": f"{config.critic.model}: {critic_size / 1e6:.3g}M parameters",
         "policy": f"{name}: {parameters / 1e6:.3g}M parameters in {str(dtype).removeprefix('torch.')} ({why})",
-        "problems": f"{config.task.train}: {len(tasks):,}, e.g. {tasks[0].text[:60]!r}",
-        "reward": config.reward.use,
-        "engine": config.rollout.engine,
+        **said,
         "memory_bytes": memory,
     }

@@ -115,6 +115,7 @@ class ControlPolicy(Policy):
             saved = json.loads((Path(name) / FILE).read_text())
             policy = cls._made(saved["task"], saved["hidden"], saved["layers"], seed, name)
             policy.model.load_state_dict(load_file(Path(name) / "model.safetensors"))
+            policy.states.next = saved["next"]
             return policy, f"policy {name}: {parameter_count(policy.model)} weights, {saved['task']}"
         spec = parse_spec(name)
         return call(cls._taught, f"policy.model = {name!r}", seed, name, *spec.words, **spec.options)
@@ -243,7 +244,12 @@ class ControlPolicy(Policy):
         """Weights and what they are of."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, folder / "model.safetensors")
-        (folder / FILE).write_text(json.dumps({"task": self.environment.name, **self.shape}))
+        about = {
+            "task": self.environment.name,
+            **self.shape,
+            "next": self.states.next,
+        }  # a resumed run writes the same ids
+        (folder / FILE).write_text(json.dumps(about))
 
 
 @dataclass

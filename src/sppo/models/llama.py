@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, silu
 
+from .logprobs import exact_products
 from .narrow import ROWS, STRIDE
+from .one_token import attended, lots
 
 KINDS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
@@ -27,13 +30,14 @@ def steps(model: Any) -> bool:
     window = getattr(config, "sliding_window", None) is not None
     plain = all(type(m) is torch.nn.Linear for m in model.modules() if isinstance(m, torch.nn.Linear))
     weights = {(p.dtype, p.device.type) for p in model.parameters()}
-    return ordinary and not window and plain and weights == {(torch.float32, "cpu")}
+    return ordinary and not window and plain and weights in ({(torch.float32, "cpu")}, {(torch.bfloat16, "cpu")})
 
 
-def next_logits(model: Any, slots: Any, ids_B: Tensor, length_B: Tensor, columns: int) -> Tensor:
+def next_logits(model: Any, head_VD: Tensor, slots: Any, ids_B: Tensor, length_B: Tensor, columns: int) -> Tensor:
     """Float32 logits after one more token of each sequence, [B, V].
 
     Args:
+        head_VD: the output projection in float32.
         slots: the keys and values of the sequences (rollout/slots.py); those of the new tokens are written into it.
         ids_B: the new tokens.
         length_B: how many tokens of each sequence are in its slot already: also the new token's position.
@@ -46,8 +50,10 @@ def next_logits(model: Any, slots: Any, ids_B: Tensor, length_B: Tensor, columns
     if spare:  # products of a multiple of eight columns are faster than of a few less
         ids_B = torch.cat([ids_B, ids_B[:1].expand(spare)])
     position_B = torch.cat([length_B, length_B[:1].expand(spare)]) if spare else length_B
-    cos_1B, sin_1B = _turns(model.model.rotary_emb, position_B, size)
-    lots = _lots(length_B, columns)
+    cos_1B, sin_1B = _turns(model.model.rotary_emb, position_B, size, model.dtype)
+    beyond_BS = torch.arange(columns) > length_B[:, None]
+    mask_BS = torch.zeros(beyond_BS.shape, dtype=model.dtype).masked_fill_(beyond_BS, -torch.inf)
+    among = lots((length_B + 1).tolist(), mask_BS[:, None, None])
     slots.write_next(length_B, columns)
     h_DB = model.model.embed_tokens.weight[ids_B].t().contiguous()
     turned_DB = h_DB.new_empty((heads + 2 * groups) * size, rows + spare)
@@ -72,56 +78,27 @@ def next_logits(model: Any, slots: Any, ids_B: Tensor, length_B: Tensor, columns
         key, value = cache.update(
             k_GSB[..., :rows].permute(2, 0, 1)[:, :, None], v_GSB[..., :rows].permute(2, 0, 1)[:, :, None]
         )
-        seen_DB = _attended(q_HSB[..., :rows], key, value, lots, attention.scaling, spare)
+        q_BGRS = q_HSB[..., :rows].permute(2, 0, 1).unflatten(1, (groups, -1))
+        seen_DB = pad(attended(q_BGRS, key, value, among, attention.scaling).flatten(1), (0, 0, 0, spare)).t()
         h_DB.addmm_(attention.o_proj.weight, seen_DB)
         if attention.o_proj.bias is not None:
             h_DB += attention.o_proj.bias[:, None]
         x_DB = _normed(h_DB, layer.post_attention_layernorm)
-        gate_DB = torch.nn.functional.silu(torch.mm(mlp.gate_proj.weight, x_DB), inplace=True)
+        gate_DB = silu(torch.mm(mlp.gate_proj.weight, x_DB), inplace=True)
         h_DB.addmm_(mlp.down_proj.weight, gate_DB.mul_(torch.mm(mlp.up_proj.weight, x_DB)))
-    return torch.mm(model.get_output_embeddings().weight, _normed(h_DB, model.model.norm)).t()[:rows]
+    with exact_products(h_DB.dtype):
+        return torch.mm(head_VD, _normed(h_DB, model.model.norm).to(head_VD.dtype)).t()[:rows]
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
-    """RMS norm over the last dimension but one."""
-    rms = torch.linalg.vecdot(x, x, dim=-2).div_(x.size(-2)).add_(norm.variance_epsilon).rsqrt_()
-    return (x * rms.unsqueeze(-2)).mul_(norm.weight[:, None])
+    """RMS norm over the last dimension but one, in float32 and rounded where transformers rounds."""
+    wide = x.float()
+    rms = torch.linalg.vecdot(wide, wide, dim=-2).div_(x.size(-2)).add_(norm.variance_epsilon).rsqrt_()
+    return (wide * rms.unsqueeze(-2)).to(x.dtype).mul_(norm.weight[:, None])
 
 
-def _turns(rotary: Any, position_B: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _turns(rotary: Any, position_B: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines, [1, 1, size / 2, B], and signed sines, [1, 2, size / 2, B], of a rotary embedding."""
-    cos_1BS, sin_1BS = rotary(torch.empty(0), position_B[None])
+    cos_1BS, sin_1BS = rotary(torch.empty(0, dtype=dtype), position_B[None])
     cos, sin = cos_1BS[0, :, : size // 2].t(), sin_1BS[0, :, : size // 2].t()
     return cos.contiguous()[None, None], torch.stack([-sin, sin])[None]
-
-
-Lot = tuple[int, int, int, Tensor]
-
-
-def _lots(length_B: Tensor, columns: int) -> list[Lot]:
-    """Neighbouring sequences: the first, the one after the last, as far as the longest of them reaches, and what each may not see,
-    [b, 1, S]."""
-    beyond_BS = torch.arange(columns) > length_B[:, None]
-    mask_B1S = torch.zeros(beyond_BS.shape).masked_fill_(beyond_BS, -torch.inf)[:, None]
-    lots: list[Lot] = []
-    rows, lengths = len(length_B), length_B.tolist()
-    many = max(16, -(-rows // 4))
-    for start in range(0, rows, many):
-        end = min(start + many, rows)
-        width = max(lengths[start:end]) + 1
-        lots.append((start, end, width, mask_B1S[start:end, :, :width]))
-    return lots
-
-
-def _attended(q_HSB: Tensor, key: Tensor, value: Tensor, lots: list[Lot], scale: float, spare: int) -> Tensor:
-    """What every head of every sequence sees, [heads × size, B + spare]."""
-    (heads, size, rows), groups = q_HSB.shape, key.size(1)
-    q = q_HSB.new_empty(rows, heads, size)
-    q = torch.mul(q_HSB.permute(2, 0, 1), scale, out=q).view(rows * groups, heads // groups, size)
-    out = q.new_zeros((rows + spare) * groups, heads // groups, size)
-    for start, end, width, mask_b1S in lots:
-        k, v = key[start:end, :, :width].flatten(0, 1), value[start:end, :, :width].flatten(0, 1)
-        score = torch.bmm(q[start * groups : end * groups], k.transpose(1, 2))
-        score.view(end - start, heads, width).add_(mask_b1S)
-        torch.bmm(score.softmax(-1), v, out=out[start * groups : end * groups])
-    return out.view(rows + spare, heads * size).t()

@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .one_token import attended, lots
+
 NAME = "sppo_packed"
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Packed and separate outputs may differ by this much of the largest, for rounding; a leak is larger."""
@@ -148,32 +150,16 @@ def _next_token(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attention of one query a row, [B, 1, heads, D]. The queries that share a key head lie next to each other, so they become
-    the rows of one product, and no key is ever copied for each of them."""
+    """Attention of one query a row, [B, 1, heads, D]."""
     if window is not None:
         filled_B11 = (mask_B11S == 0).sum(-1)
         column_S = torch.arange(mask_B11S.size(-1), device=query.device)
         mask_B11S = mask_B11S.masked_fill(column_S < filled_B11[..., None] - window, -torch.inf)
     rows, heads, _, size = query.shape
-    groups = key.size(1)
+    grouped = query.reshape(rows, key.size(1), -1, size)
     scale = size**-0.5 if scaling is None else scaling
-    query = query.reshape(rows, groups, heads // groups, size)
-    if query.device.type != "cpu" or query.dtype != torch.float32:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S, scale=scale)
-        return out.reshape(rows, 1, heads, size)
-    # Two batched products: a CPU's fused kernel is made for many queries, and takes up to twice the time for one. A few rows at a
-    # time, each lot no further than its own longest reaches.
-    lengths: list[int] = boundaries.diff().tolist()
-    lot = max(16, -(-rows // 4))
-    out = query.new_empty(rows * groups, heads // groups, size)
-    for start in range(0, rows, lot):
-        end = min(start + lot, rows)
-        columns = max(lengths[start:end])
-        q, k, v = query[start:end].flatten(0, 1), key[start:end, :, :columns], value[start:end, :, :columns]
-        score = torch.bmm(q, k.flatten(0, 1).transpose(1, 2)).view(end - start, heads, columns)
-        weight = score.mul_(scale).add_(mask_B11S[start:end, 0, :, :columns]).softmax(-1)
-        torch.bmm(weight.view(q.size(0), -1, columns), v.flatten(0, 1), out=out[start * groups : end * groups])
-    return out.view(rows, 1, heads, size)
+    seen = attended(grouped, key, value, lots(boundaries.diff().tolist(), mask_B11S), scale)
+    return seen.view(rows, 1, heads, size)
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

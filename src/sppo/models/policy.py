@@ -247,12 +247,13 @@ class Policy:
         hidden_ND = hidden_BSD[:, -1] if last_N is None else hidden_BSD[0, last_N]
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        weight = self._float32_head(head.weight)
+        weight = self.float32_head()
         with exact_products(head.weight.dtype):
             return narrow_linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
-    def _float32_head(self, weight: Tensor) -> Tensor:
-        """The head in float32, converted once for each version of the weights rather than once a token."""
+    def float32_head(self) -> Tensor:
+        """The output projection in float32, converted once for each version of the weights rather than once a token."""
+        weight: Tensor = self.model.get_output_embeddings().weight
         if weight.dtype in (torch.float32, torch.float64):
             return weight
         version, cached = getattr(self, "_head_cache", (-1, None))

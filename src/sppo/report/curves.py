@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,13 @@ def table(result: Mapping[str, Any]) -> str:
     target = result["target"]
     rows = [
         f"| algorithm | reached {target:.2f} | tokens to {target:.2f} | seconds to {target:.2f} | "
-        f"accuracy at {result['equal_tokens'] / 1e6:.2f}M tokens | mean accuracy on the way | collapsed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"accuracy at {result['equal_tokens'] / 1e6:.2f}M tokens | mean accuracy on the way | collapsed | failed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, a in result["algorithms"].items():
         rows.append(
-            f"| {name} | {a['reached']} of {len(a['seeds'])} | {_cell(a['tokens_to_target'], 1e6, '{:.2f}M')} | "
-            f"{_cell(a['time_to_target'], 1, '{:.0f}')} | {_cell(a['final_accuracy'], 1, '{:.3f}')} | {_cell(a['area'], 1, '{:.3f}')} | {a['collapses']} |"
+            f"| {name} | {a['reached']} of {len(a['seeds']) + a['failed']} | {_cell(a['tokens_to_target'], 1e6, '{:.2f}M')} | "
+            f"{_cell(a['time_to_target'], 1, '{:.0f}')} | {_cell(a['final_accuracy'], 1, '{:.3f}')} | {_cell(a['area'], 1, '{:.3f}')} | {a['collapses']} | {a['failed']} |"
         )
     compared = [(name, a["against"]) for name, a in result["algorithms"].items() if "against" in a]
     if compared:
@@ -85,12 +85,14 @@ def _cell(interval: Mapping[str, float | None], unit: float, form: str) -> str:
 
 
 def _ratio(pair: Mapping[str, Any], key: str) -> str:
+    late, early = pair[f"{key}_missed"]
+    missed = "".join(f"; {who} alone missed it in {n}" for who, n in (("it", late), ("the other", early)) if n)
     if pair[key] is None:
-        return "– (no seed where both reached it)"
-    return f"{_cell(pair[key], 1, '{:.2f}')} ({pair[f'{key}_pairs']} of {pair['seeds']} seeds)"
+        return f"– (no seed where both reached it{missed})"
+    return f"{_cell(pair[key], 1, '{:.2f}')} ({pair[f'{key}_pairs']} of {pair['seeds']} seeds{missed})"
 
 
-def figure(curves: Mapping[str, Mapping[int, Curve]], target: float, path: Path) -> None:
+def figure(curves: Mapping[str, Sequence[Curve]], target: float, path: Path) -> None:
     """Mean accuracy against tokens and against seconds, the band from the lowest to the highest seed. Raises UserError without matplotlib."""
     try:
         import matplotlib
@@ -104,9 +106,9 @@ def figure(curves: Mapping[str, Mapping[int, Curve]], target: float, path: Path)
         axes, ("tokens", "seconds"), ("generated tokens (millions)", "seconds of training"), (1e6, 1.0), strict=True
     ):
         for i, (name, runs) in enumerate(curves.items()):
-            end = min(getattr(c, cost)[-1] for c in runs.values())
+            end = min(getattr(c, cost)[-1] for c in runs)
             grid = np.linspace(0, end, 200)
-            lines = np.stack([np.interp(grid, getattr(c, cost), c.accuracy) for c in runs.values()])
+            lines = np.stack([np.interp(grid, getattr(c, cost), c.accuracy) for c in runs])
             colour, style = COLOURS[i % len(COLOURS)], ("-", "--", "-.", ":")[i // len(COLOURS) % 4]
             axis.plot(grid / unit, lines.mean(0), style, color=colour, label=name, linewidth=1.8)
             axis.fill_between(grid / unit, lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0)

@@ -131,7 +131,7 @@ def _next(
     columns = max(before) + 1
     length_B = torch.tensor(before, device=policy.device)
     if lean:
-        return llama.next_logits(policy.model, slots, last_B1[:, 0], length_B, columns)
+        return llama.next_logits(policy.model, policy.float32_head(), slots, last_B1[:, 0], length_B, columns)
     slots.write_next(length_B, columns)
     beyond_BS = torch.arange(columns, device=policy.device) > length_B[:, None]
     mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..rollout.collect import collect
@@ -19,8 +19,8 @@ class Gathered:
     rollouts: list[Rollout]
     beside_tokens: int = 0
     """Tokens sampled that nothing is trained on: greedy responses, groups thrown away."""
-    thrown_away: int = 0
-    """Prompts whose samples all scored the same, replaced by others."""
+    thrown_away: list[list[Rollout]] = field(default_factory=list)
+    """Prompts' samples that all scored the same, replaced by others'."""
 
 
 def gather(run: Run, step: int) -> Gathered:
@@ -30,16 +30,15 @@ def gather(run: Run, step: int) -> Gathered:
     rollouts = _collect(run, tasks, (run.config.seed, "train", step))
     if run.config.objective.baseline == "greedy":
         return _with_greedy(run, tasks, rollouts, step)
-    beside = thrown_away = 0
+    thrown_away: list[list[Rollout]] = []
     for again in range(r.resample):
         mixed, flat = _sorted_out(rollouts)
         if not flat:
             break
         fresh = _collect(run, run.curriculum.sample(len(flat)), (run.config.seed, "train", step, "again", again))
-        beside += sum(len(x.response_ids) for group in flat for x in group)
-        thrown_away += len(flat)
+        thrown_away += flat
         rollouts = [x for group in mixed for x in group] + fresh
-    return Gathered(rollouts, beside, thrown_away)
+    return Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)
 
 
 def _collect(run: Run, tasks: list[Task], seed: tuple[int | str, ...]) -> list[Rollout]:

@@ -28,8 +28,9 @@ from .batch import Batch, micro_batches
 from .credit import credit
 from .optim import MasterAdamW, learning_rate
 
-NEGLIGIBLE = 0.01
-"""The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more."""
+NEGLIGIBLE, OF_CLIP = 0.01, 0.1
+"""The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by
+more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
 LOW_ESS = 0.1
 """Below this effective sample size the importance weights carry almost no information: the user is told."""
 
@@ -97,7 +98,7 @@ class Learner:
             if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
                 self._settle_rest(old_BT, batch, plans[0], tally)
             self._check_gap(tally)
-            if t.measure_noise and number < 2:
+            if t.measure_noise and number < 2 <= len(plans[0]):
                 tally.gradients.append(self._gradient())
             norm = self.policy_optimiser.step(lr["policy"], t.max_grad_norm)
             tally.add("update/grad_norm", norm)
@@ -113,11 +114,17 @@ class Learner:
         }
 
     def _plan(self, batch: Batch, kept: Tensor, step: int, epoch: int) -> list[list[Tensor]]:
-        """Minibatches of micro-batches: a permutation that is a function of (seed, step, epoch)."""
+        """Minibatches of micro-batches: a permutation that is a function of (seed, step, epoch). A prompt's samples stay together, so
+        that minibatches are independent of each other."""
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
-        shuffled = kept[torch.randperm(len(kept), generator=generator)]
+        prompts, prompt_B = batch.group_B[kept].unique(return_inverse=True)
+        order_P = torch.randperm(len(prompts), generator=generator)
         length_B = batch.prompt_len_B + batch.response_len_B
-        minibatches = [m for m in shuffled.tensor_split(self.config.training.minibatches) if len(m)]
+        minibatches = [
+            torch.cat([kept[prompt_B == p] for p in part])
+            for part in order_P.tensor_split(self.config.training.minibatches)
+            if len(part)
+        ]
         return [micro_batches(m, length_B, self.config.training.micro_tokens, self.policy.packs) for m in minibatches]
 
     def _policy_gradient(
@@ -226,7 +233,7 @@ class Learner:
         o, first = self.config.objective, torch.cat(plan[0])
         engine_BT = batch.behaviour_logp_BT + batch.kept_BT
         weight = log_ratio(old_BT[first], engine_BT[first], batch.mask_BT[first], o.ratio, o.kappa)
-        tally.served = float(weight.abs().max()) <= NEGLIGIBLE
+        tally.served = float(weight.abs().max()) <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))
         tally.add("engine/serves_as_old", float(tally.served))
         if not tally.served:
             self._fill_old(old_BT, batch, plan[1:])

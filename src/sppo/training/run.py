@@ -94,6 +94,11 @@ class Run:
         self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
         if self.engine.stated:
             observer.note(self.engine.stated)
+        updates = config.training.minibatches * config.training.epochs
+        if config.objective.surrogate == "plain" and updates > 1:
+            observer.note(
+                f"objective.surrogate = 'plain' corrects for no ratio, and {updates} updates a step follow each other: the later ones are off policy"
+            )
         self.sampling = Sampling.of(config.rollout)
         self.prompt_limit, self.prompt_limit_why = self._prompt_limit()
         self.curriculum = Curriculum(self.train_tasks, config.seed, self._too_long)
@@ -331,6 +336,7 @@ class Run:
             advantage_B = advantage.sum(1) / batch.response_len_B
             credit = advantage[batch.mask_BT & batch.keep_B[:, None]]
         verdicts = [r.verdict for r in batch.rollouts if r.verdict]
+        discarded = [r.verdict for group in gathered.thrown_away for r in group if r.verdict]
         kept = [v for v in verdicts if not v.masked]
         tokens = sum(len(r.response_ids) for r in batch.rollouts)
         masked = len(batch) - int(batch.keep_B.sum())
@@ -339,13 +345,14 @@ class Run:
         self.state.step = step + 1
         self.state.seconds += sum(spent.values())
         self.state.generated_tokens += tokens + gathered.beside_tokens
-        self.state.masked += masked
+        self.state.masked += masked + sum(v.masked for v in discarded)
         metrics = {
             "reward/mean": sum(v.score for v in kept) / len(kept) if kept else None,
             "reward/correct": sum(v.correct for v in kept) / len(kept) if kept else None,
             "rollout/masked": masked,
             "rollout/beside_tokens": gathered.beside_tokens,
-            "rollout/thrown_away": gathered.thrown_away,
+            "rollout/thrown_away": len(gathered.thrown_away),
+            "rollout/thrown_away_masked": sum(v.masked for v in discarded),
             "rollout/tokens": tokens,
             "rollout/mean_tokens": tokens / len(batch),
             "rollout/truncated": sum(r.finish == "length" for r in batch.rollouts) / len(batch),
@@ -360,7 +367,7 @@ class Run:
             **{f"seconds/{name}": seconds for name, seconds in spent.items()},
             "tokens_per_second": tokens / max(sum(spent.values()), 1e-9),
         }
-        self._warn(metrics, verdicts)
+        self._warn(metrics, verdicts + discarded)
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
             {
@@ -466,7 +473,7 @@ class Run:
 
     def _warn(self, metrics: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
         """Say once what a user must know."""
-        ess, masked = metrics.get("ratio/ess"), metrics["rollout/masked"]
+        ess, masked = metrics.get("ratio/ess"), sum(v.masked for v in verdicts)
         correction = metrics.get("engine/correction_ess")
         o = self.config.objective
         if ess is not None and ess < LOW_ESS and "ess" not in self._warned:
@@ -486,9 +493,7 @@ class Run:
         lost = next((v for v in verdicts if v.masked and f"masked {v.outcome}" not in self._warned), None)
         if lost is not None:
             self._warned.add(f"masked {lost.outcome}")
-            outcomes = ", ".join(
-                f"{k.removeprefix('outcome/')} {v}" for k, v in metrics.items() if k.startswith("outcome/")
-            )
+            outcomes = ", ".join(f"{k} {v}" for k, v in sorted(Counter(v.outcome for v in verdicts).items()))
             why = lost.evidence.get("reason")
             self.observer.note(
                 f"warning: {masked} of this step's samples could not be graded and are masked ({outcomes})"
