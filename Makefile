@@ -6,11 +6,12 @@ BIN    := $(VENV)/bin
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: setup quickstart test check clean help bubblewrap vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability
 
 help:
 	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
 	@echo "make quickstart   train a tiny reasoner from nothing, three to seven minutes on two cores"
+	@echo "make bench-trl, bench-stability   the evidence (docs/evidence.md): against TRL's own trainer, and by length"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
 	@echo "make test         linter, types, layers and all tests"
@@ -81,6 +82,12 @@ bench-verify: setup
 
 bench-runtime: setup bubblewrap
 	$(BIN)/python benchmarks/runtime.py
+
+bench-trl: setup
+	$(BIN)/python benchmarks/grpo_trainer.py
+
+bench-stability: setup
+	$(BIN)/python benchmarks/stability.py --figure docs/evidence/stability.svg
 
 bench-reward-model: setup
 	$(BIN)/python benchmarks/reward_model.py

@@ -145,8 +145,8 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
             "reached": sum(map(math.isfinite, tokens)),
             "tokens_to_target": median_interval(tokens),
             "time_to_target": median_interval(seconds),
-            "final_accuracy": mean_interval(list(finals[name].values())),
-            "area": mean_interval([area_under(c.tokens, c.accuracy, budget) for c in runs.values()]),
+            "final_accuracy": _share(mean_interval(list(finals[name].values()))),
+            "area": _share(mean_interval([area_under(c.tokens, c.accuracy, budget) for c in runs.values()])),
             "seconds": mean_interval([c.seconds[-1] for c in runs.values()]),
             "tokens": mean_interval([c.tokens[-1] for c in runs.values()]),
             "collapses": sum(collapsed(c.accuracy) for c in runs.values()),
@@ -178,6 +178,11 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
         against["accuracy_difference"] = mean_interval([finals[name][s] - finals[first][s] for s in shared])
         out["algorithms"][name]["against"] = {first: against}
     return out
+
+
+def _share(interval: dict[str, float | None]) -> dict[str, float | None]:
+    """Accuracies lie in [0, 1]; Student's interval does not know."""
+    return {key: None if x is None else min(max(x, 0.0), 1.0) for key, x in interval.items()}
 
 
 def _finite(x: float) -> float | None:

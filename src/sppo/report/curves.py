@@ -61,7 +61,8 @@ def table(result: Mapping[str, Any]) -> str:
     for name, a in result["algorithms"].items():
         rows.append(
             f"| {name} | {a['reached']} of {len(a['seeds']) + a['failed']} | {_cell(a['tokens_to_target'], 1e6, '{:.2f}M')} | "
-            f"{_cell(a['time_to_target'], 1, '{:.0f}')} | {_cell(a['final_accuracy'], 1, '{:.3f}')} | {_cell(a['area'], 1, '{:.3f}')} | {a['collapses']} | {a['failed']} |"
+            f"{_cell(a['time_to_target'], 1, '{:.0f}')} | {_cell(a['final_accuracy'], 1, '{:.3f}')} | {_cell(a['area'], 1, '{:.3f}')} | "
+            f"{a['collapses']} | {a['failed']} |"
         )
     compared = [(name, a["against"]) for name, a in result["algorithms"].items() if "against" in a]
     if compared:
@@ -81,7 +82,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _cell(interval: Mapping[str, float | None], unit: float, form: str) -> str:
     shown = ["–" if interval[k] is None else form.format(interval[k] / unit) for k in ("value", "low", "high")]  # type: ignore[operator]
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    alone = interval["value"] is not None and interval["low"] is None and interval["high"] is None
+    return shown[0] if alone else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def _ratio(pair: Mapping[str, Any], key: str) -> str:
