@@ -79,7 +79,9 @@ def figures(reward_BN: Tensor, value_B: Tensor) -> dict[str, float | None]:
         "brier_unavoidable": float(reward_BN.var(1).mean()),
         "ece": expected_calibration_error(single, repeated),
         "auc": auc(single, repeated),
-        "auc_ceiling": auc(single, (rate_B * samples - reward_BN.T).T.flatten() / (samples - 1)),  # the rate without the sample itself
+        "auc_ceiling": auc(
+            single, (rate_B * samples - reward_BN.T).T.flatten() / (samples - 1)
+        ),  # the rate without the sample itself
         "pearson": r,
         "pearson_without_noise": r / math.sqrt(share_of_rate) if r is not None and share_of_rate > 0 else None,
         "mean_value": float(value_B.mean()),
@@ -87,7 +89,9 @@ def figures(reward_BN: Tensor, value_B: Tensor) -> dict[str, float | None]:
     }
 
 
-def intervals(reward_BN: Tensor, value_B: Tensor, of: Callable[[Tensor, Tensor], dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
+def intervals(
+    reward_BN: Tensor, value_B: Tensor, of: Callable[[Tensor, Tensor], dict[str, float | None]]
+) -> dict[str, dict[str, float | None]]:
     """Each figure with its 95% percentile interval over resampled problems."""
     generator = torch.Generator().manual_seed(0)
     drawn: dict[str, list[float]] = {}

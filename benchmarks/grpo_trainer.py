@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -216,6 +217,12 @@ def to_target(curve: dict[str, list[float]], cost: str, target: float) -> float:
     return cost_to(curve[cost], curve["accuracy"], target)
 
 
+def pace(curve: dict[str, list[float]]) -> float:
+    """Seconds a token, the median over the stretches between evaluations: a machine that others use stalls now and then."""
+    gaps = zip(*(zip(curve[key], curve[key][1:], strict=False) for key in ("seconds", "tokens")), strict=True)
+    return statistics.median((s1 - s0) / (t1 - t0) for (s0, s1), (t0, t1) in gaps)
+
+
 def tuned(args: argparse.Namespace, side: str) -> tuple[float, dict[str, list[float]]]:
     """The rate whose geometric mean of seconds to the target is least on the tuning seeds (a run at the cap counts as twice the cap)."""
     found: dict[str, list[float]] = {}
@@ -259,6 +266,7 @@ def main() -> None:
             curves[side].append(measure(args, side, seed, rate[side]))
     seconds = {side: [to_target(c, "seconds", args.target) for c in runs] for side, runs in curves.items()}
     tokens = {side: [to_target(c, "tokens", args.target) for c in runs] for side, runs in curves.items()}
+    paced = {side: [t * pace(c) for t, c in zip(tokens[side], runs, strict=True)] for side, runs in curves.items()}
 
     def ratio(costs: dict[str, list[float]], a: str, b: str) -> dict[str, Any]:
         pairs = [(x, y) for x, y in zip(costs[a], costs[b], strict=True) if math.isfinite(x) and math.isfinite(y)]
@@ -268,11 +276,11 @@ def main() -> None:
 
     parts = [("throughput", "TRL", "grpo"), ("one_sample", "grpo", "reinforce"), ("critic", "reinforce", "sppo")]
     whole = ratio(seconds, "TRL", "sppo")
-    speed = {side: [c["tokens"][-1] / c["seconds"][-1] for c in runs] for side, runs in curves.items()}
+    speed = {side: [1 / pace(c) for c in runs] for side, runs in curves.items()}
     result = {
         "time_to_target_ratio": whole["value"], "low": whole["low"], "high": whole["high"], "pairs": whole["pairs"],
-        "tokens_to_target_ratio": ratio(tokens, "TRL", "sppo"),
-        "parts": {name: ratio(seconds, a, b) for name, a, b in parts if a in curves and b in curves},
+        "ratio_at_median_pace": ratio(paced, "TRL", "sppo"), "tokens_to_target_ratio": ratio(tokens, "TRL", "sppo"),
+        "parts": {name: ratio(paced, a, b) for name, a, b in parts if a in curves and b in curves},
         "seconds_to_target": {side: [round(x, 1) if math.isfinite(x) else None for x in v] for side, v in seconds.items()},
         "tokens_per_second": {side: [round(x) for x in v] for side, v in speed.items()},
         "rates": rate, "grid_seconds_to_target": grid, "target": args.target, "cap": args.cap, "recipe": args.recipe,

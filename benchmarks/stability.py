@@ -116,7 +116,9 @@ def tail(out: Path) -> dict[str, Any]:
         errors: dict[str, list[float]] = {}
         for algorithm in ("ppo", "sppo"):
             run = Run.resume(out / f"credit-{algorithm}-{length}")
-            rollouts = collect(run.engine, run.policy, run.reward, run.curriculum.sample(512), run.sampling, seed=(0, "tail", length))
+            rollouts = collect(
+                run.engine, run.policy, run.reward, run.curriculum.sample(512), run.sampling, seed=(0, "tail", length)
+            )
             batch = pack(rollouts, run.policy.pad_id)
             reward_B = batch.correct_B
             assert run.critic is not None
@@ -155,7 +157,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes[0].set_ylim(0, 1.02)
     axes[1].set_yscale("log")
     for colour, (length, errors) in zip(colours, result["tail"].items(), strict=False):
-        axes[2].plot([5 + 10 * d for d in range(DECILES)], errors["token_critic_by_tenth"], "o-", color=colour, label=f"{length} operations")
+        axes[2].plot(
+            [5 + 10 * d for d in range(DECILES)],
+            errors["token_critic_by_tenth"],
+            "o-",
+            color=colour,
+            label=f"{length} operations",
+        )
         axes[2].plot([0], [errors["prompt_critic"]], "x", color=colour, markersize=9)
     axes[2].set_xlabel("position in the response, %  (×: the prompt critic)")
     axes[2].set_ylabel("critic's squared error / variance of the outcome")
@@ -177,7 +185,9 @@ def main() -> None:
     args = parser.parse_args()
     start = args.out / "start"
     if not (start / START).exists():
-        job = Run.new(recipe(**{"bootstrap.task": "chain:steps=1-24", "task.train": "chain:steps=1-24", "run.out": str(start)}))
+        job = Run.new(
+            recipe(**{"bootstrap.task": "chain:steps=1-24", "task.train": "chain:steps=1-24", "run.out": str(start)})
+        )
         job.begin()
         job.close()
     model = str(start / START)

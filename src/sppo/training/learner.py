@@ -31,8 +31,6 @@ from .optim import MasterAdamW, learning_rate
 NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 """The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by
 more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
-LOW_ESS = 0.1
-"""Below this effective sample size the importance weights carry almost no information: the user is told."""
 
 
 class Learner:

@@ -10,7 +10,7 @@ import contextlib
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ from ..rollout.canary import Canary
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
 from ..tasks.base import GIVEN, TaskSource, load_pair, load_tasks
-from ..types import Task, Verdict
+from ..types import Task
 from . import checkpoint
 from .batch import Batch
 from .checkpoint import State
 from .curriculum import Curriculum
 from .gather import Gathered
-from .learner import LOW_ESS, Learner
+from .health import Health
+from .learner import Learner
 from .observer import Observer, Silent
 from .optim import optimiser_class
 from .rundir import RunDirectory
@@ -73,7 +74,6 @@ class Run:
         self.interrupted = False
         self.fingerprint = ""  # of the weights at the last sync
         self._clock: dict[str, float] = {}
-        self._warned: set[str] = set()
         device = pick_device()
         optimiser_class(config.training.optimizer, device)  # said now, and not after a bootstrap
         self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
@@ -94,12 +94,9 @@ class Run:
         self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
         if self.engine.stated:
             observer.note(self.engine.stated)
-        updates = config.training.minibatches * config.training.epochs
-        if config.objective.surrogate == "plain" and updates > 1:
-            observer.note(
-                f"objective.surrogate = 'plain' corrects for no ratio, and {updates} updates a step follow each other: the later ones are off policy"
-            )
         self.sampling = Sampling.of(config.rollout)
+        self.health = Health(config, self.sampling, observer.note)
+        self.health.before()
         self.prompt_limit, self.prompt_limit_why = self._prompt_limit()
         self.curriculum = Curriculum(self.train_tasks, config.seed, self._too_long)
         held_out = held_out_tasks(self.eval_tasks, config.evaluation.n)
@@ -367,7 +364,7 @@ class Run:
             **{f"seconds/{name}": seconds for name, seconds in spent.items()},
             "tokens_per_second": tokens / max(sum(spent.values()), 1e-9),
         }
-        self._warn(metrics, verdicts + discarded)
+        self.health.look(metrics, verdicts + discarded)
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
             {
@@ -470,40 +467,6 @@ class Run:
     def interrupt(self) -> None:
         """Finish the step, save, and stop."""
         self.interrupted = True
-
-    def _warn(self, metrics: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
-        """Say once what a user must know."""
-        ess, masked = metrics.get("ratio/ess"), sum(v.masked for v in verdicts)
-        correction = metrics.get("engine/correction_ess")
-        o = self.config.objective
-        if ess is not None and ess < LOW_ESS and "ess" not in self._warned:
-            self._warned.add("ess")
-            self.observer.note(
-                f"warning: ratio = {o.ratio!r} leaves an effective sample size of {ess:.1%} at {metrics['rollout/mean_tokens']:.0f} tokens: "
-                "use ratio = 'geometric' or 'token', fewer minibatches, or a lower learning rate"
-            )
-        if correction is not None and correction < LOW_ESS and "correction" not in self._warned:
-            self._warned.add("correction")
-            cut = self.sampling.cut
-            cause = "top_k, top_p or min_p" if cut else "the engine's precision"
-            self.observer.note(
-                f"warning: correcting for {cause} leaves an effective sample size of {correction:.1%} with ratio = {o.ratio!r}: "
-                + ("sample without them, or use ratio = 'token'" if cut else "use ratio = 'token' or 'geometric'")
-            )
-        lost = next((v for v in verdicts if v.masked and f"masked {v.outcome}" not in self._warned), None)
-        if lost is not None:
-            self._warned.add(f"masked {lost.outcome}")
-            outcomes = ", ".join(f"{k} {v}" for k, v in sorted(Counter(v.outcome for v in verdicts).items()))
-            why = lost.evidence.get("reason")
-            self.observer.note(
-                f"warning: {masked} of this step's samples could not be graded and are masked ({outcomes})"
-                + (f": {str(why)[:300]}" if why else "")
-            )
-        if metrics.get("advantage/std") == 0.0 and "flat" not in self._warned:
-            self._warned.add("flat")
-            self.observer.note(
-                "warning: every advantage is the same, so this step teaches nothing (all rewards equal?)"
-            )
 
     def _ceiling(self, result: Evaluation) -> float | None:
         """The explained variance that a perfect critic would reach on the held-out problems; needs two samples each."""
