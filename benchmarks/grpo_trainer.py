@@ -4,7 +4,7 @@ Both sides start from the same checkpoint (the recipe's bootstrap, one a seed), 
 way), are judged by the same verifier, and are evaluated by the same code on the same held-out problems with the same random numbers,
 outside the clock. Both sample as many responses a step, in as many optimiser updates, with the recipe's betas, warm-up and
 gradient norm and a constant rate; all else is TRL's default (its loss, its scaling, its generation). Both run at
-the rate that reached the target first on the tuning seeds, which are not among the seeds compared; the parts between at their neighbours'.
+the rate that needed the fewest tokens on the tuning seeds, which are not among the seeds compared; the parts between at their neighbours'.
 
     sppo        the recipe as it is
     TRL         GRPOTrainer, 8 generations a prompt
@@ -223,14 +223,18 @@ def pace(curve: dict[str, list[float]]) -> float:
     return statistics.median((s1 - s0) / (t1 - t0) for (s0, s1), (t0, t1) in gaps)
 
 
-def tuned(args: argparse.Namespace, side: str) -> tuple[float, dict[str, list[float]]]:
-    """The rate whose geometric mean of seconds to the target is least on the tuning seeds (a run at the cap counts as twice the cap)."""
-    found: dict[str, list[float]] = {}
+def tuned(args: argparse.Namespace, side: str) -> tuple[float, dict[str, list[tuple[float | None, float]]]]:
+    """The rate that needs the fewest tokens to the target on the tuning seeds; where none gets there, that with the best accuracy at the end.
+    Also what was found: tokens to the target, or None, and the last accuracy."""
+    found: dict[str, list[tuple[float | None, float]]] = {}
+    score: dict[str, tuple[float, float]] = {}
     for lr in args.rates:
         curves = [measure(args, side, seed, lr) for seed in args.tuning]
-        found[f"{lr:g}"] = [round(to_target(c, "seconds", args.target), 1) for c in curves]
-    best = min(found, key=lambda lr: sum(math.log(min(s, 2 * args.cap)) for s in found[lr]))
-    return float(best), found
+        tokens = [to_target(c, "tokens", args.target) for c in curves]
+        last = [c["accuracy"][-1] for c in curves]
+        found[f"{lr:g}"] = [(t if math.isfinite(t) else None, a) for t, a in zip(tokens, last, strict=True)]
+        score[f"{lr:g}"] = sum(tokens), -sum(last)
+    return float(min(score, key=lambda lr: score[lr])), found
 
 
 def main() -> None:
@@ -240,7 +244,7 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, nargs="*", default=[101], help="seeds for the rates")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4])
     parser.add_argument("--sides", nargs="+", default=["sppo", "TRL", "grpo", "reinforce"])
-    parser.add_argument("--target", type=float, default=0.75)
+    parser.add_argument("--target", type=float, default=0.7)
     parser.add_argument("--cap", type=float, default=300.0, help="seconds of training for TRL, half of them for us")
     parser.add_argument("--every", type=int, default=4, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-trl"))
@@ -283,7 +287,7 @@ def main() -> None:
         "parts": {name: ratio(paced, a, b) for name, a, b in parts if a in curves and b in curves},
         "seconds_to_target": {side: [round(x, 1) if math.isfinite(x) else None for x in v] for side, v in seconds.items()},
         "tokens_per_second": {side: [round(x) for x in v] for side, v in speed.items()},
-        "rates": rate, "grid_seconds_to_target": grid, "target": args.target, "cap": args.cap, "recipe": args.recipe,
+        "rates": rate, "grid_tokens_to_target_and_last_accuracy": grid, "target": args.target, "cap": args.cap, "recipe": args.recipe,
     }  # fmt: skip
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
