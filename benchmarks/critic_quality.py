@@ -32,14 +32,15 @@ from sppo.objective.diagnostics import (
 )
 from sppo.rollout.collect import collect
 from sppo.training.run import Run
+from sppo.types import Task
 
 PART = 32
 """Problems sampled in one call."""
 RESAMPLES = 1000
 
 
-def measured(run: Run, samples: int) -> tuple[Tensor, Tensor]:
-    """Correctness of each sample, [problems, samples], and V(x), [problems]; problems with a sample that cannot be graded are left out."""
+def measured(run: Run, samples: int) -> tuple[Tensor, Tensor, list[Task]]:
+    """Correctness of each sample, [problems, samples], V(x), [problems], and the problems; those with a sample that cannot be graded are left out."""
     assert run.critic is not None
     rows, kept = [], []
     for start in range(0, len(run.held_out), PART):
@@ -54,7 +55,7 @@ def measured(run: Run, samples: int) -> tuple[Tensor, Tensor]:
                 rows.append([v.correct for v in verdicts])
                 kept.append(task)
         print(f"{min(start + PART, len(run.held_out))} of {len(run.held_out)} problems", flush=True)
-    return torch.tensor(rows), run.critic.logits(kept).sigmoid()
+    return torch.tensor(rows), run.critic.logits(kept).sigmoid(), kept
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     run = Run.resume(args.run)
-    reward_BN, value_B = measured(run, args.samples)
+    reward_BN, value_B, _ = measured(run, args.samples)
     run.close()
     if args.figure:
         draw(reward_BN, value_B, args.figure)

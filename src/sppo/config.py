@@ -359,7 +359,7 @@ class Config(Section):
         return self
 
     def _control(self) -> None:
-        """The parts of a control recipe (models/control.py) are of one and the same task, and no key is without effect."""
+        """The parts of a control recipe (models/control.py) are of one and the same task."""
         kinds = {"policy.model": "mlp", "critic.model": "mlp", "task.train": "control", "task.eval": "control"}
         given = {
             "policy.model": self.policy.model, "task.train": self.task.train, "task.eval": self.task.eval,
@@ -387,7 +387,7 @@ class Config(Section):
             )
         if r.resample > 2:
             raise ValueError(
-                "rollout.resample may be 2 at most with rollout.engine = 'control', which holds a step's last few blocks of episodes"
+                "rollout.engine = 'control' holds a step's last few blocks of episodes only: set rollout.resample to 2 at most"
             )
 
     def with_rates(self, policy_parameters: int, critic_parameters: int) -> Config:

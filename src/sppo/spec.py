@@ -138,6 +138,6 @@ def call(factory: Callable[..., Any], what: str, *args: Any, **options: Any) -> 
         raise RecipeError(f"{what}: {error}") from error
     for key, value in bound.arguments.items():
         wanted = NUMBERS.get(str(signature.parameters[key].annotation))
-        if wanted and isinstance(value, str):
+        if wanted and (isinstance(value, str) or (wanted == NUMBERS["int"] and isinstance(value, float))):
             raise RecipeError(f"{what}: {key}={value} is not {wanted}")
     return factory(*args, **options)

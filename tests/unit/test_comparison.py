@@ -75,6 +75,10 @@ def test_a_failed_run_never_reached_the_target_and_the_first_one_named_stays_fir
     assert (a["failed"], a["reached"], a["seeds"]) == (1, 1, [2])
     assert a["tokens_to_target"]["value"] is None
     assert b["against"]["a"]["tokens_ratio_missed"] == [1, 0]
+    found_none = compare(
+        {"a": {1: a_curve(0.4, 0.8)}, "b": {1: None}}, 0.6
+    )  # one that always fails is in the table too
+    assert "| b | 0 of 1 | – | – | – | – | 0 | 1 |" in table(found_none)
     assert "1 of 2" in table(found)
     assert "it alone missed it in 1" in table(found)
 
@@ -149,7 +153,18 @@ def test_the_command_pairs_seeds_resumes_and_refuses_other_recipes(tmp_path, cap
     assert again["target"] == 0.01
     assert again["target_was"] == "given when there were results already"
     assert main([*command, "--training.critic_lr", "1e-2"]) == 2
-    assert "holds a comparison with another recipe" in capsys.readouterr().err
+    assert "training.critic_lr is 0.001 there and 0.01 now" in capsys.readouterr().err
+    assert main([*command, "--bootstrap.steps", "3"]) == 2  # another start is another comparison
+    assert "bootstrap.steps is 5 there and 3 now" in capsys.readouterr().err
+
+
+def test_a_run_or_what_cannot_be_made_is_no_place_for_a_comparison(tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text("")
+    for out, sentence in ((str(tmp_path), "is a run or a file"), ("/proc/x", "cannot be written")):
+        assert main(["compare", "recipes/quickstart.toml", "--out", out]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["train", "recipes/quickstart.toml", "--out", "/proc/x"]) == 2
+    assert "cannot be made" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,6 +175,11 @@ def test_the_command_pairs_seeds_resumes_and_refuses_other_recipes(tmp_path, cap
         (["recipes/quickstart.toml", "--seeds", "0"], "--seeds and --jobs must be 1 or more"),
         (["recipes/quickstart.toml", "--target", "85"], "--target must lie between 0 and 1"),
         (["recipes/quickstart.toml", "--run.threads", "1"], "--jobs decides it"),
+        (["recipes/quickstart.toml", "--algorithms", ""], "--algorithms names none"),
+        (["recipes/quickstart.toml", "--algorithms", "sppo,sppo:seed=7"], "seed is the same for all runs of a comparison"),
+        (["recipes/quickstart.toml", "--algorithms", "sppo:policy.model=x"], "policy.model is the same for all runs"),
+        (["recipes/quickstart.toml", "--algorithms", "sppo:foo"], "'foo' is no key=value"),
+        (["recipes/quickstart.toml", "--algorithms", "sppo:training.lr=1e-3,sppo:training.lr=0.001"], "is there twice"),
         ([], "give a recipe"),
         (["recipes/nothing.toml"], "no recipe at"),
     ],

@@ -97,7 +97,8 @@ def test_a_wrong_task_is_one_sentence(spec, sentence):
 def test_a_wrong_model_is_one_sentence():
     for name, sentence in (
         ("mlp:x", "unknown control task"), ("mlp:pendulum,hiden=3", "hiden"), ("mlp", "task"),
-        ("mlp:pendulum,hidden=abc", "hidden=abc is not a whole number"),
+        ("mlp:pendulum,hidden=abc", "hidden=abc is not a whole number"), ("mlp:pendulum,hidden=16.5", "not a whole number"),
+        ("mlp:pendulum,layers=0", "layers=0 must be 1 or more"), ("mlp:pendulum,skill=2", "skill in"),
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=sentence):
             ControlPolicy.load(name, dtype="auto", device=CPU, seed=0)
@@ -115,12 +116,26 @@ def test_a_wrong_model_is_one_sentence():
         ({"rollout.engine": "local"}, "set rollout.engine = 'control'"),
         ({"rollout.top_p": 0.5}, "leave them out"),
         ({"rollout.stop": ["x"]}, "leave them out"),
-        ({"objective.algorithm": "dapo"}, "rollout.resample may be 2 at most"),
+        ({"objective.algorithm": "dapo"}, "set rollout.resample to 2 at most"),
     ],
 )  # fmt: skip
 def test_parts_of_different_tasks_are_one_sentence(changes, sentence):
     with pytest.raises(RecipeError, match=sentence):
         Config.load("recipes/control-mountaincar.toml", changes)
+
+
+def test_a_saved_model_of_another_task_is_one_sentence(tmp_path):
+    saved = tmp_path / "saved"
+    a_policy("pendulum").save(saved)
+    recipe = {
+        "run.out": str(tmp_path / "run"),
+        "critic.model": "mlp:mountain-car,hidden=16",
+        "policy.model": str(saved),
+    }
+    with pytest.raises(RecipeError, match="is of the control task pendulum, but task.train"):
+        Run.new(Config.load("recipes/control-mountaincar.toml", recipe))
+    with pytest.raises(RecipeError, match="is of the control task pendulum, but task.train"):
+        Run.new(Config.load("recipes/quickstart.toml", {"run.out": str(tmp_path / "text"), "policy.model": str(saved)}))
 
 
 # -- the policy ----------------------------------------------------------------------------------------------------------

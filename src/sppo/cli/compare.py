@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,27 @@ def add(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+LEGEND = (
+    "value [low, high]: 95% over seeds; – means that half of the seeds (or the worst one) never reached the target. Seconds are of training alone: evaluations "
+    "and the shared start are outside the clock."
+)
+SHARED = ("seed", "run.", "bootstrap", "policy.", "task.", "reward.", "evaluation.", "training.measure_noise")
+"""What all runs of a comparison have in common, so that it is one."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The supervised start that the algorithms of a seed share."""
+
+    folder: Path
+    config: Config
+
+    @property
+    def policy(self) -> Path:
+        """What they begin with."""
+        return self.folder / START
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One run of the comparison."""
@@ -63,7 +86,7 @@ class Entry:
     seed: int
     folder: Path
     config: Config
-    start: Path | None
+    start: Start | None
 
     @property
     def recipe(self) -> Path:
@@ -102,11 +125,16 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None and not 0 < args.target < 1:
         raise UserError(f"--target must lie between 0 and 1, not {args.target}")
     out = Path(changes.pop("run.out", None) or f"runs/compare-{Path(args.recipe).stem}")
+    if (out / "recipe.toml").exists() or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out {out} is a run or a file, not a folder for a comparison: choose another")
     for key, why in {"run.threads": "--jobs decides it", "training.measure_noise": "it is always on here"}.items():
         if key in changes:
             raise UserError(f"--{key} has no place in a comparison: {why}")
     labels, entries = _entries(args, changes, out)
-    _write_recipes(entries, out)
+    try:
+        _write_recipes(entries, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     if not args.quiet:
         print(_differences(entries, labels), file=sys.stderr)
     target, chosen = _target(args.target, entries, out)
@@ -114,10 +142,11 @@ def run(args: argparse.Namespace) -> int:
     from ..report.curves import figure, read_curve, table
 
     try:
-        for entry in entries:
-            if entry.start is not None and not entry.finished:
-                _bootstrap(args.recipe, changes, entry.start, entry.seed, args.quiet)
-        failed = _Work(entries, args.jobs, quiet=args.quiet).do()
+        with _stoppable():
+            for entry in entries:
+                if entry.start is not None and not entry.finished:
+                    _bootstrap(entry.start, args.quiet)
+            failed = _Work(entries, args.jobs, quiet=args.quiet).do()
     except KeyboardInterrupt:
         print(f"interrupted; everything is saved in {out}: the same command goes on", file=sys.stderr)
         return 130
@@ -125,28 +154,29 @@ def run(args: argparse.Namespace) -> int:
     for entry in sorted(entries, key=lambda e: e.seed):
         curves[entry.algorithm][entry.seed] = read_curve(entry.folder) if entry.finished else None
     known = {label: [c for c in runs.values() if c is not None] for label, runs in curves.items()}
-    if not all(known.values()):
-        lost = next(label for label, runs in known.items() if not runs)
-        raise RunFailure(f"no run of {lost} finished: {failed[0] if failed else 'nothing was run'}")
+    if not any(known.values()):
+        raise RunFailure(f"no run finished: {failed[0] if failed else 'nothing was run'}")
     if target is None:
         starts = [c.accuracy[0] for runs in known.values() for c in runs]
-        ends = [sum(c.accuracy[-1] for c in runs) / len(runs) for runs in known.values()]
+        ends = [sum(c.accuracy[-1] for c in runs) / len(runs) for runs in known.values() if runs]
         start = sum(starts) / len(starts)
         target, chosen = (
             start + AMBITION * (max(ends) - start),
             "chosen after the runs; fix it before them with --target",
         )
+        if max(ends) <= start:
+            chosen += " (no algorithm ended above its start, so there is nothing to reach)"
     result = compare(curves, target) | {"target_was": chosen, "failed": failed}
     (out / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
     text = table(result)
     (out / "comparison.md").write_text(text)
     where = f"\n{out}/comparison.md, comparison.json"
     try:
-        figure(known, target, out / "curves.svg")
+        figure({label: runs for label, runs in known.items() if runs}, target, out / "curves.svg")
         where += ", curves.svg"
     except UserError as error:
         where += f"; {error}"
-    emit(result, args.json, f"{text}{where}; the target was {chosen}")
+    emit(result, args.json, f"{text}\n{LEGEND}{where}; the target was {chosen}")
     return 1 if failed else 0
 
 
@@ -196,9 +226,20 @@ def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> tu
     named: dict[str, tuple[str, dict[str, Any]]] = {}
     for text in split_specs(args.algorithms):
         spec = parse_spec(text)
-        if spec.name not in PRESETS or spec.words:
+        if spec.name not in PRESETS:
             raise UserError(f"--algorithms: {spec.name!r} is unknown: {nearest(spec.name, list(PRESETS))}")
+        if spec.words:
+            raise UserError(f"--algorithms: {text}: {spec.words[0]!r} is no key=value")
+        for key in spec.options:
+            if key.startswith(SHARED):
+                raise UserError(
+                    f"--algorithms: {text}: {key} is the same for all runs of a comparison; give it as --{key}, or in the recipe"
+                )
+        if (spec.name, spec.options) in named.values():
+            raise UserError(f"--algorithms: {text} is there twice")
         named[text.strip()] = (spec.name, spec.options)
+    if not named:
+        raise UserError("--algorithms names none: " + ", ".join(PRESETS))
     first = Config.load(args.recipe, changes)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     entries = []
@@ -212,36 +253,61 @@ def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> tu
             config = first.as_algorithm(algorithm, options | fixed)
             start = None
             if config.bootstrap is not None:
-                start = out / "starts" / f"seed-{seed}"
-                policy = config.policy.model_copy(update={"model": str(start / START)})
+                folder_of_start = out / "starts" / f"seed-{seed}"
+                start = Start(
+                    folder_of_start, Config.load(args.recipe, changes | {"seed": seed, "run.out": str(folder_of_start)})
+                )
+                policy = config.policy.model_copy(update={"model": str(start.policy)})
                 config = config.model_copy(update={"bootstrap": None, "policy": policy})
             entries.append(Entry(label, seed, folder, config, start))
     return [*named], entries
 
 
 def _write_recipes(entries: list[Entry], out: Path) -> None:
-    """Each run's own recipe. Raises RecipeError when the folder holds a comparison of other ones."""
-    for entry in entries:
-        text = entry.config.to_toml()
-        if entry.recipe.exists() and entry.recipe.read_text() != text:
+    """Each run's own recipe, and each start's. Raises RecipeError when the folder holds a comparison of other ones."""
+    recipes = {entry.recipe: entry.config for entry in entries}
+    recipes |= {
+        entry.start.folder.with_suffix(".toml"): entry.start.config for entry in entries if entry.start is not None
+    }
+    for path, config in recipes.items():
+        if path.exists() and path.read_text() != config.to_toml():
+            before, now = (dict(_flat(tomllib.loads(text))) for text in (path.read_text(), config.to_toml()))
+            key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
+            hint = "; --jobs decides it" if key == "run.threads" else ""
             raise RecipeError(
-                f"{out} holds a comparison with another recipe ({entry.recipe} differs): choose another --out"
+                f"{out} holds a comparison with another recipe ({path}: {key} is {before.get(key)} there and {now.get(key)} now{hint}): choose another --out"
             )
-        entry.recipe.parent.mkdir(parents=True, exist_ok=True)
-        entry.recipe.write_text(text)
+    for path, config in recipes.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config.to_toml())
 
 
-def _bootstrap(recipe: str, changes: dict[str, Any], start: Path, seed: int, quiet: bool) -> None:
-    """The supervised start that all algorithms of a seed share, if it is not there yet."""
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A closed terminal or a kill is an interruption, as Ctrl-C is: the runs save themselves, and none goes on alone."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bootstrap(start: Start, quiet: bool) -> None:
+    """Make a start, if it is not there yet."""
     from ..report.progress import ProgressDisplay
     from ..training.run import Run
     from .train import interruptible
 
-    if (start / START).exists():
+    if start.policy.exists():
         return
-    shutil.rmtree(start, ignore_errors=True)
+    shutil.rmtree(start.folder, ignore_errors=True)
     display = ProgressDisplay(quiet=quiet)
-    job = Run.new(Config.load(recipe, changes | {"seed": seed, "run.out": str(start)}), display)
+    job = Run.new(start.config, display)
     try:
         with interruptible(job, display):
             job.begin()
@@ -323,5 +389,8 @@ class _Work:
                 )  # fmt: skip
             return
         lines = entry.log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
-        self.failed.append(f"{entry.algorithm} seed {entry.seed} (exit {code}): {lines[-1]}")
+        why = next((line for line in reversed(lines) if line.startswith(("error:", "failed:"))), lines[-1])
+        if code < 0:
+            why = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        self.failed.append(f"{entry.algorithm} seed {entry.seed} (exit {code}): {why}")
         self.console.print(f"warning: {self.failed[-1]}; see {entry.log}", style="yellow", markup=False)

@@ -9,6 +9,7 @@ import platform
 import shutil
 from typing import Any
 
+from ..errors import UserError
 from ._shared import add_recipe_options, emit, overrides
 
 PACKAGES = ("torch", "transformers", "datasets", "math-verify", "reasoning-gym", "gguf")
@@ -96,7 +97,11 @@ def _plan(config: Any) -> dict[str, Any]:
     from ..tasks.base import load_tasks
 
     tasks = load_tasks(config.task.train, instruction=config.task.instruction, default_split="train")
-    load_reward(config.reward.use).close()
+    reward = load_reward(config.reward.use)
+    unfit = reward.check(tasks[0])
+    reward.close()
+    if unfit:
+        raise UserError(f"reward.use = {config.reward.use!r} cannot grade {config.task.train} ({tasks[0].id}): {unfit}")
     name, device = config.policy.model, pick_device()
     said = {
         "problems": f"{config.task.train}: {len(tasks):,}, e.g. {tasks[0].text[:60]!r}",
@@ -104,6 +109,11 @@ def _plan(config: Any) -> dict[str, Any]:
         "engine": config.rollout.engine,
     }
     if config.rollout.engine == "control":  # networks of a few thousand weights
+        from ..models.control import SPEC, Shape
+
+        for key, text in (("policy.model", name), ("critic.model", config.critic.model)):
+            if text.startswith(SPEC):
+                Shape.parse(key, text)
         return {"policy": name, "critic": config.critic.model, **said, "memory_bytes": {"total": 0}}
     model, critic = (
         outline(name, role="policy.model", head=True),

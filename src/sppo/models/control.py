@@ -42,6 +42,31 @@ def is_control(name: str) -> bool:
     return name.partition(":")[0] == SPEC or (Path(name) / FILE).exists()
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The options of `mlp:TASK,…`: the network, and how a policy is taught. Raises RecipeError for values that make no sense."""
+
+    task: str
+    hidden: int = 64
+    layers: int = 2
+    demonstrations: int = 32
+    slip: float = 0.1
+    skill: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "demonstrations"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"mlp:{self.task}: {name}={getattr(self, name)} must be 1 or more")
+        if not 0 <= self.slip < 1 or not 0 < self.skill < 1:
+            raise RecipeError(f"mlp:{self.task}: slip must lie in [0, 1) and skill in (0, 1)")
+
+    @classmethod
+    def parse(cls, key: str, name: str) -> Shape:
+        """From the text of `policy.model` or `critic.model`, which `key` names."""
+        spec = parse_spec(name)
+        return call(cls, f"{key} = {name!r}", *spec.words, **spec.options)
+
+
 class States:
     """Observations and actions by id. Ids only grow; those of the last `KEEP` blocks are held, and the probe's always."""
 
@@ -117,8 +142,14 @@ class ControlPolicy(Policy):
             policy.model.load_state_dict(load_file(Path(name) / "model.safetensors"))
             policy.states.next = saved["next"]
             return policy, f"policy {name}: {parameter_count(policy.model)} weights, {saved['task']}"
-        spec = parse_spec(name)
-        return call(cls._taught, f"policy.model = {name!r}", seed, name, *spec.words, **spec.options)
+        shape = Shape.parse("policy.model", name)
+        policy = cls._made(shape.task, shape.hidden, shape.layers, seed, name)
+        updates, solved = policy._clone(seed, shape)
+        return policy, (
+            f"policy {name}: {parameter_count(policy.model)} weights; {updates} updates on {shape.demonstrations} successful episodes of a "
+            f"teacher, {solved:.0%} of its own succeed"
+            + ("" if solved >= shape.skill else f": warning: skill={shape.skill} was not reached")
+        )
 
     @classmethod
     def _made(cls, task: str, hidden: int, layers: int, seed: int, name: str) -> ControlPolicy:
@@ -129,33 +160,14 @@ class ControlPolicy(Policy):
             net = MLP(len(environment.scale), environment.actions or environment.size, hidden, layers, spread)
         return cls(net, environment, {"hidden": hidden, "layers": layers}, name)
 
-    @classmethod
-    def _taught(
-        cls,
-        seed: int,
-        name: str,
-        task: str,
-        hidden: int = 64,
-        layers: int = 2,
-        demonstrations: int = 32,
-        slip: float = 0.1,
-        skill: float = 0.3,
-    ) -> tuple[ControlPolicy, str]:
-        policy = cls._made(task, hidden, layers, seed, name)
-        updates, solved = policy._clone(seed, demonstrations, slip, skill)
-        return policy, (
-            f"policy {name}: {parameter_count(policy.model)} weights; {updates} updates on {demonstrations} successful episodes of a "
-            f"teacher, {solved:.0%} of its own succeed"
-        )
-
-    def _clone(self, seed: int, demonstrations: int, slip: float, skill: float) -> tuple[int, float]:
+    def _clone(self, seed: int, shape: Shape) -> tuple[int, float]:
         """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every ten updates, 5,000 at most)."""
         env, rng, rows = self.environment, np.random.default_rng(seed), []
         start = tries = 0
-        while start < demonstrations:
+        while start < shape.demonstrations:
             observation, steps = env.reset(10**6 + tries), []
             for _ in range(env.kind.horizon):
-                action = env.taught(rng, slip)
+                action = env.taught(rng, shape.slip)
                 steps.append((observation, action))
                 observation, ended = env.step(action)
                 if ended:
@@ -164,8 +176,8 @@ class ControlPolicy(Policy):
             if env.success():
                 rows += steps
                 start += 1
-            elif tries > 100 * demonstrations:
-                raise RecipeError(f"{self.name}: the teacher succeeds too rarely with slip={slip}")
+            elif tries > 100 * shape.demonstrations:
+                raise RecipeError(f"{self.name}: the teacher succeeds too rarely with slip={shape.slip}")
         observation_ND = torch.from_numpy(np.stack([o for o, _ in rows]))
         action_NA = torch.from_numpy(np.stack([a for _, a in rows]))
         optimiser = torch.optim.Adam(self.model.parameters(), lr=2e-4)
@@ -180,7 +192,7 @@ class ControlPolicy(Policy):
             if update % 10 == 0:
                 found = episodes(self, starts, starts, env.kind.horizon, 1.0)
                 solved = sum(e.success for e in found) / len(found)
-                if solved >= skill:
+                if solved >= shape.skill:
                     break
         optimiser.zero_grad(set_to_none=True)
         return update, solved
@@ -340,14 +352,10 @@ class ControlCritic(Critic):
             critic.load_state_dict(load_file(Path(name) / HEAD_FILE))
             critic.trained = True
         else:
-            spec = parse_spec(name)
-            critic = call(cls._made, f"critic.model = {name!r}", seed, name, *spec.words, **spec.options)
+            shape = Shape.parse("critic.model", name)
+            critic = cls(shape.task, shape.hidden, shape.layers, seed, name)
         what = "the first observation only" if reads == "prompt" else "every observation"
         return critic, f"critic {name}: {parameter_count(critic)} weights; reads {what}"
-
-    @classmethod
-    def _made(cls, seed: int, name: str, task: str, hidden: int = 64, layers: int = 2) -> ControlCritic:
-        return cls(task, hidden, layers, seed, name)
 
     @property
     def context(self) -> int | None:

@@ -53,14 +53,15 @@ def _mean(values: list[float | None]) -> float | None:
 def table(result: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table, one row an algorithm."""
     target = result["target"]
+    unit, letter = (1e6, "M") if result["equal_tokens"] >= 1e5 else (1e3, "k")
     rows = [
         f"| algorithm | reached {target:.2f} | tokens to {target:.2f} | seconds to {target:.2f} | "
-        f"accuracy at {result['equal_tokens'] / 1e6:.2f}M tokens | mean accuracy on the way | collapsed | failed |",
+        f"accuracy at {result['equal_tokens'] / unit:.2f}{letter} tokens | mean accuracy on the way | collapsed | failed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, a in result["algorithms"].items():
         rows.append(
-            f"| {name} | {a['reached']} of {len(a['seeds']) + a['failed']} | {_cell(a['tokens_to_target'], 1e6, '{:.2f}M')} | "
+            f"| {name} | {a['reached']} of {len(a['seeds']) + a['failed']} | {_cell(a['tokens_to_target'], unit, '{:.2f}' + letter)} | "
             f"{_cell(a['time_to_target'], 1, '{:.0f}')} | {_cell(a['final_accuracy'], 1, '{:.3f}')} | {_cell(a['area'], 1, '{:.3f}')} | "
             f"{a['collapses']} | {a['failed']} |"
         )
@@ -75,22 +76,22 @@ def table(result: Mapping[str, Any]) -> str:
         for name, against in compared:
             pair = against[first]
             rows.append(
-                f"| {name} | {_ratio(pair, 'tokens_ratio')} | {_ratio(pair, 'time_ratio')} | {_cell(pair['accuracy_difference'], 1, '{:+.3f}')} |"
+                f"| {name} | {_ratio(pair, 'tokens_ratio', first)} | {_ratio(pair, 'time_ratio', first)} | {_cell(pair['accuracy_difference'], 1, '{:+.3f}')} |"
             )
     return "\n".join(rows) + "\n"
 
 
 def _cell(interval: Mapping[str, float | None], unit: float, form: str) -> str:
     shown = ["–" if interval[k] is None else form.format(interval[k] / unit) for k in ("value", "low", "high")]  # type: ignore[operator]
-    alone = interval["value"] is not None and interval["low"] is None and interval["high"] is None
+    alone = interval["low"] is None and interval["high"] is None
     return shown[0] if alone else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def _ratio(pair: Mapping[str, Any], key: str) -> str:
+def _ratio(pair: Mapping[str, Any], key: str, first: str) -> str:
     late, early = pair[f"{key}_missed"]
-    missed = "".join(f"; {who} alone missed it in {n}" for who, n in (("it", late), ("the other", early)) if n)
+    missed = "".join(f"; {who} alone missed it in {n}" for who, n in (("it", late), (first, early)) if n)
     if pair[key] is None:
-        return f"– (no seed where both reached it{missed})"
+        return f"– (no seed where both began below it and reached it{missed})"
     return f"{_cell(pair[key], 1, '{:.2f}')} ({pair[f'{key}_pairs']} of {pair['seeds']} seeds{missed})"
 
 

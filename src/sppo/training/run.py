@@ -85,6 +85,7 @@ class Run:
         if config.training.checkpoint_activations:
             self.policy.checkpoint_activations()
         self.critic = self._load_critic(parts, saved, device)
+        self._one_control_task()
         if saved is None:
             critic_size = parameter_count(self.critic) if self.critic is not None else 0
             config = self.config = config.with_rates(parameter_count(self.policy.model), critic_size)
@@ -191,6 +192,22 @@ class Run:
         )
         self.observer.note(stated)
         return critic
+
+    def _one_control_task(self) -> None:
+        """Models that were saved to folders carry their task with them, which no recipe shows."""
+        parts = {"policy.model": self.policy, "critic.model": self.critic}
+        tasks = {
+            key: part.environment.name for key, part in parts.items() if isinstance(part, ControlPolicy | ControlCritic)
+        }
+        if not tasks:
+            return
+        name = self.config.task.train.partition(":")[2].partition(",")[0]
+        for key, part in parts.items():
+            if part is not None and tasks.get(key) != name:
+                raise RecipeError(
+                    f"{key} = {part.name!r} is of {'the control task ' + tasks[key] if key in tasks else 'no control task'}, but "
+                    f"task.train = {self.config.task.train!r}"
+                )
 
     def _make_learner(self) -> None:
         """The learner, and π_ref, the policy at step 0 (after any bootstrap), if the recipe reads it."""

@@ -73,8 +73,11 @@ class RunDirectory:
                 )
             raise RecipeError(f"run.out: {path} is not empty and not a run; choose another --out")
         run = cls(path)
-        with no_space(path):
+        try:
             path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"run.out: {path} cannot be made: {error.strerror}; choose another --out") from None
+        with no_space(path):
             run._acquire()
             (path / "rollouts").mkdir(exist_ok=True)
             (path / "checkpoints").mkdir(exist_ok=True)
