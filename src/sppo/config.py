@@ -231,7 +231,10 @@ class ObjectiveSection(Section):
         if self.baseline == "token-critic" and self.ratio != "token":
             raise ValueError("baseline = 'token-critic' gives every token an advantage of its own: set ratio = 'token'")
         if self.average != "auto" and self.ratio != "token":
-            raise ValueError(f"average = {self.average!r} is about tokens: set ratio = 'token', or average = 'auto'")
+            raise ValueError(
+                f"average = {self.average!r} is about tokens, and ratio is {self.ratio!r}: set ratio = 'token' (or leave it to the preset of "
+                f"algorithm = {self.algorithm!r}), or average = 'auto'"
+            )
         if self.ev_gate and self.baseline != "critic":
             raise ValueError("ev_gate is about baseline = 'critic'")
         return self
