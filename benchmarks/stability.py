@@ -5,8 +5,9 @@ single length:
 
     ratios       each importance ratio, the first steps of a run, four updates a step: effective sample size of the importance weights, share of
                  clipped elements, largest |log ratio|
-    credit       each algorithm with the policy held still (a rate of 1e-12) while its critic learns: variance of the advantage, and the noise of
-                 a half-batch's gradient in units of its signal (‖E g‖², from two independent halves)
+    credit       each algorithm with the policy held still (a rate of 1e-12) while its critic, which begins with the policy's weights,
+                 learns: variance of the advantage, and the noise of a half-batch's gradient in units of its signal (‖E g‖², from two
+                 independent halves; None where the signal is lost in the noise)
     tail effect  a token critic's error by position in the response: what it knows at the first token, where credit is decided, and at the last
 
 Last line: one JSON object; with --figure, a picture.
@@ -92,7 +93,8 @@ def credit(out: Path, model: str, warm: int, looked_at: int) -> dict[str, Any]:
     for algorithm in ALGORITHMS:
         for length in LENGTHS:
             config = recipe(**{
-                "policy.model": model, "task.train": f"chain:steps={length}-{length}", "training.steps": warm + looked_at, "training.lr": 1e-12,
+                "policy.model": model, "critic.model": model, "training.critic_lr": 3e-4, "training.lr": 1e-12,
+                "task.train": f"chain:steps={length}-{length}", "training.steps": warm + looked_at,
                 "run.out": str(out / f"credit-{algorithm}-{length}"),
             }).as_algorithm(algorithm, {})  # fmt: skip
             rows = steps(config)[warm:]
@@ -178,8 +180,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=4, help="of the ratios' runs")
-    parser.add_argument("--warm", type=int, default=24, help="steps in which a critic learns before it is looked at")
-    parser.add_argument("--looked-at", type=int, default=8)
+    parser.add_argument("--warm", type=int, default=16, help="steps in which a critic learns before it is looked at")
+    parser.add_argument("--looked-at", type=int, default=14)
     parser.add_argument("--out", type=Path, default=Path("runs/stability"))
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
