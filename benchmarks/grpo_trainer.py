@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="1, 2, …")
     parser.add_argument("--tuning", type=int, nargs="*", default=[101], help="seeds for the rates")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4])
+    parser.add_argument("--fixed", nargs="*", default=[], metavar="SIDE=LR", help="sides that are not tuned")
     parser.add_argument("--sides", nargs="+", default=["sppo", "TRL", "grpo", "reinforce"])
     parser.add_argument("--target", type=float, default=0.7)
     parser.add_argument("--cap", type=float, default=300.0, help="seconds of training for TRL, half of them for us")
@@ -260,8 +261,9 @@ def main() -> None:
     for seed in [*args.tuning, *seeds]:
         start(args, seed)
     rate, grid = {}, {}
+    fixed = {side: float(lr) for side, _, lr in (text.partition("=") for text in args.fixed)}
     for side in dict.fromkeys([RATE_OF.get(side, side) for side in args.sides]):
-        rate[side], grid[side] = tuned(args, side) if args.tuning else (args.rates[0], {})
+        rate[side], grid[side] = (fixed[side], {}) if side in fixed else tuned(args, side)
     rate |= {side: rate[RATE_OF[side]] for side in args.sides if side in RATE_OF}
     curves: dict[str, list[dict[str, list[float]]]] = {side: [] for side in args.sides}
     for i, seed in enumerate(seeds):  # in turns

@@ -478,7 +478,7 @@ def test_a_prompts_samples_stay_in_one_minibatch_and_noise_needs_two_of_them():
     assert len(groups) == 2
     assert not groups[0] & groups[1]
     assert "update/grad_variance" in learner.update(batch, learner.advantage(batch)[0], 0)
-    once = a_learner(policy, "grpo", training__minibatches=1, training__epochs=2, training__measure_noise=True)
+    once = a_learner(small_policy(), "grpo", training__minibatches=1, training__epochs=2, training__measure_noise=True)
     assert "update/grad_variance" not in once.update(
         batch, once.advantage(batch)[0], 0
     )  # the same rows twice tell nothing
