@@ -7,6 +7,8 @@ held-out problems against the success rates of 64 samples each (as in critic_qua
     visible     and which operators with which operands: all that lies open in the prompt
     computed    and every sum as it will come up, running value included: who knows these has solved the problem
 
+and, with --critics, of critics that learn from the same verdicts in one pass (names as critic.model, each with a rate: NAME@1e-3).
+
 Last line: one JSON object.
 """
 
@@ -22,8 +24,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from critic_quality import figures, intervals, measured
+from sppo.models.critic import Critic
 from sppo.rollout.collect import collect
 from sppo.tasks.chain import MODULUS
+from sppo.training.optim import MasterAdamW
 from sppo.training.run import Run
 from sppo.types import Task
 
@@ -64,11 +68,25 @@ def regression(x_NF: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor]:
     return weight.detach(), offset.detach()
 
 
+def fitted(name: str, lr: float, seen: list[tuple[Task, float]], tasks: list[Task]) -> Tensor:
+    """V(x) of the tasks, from a critic that has seen every verdict once, 128 at a time."""
+    critic, stated = Critic.load(name, dtype="float32", device=torch.device("cpu"), seed=0)
+    print(stated, flush=True)
+    critic.start_at(sum(c for _, c in seen) / len(seen))
+    optimiser = MasterAdamW(critic.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    ids, correct_N = [critic.prompt_ids(t) for t, _ in seen], torch.tensor([c for _, c in seen])
+    for part in torch.randperm(len(seen), generator=torch.Generator().manual_seed(0)).split(128):
+        binary_cross_entropy_with_logits(critic([ids[i] for i in part.tolist()]), correct_N[part]).backward()
+        optimiser.step(lr, 1.0)
+    return critic.logits(tasks).sigmoid()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path, help="a finished run's folder")
     parser.add_argument("--problems", type=int, default=20_480)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--critics", nargs="*", default=[], metavar="NAME@LR")
     args = parser.parse_args()
     run = Run.resume(args.run)
     seen: list[tuple[Task, float]] = []
@@ -86,6 +104,8 @@ def main() -> None:
         weight, offset = regression(torch.stack([features(t, kind) for t, _ in seen]), correct_N)
         predicted_B = torch.sigmoid(torch.stack([features(t, kind) for t in tasks]) @ weight + offset)
         result[kind] = intervals(reward_BN, predicted_B, figures)
+    for name, _, lr in (text.rpartition("@") for text in args.critics):
+        result[name] = intervals(reward_BN, fitted(name, float(lr), seen, tasks), figures)
     shown = ("explained_variance", "ceiling", "share_of_ceiling", "pearson_without_noise", "ece")
     print(json.dumps({name: {k: found[k] for k in shown} for name, found in result.items()}))
 

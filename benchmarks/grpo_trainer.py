@@ -19,8 +19,10 @@ Last line: one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,14 +30,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sppo.cli.compare import START
 from sppo.config import Config
 from sppo.evaluation.compare import cost_to, ratio_interval
 
-OURS = {"sppo": "sppo", "grpo": "grpo", "reinforce": "reinforce"}
 RATE_OF = {"grpo": "TRL", "reinforce": "sppo"}
 """The parts between run at their neighbours' rates."""
 GENERATIONS = 8
-START = "checkpoints/step-000000/policy"
 
 
 def recipe(path: str, seed: int, every: int, **changes: Any) -> Config:
@@ -189,7 +190,7 @@ def measure(args: argparse.Namespace, side: str, seed: int, lr: float) -> dict[s
     if not kept.exists():
         print(f"{side}, seed {seed}, lr {lr:g}", flush=True)
         folder = args.out / f"{side}-{seed}-{lr:g}"
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
         order = [
             sys.executable, __file__, args.recipe, "--serve", side, "--seed", str(seed), "--lr", str(lr), "--out", str(args.out), "--target",
             str(args.target), "--cap", str(args.cap if side == "TRL" else args.cap / 2), "--every", str(args.every),
@@ -208,7 +209,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.serve == "TRL":
         serve_trl(config, args.lr, clock)
     else:
-        serve_ours(config, OURS[args.serve], args.lr, clock)
+        serve_ours(config, args.serve, args.lr, clock)
     folder.with_name(folder.name + ".json").write_text(json.dumps(clock.curve))
 
 
@@ -219,8 +220,8 @@ def to_target(curve: dict[str, list[float]], cost: str, target: float) -> float:
 
 def pace(curve: dict[str, list[float]]) -> float:
     """Seconds a token, the median over the stretches between evaluations: a machine that others use stalls now and then."""
-    gaps = zip(*(zip(curve[key], curve[key][1:], strict=False) for key in ("seconds", "tokens")), strict=True)
-    return statistics.median((s1 - s0) / (t1 - t0) for (s0, s1), (t0, t1) in gaps)
+    points = list(zip(curve["seconds"], curve["tokens"], strict=True))
+    return statistics.median((s1 - s0) / (t1 - t0) for (s0, t0), (s1, t1) in itertools.pairwise(points))
 
 
 def tuned(args: argparse.Namespace, side: str) -> tuple[float, dict[str, list[tuple[float | None, float]]]]:
@@ -245,7 +246,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4])
     parser.add_argument("--fixed", nargs="*", default=[], metavar="SIDE=LR", help="sides that are not tuned")
     parser.add_argument("--sides", nargs="+", default=["sppo", "TRL", "grpo", "reinforce"])
-    parser.add_argument("--target", type=float, default=0.7)
+    parser.add_argument("--target", type=float, default=0.75)
     parser.add_argument("--cap", type=float, default=300.0, help="seconds of training for TRL, half of them for us")
     parser.add_argument("--every", type=int, default=4, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-trl"))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from sppo.cli.compare import START
 from sppo.config import Config
 from sppo.rollout.collect import collect
 from sppo.training.batch import pack
@@ -32,7 +33,6 @@ from sppo.training.run import Run
 LENGTHS = (2, 8, 24)
 RATIOS = ("sequence", "family", "geometric", "token")
 ALGORITHMS = ("sppo", "reinforce", "rloo", "grpo", "ppo")
-START = "checkpoints/step-000000/policy"
 DECILES = 10
 
 

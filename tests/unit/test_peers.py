@@ -478,6 +478,13 @@ def test_a_prompts_samples_stay_in_one_minibatch_and_noise_needs_two_of_them():
     assert len(groups) == 2
     assert not groups[0] & groups[1]
     assert "update/grad_variance" in learner.update(batch, learner.advantage(batch)[0], 0)
+    few = a_learner(
+        small_policy(), "grpo", training__minibatches=4, training__measure_noise=True
+    )  # four of two prompts
+    assert [len(torch.cat(minibatch)) for minibatch in few._plan(batch, torch.arange(len(batch)), 0, 0)] == [2, 2, 2, 2]
+    assert "update/grad_variance" not in few.update(
+        batch, few.advantage(batch)[0], 0
+    )  # halves of one prompt are not independent
     once = a_learner(small_policy(), "grpo", training__minibatches=1, training__epochs=2, training__measure_noise=True)
     assert "update/grad_variance" not in once.update(
         batch, once.advantage(batch)[0], 0

@@ -96,7 +96,7 @@ class Learner:
             if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
                 self._settle_rest(old_BT, batch, plans[0], tally)
             self._check_gap(tally)
-            if t.measure_noise and number < 2 <= len(plans[0]):
+            if t.measure_noise and number < 2 <= len(plans[0]) <= len(batch.group_B[kept].unique()):
                 tally.gradients.append(self._gradient())
             norm = self.policy_optimiser.step(lr["policy"], t.max_grad_norm)
             tally.add("update/grad_norm", norm)
@@ -113,16 +113,15 @@ class Learner:
 
     def _plan(self, batch: Batch, kept: Tensor, step: int, epoch: int) -> list[list[Tensor]]:
         """Minibatches of micro-batches: a permutation that is a function of (seed, step, epoch). A prompt's samples stay together, so
-        that minibatches are independent of each other."""
+        that minibatches are independent of each other, unless there are fewer prompts than minibatches."""
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
-        prompts, prompt_B = batch.group_B[kept].unique(return_inverse=True)
-        order_P = torch.randperm(len(prompts), generator=generator)
+        count = self.config.training.minibatches
+        units = batch.group_B[kept].unique(return_inverse=True)[1]
+        if units.max() + 1 < count:
+            units = torch.arange(len(kept))
+        order = torch.randperm(int(units.max()) + 1, generator=generator)
         length_B = batch.prompt_len_B + batch.response_len_B
-        minibatches = [
-            torch.cat([kept[prompt_B == p] for p in part])
-            for part in order_P.tensor_split(self.config.training.minibatches)
-            if len(part)
-        ]
+        minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
         return [micro_batches(m, length_B, self.config.training.micro_tokens, self.policy.packs) for m in minibatches]
 
     def _policy_gradient(
