@@ -8,8 +8,8 @@ the rate that needed the fewest tokens on the tuning seeds, which are not among 
 
     sppo        the recipe as it is
     TRL         GRPOTrainer, 8 generations a prompt
-    grpo        TRL's algorithm in our loop: what is left between it and TRL is throughput
-    reinforce   N = 1 and no critic in our loop: what is left between it and sppo is the baseline
+    grpo        with --parts: TRL's algorithm in our loop: what is left between it and TRL is throughput
+    reinforce   with --parts: N = 1 and no critic in our loop: what is left between it and sppo is the baseline
 
 The parts multiply: TRL/sppo = (TRL/grpo: throughput) × (grpo/reinforce: one sample a prompt) × (reinforce/sppo: the critic). A run stops once it
 reached the target, or at the cap (then its cost is unknown, and at least the cap). What was run is kept and not run again.
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, nargs="*", default=[101], help="seeds for the rates")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4])
     parser.add_argument("--fixed", nargs="*", default=[], metavar="SIDE=LR", help="sides that are not tuned")
-    parser.add_argument("--sides", nargs="+", default=["sppo", "TRL", "grpo", "reinforce"])
+    parser.add_argument("--parts", action="store_true", help="also run grpo and reinforce in our loop")
     parser.add_argument("--target", type=float, default=0.75)
     parser.add_argument("--cap", type=float, default=300.0, help="seconds of training for TRL, half of them for us")
     parser.add_argument("--every", type=int, default=4, help="steps between evaluations")
@@ -258,17 +258,17 @@ def main() -> None:
         serve(args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    seeds = range(1, args.seeds + 1)
+    seeds, sides = range(1, args.seeds + 1), ["sppo", "TRL", *(RATE_OF if args.parts else ())]
     for seed in [*args.tuning, *seeds]:
         start(args, seed)
     rate, grid = {}, {}
     fixed = {side: float(lr) for side, _, lr in (text.partition("=") for text in args.fixed)}
-    for side in dict.fromkeys([RATE_OF.get(side, side) for side in args.sides]):
+    for side in ("sppo", "TRL"):
         rate[side], grid[side] = (fixed[side], {}) if side in fixed else tuned(args, side)
-    rate |= {side: rate[RATE_OF[side]] for side in args.sides if side in RATE_OF}
-    curves: dict[str, list[dict[str, list[float]]]] = {side: [] for side in args.sides}
+    rate |= {side: rate[of] for side, of in RATE_OF.items()}
+    curves: dict[str, list[dict[str, list[float]]]] = {side: [] for side in sides}
     for i, seed in enumerate(seeds):  # in turns
-        order = args.sides[i % len(args.sides) :] + args.sides[: i % len(args.sides)]
+        order = sides[i % len(sides) :] + sides[: i % len(sides)]
         for side in order:
             curves[side].append(measure(args, side, seed, rate[side]))
     seconds = {side: [to_target(c, "seconds", args.target) for c in runs] for side, runs in curves.items()}

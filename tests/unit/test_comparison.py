@@ -64,6 +64,7 @@ def test_intervals_by_hand():
     assert mean_interval([1.0, 3.0])["low"] == pytest.approx(2 - 12.706)
     assert ratio_interval([1.0, 4.0])["value"] == pytest.approx(2.0)
     assert median_interval([1.0, 2.0, math.inf]) == {"value": 2.0, "low": 1.0, "high": None}
+    assert median_interval([3.0]) == {"value": 3.0, "low": None, "high": None}
     assert median_interval(range(9)) == {"value": 4, "low": 1, "high": 7}  # 96%; the inner ones hold it in 82%
     assert students_t(21) == pytest.approx(2.080, abs=0.01)
     assert students_t(60) == pytest.approx(2.000, abs=0.002)

@@ -106,8 +106,10 @@ def ratio_interval(ratios: Sequence[float]) -> dict[str, float | None]:
 
 def median_interval(values: Sequence[float]) -> dict[str, float | None]:
     """The median (the upper of the middle two) and order statistics that hold it with 95% confidence: of five values or fewer the lowest
-    and the highest, which hold it with 94% and less. Values may be ∞, given as null."""
+    and the highest, which hold it with 94% and less; no interval for a single value. Values may be ∞, given as null."""
     x = sorted(values)
+    if len(x) == 1:
+        return {"value": _finite(x[0]), "low": None, "high": None}
     k, below = 0, 0.5 ** len(x)  # the chance that at most k values lie below the median
     while 2 * (more := below + math.comb(len(x), k + 1) * 0.5 ** len(x)) <= 0.05:
         k, below = k + 1, more
