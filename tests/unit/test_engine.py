@@ -101,13 +101,13 @@ class TokenCount:
         self.passes += 1
 
 
-@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("batch", [24, 5, 1])
-def test_slots_draw_what_the_plain_loop_draws(policy, batch, lean):
+def test_slots_draw_what_the_plain_loop_draws(policy, batch, compiled):
     engine = LocalEngine(policy)
     assert engine.plain is None
-    assert engine.lean
-    engine.lean = lean
+    assert engine.compiled
+    engine.compiled = compiled
     mine = engine.generate(PROMPTS, range(24), Sampling(20, 1.0, batch))
     theirs = plain(policy).generate(PROMPTS, range(24), Sampling(20))
     assert [s.ids for s in mine] == [s.ids for s in theirs]
@@ -125,7 +125,7 @@ def test_any_decoder(family):
     engine = LocalEngine(policy)
     in_slots = family in PACKED
     assert bool(engine.stated) != in_slots  # who samples slowly is told why
-    assert engine.lean == (family in ("Qwen3", "Qwen2, biases"))
+    assert engine.compiled == (family in ("Qwen3", "Qwen2, biases"))
     assert (engine.plain is None) == in_slots
     mine = engine.generate(PROMPTS, range(24), Sampling(20, 1.0, 7))
     theirs = plain(policy).generate(PROMPTS, range(24), Sampling(20))
@@ -142,7 +142,7 @@ def test_no_pass_computes_padding_and_no_prompt_is_read_twice(policy, batch):
     prompts = [p for p in PROMPTS[:8] for _ in range(4)]
     distinct = {tuple(p) for p in prompts}
     engine = LocalEngine(policy)
-    engine.lean = False  # so that every token goes through the embedding that counts
+    engine.compiled = False  # so that every token goes through the embedding that counts
     count = TokenCount(policy)
     samples = engine.generate(prompts, range(32), Sampling(12, 1.0, batch))
     assert count.total == sum(map(len, distinct)) + sum(len(s.ids) - 1 for s in samples)
@@ -252,7 +252,7 @@ def test_score_is_what_sampling_reports(policy):
 
 
 def test_a_bfloat16_model_is_sampled_as_closely_as_the_learner_knows_it(policy):
-    """Rounding apart: neither the lean step nor the slots may be further from the float32 model than the learner's own pass is."""
+    """Rounding apart: neither the compiled step nor the slots may be further from the float32 model than the learner's own pass is."""
     responses = [[1 + (5 * i + k) % 20 for k in range(3 + i % 9)] for i in range(24)]
     rounded = copy.deepcopy(policy.model).to(torch.bfloat16)
     exact = Policy(copy.deepcopy(rounded).float(), policy.tokenizer).given_logps(PROMPTS, responses)
@@ -263,10 +263,10 @@ def test_a_bfloat16_model_is_sampled_as_closely_as_the_learner_knows_it(policy):
         return math.sqrt(sum(gaps) / len(gaps))
 
     engine = LocalEngine(policy)
-    assert engine.lean
+    assert engine.compiled
     learners = error(policy.given_logps(PROMPTS, responses))
     assert 1e-4 < learners < 0.02
-    for engine.lean in (True, False):
+    for engine.compiled in (True, False):
         assert error(engine.score(PROMPTS, responses)) < 1.5 * learners
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..models import llama, packed
+from ..models import native, packed
 from ..models.narrow import narrow_products
 from ..models.policy import Policy
 from ..models.pretrained import first_line
@@ -39,12 +39,13 @@ class LocalEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        why = policy.unpacked_why
-        self.lean = policy.packs and llama.steps(policy.model) and not _trouble(policy, lean=True)
-        if policy.packs and not self.lean:
-            why = _trouble(policy, lean=False)
-        self.plain = PlainEngine(policy) if why else None
-        self.stated = f"engine local: the plain loop, several times slower: {why}" if why else ""
+        slow = policy.unpacked_why or _trouble(policy, compiled=False)
+        self.plain = PlainEngine(policy) if slow else None
+        uncompiled = "" if slow or not native.fits(policy.model) else _trouble(policy, compiled=True)
+        self.compiled = not slow and not uncompiled and native.fits(policy.model)
+        self.stated = f"engine local: the plain loop, several times slower: {slow}" if slow else ""
+        if uncompiled:
+            self.stated = f"engine local: decoding is not compiled, about half as fast: {uncompiled}"
 
     def sync(self, policy: Policy) -> None:
         """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
@@ -74,7 +75,7 @@ class LocalEngine:
         if self.plain is not None:
             return self.plain.generate(prompts, seeds, sampling, progress)
         drawn = Drawn(self.policy, seeds, sampling)
-        _decode(self.policy, prompts, drawn, sampling.batch, self.lean, progress)
+        _decode(self.policy, prompts, drawn, sampling.batch, self.compiled, progress)
         return drawn.samples()
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -82,7 +83,7 @@ class LocalEngine:
         if self.plain is not None:
             return self.plain.score(prompts, responses)
         given = Given(responses)
-        _decode(self.policy, prompts, given, len(prompts), self.lean)
+        _decode(self.policy, prompts, given, len(prompts), self.compiled)
         return given.logps
 
 
@@ -92,11 +93,12 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     responses: Responses,
     batch: int,
-    lean: bool,
+    compiled: bool,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Let every response grow to its end. `live[b]` is the prompt whose sequence is in slot b."""
     slots = Slots(policy.model.config, min(batch, len(prompts)), max(map(len, prompts)) + responses.longest)
+    decoder = native.Decoder(policy.model, slots) if compiled else None
     waiting = _Waiting(prompts)
     live: list[int] = []
     done = 0
@@ -110,7 +112,7 @@ def _decode(
                 finished = [len(live) + b for b in responses.take(logits_BV, rows)]
                 live += rows
             else:
-                finished = responses.take(_next(policy, slots, prompts, responses, live, lean), live)
+                finished = responses.take(_next(policy, slots, prompts, responses, live, decoder), live)
             if finished:
                 _close_ranks(slots, live, finished)
                 done += len(finished)
@@ -124,14 +126,14 @@ def _next(
     prompts: Sequence[Sequence[int]],
     responses: Responses,
     live: Sequence[int],
-    lean: bool,
+    decoder: native.Decoder | None,
 ) -> Tensor:
     """The logits after each live sequence's newest token, [B, V]."""
     last_B1, before = next_inputs(prompts, responses, live)
     columns = max(before) + 1
     length_B = torch.tensor(before, device=policy.device)
-    if lean:
-        return llama.next_logits(policy.model, policy.float32_head(), slots, last_B1[:, 0], length_B, columns)
+    if decoder is not None:
+        return decoder.next_logits(last_B1, length_B, columns)
     slots.write_next(length_B, columns)
     beyond_BS = torch.arange(columns, device=policy.device) > length_B[:, None]
     mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)
@@ -208,18 +210,18 @@ def _close_ranks(slots: Slots, live: list[int], finished: Sequence[int]) -> None
     del live[remaining:]
 
 
-def _trouble(policy: Policy, lean: bool) -> str:
-    """Why sampling through slots (and by the lean step) does not find what the policy itself finds of a few short sequences; empty
+def _trouble(policy: Policy, compiled: bool) -> str:
+    """Why sampling through slots (and by the compiled step) does not find what the policy itself finds of a few short sequences; empty
     when it does."""
     vocabulary = policy.model.get_input_embeddings().weight.size(0)
     prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate((5, 3, 5))]
     responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(n)] for b, n in enumerate((2, 4, 3))]
     given = Given(responses)
     try:
-        _decode(policy, prompts, given, 2, lean)
+        _decode(policy, prompts, given, 2, compiled)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, native.NoCompiler) as error:
         return first_line(error)
     theirs = policy.given_logps(prompts, responses)
     scale = max(abs(x) for row in theirs for x in row)
