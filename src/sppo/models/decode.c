@@ -22,12 +22,15 @@ enum { L = 8, ROWS = 3 };
 #else
 enum { L = 4, ROWS = 4 };
 #endif
-enum { COLS = 4, LINE = 64, NEAR = 24 << 10 }; /* NEAR: bytes of weights that stay in the first cache while rows pass by */
+enum { COLS = 4, LINE = 64, NEAR = 24 << 10, AHEAD = 2 << 10 };
+/* NEAR: bytes of weights that stay in the first cache while rows pass by; AHEAD: how far in advance keys and values are asked for */
 
 typedef float vf __attribute__((vector_size(4 * L)));
 typedef float vfu __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * L)));
 typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t u4 __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 
 #if BF16
@@ -38,8 +41,15 @@ INLINE T narrow(float x) { union { float f; uint32_t u; } c = {x}; return (c.u +
 INLINE vf load(const T *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
 INLINE vf rounded(vf x) { vu u = (vu)x; return (vf)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
 INLINE void store(T *p, vf x) { vu u = (vu)x; *(vh *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, vh); }
+typedef uint16_t h4 __attribute__((vector_size(8), aligned(2), may_alias));
+INLINE v4 load4(const T *p) { return (v4)(__builtin_convertvector(*(const h4 *)p, u4) << 16); }
+INLINE v4 rounded4(v4 x) { u4 u = (u4)x; return (v4)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
+INLINE void store4(T *p, v4 x) { u4 u = (u4)x; *(h4 *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, h4); }
 #else
 typedef float T;
+INLINE v4 load4(const T *p) { return *(const v4 *)p; }
+INLINE v4 rounded4(v4 x) { return x; }
+INLINE void store4(T *p, v4 x) { *(v4 *)p = x; }
 INLINE float wide(T x) { return x; }
 INLINE T narrow(float x) { return x; }
 INLINE vf load(const T *p) { return *(const vfu *)p; }
@@ -61,6 +71,11 @@ typedef vf word;
 INLINE word word_at(const T *p) { return load(p); }
 INLINE vf fused(vf sum, word a, word b) { return sum + a * b; }
 #endif
+
+/* Ask for `count` numbers a little beyond p: memory is slower than the sums unless it is asked in time. */
+INLINE void soon(const T *p, long count) {
+    for (long at = 0; at < count * (long)sizeof(T); at += LINE) __builtin_prefetch((const char *)p + AHEAD + at, 0, 2);
+}
 
 INLINE float total(vf x) {
     float sum = 0;
@@ -136,6 +151,22 @@ static void tiled(int rows, int cols, const T *x, const T *w, long k, float out[
 #undef CASE
 }
 
+/* Where sums go, one or four at a time: see product. */
+INLINE void finish(float sum, const T *bias, T *out, float *logits, int add) {
+    if (bias) sum += wide(*bias);
+    if (add) sum = wide(*out) + rounded1(sum);
+    if (logits) *logits = sum;
+    else *out = narrow(sum);
+}
+
+INLINE void finish4(const float *sums, const T *bias, T *out, float *logits, int add) {
+    v4 sum = *(const v4 *)sums;
+    if (bias) sum += load4(bias);
+    if (add) sum = load4(out) + rounded4(sum);
+    if (logits) *(v4 *)logits = sum;
+    else store4(out, sum);
+}
+
 /* Columns [from, to) of x [B, k] . w^T + bias. They go to `logits` in float32 if that is given; else rounded to `out`, which keeps
  * its own value besides if `add`. Rows of the result are `width` apart. */
 static void product(long B, const T *x, const T *w, const T *bias, long k, long from, long to, T *out, float *logits, long width, int add) {
@@ -153,14 +184,11 @@ static void product(long B, const T *x, const T *w, const T *bias, long k, long 
                 for (long line = cols * k * (long)sizeof(T) * r / B; line < cols * k * (long)sizeof(T) * (r + rows) / B; line += LINE)
                     __builtin_prefetch(ahead + line, 0, 2);
                 tiled(rows, cols, x + r * k, w + c * k, k, found);
-                for (int i = 0; i < rows; i++)
-                    for (int j = 0; j < cols; j++) {
-                        long at = (r + i) * width + c + j;
-                        float value = bias ? found[i][j] + wide(bias[c + j]) : found[i][j];
-                        if (logits) logits[at] = value;
-                        else if (add) out[at] = narrow(wide(out[at]) + rounded1(value));
-                        else out[at] = narrow(value);
-                    }
+                for (int i = 0; i < rows; i++) {
+                    long at = (r + i) * width + c;
+                    if (cols == COLS) finish4(found[i], bias ? bias + c : 0, out + at, logits ? logits + at : 0, add);
+                    else finish(found[i][0], bias ? bias + c : 0, out + at, logits ? logits + at : 0, add);
+                }
                 c += cols;
             }
         }
@@ -189,28 +217,33 @@ static void turned(T *x, const T *cos, const T *sin, long size) {
     }
 }
 
-/* score[s] = scale * q . key[s]; returns the largest. */
-static float scores(const float *q, const T *keys, long columns, long size, float scale, float *score) {
-    float peak = -INFINITY;
-    for (long s = 0; s < columns; s += 4) {
-        float found[4];
-        int many = columns - s < 4 ? columns - s : 4;
+/* Some columns from s on of score[h, s] = scale * q[h] . key[s], rows of it `stride` apart; peak[h] is the largest so far. */
+INLINE void scored(const int many, long heads, const T *q, const T *keys, long s, long size, float scale, float *score, long stride, float *peak) {
+    for (long h = 0; h < heads; h++) {
         vf sum[4] = {};
+        float found[4];
         long d = 0;
-        if (many == 4)
-            for (; d + L <= size; d += L)
-                for (int j = 0; j < 4; j++) sum[j] += loadf(q + d) * load(keys + (s + j) * size + d);
-        else
-            for (; d + L <= size; d += L)
-                for (int j = 0; j < many; j++) sum[j] += loadf(q + d) * load(keys + (s + j) * size + d);
+        for (; d + STEP <= size; d += STEP) {
+            word a = word_at(q + h * size + d);
+            for (int j = 0; j < many; j++) sum[j] = fused(sum[j], a, word_at(keys + (s + j) * size + d));
+        }
         totals(sum, found);
         for (int j = 0; j < many; j++) {
-            for (long i = d; i < size; i++) found[j] += q[i] * wide(keys[(s + j) * size + i]);
-            score[s + j] = found[j] *= scale;
-            if (!(found[j] <= peak)) peak = found[j]; /* NaN goes on */
+            for (long i = d; i < size; i++) found[j] += wide(q[h * size + i]) * wide(keys[(s + j) * size + i]);
+            score[h * stride + s + j] = found[j] *= scale;
+            peak[h] = found[j] > peak[h] ? found[j] : peak[h];
         }
     }
-    return peak;
+}
+
+static void scores(long heads, const T *q, const T *keys, long columns, long size, float scale, float *score, long stride, float *peak) {
+    for (long h = 0; h < heads; h++) peak[h] = -INFINITY;
+    long s = 0;
+    for (; s + 4 <= columns; s += 4) {
+        soon(keys + (s + 4) * size, 4 * size);
+        scored(4, heads, q, keys, s, size, scale, score, stride, peak);
+    }
+    for (; s < columns; s++) scored(1, heads, q, keys, s, size, scale, score, stride, peak);
 }
 
 /* score := exp(score - peak); returns the sum. */
@@ -230,6 +263,7 @@ INLINE void weighed(const int heads, const int many, const float *weight, long s
         for (int i = 0; i < many; i++) seen[h][i] = (vf){};
     for (long s = 0; s < columns; s++) {
         vf v[4];
+        soon(values + s * size, many * L);
         for (int i = 0; i < many; i++) v[i] = load(values + s * size + i * L);
         for (int h = 0; h < heads; h++)
             for (int i = 0; i < many; i++) seen[h][i] += weight[h * stride + s] * v[i];
@@ -272,7 +306,7 @@ typedef struct {
     const Layer *layer;
 } Model;
 
-typedef struct { T *h, *x, *qkv, *seen, *gate, *up; float *query, *score; } Room;
+typedef struct { T *h, *x, *qkv, *seen, *gate, *up; float *score; } Room;
 
 /* Where things lie in the memory lent for a step; returns its size in bytes. */
 static long laid(const Model *m, long B, long columns, long threads, char *base, Room *room) {
@@ -284,7 +318,6 @@ static long laid(const Model *m, long B, long columns, long threads, char *base,
     PLACE(seen, B * m->heads * m->size)
     PLACE(gate, B * m->inner)
     PLACE(up, B * m->inner)
-    PLACE(query, threads * a_group * m->size)
     PLACE(score, threads * a_group * columns)
 #undef PLACE
     return at + LINE;
@@ -305,15 +338,13 @@ static void attend(const Model *m, const Layer *l, const Room *room, long b, lon
     turned(k, cos, sin, size);
     memcpy(keys + length * size, k, size * sizeof(T));
     memcpy(values + length * size, v, size * sizeof(T));
-    float *query = room->query + me * a_group * size, *score = room->score + me * a_group * most, sum[a_group];
+    float *score = room->score + me * a_group * most, peak[a_group], sum[a_group];
     for (long h = 0; h < a_group; h++) {
-        T *one = q + h * size;
-        if (l->q_norm) normed(one, l->q_norm, size, m->epsilon, one);
-        turned(one, cos, sin, size);
-        for (long d = 0; d < size; d++) query[h * size + d] = wide(one[d]);
-        float peak = scores(query + h * size, keys, columns, size, m->scale, score + h * most);
-        sum[h] = weights(score + h * most, columns, peak);
+        if (l->q_norm) normed(q + h * size, l->q_norm, size, m->epsilon, q + h * size);
+        turned(q + h * size, cos, sin, size);
     }
+    scores(a_group, q, keys, columns, size, m->scale, score, most, peak);
+    for (long h = 0; h < a_group; h++) sum[h] = weights(score + h * most, columns, peak[h]);
     mixed(a_group, score, most, values, columns, size, sum, room->seen + (b * m->heads + g * a_group) * size);
 }
 

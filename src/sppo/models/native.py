@@ -77,9 +77,8 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
         ):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise NoCompiler(
-                    f"{compiler} could not compile {SOURCE.name}: {done.stderr.strip().splitlines()[:1] or done.returncode}"
-                )
+                said = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
+                raise NoCompiler(f"{compiler} does not compile {SOURCE.name}: {said[0].strip()}")
         linked.replace(path)
 
 
