@@ -18,7 +18,9 @@ from sppo.types import Rollout, Task, Verdict
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 REFERENCE = "def f(n):\n    total = 0\n    for i in range(n):\n        total += i % 3\n    return total"
-TWICE = REFERENCE.replace("return total", "for i in range(n): pass\n    for i in range(n): i % 3\n    return total")
+SLOW = (
+    "def f(n):\n    for k in range(20):\n        total = 0\n        for i in range(n): total += i % 3\n    return total"
+)
 CLOSED = "def f(n):\n    return n // 3 * 3 + (0, 0, 1)[n % 3]"
 N = 400_000
 COLUMNS: dict[str, Any] = {
@@ -41,10 +43,11 @@ def judged(reward: RuntimeReward, text: str, **columns: Any) -> Verdict:
 
 
 def test_speed_is_paid_only_to_the_correct(reward: RuntimeReward) -> None:
-    same, slow, fast = (judged(reward, text) for text in (REFERENCE, TWICE, CLOSED))
+    same, slow, fast = (judged(reward, text) for text in (REFERENCE, SLOW, CLOSED))
     assert [v.correct for v in (same, slow, fast)] == [1, 1, 1]
-    assert 0.15 < same.score < 0.4  # a quarter: as fast as the reference, up to four times counts
-    assert slow.score < same.score
+    # A quarter: as fast as the reference, and up to four times counts. On a busy machine a pair may be off by a factor of two (what
+    # is exact is tested by hand below), so what is told apart here lies a factor of twenty from it.
+    assert slow.score < 0.06 < same.score < 0.9
     assert fast.score == 1
     assert fast.evidence["measures"]["speedup"] == 4
     wrong = judged(reward, "def f(n): return 0")
@@ -62,30 +65,30 @@ def test_nothing_is_remembered_from_run_to_run(reward: RuntimeReward) -> None:
     caching = "import os, builtins\n" + REFERENCE.replace("def f(n):\n", f"def f(n):\n{look}").replace(
         "    return total", keep
     )
-    assert 0.1 < judged(reward, caching).score < 0.4
+    assert 0.06 < judged(reward, caching).score < 0.9  # 1 if the second run had found what the first one kept
     clock = "import time\ntime.process_time = time.perf_counter = time.time = lambda: 0.0\n" + REFERENCE
-    assert 0.1 < judged(reward, clock).score < 0.4
+    assert 0.06 < judged(reward, clock).score < 0.9  # and if it stopped the clock
 
 
 def test_work_that_hides_is_counted(reward: RuntimeReward) -> None:
-    """Marks that outlive a run, an end that does not come, and work done by others: each is three times slower than the reference."""
-    slow = "def f(n):\n    for k in range(3):\n        total = 0\n        for i in range(n): total += i % 3\n    return total"
+    """Marks that outlive a run, an end that does not come, and work done by others: each is twenty times slower than the reference."""
+    slow = SLOW
     tests = {"runtime_tests": [f"assert f({N}) == {N // 3 * 3 + (0, 0, 1)[N % 3]}"]}
-    assert judged(reward, slow).score < 0.15
+    assert judged(reward, slow).score < 0.06
     endless = f"import os, time\nos._exit = lambda code: time.sleep(60)\n{slow}"
-    assert judged(reward, endless, **tests).score < 0.2  # ended by us, and its time is still known
+    assert judged(reward, endless, **tests).score < 0.06  # ended by us, and its time is still known
     marks = (
         "import os\ndef f(n):\n    try:\n        seen = os.stat('/dev/pts').st_mtime_ns\n        os.utime('/dev/pts', ns=(n, n))\n"
         "        if seen == n: return " + str(N // 3 * 3 + (0, 0, 1)[N % 3]) + "\n    except OSError: pass\n" + slow.partition("\n")[2]
     )  # fmt: skip
-    assert judged(reward, marks).score < 0.15
+    assert judged(reward, marks).score < 0.06
     forking = load_reward("runtime:cap=4,pairs=3,slots=1,fork=true")
     assert isinstance(forking, RuntimeReward)
     away = (
         slow.replace("def f", "def work") + "\nimport os\ndef f(n):\n    r, w = os.pipe()\n    if os.fork() == 0:\n        if os.fork() == 0:\n"
         "            os.write(w, str(work(n)).encode())\n        os._exit(0)\n    return int(os.read(r, 99))"
     )  # fmt: skip
-    assert judged(forking, away).score < 0.2
+    assert judged(forking, away).score < 0.06
     forking.close()
 
 

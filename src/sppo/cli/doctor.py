@@ -66,7 +66,7 @@ def _machine() -> dict[str, str]:
         "bfloat16": native_bfloat16(device) or "not native here: float32 is used",
         "memory": f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
         "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
-        "engines": "local",
+        "engines": f"local ({_decoding()})",
         "sandbox": _sandbox(),
     }
     for package in PACKAGES:
@@ -76,6 +76,18 @@ def _machine() -> dict[str, str]:
             extra = {"reasoning-gym": "gym", "gguf": "gguf"}.get(package)
             out[package] = f"not installed (pip install 'sppo[{extra}]')" if extra else "not installed"
     return out
+
+
+def _decoding() -> str:
+    import torch
+
+    from ..models import native
+
+    try:
+        native.library(torch.float32)
+        return "decoding compiled for this processor"
+    except native.NoCompiler as error:
+        return f"decoding not compiled, about half as fast on a CPU: {error}"
 
 
 def _sandbox() -> str:

@@ -77,7 +77,9 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
         ):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                said = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
+                said = [line for line in done.stderr.splitlines() if "error" in line] or [
+                    f"exit code {done.returncode}"
+                ]
                 raise NoCompiler(f"{compiler} does not compile {SOURCE.name}: {said[0].strip()}")
         linked.replace(path)
 
@@ -143,6 +145,8 @@ class Decoder:
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         position_1P = torch.arange(slots.longest)[None]
         turns = model.model.rotary_emb(torch.empty(0, dtype=model.dtype), position_1P)
+        if turns[0].size(-1) != size:
+            raise ValueError("its rotary embedding turns only a part of each head")
         self._cos_PS, self._sin_PS = (t[0, :, : size // 2].contiguous() for t in turns)
         self._layers = (_Layer * len(layers))(*(_Layer(**_weights(layer)) for layer in layers))
         head = model.get_output_embeddings().weight

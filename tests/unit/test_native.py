@@ -1,0 +1,163 @@
+"""The compiled decoding step against the model's own layers."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from sppo.models import native, tiny
+from sppo.models.policy import Policy
+from sppo.rollout.engine import Sampling
+from sppo.rollout.local import LocalEngine
+from sppo.rollout.slots import Slots
+
+SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "max_position_embeddings": 256, 
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+SHAPES: dict[str, dict[str, int]] = {
+    "whole registers": {"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
+    "five heads a group": {"hidden_size": 160, "intermediate_size": 224, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 32},
+    "nothing fits a register": {"hidden_size": 44, "intermediate_size": 75, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 22},
+}  # fmt: skip
+X86 = platform.machine() in ("x86_64", "AMD64")
+PROMPTS = [[1 + (7 * i + k) % 90 for k in range(2 + 5 * i)] for i in range(9)]
+
+
+def model_of(shape: str, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = SIZES | SHAPES[shape]
+    made = (
+        LlamaForCausalLM(LlamaConfig(**config, attention_bias=True))
+        if kind == "llama"
+        else Qwen3ForCausalLM(Qwen3Config(**config))
+    )
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return made.to(dtype).eval()
+
+
+def policy_of(model: Any) -> Policy:
+    return Policy(model, tiny.character_tokenizer())
+
+
+@pytest.fixture(scope="module", params=["native", *(["x86-64-v3", "x86-64"] if X86 else [])])
+def compiled_for(request, tmp_path_factory):
+    """The code for registers of 16, 8 and 4 numbers (on x86)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "COMPILE", tuple(f.replace("native", request.param) for f in native.COMPILE))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        native.library.cache_clear()
+        yield
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_way_to_compile_it_computes_the_model(compiled_for, shape, kind):
+    """Sizes that fill registers, and sizes that do not."""
+    policy = policy_of(model_of(shape, kind))
+    engine = LocalEngine(policy)
+    assert engine.compiled
+    responses = [[(5 * i + k) % 90 for k in range(20 - i)] for i in range(len(PROMPTS))]
+    mine, theirs = engine.score(PROMPTS, responses), policy.given_logps(PROMPTS, responses)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a == pytest.approx(b, abs=3e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_bfloat16_it_is_as_exact_as_the_model(compiled_for, shape):
+    rounded = model_of(shape, dtype=torch.bfloat16)
+    responses = [[(5 * i + k) % 90 for k in range(20 - i)] for i in range(len(PROMPTS))]
+    exact = policy_of(copy.deepcopy(rounded).float()).given_logps(PROMPTS, responses)
+    policy = policy_of(rounded)
+    engine = LocalEngine(policy)
+    assert engine.compiled
+
+    def error(found: list[list[float]]) -> float:
+        gaps = torch.tensor([a - b for x, y in zip(found, exact, strict=True) for a, b in zip(x, y, strict=True)])
+        return float(gaps.square().mean().sqrt())
+
+    assert error(engine.score(PROMPTS, responses)) < 1.3 * error(policy.given_logps(PROMPTS, responses))
+
+
+def stepped(model: Any, rows: list[int], threads: int | None = None) -> torch.Tensor:
+    """Logits of these rows, each with its own past, decoded together."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    slots = Slots(model.config, len(rows), 80)
+    for n, layer in enumerate(slots.layers):
+        past = torch.zeros(1, model.config.num_key_value_heads, 1, model.config.head_dim, dtype=model.dtype)
+        layer.lazy_initialization(past, past)
+        for b, row in enumerate(rows):
+            made = torch.Generator().manual_seed(1000 * n + row)
+            layer.key_store[b] = torch.randn(layer.key_store[b].shape, generator=made)
+            layer.value_store[b] = torch.randn(layer.value_store[b].shape, generator=made)
+    lengths = [1 + (13 * row) % 70 for row in rows]
+    ids_B = torch.tensor([(31 * row) % 100 for row in rows])
+    out = native.Decoder(model, slots).next_logits(ids_B, torch.tensor(lengths), max(lengths) + 1).clone()
+    torch.set_num_threads(before)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_is_the_same_bits_whoever_is_beside_it(shape, dtype):
+    model = model_of(shape, dtype=dtype)
+    together = stepped(model, list(range(23)))
+    for row in (0, 4, 5, 17, 22):
+        assert torch.equal(stepped(model, [row])[0], together[row])
+    assert torch.equal(stepped(model, list(range(23)), threads=1), together)
+
+
+def test_new_weights_are_sampled_from_at_once():
+    policy = policy_of(model_of("whole registers"))
+    engine = LocalEngine(policy)
+    before = engine.score([[1, 2]], [[3, 4, 5]])
+    with torch.no_grad():
+        policy.model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    after = engine.score([[1, 2]], [[3, 4, 5]])
+    assert after[0] != pytest.approx(before[0], abs=1e-3)
+    assert after[0] == pytest.approx(policy.given_logps([[1, 2]], [[3, 4, 5]])[0], abs=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [("CC", "no-such-compiler", "no C compiler"), ("CC", "false", "does not compile"), ("XDG_CACHE_HOME", "/proc/no", "/proc/no")],
+)  # fmt: skip
+def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, variable, value, why):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(variable, value)
+    native.library.cache_clear()
+    policy = policy_of(model_of("whole registers"))
+    engine = LocalEngine(policy)
+    assert not engine.compiled
+    assert engine.plain is None
+    assert "not compiled" in engine.stated
+    assert why in engine.stated
+    slow = engine.generate(PROMPTS, range(9), Sampling(12))
+    monkeypatch.undo()
+    native.library.cache_clear()
+    quick = LocalEngine(policy)
+    assert quick.compiled
+    assert quick.stated == ""
+    assert [s.ids for s in quick.generate(PROMPTS, range(9), Sampling(12))] == [s.ids for s in slow]
+
+
+def test_a_part_turned_by_rotation_is_refused(monkeypatch):
+    model = model_of("whole registers")
+    turns = model.model.rotary_emb.forward
+    monkeypatch.setattr(model.model.rotary_emb, "forward", lambda *a: tuple(t[..., :32] for t in turns(*a)))
+    with pytest.raises(ValueError, match="a part of each head"):
+        native.Decoder(model, Slots(model.config, 1, 8))
+
+
+def test_not_a_number_is_not_hidden():
+    model = model_of("whole registers")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    assert stepped(model, [1, 2]).isnan().all()
