@@ -16,7 +16,7 @@ from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.slots import Slots
 
-SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "max_position_embeddings": 256, 
+SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "max_position_embeddings": 256,
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
 SHAPES: dict[str, dict[str, int]] = {
     "whole registers": {"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
