@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import platform
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ SHAPES: dict[str, dict[str, int]] = {
     "five heads a group": {"hidden_size": 160, "intermediate_size": 224, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 32},
     "nothing fits a register": {"hidden_size": 44, "intermediate_size": 75, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 22},
 }  # fmt: skip
-X86 = platform.machine() in ("x86_64", "AMD64")
 PROMPTS = [[1 + (7 * i + k) % 90 for k in range(2 + 5 * i)] for i in range(9)]
 
 
@@ -45,11 +45,22 @@ def policy_of(model: Any) -> Policy:
     return Policy(model, tiny.character_tokenizer())
 
 
-@pytest.fixture(scope="module", params=["native", *(["x86-64-v3", "x86-64"] if X86 else [])])
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+
+
+def targets() -> list[str]:
+    """What this processor can run: registers of 4, 8 and 16 numbers on x86, and whatever more it has itself."""
+    flags = Path("/proc/cpuinfo").read_text()
+    levels = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
+    return ["native", *(level for level, needs in levels.items() if f" {needs} " in flags)]
+
+
+@pytest.fixture(scope="module", params=targets())
 def compiled_for(request, tmp_path_factory):
-    """The code for registers of 16, 8 and 4 numbers (on x86)."""
+    """The code for each kind of register; a warning of the compiler is an error here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "COMPILE", tuple(f.replace("native", request.param) for f in native.COMPILE))
+        flags = [f.replace("native", request.param) for f in native.COMPILE]
+        patch.setattr(native, "COMPILE", (*flags, "-Wall", "-Wextra", "-Werror"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         native.library.cache_clear()
         yield
@@ -69,9 +80,10 @@ def test_every_way_to_compile_it_computes_the_model(compiled_for, shape, kind):
         assert a == pytest.approx(b, abs=3e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_bfloat16_it_is_as_exact_as_the_model(compiled_for, shape):
-    rounded = model_of(shape, dtype=torch.bfloat16)
+def test_in_bfloat16_it_is_as_exact_as_the_model(compiled_for, shape, kind):
+    rounded = model_of(shape, kind, torch.bfloat16)
     responses = [[(5 * i + k) % 90 for k in range(20 - i)] for i in range(len(PROMPTS))]
     exact = policy_of(copy.deepcopy(rounded).float()).given_logps(PROMPTS, responses)
     policy = policy_of(rounded)
@@ -87,8 +99,6 @@ def test_in_bfloat16_it_is_as_exact_as_the_model(compiled_for, shape):
 
 def stepped(model: Any, rows: list[int], threads: int | None = None) -> torch.Tensor:
     """Logits of these rows, each with its own past, decoded together."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
     slots = Slots(model.config, len(rows), 80)
     for n, layer in enumerate(slots.layers):
         past = torch.zeros(1, model.config.num_key_value_heads, 1, model.config.head_dim, dtype=model.dtype)
@@ -99,9 +109,9 @@ def stepped(model: Any, rows: list[int], threads: int | None = None) -> torch.Te
             layer.value_store[b] = torch.randn(layer.value_store[b].shape, generator=made)
     lengths = [1 + (13 * row) % 70 for row in rows]
     ids_B = torch.tensor([(31 * row) % 100 for row in rows])
-    out = native.Decoder(model, slots).next_logits(ids_B, torch.tensor(lengths), max(lengths) + 1).clone()
-    torch.set_num_threads(before)
-    return out
+    decoder = native.Decoder(model, slots)
+    decoder.threads = threads or decoder.threads
+    return decoder.next_logits(ids_B, torch.tensor(lengths), max(lengths) + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,7 +121,8 @@ def test_a_row_is_the_same_bits_whoever_is_beside_it(shape, dtype):
     together = stepped(model, list(range(23)))
     for row in (0, 4, 5, 17, 22):
         assert torch.equal(stepped(model, [row])[0], together[row])
-    assert torch.equal(stepped(model, list(range(23)), threads=1), together)
+    for threads in (1, 3, 7):
+        assert torch.equal(stepped(model, list(range(23)), threads), together)
 
 
 def test_new_weights_are_sampled_from_at_once():
@@ -126,12 +137,11 @@ def test_new_weights_are_sampled_from_at_once():
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "why"),
-    [("CC", "no-such-compiler", "no C compiler"), ("CC", "false", "does not compile"), ("XDG_CACHE_HOME", "/proc/no", "/proc/no")],
+    ("compiler", "why"), [("no-such-compiler", "no C compiler (no-such-compiler)"), ("false", "does not compile"), ("env false", "does not compile")]
 )  # fmt: skip
-def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, variable, value, why):
+def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, compiler, why):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("CC", compiler)
     native.library.cache_clear()
     policy = policy_of(model_of("whole registers"))
     engine = LocalEngine(policy)
@@ -148,6 +158,55 @@ def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, varia
     assert [s.ids for s in quick.generate(PROMPTS, range(9), Sampling(12))] == [s.ids for s in slow]
 
 
+def test_what_is_cached_is_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    native.library(torch.float32)
+    (made,) = (tmp_path / "sppo").iterdir()
+    made.unlink()
+    (tmp_path / "sppo").chmod(0o777)  # somebody else could put a file there
+    native.library.cache_clear()
+    native.library(torch.float32)
+    assert list((tmp_path / "sppo").iterdir()) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no")
+    native.library.cache_clear()
+    native.library(torch.float32)
+    native.library.cache_clear()
+
+
+def test_a_model_with_something_of_its_own_is_left_to_its_own_layers():
+    def changed(change) -> bool:
+        model = model_of("whole registers")
+        change(model)
+        return native.fits(model)
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    assert changed(lambda m: None)
+    assert not changed(
+        lambda m: setattr(m.model.layers[0].self_attn, "q_proj", Adapted(m.model.layers[0].self_attn.q_proj))
+    )
+    assert not changed(lambda m: m.model.norm.register_forward_hook(lambda *a: None))
+    assert not changed(lambda m: setattr(m, "lm_head", torch.nn.Linear(192, 101)))
+    assert not changed(lambda m: m.double())
+    assert not changed(lambda m: setattr(m.config, "sliding_window", 4))
+    with pytest.raises(ValueError, match="not a model that"):
+        native.Decoder(model_of("whole registers").double(), None)
+
+
+def test_an_error_of_the_compiled_step_is_noticed_before_it_is_used(monkeypatch):
+    policy = policy_of(model_of("whole registers"))
+    right = native.Decoder.next_logits
+    for wrong in (1.5, float("nan")):
+        monkeypatch.setattr(native.Decoder, "next_logits", lambda *a, by=wrong: right(*a) * by)
+        engine = LocalEngine(policy)
+        assert not engine.compiled
+        assert "decode.c" in engine.stated
+
+
 def test_a_part_turned_by_rotation_is_refused(monkeypatch):
     model = model_of("whole registers")
     turns = model.model.rotary_emb.forward
@@ -156,8 +215,9 @@ def test_a_part_turned_by_rotation_is_refused(monkeypatch):
         native.Decoder(model, Slots(model.config, 1, 8))
 
 
-def test_not_a_number_is_not_hidden():
-    model = model_of("whole registers")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_a_number_is_not_hidden(dtype):
+    model = model_of("whole registers", dtype=dtype)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
     assert stepped(model, [1, 2]).isnan().all()

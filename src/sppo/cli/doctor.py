@@ -84,8 +84,9 @@ def _decoding() -> str:
     from ..models import native
 
     try:
-        native.library(torch.float32)
-        return "decoding compiled for this processor"
+        for dtype in (torch.float32, torch.bfloat16):
+            native.library(dtype)
+        return "on a CPU decoding is compiled for this processor"
     except native.NoCompiler as error:
         return f"decoding not compiled, about half as fast on a CPU: {error}"
 

@@ -1,8 +1,8 @@
 /* One decoding step of a Llama-like model for a batch of sequences, from their newest tokens to their logits.
  *
- * Compiled for this processor by native.py, once with T = float and once with T = bfloat16. Every intermediate is rounded where
- * transformers rounds it. What a row comes to does not depend on the other rows, nor on how many threads there are: each number is
- * summed by one thread in one order.
+ * Compiled for this processor by native.py, once with T = float and once with T = bfloat16. Between its operations a layer is rounded
+ * where transformers rounds it; attention is in float32 until its result. What a row comes to does not depend on the other rows, nor on
+ * how many threads there are: each number is summed by one thread in one order.
  *
  * Axes as elsewhere: B rows (sequences), D hidden, V vocabulary. All matrices are row-major, weights [out, in] as nn.Linear has
  * them, read where the model keeps them.
@@ -186,8 +186,8 @@ static void product(long B, const T *x, const T *w, const T *bias, long k, long 
                 tiled(rows, cols, x + r * k, w + c * k, k, found);
                 for (int i = 0; i < rows; i++) {
                     long at = (r + i) * width + c;
-                    if (cols == COLS) finish4(found[i], bias ? bias + c : 0, out + at, logits ? logits + at : 0, add);
-                    else finish(found[i][0], bias ? bias + c : 0, out + at, logits ? logits + at : 0, add);
+                    if (cols == COLS) finish4(found[i], bias ? bias + c : 0, out ? out + at : 0, logits ? logits + at : 0, add);
+                    else finish(found[i][0], bias ? bias + c : 0, out ? out + at : 0, logits ? logits + at : 0, add);
                 }
                 c += cols;
             }
@@ -256,7 +256,7 @@ static float weights(float *score, long columns, float peak) {
     return all;
 }
 
-/* out [heads, size] from `from` on, as many registers as fit: the values, weighed by each head's weights. */
+/* The values weighed by each head's weights, `many` registers wide, into out [heads, size]. */
 INLINE void weighed(const int heads, const int many, const float *weight, long stride, const T *values, long columns, long size, const float *sum, T *out) {
     vf seen[4][4];
     for (int h = 0; h < heads; h++)

@@ -7,6 +7,7 @@ values, or cannot be packed, is sampled by the plain loop (rollout/plain.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,11 +42,11 @@ class LocalEngine:
         self.policy = policy
         slow = policy.unpacked_why or _trouble(policy, compiled=False)
         self.plain = PlainEngine(policy) if slow else None
-        uncompiled = "" if slow or not native.fits(policy.model) else _trouble(policy, compiled=True)
-        self.compiled = not slow and not uncompiled and native.fits(policy.model)
+        self.compiled = not slow and native.fits(policy.model)
         self.stated = f"engine local: the plain loop, several times slower: {slow}" if slow else ""
-        if uncompiled:
-            self.stated = f"engine local: decoding is not compiled, about half as fast: {uncompiled}"
+        if self.compiled and (why := _trouble(policy, compiled=True)):
+            self.compiled = False
+            self.stated = f"engine local: decoding is not compiled, about half as fast: {why}"
 
     def sync(self, policy: Policy) -> None:
         """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
@@ -133,7 +134,7 @@ def _next(
     columns = max(before) + 1
     length_B = torch.tensor(before, device=policy.device)
     if decoder is not None:
-        return decoder.next_logits(last_B1, length_B, columns)
+        return decoder.next_logits(last_B1[:, 0], length_B, columns)
     slots.write_next(length_B, columns)
     beyond_BS = torch.arange(columns, device=policy.device) > length_B[:, None]
     mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)
@@ -214,23 +215,21 @@ def _trouble(policy: Policy, compiled: bool) -> str:
     """Why sampling through slots (and by the compiled step) does not find what the policy itself finds of a few short sequences; empty
     when it does."""
     vocabulary = policy.model.get_input_embeddings().weight.size(0)
-    prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate((5, 3, 5))]
-    responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(n)] for b, n in enumerate((2, 4, 3))]
+    rows, longest = (13, 40) if compiled else (3, 5)  # enough for every loop of decode.c to run, whole and in part
+    longest = min(longest, (policy.context or longest) - 4)
+    lengths = [max(1, longest - 2 * (b % 2) - b // 3) for b in range(rows)]
+    prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate(lengths)]
+    responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(2 + b % 3)] for b in range(rows)]
     given = Given(responses)
     try:
-        _decode(policy, prompts, given, 2, compiled)
+        _decode(policy, prompts, given, rows - 1, compiled)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, native.NoCompiler) as error:
         return first_line(error)
     theirs = policy.given_logps(prompts, responses)
-    scale = max(abs(x) for row in theirs for x in row)
-    gap = max(
-        abs(a - b) for mine, other in zip(given.logps, theirs, strict=True) for a, b in zip(mine, other, strict=True)
-    )
-    # what is not a number is the policy's trouble, and said when it is sampled from
-    return (
-        f"its log-probabilities through slots are off by {gap:.2g}"
-        if gap > packed.TOLERANCE[policy.dtype] * scale
-        else ""
-    )
+    mine_N, theirs_N = (torch.tensor([x for row in found for x in row]) for found in (given.logps, theirs))
+    gaps, scale = (mine_N - theirs_N).abs(), float(theirs_N.abs().max())
+    if not math.isfinite(scale) or bool((gaps <= packed.TOLERANCE[policy.dtype] * scale).all()):
+        return ""  # what is not a number is the policy's trouble, and said when it is sampled from
+    return f"its log-probabilities through {'decode.c' if compiled else 'slots'} are off by {float(gaps.max()):.2g}"
