@@ -32,6 +32,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sppo-beta": _like_sppo(baseline="beta"),
     # SPPO with the prediction's best linear use as a baseline, fitted on earlier steps: the optimal control variate.
     "sppo-cv": _like_sppo(baseline="regressed"),
+    # SPPO with a baseline that goes on reading: V(x) and what the steps written so far tell. docs/exploration.md
+    "sppo-hybrid": _like_sppo(ratio="token", baseline="hybrid"),
     # PPO, arXiv 1707.06347 eq. 7, with a value for every token, GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
     "ppo": _like_sppo(ratio="token", baseline="token-critic", scale="batch", average="tokens", dual_clip=0.0),
     # REINFORCE, Williams 1992, against the mean of the batch's other rewards.

@@ -10,297 +10,28 @@ import hashlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from .algorithms import PRESETS, preset, with_algorithm
 from .errors import RecipeError
+from .sections import (
+    BootstrapSection,
+    CriticSection,
+    CurriculumSection,
+    EvaluationSection,
+    ObjectiveSection,
+    PolicySection,
+    RewardSection,
+    RolloutSection,
+    RunSection,
+    Section,
+    TaskSection,
+    TrainingSection,
+)
 from .spec import nearest, scalar
-
-
-class Section(BaseModel):
-    """One table of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PolicySection(Section):
-    """The model that is trained."""
-
-    model: str = Field(
-        "tiny",
-        description="a model folder, a hub name, or 'tiny:hidden=128,layers=3,heads=4' (made here, from scratch)",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="weights during rollouts and updates; auto: bfloat16 for 50M parameters or more on hardware that "
-        "multiplies it natively, else float32 (master weights, head and log-softmax are always float32)",
-    )
-    chat_template: Literal["auto", "off"] = Field(
-        "auto", description="auto: chat messages go through the tokenizer's template if it has one; off: plain text"
-    )
-
-
-class CriticSection(Section):
-    """The prompt-only value model V(x): any family, any size, its own tokenizer."""
-
-    model: str = Field(
-        "tiny:hidden=64,layers=2,heads=4", description="as policy.model; any transformers model, encoder or decoder"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="as policy.dtype")
-
-
-class TaskSection(Section):
-    """Which problems."""
-
-    train: str = Field("chain:steps=4-6", description="training problems: 'name:key=value,…' or a .jsonl/.parquet file")
-    eval: str | None = Field(
-        None, description="held-out problems; default: the held-out share of the training problems"
-    )
-    instruction: str = Field("", description="text added after every question, e.g. how to mark the answer")
-    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out and counted, never cut")
-
-
-class RewardSection(Section):
-    """What judges a response."""
-
-    use: str = Field(
-        "answer",
-        description="a file of rewards/ with options ('answer:extract=boxed', 'math', 'code'), package.module:object, or several: "
-        "'code + 0.2 * mine:style', 'math and mine:checked', 'math gate mine:format'",
-    )
-    limit: float = Field(
-        600.0,
-        gt=0,
-        description="seconds that one call of your own reward may take; then its samples are judged one by one, and masked where they hang",
-    )
-
-
-class BootstrapSection(Section):
-    """A supervised start on worked solutions; a recipe without this section starts from the model as it is."""
-
-    task: str | None = Field(None, description="problems with worked solutions; default: the training problems")
-    steps: int = Field(300, ge=1, description="optimiser updates, at most")
-    until: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="stop as soon as this share of training problems is solved: reinforcement needs some success, not all",
-    )
-    batch: int = Field(64, ge=1, description="solutions an update")
-    lr: float | None = Field(
-        None,
-        gt=0,
-        description="peak learning rate; default by size: 2e-3 below 10M parameters, 1e-4 below 1B, 1e-5 above",
-    )
-    warmup: int = Field(50, ge=0, description="updates of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
-
-
-class RolloutSection(Section):
-    """How responses are sampled."""
-
-    engine: str = Field(
-        "local",
-        description="what samples: 'local' (here, on the learner's weights), 'vllm:key=value,…', or package.module:object",
-    )
-    prompts: int = Field(128, ge=1, description="prompts a step")
-    samples: int = Field(1, ge=1, description="responses a prompt; SPPO needs one, group baselines two or more")
-    resample: int = Field(
-        0,
-        ge=0,
-        description="replace prompts whose samples all score the same, in at most so many more rounds (DAPO's dynamic sampling); 0: keep them",
-    )
-    max_tokens: int = Field(256, ge=1, description="response limit, EOS included")
-    temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
-    top_k: int = Field(0, ge=0, description="draw among so many of the likeliest tokens; 0: all of them")
-    top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="draw among the fewest tokens that hold this much of the probability; 1: all of them",
-    )
-    min_p: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="draw among tokens at least so many times as likely as the likeliest; 0: all of them",
-    )
-    stop: tuple[str, ...] = Field(
-        (), description="a response ends once it holds one of these strings; EOS always ends it"
-    )
-    batch: int = Field(128, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
-    truncated: Literal["penalise", "mask"] = Field(
-        "penalise", description="a response cut at max_tokens scores 0, or is masked and leaves every denominator"
-    )
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in value:
-            raise ValueError("an empty string would end every response at once")
-        return value
-
-
-class ObjectiveSection(Section):
-    """The clipped sequence-level surrogate, or a peer's."""
-
-    algorithm: str = Field(
-        "sppo",
-        description="a preset for the keys below and rollout.samples, where they are not given: " + ", ".join(PRESETS),
-    )
-    baseline: Literal["critic", "beta", "regressed", "token-critic", "batch", "others", "group", "greedy"] = Field(
-        "critic",
-        description="what the reward is compared with: V(x); beta: V(x) with the prompt's past and other samples; regressed: V(x) as a control "
-        "variate; token-critic: a value for every token and GAE; batch, others, group: the mean of the batch's other rewards, of the prompt's "
-        "other samples, of all its samples; greedy: the greedy response's reward",
-    )
-    scale: Literal["none", "group", "batch"] = Field(
-        "none",
-        description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
-    )
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="of baseline = 'token-critic'")
-    half_life: float = Field(
-        1.0, gt=0, description="of baseline = 'beta': nats by which the policy moves until a past reward counts half"
-    )
-    surrogate: Literal["clip", "cispo", "plain"] = Field(
-        "clip",
-        description="clip: PPO's; cispo: a clipped weight on the log-probability; plain: the log-probability alone (REINFORCE)",
-    )
-    average: Literal["auto", "tokens", "responses", "constant"] = Field(
-        "auto",
-        description="what a loss of token ratios averages over: all tokens (auto), each response's tokens and then responses, or "
-        "responses times rollout.max_tokens; sequence ratios: responses (auto)",
-    )
-    ratio: Literal["sequence", "geometric", "token", "family"] = Field(
-        "sequence", description="importance ratio: exp(l), exp(l/T) (GSPO), per token, or exp(l/T^kappa)"
-    )
-    kappa: float = Field(0.5, ge=0, le=1, description="the family's exponent; 0 is sequence, 1 is geometric")
-    clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
-    dual_clip: float = Field(
-        3.0, ge=0, description="bound on the ratio where the advantage is negative; 0 turns it off"
-    )
-    anchor: Literal["behaviour", "reference"] = Field(
-        "behaviour",
-        description="the ratio's denominator: the sampling policy (exact), or the frozen start (see docs/algorithm.md)",
-    )
-    kl: float = Field(0.0, ge=0, description="weight of the KL to the frozen start; 0 holds no reference model")
-    kl_form: Literal["reward", "k2", "k3"] = Field(
-        "reward",
-        description="reward: exact, inside the reward; k2: exact reverse-KL gradient on policy; k3: gradient of KL(ref||policy)",
-    )
-    ev_gate: bool = Field(
-        False,
-        description="use the mean of the other rewards instead of V(x) while V explains no variance (arXiv 2604.19485)",
-    )
-    engine_correction: float = Field(
-        2.0, ge=0, description="cap of the importance weight that corrects engine-learner mismatch; 0 turns it off"
-    )
-    engine_gap_limit: float = Field(
-        0.1,
-        gt=0,
-        description="stop when engine and learner log-probabilities differ by more than this a token, on average",
-    )
-
-    @field_validator("dual_clip")
-    @classmethod
-    def _dual_clip_above_one(cls, value: float) -> float:
-        if 0 < value <= 1:
-            raise ValueError("must be above 1, or 0 to turn it off")
-        return value
-
-    @field_validator("clip")
-    @classmethod
-    def _clip_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        low, high = value
-        if not (0 < low <= 1 and high > 0):
-            raise ValueError("low must lie in (0, 1] and high above 0")
-        return value
-
-    @field_validator("algorithm")
-    @classmethod
-    def _known_algorithm(cls, value: str) -> str:
-        if value not in PRESETS:
-            raise ValueError(nearest(value, list(PRESETS)))
-        return value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> ObjectiveSection:
-        if self.baseline == "token-critic" and self.ratio != "token":
-            raise ValueError("baseline = 'token-critic' gives every token an advantage of its own: set ratio = 'token'")
-        if self.average != "auto" and self.ratio != "token":
-            raise ValueError(
-                f"average = {self.average!r} is about tokens, and ratio is {self.ratio!r}: set ratio = 'token' (or leave it to the preset of "
-                f"algorithm = {self.algorithm!r}), or average = 'auto'"
-            )
-        if self.ev_gate and self.baseline != "critic":
-            raise ValueError("ev_gate is about baseline = 'critic'")
-        return self
-
-
-class TrainingSection(Section):
-    """The update."""
-
-    steps: int = Field(200, ge=1, description="rollout-and-update steps")
-    minibatches: int = Field(2, ge=1, description="optimiser updates an epoch over one step's rollouts")
-    epochs: int = Field(1, ge=1, description="passes over one step's rollouts")
-    lr: float | None = Field(
-        None,
-        gt=0,
-        description="policy learning rate; default by size: 2e-4 below 10M parameters, 1e-5 below 1B, the paper's 1e-6 above",
-    )
-    critic_lr: float | None = Field(
-        None,
-        gt=0,
-        description="critic learning rate; default by size: 1e-3 below 10M parameters, 5e-5 below 1B, the paper's 5e-6 above",
-    )
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after the warm-up, to zero at the last step"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="AdamW's"
-    )
-    micro_tokens: int = Field(16384, ge=1, description="tokens a micro-batch; memory only, not the result")
-    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
-        "adamw",
-        description="of the policy: AdamW, or with 8-bit moments (bitsandbytes): 6 bytes a weight less, not the same bits",
-    )
-    checkpoint_activations: bool = Field(
-        False,
-        description="compute each layer again in the backward pass instead of keeping it: less memory for one more forward pass",
-    )
-    measure_noise: bool = Field(
-        False,
-        description="measure the variance of the policy's gradient from a step's first two minibatches (holds a copy of the gradient)",
-    )
-    max_bad_updates: int = Field(
-        3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"
-    )
-
-
-class EvaluationSection(Section):
-    """Held-out accuracy along the way."""
-
-    every: int = Field(20, ge=0, description="steps between evaluations; 0: only before and after")
-    n: int = Field(256, ge=1, description="held-out problems")
-    samples: int = Field(
-        1, ge=1, description="responses a problem (two or more also give the ceiling of explained variance)"
-    )
-    temperature: float | None = Field(None, ge=0, description="default: rollout.temperature; 0 is greedy")
-
-
-class RunSection(Section):
-    """The run directory."""
-
-    out: str = Field("runs/sppo", description="where the run is written")
-    checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints kept, the newest first")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: all cores. Bit-identical results need the same number")
 
 
 class Config(Section):
@@ -310,6 +41,9 @@ class Config(Section):
     policy: PolicySection = Field(default_factory=PolicySection, description="the model that is trained")
     critic: CriticSection = Field(default_factory=CriticSection, description="the prompt-only value model")
     task: TaskSection = Field(default_factory=TaskSection, description="which problems")
+    curriculum: CurriculumSection = Field(
+        default_factory=CurriculumSection, description="which of the training problems come when"
+    )
     reward: RewardSection = Field(default_factory=RewardSection, description="what judges a response")
     bootstrap: BootstrapSection | None = Field(
         None, description="a supervised start; leave it out for a model that can already answer sometimes"
@@ -354,6 +88,11 @@ class Config(Section):
             raise ValueError(f"{grouped} = {chosen!r} compares samples of one prompt: set rollout.samples to 2 or more")
         if r.samples < 2 and r.resample:
             raise ValueError("rollout.resample looks at the samples of one prompt: set rollout.samples to 2 or more")
+        if self.curriculum.kind == "predicted" and self.critic_reads != "prompt":
+            raise ValueError(
+                f"curriculum.kind = 'predicted' asks the critic, and objective.baseline = {o.baseline!r} has none that reads the prompt: use "
+                "'critic', 'beta' or 'regressed', or another kind"
+            )
         if o.baseline == "beta" and self.training.minibatches * self.training.epochs < 2:
             raise ValueError(
                 "objective.baseline = 'beta' needs the policy's movement, which is measured from a step's second minibatch on: "
@@ -417,9 +156,10 @@ class Config(Section):
     @property
     def critic_reads(self) -> Literal["prompt", "tokens"] | None:
         """What the critic reads: the prompt alone, or every token; None where the algorithm has no critic."""
-        if self.objective.baseline == "token-critic":
+        o = self.objective
+        if o.baseline == "token-critic" or (o.baseline == "hybrid" and o.phi == "segments"):
             return "tokens"
-        return "prompt" if self.objective.baseline in ("critic", "beta", "regressed") else None
+        return "prompt" if o.baseline in ("critic", "beta", "regressed", "hybrid") else None
 
     @property
     def needs_reference(self) -> bool:

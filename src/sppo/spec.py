@@ -99,7 +99,7 @@ def resolve(name: str, package: str, factory: str) -> Any:
             raise RecipeError(f"{name!r} cannot be imported: {error}") from error
         except AttributeError as error:
             raise RecipeError(f"module {module!r} has no {attribute!r}") from error
-    candidates = [m for m in modules_in(package) if _offers(f"{package}.{m}", factory)]
+    candidates = [m for m in modules_in(package) if offers(f"{package}.{m}", factory)]
     if name not in candidates:
         room = package.rpartition(".")[2]
         raise RecipeError(f"{room} has no {name!r}: {nearest(name, candidates)}")
@@ -112,7 +112,7 @@ def is_import(text: str, package: str) -> bool:
     return bool(colon) and rest.isidentifier() and name not in modules_in(package)
 
 
-def _offers(module: str, factory: str) -> bool:
+def offers(module: str, factory: str) -> bool:
     """True when the module's source defines the factory; asked of the source, so that nothing heavy is imported."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:

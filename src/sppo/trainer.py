@@ -22,7 +22,8 @@ from .rewards.guard import LIMIT
 from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, load_pair, load_tasks, with_instruction
 from .tasks.records import tasks_from
 from .training.loop import train
-from .training.run import Parts, Run
+from .training.parts import Parts
+from .training.run import Run
 
 RewardLike = str | Callable[..., Any] | Reward
 

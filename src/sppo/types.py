@@ -36,7 +36,8 @@ class Task:
     """One problem. `prompt` is text (used as it is) or chat messages (put through the chat template).
 
     `columns` holds what the rewards may ask for by name (`answer`, `tests`, any column of the user's);
-    `solution` is a worked response for supervised training; `difficulty` is the task's own dial, if it has one.
+    `solution` is a worked response for supervised training; `difficulty` is the task's own dial, if it has one; `weight` is what its
+    advantages are multiplied by, where a curriculum draws some tasks rather than others (training/curriculum.py).
 
     >>> Task(id="chain/0", prompt=[{"role": "user", "content": "3+4*2?"}], columns={"answer": "4"},
     ...      solution="3+4=7;7*2=4;A:4", difficulty=2).text
@@ -48,6 +49,7 @@ class Task:
     columns: Mapping[str, Any] = field(default_factory=dict)
     solution: str | None = None
     difficulty: float | None = None
+    weight: float = 1.0
 
     @property
     def text(self) -> str:

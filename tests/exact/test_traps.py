@@ -18,9 +18,10 @@ from sppo.rewards.base import CallableReward
 from sppo.rewards.combine import MixedReward, Part
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
+from sppo.sections import CurriculumSection
 from sppo.tasks.base import ListSource, load_tasks
 from sppo.training.batch import micro_batches, pack
-from sppo.training.curriculum import Curriculum
+from sppo.training.curriculum import Uniform
 from sppo.training.learner import Learner
 from sppo.types import Task, Verdict
 
@@ -470,7 +471,7 @@ def test_no_double_bos_from_a_chat_template():
 
 def test_over_long_prompts_are_passed_over_and_counted():
     tasks = [Task(str(i), "x" * (i + 1), {"answer": "1"}) for i in range(10)]
-    curriculum = Curriculum(ListSource(tasks), 0, lambda t: "too long" if len(t.text) > 5 else None)
+    curriculum = Uniform(CurriculumSection(), ListSource(tasks), 0, lambda t: "too long" if len(t.text) > 5 else None)
     got = curriculum.sample(20)
     assert all(len(t.text) <= 5 for t in got)
     assert curriculum.passed_over > 0

@@ -27,7 +27,8 @@ from sppo.training.history import History
 from sppo.training.learner import Learner, _Tally
 from sppo.training.loop import train
 from sppo.training.observer import Silent
-from sppo.training.run import Parts, Run
+from sppo.training.parts import Parts
+from sppo.training.run import Run
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts

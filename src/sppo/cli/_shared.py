@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config import Config, RolloutSection, keys, parse_value
+from ..config import Config, keys, parse_value
 from ..errors import RecipeError, UserError
+from ..sections import RolloutSection
 from ..spec import nearest
 
 

@@ -42,6 +42,7 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate on each task in turn."""
     from ..evaluation.evaluate import evaluate, held_out_tasks
+    from ..evaluation.step_quality import step_checker
     from ..rewards.base import load_reward
     from ..rollout.local import LocalEngine
     from ..spec import split_specs
@@ -84,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"{spec}: no prompt fits into the model's {loaded.policy.context} positions with --max-tokens {sampling.max_tokens}"
             )
-        result = evaluate(engine, loaded.policy, rewards[spec], usable, sampling, samples=args.samples, seed=args.seed)
+        result = evaluate(
+            engine, loaded.policy, rewards[spec], usable, sampling, samples=args.samples, seed=args.seed,
+            checker=step_checker(spec, usable[0]),
+        )  # fmt: skip
         rewards[spec].close()
         results.append({"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)})
     emit(
@@ -130,4 +134,11 @@ def _lines(r: dict[str, Any], temperature: float) -> str:
         f"{r['task']}\n  accuracy {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]  {passes}\n"
         f"  {r['n']} problems × {r['samples']}, {how}, {r['mean_tokens']:.0f} tokens each"
         + (f" ({', '.join(notes)})" if notes else "")
+        + _steps(r["measures"])
     )
+
+
+def _steps(measures: dict[str, float]) -> str:
+    if (wrong := measures.get("right_by_wrong_steps")) is None:
+        return ""
+    return f"\n  {wrong:.1%} of the right answers by a wrong step (of the {measures['steps_judged_share']:.0%} whose steps can be judged)"

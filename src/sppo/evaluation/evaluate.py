@@ -9,11 +9,13 @@ from typing import Any
 
 from ..models.policy import Policy
 from ..rewards.base import Reward
+from ..rewards.steps import Checker
 from ..rollout.collect import collect
 from ..rollout.engine import Engine, Sampling
 from ..tasks.base import TaskSource
 from ..types import Rollout, Task, Verdict
 from .intervals import accuracy_interval, pass_at_k
+from .step_quality import step_quality
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,12 @@ def evaluate(
     *,
     samples: int = 1,
     seed: int = 0,
+    checker: Checker | None = None,
 ) -> Evaluation:
-    """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation."""
+    """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation.
+
+    With a `checker` of steps, `measures` also says how many right answers were reached by wrong ones.
+    """
     rollouts = collect(engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"))
     means: list[float] = []
     passes: dict[int, list[float]] = {k: [] for k in _powers(samples)}
@@ -79,7 +85,8 @@ def evaluate(
         truncated=sum(r.finish == "length" for r in rollouts) / max(len(rollouts), 1),
         masked=sum(r.verdict.masked for r in rollouts if r.verdict),
         outcomes=dict(Counter(r.verdict.outcome for r in rollouts if r.verdict)),
-        measures=mean_measures([r.verdict for r in rollouts if r.verdict]),
+        measures=mean_measures([r.verdict for r in rollouts if r.verdict])
+        | (step_quality(rollouts, checker) if checker else {}),
         rollouts=rollouts,
     )
 

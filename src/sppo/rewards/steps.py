@@ -91,7 +91,8 @@ class StepReward:
 
     def _verdict(self, rollout: Rollout, steps: Sequence[tuple[str, int]], scores: Any) -> Verdict | str:
         if scores is None:
-            return Verdict(0.0, "infra_error", {"reason": f"{self.name}: the response is longer than the model reads"})
+            why = f"{self.name}: the response is longer than the model reads"
+            return Verdict(0.0, "infra_error", {"reason": why, "steps": [], "split": self.split})
         values = list(scores)
         wrong = next((v for v in values if v is not None and not (isinstance(v, (int, float)) and 0 <= v <= 1)), None)
         if len(values) != len(steps) or wrong is not None:
@@ -103,6 +104,7 @@ class StepReward:
         judged = [float(v) for v in values if v is not None]
         evidence: dict[str, Any] = {
             "steps": [{"text": step, "end": end, "score": v} for (step, end), v in zip(steps, values, strict=True)],
+            "split": self.split,
             "measures": {"steps": float(len(steps)), "steps_judged": float(len(judged))},
         }
         if not judged:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from ..config import RolloutSection
 from ..models.policy import Policy
+from ..sections import RolloutSection
 from .sampler import Cut
 
 

@@ -8,7 +8,7 @@ A row needs a prompt and something to grade by:
     {"prompt": [...], "reward_model": {"ground_truth": "4"}}                  the nested layout of published RL sets
 
 `solution` (text) or `messages` (a conversation that ends with the assistant's turn) are worked solutions for supervised
-training. Any other column is passed to the rewards by name.
+training. A number in `difficulty` (or `level`) is a curriculum's dial. Any other column is passed to the rewards by name.
 
 `records:path=problems.jsonl,split=train`, a bare path, or `hub:openai/gsm8k,subset=main,hub_split=train`
 """
@@ -73,7 +73,8 @@ def task_from(row: Mapping[str, Any], name: str) -> Task:
     nested = columns.get("reward_model")
     if "answer" not in columns and isinstance(nested, dict) and nested.get("ground_truth") is not None:
         columns["answer"] = nested["ground_truth"]
-    return Task(name, prompt, columns, None if solution is None else _text(solution, "solution", name))
+    dial = next((row[k] for k in ("difficulty", "level") if isinstance(row.get(k), int | float)), None)
+    return Task(name, prompt, columns, None if solution is None else _text(solution, "solution", name), dial)
 
 
 def is_empty(prompt: Prompt) -> bool:

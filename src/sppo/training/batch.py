@@ -17,7 +17,7 @@ class Batch:
 
     `behaviour_logp_BT` is of the distribution that was sampled from; with `kept_BT`, the log of the mass that a cut (top-p and its
     kind) left, it is of the whole softmax. `group_B` numbers the prompts: samples of one prompt lie side by side. `greedy_B` is the
-    reward of the prompt's greedy response, where there is one.
+    reward of the prompt's greedy response, where there is one. `weight_B` undoes how a curriculum chose the prompts, where it did.
     """
 
     rollouts: Sequence[Rollout]
@@ -31,6 +31,7 @@ class Batch:
     keep_B: Tensor
     group_B: Tensor
     greedy_B: Tensor | None = None
+    weight_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -71,6 +72,7 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
         & torch.tensor([not v.masked for v in greedy] or [True]),  # without its baseline a reward says nothing
         torch.tensor([b > 0 and r.sample == 0 for b, r in enumerate(rollouts)]).cumsum(0),
         torch.tensor([v.score for v in greedy]) if greedy else None,
+        torch.tensor([r.task.weight for r in rollouts]) if any(r.task.weight != 1.0 for r in rollouts) else None,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .curriculum import Curriculum
+from .curriculum import Uniform
 from .learner import Learner
 
 
@@ -32,7 +32,7 @@ class State:
     last: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, state: State, learner: Learner, curriculum: Curriculum) -> None:
+def save(folder: Path, state: State, learner: Learner, curriculum: Uniform) -> None:
     """Fill a (not yet named) checkpoint folder."""
     learner.policy.save(folder / "policy")
     if learner.credit.critic is not None:
@@ -49,7 +49,7 @@ def save(folder: Path, state: State, learner: Learner, curriculum: Curriculum) -
         )
 
 
-def load(folder: Path, learner: Learner, curriculum: Curriculum) -> State:
+def load(folder: Path, learner: Learner, curriculum: Uniform) -> State:
     """Bring learner and curriculum (whose models come from the folder already) back; returns the counters."""
     saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     learner.load_state_dict(saved["learner"])

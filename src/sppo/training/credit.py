@@ -2,6 +2,7 @@
 
     PromptCritic   V(x), a prediction from the prompt alone                 critic, beta, regressed
     TokenCritic    a value for every token, and GAE                         token-critic
+    hybrid.py      V(x), and what the steps written so far tell            hybrid
     Samples        other rewards of the same step, no critic                batch, others, group, greedy
 
 `advantage` is asked before `learn` has seen the batch's rewards: no baseline ever contains its sample's own reward (but for
@@ -71,6 +72,10 @@ def credit(config: Config, policy: Policy, critic: Critic | None) -> Credit:
         return Samples(config)
     if critic is None:
         raise RecipeError(f"objective.baseline = {config.objective.baseline!r} needs a critic")
+    if config.objective.baseline == "hybrid":
+        from .hybrid import hybrid
+
+        return hybrid(config, policy, critic)
     return PromptCritic(config, critic) if config.critic_reads == "prompt" else TokenCritic(config, policy, critic)
 
 
@@ -260,16 +265,21 @@ class TokenCritic(_Trained):
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol; advantages are [B, T]."""
         decay, mask_BT = self.config.objective.gae_lambda, batch.mask_BT
-        value_BT = torch.zeros_like(batch.behaviour_logp_BT)
-        with torch.no_grad():
-            for part in self._parts(batch, torch.arange(len(batch))):
-                logit = self._logits(batch, part)
-                value_BT[part, : logit.size(1)] = logit.sigmoid().cpu()
+        value_BT = self.values(batch)
         advantage_BT = gae(reward_B, value_BT, mask_BT, decay)
         self.target_BT = (gae(batch.correct_B, value_BT, mask_BT, decay) + value_BT).clamp(0, 1)
         value_B = value_BT[:, 0]  # before the first token: of the prompt alone
         metrics = self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+
+    @torch.no_grad()
+    def values(self, batch: Batch) -> Tensor:
+        """What is predicted before each token, [B, T]."""
+        value_BT = torch.zeros_like(batch.behaviour_logp_BT)
+        for part in self._parts(batch, torch.arange(len(batch))):
+            logit = self._logits(batch, part)
+            value_BT[part, : logit.size(1)] = logit.sigmoid().cpu()
+        return value_BT
 
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
         """Cross-entropy of every token's value against its λ-return."""

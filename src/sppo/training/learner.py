@@ -60,9 +60,11 @@ class Learner:
             ref_BT = self._all_logps(self._reference(), batch)
             reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
         began = time.perf_counter()
-        found = self.credit.advantage(batch, reward_B)
+        advantage, value_B, metrics = self.credit.advantage(batch, reward_B)
         self.critic_seconds = time.perf_counter() - began
-        return found
+        if batch.weight_B is not None:
+            advantage = advantage * (batch.weight_B if advantage.dim() == 1 else batch.weight_B[:, None])
+        return advantage, value_B, metrics
 
     # -- the update --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +20,33 @@ from torch import Tensor
 from ..config import Config
 from ..errors import DataError, RecipeError, RewardError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
+from ..evaluation.step_quality import step_checker
 from ..memory import keep_memory
-from ..models.control import ControlCritic, ControlPolicy, is_control
-from ..models.critic import Critic
-from ..models.policy import Policy, parameter_count, weights_sha256
-from ..models.pretrained import pick_device, saved_dtype
+from ..models.control import ControlPolicy
+from ..models.policy import parameter_count, weights_sha256
+from ..models.pretrained import pick_device
 from ..objective.diagnostics import explained_variance_ceiling
-from ..rewards.base import Reward, fitting_reward, load_reward
+from ..rewards.base import fitting_reward, load_reward
 from ..rollout.canary import Canary
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
-from ..tasks.base import GIVEN, TaskSource, load_pair, load_tasks
+from ..tasks.base import GIVEN, load_pair, load_tasks
 from ..types import Task
 from . import checkpoint
 from .batch import Batch
 from .checkpoint import State
-from .curriculum import Curriculum
+from .curriculum import curriculum
 from .gather import Gathered
 from .health import Health
 from .learner import Learner
 from .observer import Observer, Silent
 from .optim import optimiser_class
+from .parts import Parts, PromptLimit, load_critic, load_policy, one_control_task
 from .rundir import RunDirectory
 from .sft import supervised
 
 UNTIL_EVERY, UNTIL_PROBLEMS = 10, 256
 """`bootstrap.until` is looked at every so many updates, on so many problems."""
-
-
-@dataclass
-class Parts:
-    """What a Python user may bring instead of naming it in the recipe."""
-
-    policy: tuple[Any, Any] | None = None
-    critic: tuple[Any, Any] | None = None
-    reward: Reward | None = None
-    train: TaskSource | None = None
-    evaluation: TaskSource | None = None
 
 
 class Run:
@@ -81,11 +70,11 @@ class Run:
             self.train_tasks, self.eval_tasks = parts.train, parts.evaluation
         else:
             self.train_tasks, self.eval_tasks = load_pair(config.task.train, config.task.eval, config.task.instruction)
-        self.policy = self._load_policy(parts, saved, device)
+        self.policy = load_policy(config, parts.policy, saved, device, observer.note)
         if config.training.checkpoint_activations:
             self.policy.checkpoint_activations()
-        self.critic = self._load_critic(parts, saved, device)
-        self._one_control_task()
+        self.critic = load_critic(config, parts.critic, saved, device, observer.note)
+        one_control_task(config, self.policy, self.critic)
         if saved is None:
             critic_size = parameter_count(self.critic) if self.critic is not None else 0
             config = self.config = config.with_rates(parameter_count(self.policy.model), critic_size)
@@ -98,16 +87,19 @@ class Run:
         self.sampling = Sampling.of(config.rollout)
         self.health = Health(config, self.sampling, observer.note)
         self.health.before()
-        self.prompt_limit, self.prompt_limit_why = self._prompt_limit()
-        self.curriculum = Curriculum(self.train_tasks, config.seed, self._too_long)
+        self.too_long = PromptLimit(config, self.policy, self.critic, self.engine.context)
         held_out = held_out_tasks(self.eval_tasks, config.evaluation.n)
-        self.held_out = [t for t in held_out if self._too_long(t) is None]
+        self.held_out = [t for t in held_out if self.too_long(t) is None]
         if not self.held_out:
-            raise RecipeError(f"no held-out problem can be used: {held_out[0].id}: {self._too_long(held_out[0])}")
+            raise RecipeError(f"no held-out problem can be used: {held_out[0].id}: {self.too_long(held_out[0])}")
         if len(self.held_out) < len(held_out):
             observer.note(
                 f"{len(held_out) - len(self.held_out)} of {len(held_out)} held-out prompts are over the limit and left out"
             )
+        self.curriculum = curriculum(
+            config.curriculum, self.train_tasks, config.seed, self.too_long, self.critic, self.held_out
+        )
+        self.step_checker = step_checker(config.task.eval or config.task.train, self.held_out[0])
         self.canary = Canary(self.policy)
         self.canary_gap = 0.0  # at the last sync
         self.resumed_from = saved
@@ -158,57 +150,6 @@ class Run:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _load_policy(self, parts: Parts, saved: Path | None, device: torch.device) -> Policy:
-        config = self.config
-        if parts.policy is not None and saved is None:
-            model, tokenizer = parts.policy
-            policy = Policy(
-                model.to(device), tokenizer, chat_template=config.policy.chat_template, name="the given model"
-            )
-            self.observer.note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
-            return policy
-        name = str(saved / "policy") if saved else config.policy.model
-        kind = ControlPolicy if is_control(name) else Policy
-        policy, stated = kind.load(
-            name,
-            dtype=saved_dtype(name) if saved and kind is Policy else config.policy.dtype,
-            device=device,
-            seed=config.seed,
-            chat_template=config.policy.chat_template,
-        )
-        self.observer.note(stated)
-        return policy
-
-    def _load_critic(self, parts: Parts, saved: Path | None, device: torch.device) -> Critic | None:
-        if self.config.critic_reads is None:
-            return None
-        if parts.critic is not None and saved is None:
-            return Critic(*parts.critic, name="the given critic").to(device)
-        name = str(saved / "critic") if saved else self.config.critic.model
-        kind = ControlCritic if is_control(name) else Critic
-        dtype = saved_dtype(name) if saved and kind is Critic else self.config.critic.dtype
-        critic, stated = kind.load(
-            name, dtype=dtype, device=device, seed=self.config.seed + 1, reads=self.config.critic_reads
-        )
-        self.observer.note(stated)
-        return critic
-
-    def _one_control_task(self) -> None:
-        """Models that were saved to folders carry their task with them, which no recipe shows."""
-        parts = {"policy.model": self.policy, "critic.model": self.critic}
-        tasks = {
-            key: part.environment.name for key, part in parts.items() if isinstance(part, ControlPolicy | ControlCritic)
-        }
-        if not tasks:
-            return
-        name = self.config.task.train.partition(":")[2].partition(",")[0]
-        for key, part in parts.items():
-            if part is not None and tasks.get(key) != name:
-                raise RecipeError(
-                    f"{key} = {part.name!r} is of {'the control task ' + tasks[key] if key in tasks else 'no control task'}, but "
-                    f"task.train = {self.config.task.train!r}"
-                )
-
     def _make_learner(self) -> None:
         """The learner, and π_ref, the policy at step 0 (after any bootstrap), if the recipe reads it."""
         self.learner = Learner(self.policy, self.critic, None, self.config)
@@ -227,39 +168,6 @@ class Run:
         reference.model.requires_grad_(False)
         self.learner.reference = reference
 
-    def _prompt_limit(self) -> tuple[int, str]:
-        """The longest usable prompt in policy tokens, and which setting says so."""
-        limit, why = self.config.task.max_prompt_tokens, "task.max_prompt_tokens"
-        known = [n for n in (self.policy.context, self.engine.context) if n is not None]
-        if self.critic is not None and self.config.critic_reads == "tokens" and self.critic.context is not None:
-            known.append(self.critic.context)
-        context = min(known, default=None)
-        if context is not None:
-            room = context - self.config.rollout.max_tokens
-            if room < 1:
-                raise RecipeError(
-                    f"rollout.max_tokens is {self.config.rollout.max_tokens}, but {self.policy.name} has only {context} positions here "
-                    "for prompt and response together"
-                )
-            if room < limit:
-                limit, why = room, f"what rollout.max_tokens leaves of the model's {context} positions"
-        return limit, why
-
-    def _too_long(self, task: Task) -> str | None:
-        length = len(self.policy.prompt_ids(task))
-        if length == 0:
-            return "the prompt is empty"
-        if length > self.prompt_limit:
-            return f"the prompt has {length} tokens, the limit is {self.prompt_limit} ({self.prompt_limit_why})"
-        critic_limit = self.critic.context if self.critic is not None else None
-        if (
-            self.critic is not None
-            and critic_limit is not None
-            and (length := len(self.critic.prompt_ids(task))) > critic_limit
-        ):
-            return f"the prompt has {length} tokens for the critic, which reads {critic_limit} at most"
-        return None
-
     # -- around the loop ---------------------------------------------------------------------------------------------
 
     def _bootstrap(self) -> None:
@@ -273,7 +181,7 @@ class Run:
         began = time.monotonic()
 
         probe = [
-            t for t in held_out_tasks(self.train_tasks, UNTIL_PROBLEMS) if self._too_long(t) is None
+            t for t in held_out_tasks(self.train_tasks, UNTIL_PROBLEMS) if self.too_long(t) is None
         ]  # training problems: held-out ones must not steer anything
 
         def on_step(done: int, metrics: dict[str, float]) -> bool:
@@ -375,6 +283,7 @@ class Run:
             "engine/canary_gap": self.canary_gap,
             "data/position": self.curriculum.position,
             "data/passed_over": self.curriculum.passed_over,
+            **self.curriculum.metrics(),
             "advantage/std": float(advantage_B[batch.keep_B].std()) if len(batch) - masked > 1 else None,
             "advantage/variance": float(credit.var()) if len(credit) > 1 else None,
             **metrics,
@@ -395,6 +304,8 @@ class Run:
             result = self.evaluate()
             self.state.last = {"step": step + 1, **result.as_dict()}
             self.observer.evaluation(step + 1, result)
+            if (decided := self.curriculum.hear(result.rollouts, result.samples)) is not None:
+                self.observer.note(decided)
             metrics |= {
                 "eval/accuracy": self.state.last["accuracy"], "eval/low": result.low, "eval/high": result.high,
                 **{f"eval/{name}": value for name, value in result.measures.items()},
@@ -455,6 +366,7 @@ class Run:
             sampling,
             samples=e.samples,
             seed=self.config.seed,
+            checker=self.step_checker,
         )
         self.state.seconds_evaluating += time.monotonic() - began
         return result

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from ..config import BootstrapSection
 from ..errors import DataError, NonFinite
 from ..models.policy import Policy
+from ..sections import BootstrapSection, CurriculumSection
 from ..tasks.base import TaskSource
 from ..types import Task
 from .batch import micro_batches
-from .curriculum import Curriculum
+from .curriculum import Uniform
 from .optim import MasterAdamW, learning_rate
 
 
@@ -48,7 +48,7 @@ def supervised(
         encoded[task.id] = (prompt, response)
         return None
 
-    curriculum = Curriculum(source, seed, unusable)
+    curriculum = Uniform(CurriculumSection(), source, seed, unusable)
     metrics: dict[str, float] = {}
     bad = 0
     for step in range(config.steps):

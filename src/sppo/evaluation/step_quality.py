@@ -1,0 +1,44 @@
+"""Right answers by wrong steps: what a reward of answers alone cannot see, and what it pays.
+
+A checker says of each written step whether it holds (1), does not (0), or cannot be judged (None): the task's own where its file in
+`tasks/` has one (chain), else whether the equations that the text writes hold (rewards/arithmetic.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..rewards.arithmetic import check_steps as arithmetic
+from ..rewards.base import TEST_COLUMNS
+from ..rewards.steps import Checker, split_steps
+from ..spec import modules_in, offers, parse_spec, resolve
+from ..types import Rollout, Task
+
+NAME = "right_by_wrong_steps"
+
+
+def step_checker(tasks: str, example: Task) -> Checker | None:
+    """What can judge the steps of a task's responses, by the task's spec and one of its problems; None for programs and episodes."""
+    name = parse_spec(tasks).name
+    if name in modules_in("sppo.tasks") and offers(f"sppo.tasks.{name}", "check_steps"):
+        checker: Checker = resolve(name, "sppo.tasks", "check_steps")
+        return checker
+    if "start" in example.columns or any(column in example.columns for column in TEST_COLUMNS):
+        return None
+    return arithmetic
+
+
+def step_quality(rollouts: Sequence[Rollout], checker: Checker) -> dict[str, float]:
+    """Of the right answers whose steps could be judged, the share with a wrong step; nothing where there is none such.
+
+    `steps_judged_share`: the share of right answers that this is about.
+    """
+    right = [r for r in rollouts if r.verdict and not r.verdict.masked and r.verdict.correct >= 0.5]
+    judged = []
+    for r in right:
+        scores = [s for s in checker(r.task, [step for step, _ in split_steps(r.text)]) if s is not None]
+        if scores:
+            judged.append(min(scores) < 1)
+    if not judged:
+        return {}
+    return {NAME: sum(judged) / len(judged), "steps_judged_share": len(judged) / len(right)}

@@ -1,0 +1,72 @@
+"""Whether a response has the form that was asked for, and nothing else: a gate for a reward of correctness.
+
+math gate format:tags=think+answer          <think>…</think> then <answer>…</answer>, each once, nothing but space outside
+math gate format:boxed=true                 exactly one \\boxed{…} with something in it
+answer + 0.2 * format:pattern=A:\\d+$        a regular expression that must be found (no commas in it)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..errors import RecipeError
+from ..types import Rollout, Task, Verdict
+
+
+def build(tags: str = "", boxed: bool = False, pattern: str = "") -> FormatReward:
+    """The reward for `format:…`; what is named must all hold. Raises RecipeError where nothing is, or where it cannot be read."""
+    names = [t for t in tags.split("+") if t]
+    bad = next((t for t in names if not re.fullmatch(r"\w+", t)), None)
+    if bad is not None or len(set(names)) < len(names):
+        raise RecipeError(f"reward format: tags={tags} must be different words joined by +, e.g. tags=think+answer")
+    if not (names or boxed or pattern):
+        raise RecipeError("reward format: say what a response must have: tags=think+answer, boxed=true, or pattern=…")
+    try:
+        return FormatReward(names, bool(boxed), re.compile(str(pattern), re.MULTILINE) if pattern else None)
+    except re.error as error:
+        raise RecipeError(f"reward format: pattern={pattern} is not a regular expression: {error}") from None
+
+
+class FormatReward:
+    """See the module."""
+
+    def __init__(self, tags: Sequence[str], boxed: bool, pattern: re.Pattern[str] | None) -> None:
+        self.tags, self.boxed, self.pattern = tags, boxed, pattern
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """1 or 0, and what is missing."""
+        return [self._verdict(r.text) for r in rollouts]
+
+    def _verdict(self, text: str) -> Verdict:
+        missing = self._missing(text)
+        return Verdict(0.0, "unparseable", {"reason": missing}) if missing else Verdict(1.0, "correct")
+
+    def _missing(self, text: str) -> str:
+        at = 0
+        for tag in self.tags:
+            start, end = f"<{tag}>", f"</{tag}>"
+            if text.count(start) != 1 or text.count(end) != 1:
+                return f"{start}…{end} must be there once"
+            begins, ends = text.index(start), text.index(end)
+            if not at <= begins < ends:
+                return f"{start}…{end} is not in its place"
+            if text[at:begins].strip():
+                return f"there is text before {start}"
+            at = ends + len(end)
+        if self.tags and text[at:].strip():
+            return f"there is text after </{self.tags[-1]}>"
+        if self.boxed and not (
+            text.count(r"\boxed{") == 1 and text.partition(r"\boxed{")[2].lstrip()[:1] not in ("", "}")
+        ):
+            return r"one \boxed{…} with something in it must be there"
+        if self.pattern is not None and not self.pattern.search(text):
+            return f"nothing matches {self.pattern.pattern}"
+        return ""
+
+    def check(self, task: Task) -> str | None:
+        """Every task will do."""
+        return None
+
+    def close(self) -> None:
+        """Nothing was started."""

@@ -1,0 +1,192 @@
+"""Credit between token and sequence: A_t = R − [(1 − η)·b(x) + η·Φ(prefix_t)], with Φ from what the steps written so far tell.
+
+Φ_t and η see nothing of token t or of what follows, and η and what calibrates Φ are of earlier batches: the gradient is unbiased for *any*
+Φ. A step scorer that the policy learns to please adds variance at most, and what explains nothing gets η = 0, so that SPPO's credit is left.
+
+    phi = "steps"      the scores that a steps reward measured (`answer + 0 * steps:check=chain,split=semicolons`, a process reward model):
+                       b(x) plus what the worst score so far, at that many steps, has meant for the outcome in earlier batches
+    phi = "segments"   the critic, reading the prompt and the segments written so far; b(x) is what it says of the prompt alone
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..config import Config
+from ..errors import RecipeError
+from ..models.critic import Critic
+from ..models.policy import Policy
+from ..rewards.steps import SPLITS
+from ..types import Rollout
+from .batch import Batch
+from .credit import Found, PromptCritic, TokenCritic, scaled
+from .segments import seen_ends, segment_starts, token_ends
+
+PLACES = 16
+"""Prefixes are told apart by how many steps they hold, up to so many."""
+MEMORY = 0.9
+"""Decay of the running sums, a step."""
+DOUBT = 8.0
+"""Every running mean is as if so many responses without any effect had been seen besides."""
+
+Prefix = tuple[int, int, int, float]
+"""The row of a response, the first token after some of its steps, how many steps (at most PLACES), and Φ − b there."""
+
+
+class Gate:
+    """η by place: the best factor of Φ − b for R − b in earlier batches, within [0, 1]; 0 where nothing is known."""
+
+    def __init__(self) -> None:
+        self.cross = [0.0] * (PLACES + 1)
+        self.square = [0.0] * (PLACES + 1)
+
+    def less(self, rest_B: Tensor, prefixes: list[Prefix], width: int) -> tuple[Tensor, dict[str, Any]]:
+        """R − b − η·(Φ − b), [B, T], from R − b, [B], and the mean η; then the prefixes are learnt from."""
+        eta = [min(1.0, max(0.0, c / s)) if s > 0 else 0.0 for c, s in zip(self.cross, self.square, strict=True)]
+        out_BT = rest_B[:, None].repeat(1, width)
+        for b, start, place, gap in prefixes:  # a later prefix of a row overrules an earlier one
+            out_BT[b, start:] = rest_B[b] - eta[place] * gap
+        self.cross, self.square = ([MEMORY * x for x in sums] for sums in (self.cross, self.square))
+        for b, _, place, gap in prefixes:
+            self.cross[place] += float(rest_B[b]) * gap
+            self.square[place] += gap * gap
+        return out_BT, {"hybrid/eta": sum(eta[p[2]] for p in prefixes) / len(prefixes) if prefixes else None}
+
+
+class StepCredit(PromptCritic):
+    """Φ from the reward's step scores."""
+
+    def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
+        super().__init__(config, critic)
+        self.policy, self.gate = policy, Gate()
+        # running sums of R − b, and of responses, by place and by the worst score so far: below a half, below one, one
+        self.effect = [[0.0] * 3 for _ in range(PLACES + 1)]
+        self.number = [[0.0] * 3 for _ in range(PLACES + 1)]
+
+    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
+        """See credit.Credit; [B, T]."""
+        value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens).sigmoid()
+        rest_B = reward_B - value_B
+        prefixes: list[Prefix] = []
+        seen: list[tuple[int, int, float]] = []
+        for b, rollout in enumerate(batch.rollouts):
+            if not batch.keep_B[b]:
+                continue
+            for start, place, bad in self._stretches(rollout):
+                mean = self.effect[place][bad] / (self.number[place][bad] + DOUBT)
+                phi = min(max(float(value_B[b]) + mean, 0.0), 1.0)
+                prefixes.append((b, start, place, phi - float(value_B[b])))
+                seen.append((place, bad, float(rest_B[b])))
+        for sums in (self.effect, self.number):
+            sums[:] = [[MEMORY * x for x in row] for row in sums]
+        for place, bad, rest in seen:
+            self.effect[place][bad] += rest
+            self.number[place][bad] += 1.0
+        advantage_BT, metrics = self.gate.less(rest_B, prefixes, batch.behaviour_logp_BT.size(1))
+        metrics |= self.quality(batch, value_B)
+        return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+
+    def _stretches(self, rollout: Rollout) -> list[tuple[int, int, int]]:
+        """(first token, how many judged steps lie before it, how bad the worst of them is) of each stretch between two steps' ends."""
+        steps, split = step_scores(rollout)
+        ends = seen_ends(rollout.text, [s["end"] for s in steps], split)
+        judged = [
+            (s["score"], end) for s, end in zip(steps, ends, strict=True) if s["score"] is not None and end is not None
+        ]
+        starts = token_ends(self.policy, rollout, [end for _, end in judged])
+        out, worst = [], 1.0
+        for place, ((score, _), start) in enumerate(zip(judged, starts, strict=True), 1):
+            worst = min(worst, score)
+            if start < len(rollout.response_ids):
+                out.append((start, min(place, PLACES), 0 if worst < 0.5 else 1 if worst < 1 else 2))
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the running sums."""
+        return super().state_dict() | {"gate": dict(self.gate.__dict__), "effect": self.effect, "number": self.number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+        super().load_state_dict(state)
+        self.gate.__dict__.update(state["gate"])
+        self.effect, self.number = state["effect"], state["number"]
+
+
+class SegmentCredit(TokenCritic):
+    """Φ from the critic at the segments' starts, held until the next one; it learns each outcome at all of them."""
+
+    def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
+        super().__init__(config, policy, critic)
+        self.policy, self.gate = policy, Gate()
+        self.starts: list[list[int]] = []  # of the batch that `advantage` saw last
+
+    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
+        """See credit.Credit; [B, T]."""
+        token_BT = self.values(batch)
+        value_B = token_BT[:, 0]  # before the first token: of the prompt alone
+        self.starts = [segment_starts(self.policy, r, self.config.objective.segments) for r in batch.rollouts]
+        prefixes = [
+            (b, start, min(place, PLACES), float(token_BT[b, start] - value_B[b]))
+            for b, starts in enumerate(self.starts)
+            for place, start in enumerate(starts)
+            if place and batch.keep_B[b]
+        ]
+        advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, token_BT.size(1))
+        metrics |= self.quality(batch, value_B)
+        return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+
+    def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
+        """Cross-entropy of the value at every segment's start against the response's correctness."""
+        number = sum(len(self.starts[b]) for b in rows.tolist())
+        total = 0.0
+        for part in self._parts(batch, rows):
+            logit_bT = self._logits(batch, part)
+            starts = [(i, t) for i, b in enumerate(part.tolist()) for t in self.starts[b]]
+            row_N, start_N = torch.tensor(starts, device=logit_bT.device).unbind(1)
+            target_N = batch.correct_B[part].to(logit_bT.device)[row_N]
+            loss = (
+                functional.binary_cross_entropy_with_logits(logit_bT[row_N, start_N], target_N, reduction="sum")
+                / number
+            )
+            loss.backward()
+            total += float(loss.detach())
+        return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the running sums."""
+        return super().state_dict() | {"gate": dict(self.gate.__dict__)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+        super().load_state_dict(state)
+        self.gate.__dict__.update(state["gate"])
+
+
+def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
+    """The steps that a reward measured of a response (text, end in characters, score), and how it split them.
+
+    Raises RecipeError where no reward measures steps, or one splits them by a look at the whole response.
+    """
+    verdict = rollout.verdict
+    assert verdict is not None
+    evidence = next((e for e in (verdict.evidence, *verdict.evidence.get("parts", ())) if "steps" in e), None)
+    if evidence is None:
+        raise RecipeError(
+            "objective.phi = 'steps' reads the scores of a steps reward, and reward.use measures none: add "
+            "`+ 0 * steps:check=…,split=…` to it (0: measured, not paid)"
+        )
+    if evidence.get("split") not in SPLITS:
+        raise RecipeError(
+            "objective.phi = 'steps' must know where a step ends from what was written so far, and split=auto looks at the whole response: "
+            f"name one in reward.use, e.g. steps:check=…,split=lines (known: {', '.join(SPLITS)})"
+        )
+    return evidence["steps"], evidence["split"]
+
+
+def hybrid(config: Config, policy: Policy, critic: Critic) -> StepCredit | SegmentCredit:
+    """What `objective.phi` names."""
+    return (StepCredit if config.objective.phi == "steps" else SegmentCredit)(config, policy, critic)
