@@ -193,18 +193,18 @@ class ObjectiveSection(Section):
         Field(
             "critic",
             description="what the reward is compared with: V(x); beta: V(x) with the prompt's past and other samples; regressed: V(x) as a control "
-            "variate; hybrid: V(x) and what the steps written so far tell (objective.phi); token-critic: a value for every token and GAE; batch, others, group: the mean of the batch's other rewards, of the prompt's "
-            "other samples, of all its samples; greedy: the greedy response's reward",
-        )
+        "variate; hybrid: V(x) and what the steps written so far tell (objective.phi); token-critic: a value for every token and GAE; batch, "
+        "others, group: the mean of the batch's other rewards, of the prompt's other samples, of all its samples; greedy: the greedy "
+        "response's reward",
     )
     scale: Literal["none", "group", "batch"] = Field(
         "none",
         description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
     )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of baseline = 'token-critic'")
-    phi: Literal["steps", "segments"] = Field(
-        "steps",
-        description="of baseline = 'hybrid': the step scores that the reward measures (+ 0 * steps:…), or the critic at the segments' ends",
+    phi: Literal["segments", "steps"] = Field(
+        "segments",
+        description="of baseline = 'hybrid': the critic at the segments' ends, or the step scores that the reward measures (+ 0 * steps:…)",
     )
     segments: Literal["lines", "semicolons", "sentences", "paragraphs"] = Field(
         "lines", description="of phi = 'segments': what ends one"

@@ -73,7 +73,7 @@ def credit(config: Config, policy: Policy, critic: Critic | None) -> Credit:
     if critic is None:
         raise RecipeError(f"objective.baseline = {config.objective.baseline!r} needs a critic")
     if config.objective.baseline == "hybrid":
-        from .hybrid import hybrid
+        from .hybrid import hybrid  # it is made of the classes below
 
         return hybrid(config, policy, critic)
     return PromptCritic(config, critic) if config.critic_reads == "prompt" else TokenCritic(config, policy, critic)
