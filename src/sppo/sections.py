@@ -189,14 +189,13 @@ class ObjectiveSection(Section):
         "sppo",
         description="a preset for the keys below and rollout.samples, where they are not given: " + ", ".join(PRESETS),
     )
-    baseline: Literal["critic", "beta", "regressed", "hybrid", "token-critic", "batch", "others", "group", "greedy"] = (
-        Field(
-            "critic",
-            description="what the reward is compared with: V(x); beta: V(x) with the prompt's past and other samples; regressed: V(x) as a control "
+    baseline: Literal["critic", "beta", "regressed", "hybrid", "token-critic", "batch", "others", "group", "greedy"] = Field(
+        "critic",
+        description="what the reward is compared with: V(x); beta: V(x) with the prompt's past and other samples; regressed: V(x) as a control "
         "variate; hybrid: V(x) and what the steps written so far tell (objective.phi); token-critic: a value for every token and GAE; batch, "
         "others, group: the mean of the batch's other rewards, of the prompt's other samples, of all its samples; greedy: the greedy "
         "response's reward",
-    )
+    )  # fmt: skip
     scale: Literal["none", "group", "batch"] = Field(
         "none",
         description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
