@@ -40,6 +40,10 @@ def scalar(text: str) -> Any:
     return text
 
 
+_COMMA = re.compile(r",(?![^\[\]]*\])")
+"""A comma that does not stand in a list, `[0.1, 0.2]`."""
+
+
 def parse_spec(text: str) -> Spec:
     """Parse `name:word,key=value`. Raises RecipeError with the offending piece."""
     name, _, rest = text.strip().partition(":")
@@ -47,7 +51,7 @@ def parse_spec(text: str) -> Spec:
         raise RecipeError(f"{text!r} has no name: write it as name:key=value,key=value")
     words: list[str] = []
     options: dict[str, Any] = {}
-    for piece in filter(None, (p.strip() for p in rest.split(","))):
+    for piece in filter(None, (p.strip() for p in _COMMA.split(rest))):
         key, equals, value = piece.partition("=")
         if not equals:
             words.append(piece)
@@ -65,7 +69,7 @@ def split_specs(text: str) -> list[str]:
     ['chain:steps=4-6,split=held-out', 'gym:chain_sum,min_terms=2', 'data.jsonl']
     """
     specs: list[str] = []
-    for piece in text.split(","):
+    for piece in _COMMA.split(text):
         is_option = re.match(r"^\s*[\w.]+=", piece) is not None
         if specs and is_option:
             specs[-1] += "," + piece

@@ -181,3 +181,11 @@ def test_the_recipes_that_come_with_the_project_load(name):
 
     config = Config.load(Path(__file__).parents[2] / "recipes" / f"{name}.toml")
     assert load_tasks(config.task.train)[0].solution
+
+
+def test_a_list_in_a_spec_is_one_value():
+    from sppo.spec import parse_spec, split_specs
+
+    text = "sppo:objective.clip=[0.1, 0.3],training.lr=1e-4,grpo"
+    assert split_specs(text) == ["sppo:objective.clip=[0.1, 0.3],training.lr=1e-4", "grpo"]
+    assert parse_spec(split_specs(text)[0]).options == {"objective.clip": "[0.1, 0.3]", "training.lr": 1e-4}

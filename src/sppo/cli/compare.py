@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ..algorithms import PRESETS
-from ..config import Config
+from ..config import Config, parse_value
 from ..errors import RecipeError, RunFailure, UserError
 from ..spec import nearest, parse_spec, split_specs
 from ._shared import add_recipe_options, emit, overrides
@@ -230,14 +230,15 @@ def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> tu
             raise UserError(f"--algorithms: {spec.name!r} is unknown: {nearest(spec.name, list(PRESETS))}")
         if spec.words:
             raise UserError(f"--algorithms: {text}: {spec.words[0]!r} is no key=value")
-        for key in spec.options:
+        options = {key: parse_value(v) if isinstance(v, str) else v for key, v in spec.options.items()}
+        for key in options:
             if key.startswith(SHARED):
                 raise UserError(
                     f"--algorithms: {text}: {key} is the same for all runs of a comparison; give it as --{key}, or in the recipe"
                 )
-        if (spec.name, spec.options) in named.values():
+        if (spec.name, options) in named.values():
             raise UserError(f"--algorithms: {text} is there twice")
-        named[text.strip()] = (spec.name, spec.options)
+        named[text.strip()] = (spec.name, options)
     if not named:
         raise UserError("--algorithms names none: " + ", ".join(PRESETS))
     first = Config.load(args.recipe, changes)
