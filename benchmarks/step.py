@@ -71,7 +71,7 @@ def serve_sppo() -> None:
         config = Config.load(None, {
             "policy.model": workload.model_folder(), "policy.chat_template": "off", "critic.model": "tiny:hidden=128,layers=3,heads=4",
             "task.train": data, "rollout.prompts": RESPONSES, "rollout.batch": RESPONSES, "rollout.max_tokens": TOKENS,
-            "training.lr": 1e-6, "training.micro_tokens": 2048, "evaluation.n": 1, "run.out": f"{folder}/run",
+            "training.lr": 1e-6, "training.minibatches": 1, "training.micro_tokens": 2048, "evaluation.n": 1, "run.out": f"{folder}/run",
         })  # fmt: skip
         run = Run.new(config)
         run.reward.close()
