@@ -1,6 +1,6 @@
 """One training step against TRL's GRPOTrainer: 64 responses of exactly 96 tokens, SmolLM2-135M. `make bench-step`
 
-sppo    64 prompts, one response each; a critic of 1M parameters; two minibatches
+sppo    64 prompts, one response each; a critic of 1M parameters; one optimiser step
 TRL     8 prompts, 8 responses each (its groups); one optimiser step, per-device batches of 8; no KL, no old-policy pass
 
 Both with the same dtype, threads and prompts of 48 tokens, a reward that costs nothing, and EOS out of reach so that the work is
