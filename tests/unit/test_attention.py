@@ -102,23 +102,22 @@ def test_what_it_cannot_take_goes_another_way():
     assert not attention.fits(q, k, v, 0)
 
 
-def test_a_model_is_trained_through_it():
+def test_a_model_is_trained_through_it(monkeypatch):
     """Log-probabilities and gradients of a whole model, with it and without."""
     policy = small_policy()
-    ids_BL = torch.arange(60).remainder(50).reshape(3, 20)
-    found = []
-    for possible in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            if not possible:
-                patch.setattr(attention, "fits", lambda *a: False)
-            else:
-                calls: list[int] = []
-                right = attention.attention
-                patch.setattr(attention, "attention", lambda *a: calls.append(1) or right(*a))
-            policy.model.zero_grad()
-            scored = policy.response_logps(ids_BL, torch.tensor([4, 5, 6]), torch.tensor([16, 9, 14]), 1.0)
-            scored.logp_BT.sum().backward()
-            found.append([scored.logp_BT.detach(), *(p.grad.clone() for p in policy.model.parameters())])
-    assert calls
-    for a, b in zip(*found, strict=True):
+    calls: list[int] = []
+    right = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *a: calls.append(1) or right(*a))
+
+    def trained() -> list[torch.Tensor]:
+        policy.model.zero_grad()
+        ids_BL = torch.arange(60).remainder(50).reshape(3, 20)
+        scored = policy.response_logps(ids_BL, torch.tensor([4, 5, 6]), torch.tensor([16, 9, 14]), 1.0)
+        scored.logp_BT.sum().backward()
+        return [scored.logp_BT.detach(), *(p.grad.clone() for p in policy.model.parameters())]
+
+    mine = trained()
+    assert len(calls) == policy.model.config.num_hidden_layers
+    monkeypatch.setattr(attention, "fits", lambda *a: False)
+    for a, b in zip(mine, trained(), strict=True):
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
