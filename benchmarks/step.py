@@ -1,6 +1,6 @@
 """One training step against TRL's GRPOTrainer: 64 responses of exactly 96 tokens, SmolLM2-135M. `make bench-step`
 
-sppo    64 prompts, one response each; a critic of 1M parameters; two minibatches
+sppo    64 prompts, one response each; a critic of 1M parameters; one optimiser step
 TRL     8 prompts, 8 responses each (its groups); one optimiser step, per-device batches of 8; no KL, no old-policy pass
 
 Both with the same dtype, threads and prompts of 48 tokens, a reward that costs nothing, and EOS out of reach so that the work is
@@ -71,7 +71,7 @@ def serve_sppo() -> None:
         config = Config.load(None, {
             "policy.model": workload.model_folder(), "policy.chat_template": "off", "critic.model": "tiny:hidden=128,layers=3,heads=4",
             "task.train": data, "rollout.prompts": RESPONSES, "rollout.batch": RESPONSES, "rollout.max_tokens": TOKENS,
-            "training.lr": 1e-6, "training.micro_tokens": 2048, "evaluation.n": 1, "run.out": f"{folder}/run",
+            "training.lr": 1e-6, "training.minibatches": 1, "training.micro_tokens": 2048, "evaluation.n": 1, "run.out": f"{folder}/run",
         })  # fmt: skip
         run = Run.new(config)
         run.reward.close()

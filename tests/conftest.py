@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # these models are too small to share, and spinning threads starve each other
@@ -10,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # these models are too small to share, and 
 import pytest
 
 from sppo.config import Config
-from sppo.models import tiny
+from sppo.models import compiled, tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
 from sppo.rewards.base import load_reward
@@ -57,3 +58,22 @@ def policy() -> Policy:
 @pytest.fixture
 def critic() -> Critic:
     return small_critic()
+
+
+def targets() -> list[str]:
+    """What this processor can run: registers of 4, 8 and 16 numbers on x86, and whatever more it has itself."""
+    flags = Path("/proc/cpuinfo").read_text()
+    levels = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
+    return ["native", *(level for level, needs in levels.items() if f" {needs} " in flags)]
+
+
+@pytest.fixture(scope="module", params=targets())
+def compiled_for(request, tmp_path_factory):
+    """The code for each kind of register; a warning of the compiler is an error here."""
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [f.replace("native", request.param) for f in compiled.COMPILE]
+        patch.setattr(compiled, "COMPILE", (*flags, "-Wall", "-Wextra", "-Werror"))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        compiled.library.cache_clear()
+        yield
+    compiled.library.cache_clear()

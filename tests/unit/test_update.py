@@ -74,6 +74,8 @@ def test_checkpointed_activations_change_no_bit_and_leave_sampling_alone():
     assert count.passes == 1
     assert len(calls) == 2  # the layer was computed again
     assert not checkpointed.model.model.layers[0].training
+    for module in checkpointed.model.modules():
+        module._forward_hooks.clear()  # a model with hooks is not decoded in compiled code
     mine, theirs = (LocalEngine(p).score([[5, 6, 7]], [[8, 9, 10]]) for p in (checkpointed, plain))
     assert mine == theirs
 

@@ -81,13 +81,13 @@ def _machine() -> dict[str, str]:
 def _decoding() -> str:
     import torch
 
-    from ..models import native
+    from ..models.compiled import NoCompiler, library
 
     try:
         for dtype in (torch.float32, torch.bfloat16):
-            native.library(dtype)
+            library("decode", dtype)
         return "on a CPU decoding is compiled for this processor"
-    except native.NoCompiler as error:
+    except NoCompiler as error:
         return f"decoding not compiled, about half as fast on a CPU: {error}"
 
 

@@ -1,63 +1,16 @@
 /* One decoding step of a Llama-like model for a batch of sequences, from their newest tokens to their logits.
  *
- * Compiled for this processor by native.py, once with T = float and once with T = bfloat16. Between its operations a layer is rounded
+ * Compiled for this processor by decode.py, once with T = float and once with T = bfloat16. Between its operations a layer is rounded
  * where transformers rounds it; attention is in float32 until its result. What a row comes to does not depend on the other rows, nor on
  * how many threads there are: each number is summed by one thread in one order.
  *
  * Axes as elsewhere: B rows (sequences), D hidden, V vocabulary. All matrices are row-major, weights [out, in] as nn.Linear has
  * them, read where the model keeps them.
  */
-#include <math.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-enum { L = 16, ROWS = 6 }; /* floats in a register; rows of a tile, so that ROWS x COLS sums stay in registers */
-#elif defined(__AVX2__)
-enum { L = 8, ROWS = 3 };
-#else
-enum { L = 4, ROWS = 4 };
-#endif
-enum { COLS = 4, LINE = 64, NEAR = 24 << 10, AHEAD = 2 << 10 };
+enum { COLS = 4, NEAR = 24 << 10, AHEAD = 2 << 10 };
 /* NEAR: bytes of weights that stay in the first cache while rows pass by; AHEAD: how far in advance keys and values are asked for */
-
-typedef float vf __attribute__((vector_size(4 * L)));
-typedef float vfu __attribute__((vector_size(4 * L), aligned(4), may_alias));
-typedef uint32_t vu __attribute__((vector_size(4 * L)));
-typedef int32_t vi __attribute__((vector_size(4 * L)));
-typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t u4 __attribute__((vector_size(16)));
-#define INLINE static inline __attribute__((always_inline))
-
-#if BF16
-typedef uint16_t T;
-typedef uint16_t vh __attribute__((vector_size(2 * L), aligned(2), may_alias));
-INLINE float wide(T x) { union { uint32_t u; float f; } c = {(uint32_t)x << 16}; return c.f; }
-INLINE T narrow(float x) { union { float f; uint32_t u; } c = {x}; return (c.u + 0x7fff + (c.u >> 16 & 1)) >> 16; }
-INLINE vf load(const T *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
-INLINE vf rounded(vf x) { vu u = (vu)x; return (vf)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
-INLINE void store(T *p, vf x) { vu u = (vu)x; *(vh *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, vh); }
-typedef uint16_t h4 __attribute__((vector_size(8), aligned(2), may_alias));
-INLINE v4 load4(const T *p) { return (v4)(__builtin_convertvector(*(const h4 *)p, u4) << 16); }
-INLINE v4 rounded4(v4 x) { u4 u = (u4)x; return (v4)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
-INLINE void store4(T *p, v4 x) { u4 u = (u4)x; *(h4 *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, h4); }
-#else
-typedef float T;
-INLINE v4 load4(const T *p) { return *(const v4 *)p; }
-INLINE v4 rounded4(v4 x) { return x; }
-INLINE void store4(T *p, v4 x) { *(v4 *)p = x; }
-INLINE float wide(T x) { return x; }
-INLINE T narrow(float x) { return x; }
-INLINE vf load(const T *p) { return *(const vfu *)p; }
-INLINE vf rounded(vf x) { return x; }
-INLINE void store(T *p, vf x) { *(vfu *)p = x; }
-#endif
-INLINE float rounded1(float x) { return wide(narrow(x)); }
-INLINE vf loadf(const float *p) { return *(const vfu *)p; }
 
 /* What a step of a product multiplies: STEP numbers of a row with STEP of another, summed into a register in float32. */
 #if BF16 && defined(__AVX512BF16__)
@@ -77,12 +30,6 @@ INLINE void soon(const T *p, long count) {
     for (long at = 0; at < count * (long)sizeof(T); at += LINE) __builtin_prefetch((const char *)p + AHEAD + at, 0, 2);
 }
 
-INLINE float total(vf x) {
-    float sum = 0;
-    for (int i = 0; i < L; i++) sum += x[i];
-    return sum;
-}
-
 /* The totals of four registers, which costs little more than that of one. */
 INLINE void totals(const vf x[4], float out[4]) {
 #if defined(__AVX512F__)
@@ -97,23 +44,6 @@ INLINE void totals(const vf x[4], float out[4]) {
 #else
     for (int i = 0; i < 4; i++) out[i] = total(x[i]);
 #endif
-}
-
-/* exp, to 2e-7 of its value; below -87 what is left of it. NaN stays NaN. */
-INLINE vf vexp(vf x) {
-    const vf low = (vf){} - 87.0f, high = (vf){} + 88.0f;
-    vi under = x < low, over = x > high;
-    x = (vf)(((vi)low & under) | ((vi)high & over) | ((vi)x & ~(under | over)));
-    vf n = x * 1.44269504f + 12582912.0f - 12582912.0f; /* rounds to an integer */
-    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = (vf){} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
 /* rows x cols numbers of x . w^T: sums of k products each. */
@@ -294,7 +224,7 @@ static void mixed(long heads, const float *weight, long stride, const T *values,
     }
 }
 
-typedef struct { /* native.py fills it; absent tensors are null */
+typedef struct { /* decode.py fills it; absent tensors are null */
     const T *norm, *q, *k, *v, *o, *q_bias, *k_bias, *v_bias, *o_bias, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
     T *keys, *values; /* [slots, groups, columns, size] */
 } Layer;

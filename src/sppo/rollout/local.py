@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..models import native, packed
+from ..models import decode, packed
+from ..models.compiled import NoCompiler
 from ..models.narrow import narrow_products
 from ..models.policy import Policy
 from ..models.pretrained import first_line
@@ -42,7 +43,7 @@ class LocalEngine:
         self.policy = policy
         slow = policy.unpacked_why or _trouble(policy, compiled=False)
         self.plain = PlainEngine(policy) if slow else None
-        self.compiled = not slow and native.fits(policy.model)
+        self.compiled = not slow and decode.fits(policy.model)
         self.stated = f"engine local: the plain loop, several times slower: {slow}" if slow else ""
         if self.compiled and (why := _trouble(policy, compiled=True)):
             self.compiled = False
@@ -99,7 +100,7 @@ def _decode(
 ) -> None:
     """Let every response grow to its end. `live[b]` is the prompt whose sequence is in slot b."""
     slots = Slots(policy.model.config, min(batch, len(prompts)), max(map(len, prompts)) + responses.longest)
-    decoder = native.Decoder(policy.model, slots) if compiled else None
+    decoder = decode.Decoder(policy.model, slots) if compiled else None
     waiting = _Waiting(prompts)
     live: list[int] = []
     done = 0
@@ -127,7 +128,7 @@ def _next(
     prompts: Sequence[Sequence[int]],
     responses: Responses,
     live: Sequence[int],
-    decoder: native.Decoder | None,
+    decoder: decode.Decoder | None,
 ) -> Tensor:
     """The logits after each live sequence's newest token, [B, V]."""
     last_B1, before = next_inputs(prompts, responses, live)
@@ -225,7 +226,7 @@ def _trouble(policy: Policy, compiled: bool) -> str:
         _decode(policy, prompts, given, rows - 1, compiled)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, native.NoCompiler) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NoCompiler) as error:
         return first_line(error)
     theirs = policy.given_logps(prompts, responses)
     mine_N, theirs_N = (torch.tensor([x for row in found for x in row]) for found in (given.logps, theirs))

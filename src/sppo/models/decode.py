@@ -1,8 +1,7 @@
 """Decoding on a CPU in compiled code: one step of a Llama-like model (Llama, SmolLM, Mistral, Qwen 2 and 3), `decode.c`.
 
 A decoding step is some twenty small operations a layer on a few rows each: in PyTorch, half its time is spent between the matrix
-products and in attention made for many queries (docs/performance.md). The C file is compiled for this processor when it is first
-needed, in two or three seconds, and kept in the user's cache. The weights are the model's own tensors, read where they are: there is nothing to
+products and in attention made for many queries (docs/performance.md). The weights are the model's own tensors, read where they are: there is nothing to
 copy and nothing to go stale. Where there is no compiler, sampling goes through the model's own layers instead, and says so.
 
 Left out: AMX tiles, for want of a machine to see them right on; sliding windows; any architecture whose layers are not Llama's.
@@ -10,24 +9,14 @@ Left out: AMX tiles, for want of a machine to see them right on; sliding windows
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).with_name("decode.c")
-COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
+from .compiled import library
+
 KINDS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -56,78 +45,6 @@ def fits(model: Any) -> bool:
     weights = {(type(p), p.dtype, p.device.type, p.is_contiguous()) for p in model.parameters()}
     known = [{(nn.Parameter, dtype, "cpu", True)} for dtype in (torch.float32, torch.bfloat16)]
     return weights in known and len(model.get_input_embeddings().weight) >= len(head.weight)
-
-
-class NoCompiler(Exception):
-    """The C code cannot be had here; the message says why."""
-
-
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled `decode.c` for weights of a dtype. Raises NoCompiler."""
-    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # PyTorch loads its OpenMP for all to see, where it has one
-        raise NoCompiler("PyTorch runs without GNU OpenMP here")
-    try:
-        compiler = _compiler()
-        flags = [*COMPILE, f"-DBF16={int(dtype == torch.bfloat16)}"]
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-        told = "\n".join([SOURCE.read_text(), *flags, version, _processor()])
-        path = _cache() / f"decode-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            _compile(compiler, flags, path)
-        return _declared(ctypes.CDLL(str(path)))
-    except (OSError, RuntimeError, UnicodeError) as error:
-        raise NoCompiler(str(error)) from None
-
-
-def _compiler() -> list[str]:
-    """`$CC`, or what a machine calls its C compiler."""
-    given = shlex.split(os.environ.get("CC", ""))
-    for command in [given] if given else [["cc"], ["gcc"]]:
-        if shutil.which(command[0]):
-            return command
-    raise NoCompiler(f"no C compiler ({given[0] if given else 'cc, gcc'}) is installed")
-
-
-def _cache() -> Path:
-    """The user's cache where nobody else can write; else a folder of this process alone."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sppo"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    made = Path(tempfile.mkdtemp(prefix="sppo-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
-
-
-def _compile(compiler: list[str], flags: list[str], path: Path) -> None:
-    """Atomic: another process may be doing the same. Linked without OpenMP, whose symbols come from the copy that PyTorch has loaded:
-    the threads of two copies would spin for each other."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, linked = Path(folder, "decode.o"), Path(folder, path.name)
-        for command in (
-            [*compiler, *flags, "-c", str(SOURCE), "-o", str(made)],
-            [*compiler, "-shared", str(made), "-o", str(linked), "-lm"],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
-            if done.returncode:
-                said = [line for line in done.stderr.splitlines() if "error" in line] or [
-                    f"exit code {done.returncode}"
-                ]
-                raise NoCompiler(f"{compiler[0]} does not compile {SOURCE.name}: {said[0].strip()}")
-        with linked.open("rb") as file:
-            os.fsync(file.fileno())  # a library cut short by a lost supply of power would crash whoever loads it
-        linked.replace(path)
-
-
-def _processor() -> str:
-    """What this processor can do: a cache in a home that machines share must not serve another kind."""
-    flags = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
-    return f"{platform.machine()} {next(flags, platform.node())}"
 
 
 _TENSORS = (
@@ -164,7 +81,7 @@ class Decoder:
     def __init__(self, model: Any, slots: Any) -> None:
         if not fits(model):
             raise ValueError("it is not a model that decode.c knows")
-        self._library = library(model.dtype)
+        self._library = _declared(library("decode", model.dtype))
         self._slots, self.threads = slots, torch.get_num_threads()
         config, layers = model.config, model.model.layers
         heads = config.num_attention_heads

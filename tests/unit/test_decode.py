@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from sppo.models import native, tiny
+from sppo.models import compiled, decode, tiny
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
@@ -46,25 +45,6 @@ def policy_of(model: Any) -> Policy:
 
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-
-
-def targets() -> list[str]:
-    """What this processor can run: registers of 4, 8 and 16 numbers on x86, and whatever more it has itself."""
-    flags = Path("/proc/cpuinfo").read_text()
-    levels = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
-    return ["native", *(level for level, needs in levels.items() if f" {needs} " in flags)]
-
-
-@pytest.fixture(scope="module", params=targets())
-def compiled_for(request, tmp_path_factory):
-    """The code for each kind of register; a warning of the compiler is an error here."""
-    with pytest.MonkeyPatch.context() as patch:
-        flags = [f.replace("native", request.param) for f in native.COMPILE]
-        patch.setattr(native, "COMPILE", (*flags, "-Wall", "-Wextra", "-Werror"))
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        native.library.cache_clear()
-        yield
-    native.library.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -109,7 +89,7 @@ def stepped(model: Any, rows: list[int], threads: int | None = None) -> torch.Te
             layer.value_store[b] = torch.randn(layer.value_store[b].shape, generator=made)
     lengths = [1 + (13 * row) % 70 for row in rows]
     ids_B = torch.tensor([(31 * row) % 100 for row in rows])
-    decoder = native.Decoder(model, slots)
+    decoder = decode.Decoder(model, slots)
     decoder.threads = threads or decoder.threads
     return decoder.next_logits(ids_B, torch.tensor(lengths), max(lengths) + 1)
 
@@ -142,7 +122,7 @@ def test_new_weights_are_sampled_from_at_once():
 def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, compiler, why):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
-    native.library.cache_clear()
+    compiled.library.cache_clear()
     policy = policy_of(model_of("whole registers"))
     engine = LocalEngine(policy)
     assert not engine.compiled
@@ -151,7 +131,7 @@ def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, compi
     assert why in engine.stated
     slow = engine.generate(PROMPTS, range(9), Sampling(12))
     monkeypatch.undo()
-    native.library.cache_clear()
+    compiled.library.cache_clear()
     quick = LocalEngine(policy)
     assert quick.compiled
     assert quick.stated == ""
@@ -160,25 +140,25 @@ def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, compi
 
 def test_what_is_cached_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
-    native.library(torch.float32)
+    compiled.library.cache_clear()
+    compiled.library("decode", torch.float32)
     (made,) = (tmp_path / "sppo").iterdir()
     made.unlink()
     (tmp_path / "sppo").chmod(0o777)  # somebody else could put a file there
-    native.library.cache_clear()
-    native.library(torch.float32)
+    compiled.library.cache_clear()
+    compiled.library("decode", torch.float32)
     assert list((tmp_path / "sppo").iterdir()) == []
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no")
-    native.library.cache_clear()
-    native.library(torch.float32)
-    native.library.cache_clear()
+    compiled.library.cache_clear()
+    compiled.library("decode", torch.float32)
+    compiled.library.cache_clear()
 
 
 def test_a_model_with_something_of_its_own_is_left_to_its_own_layers():
     def changed(change) -> bool:
         model = model_of("whole registers")
         change(model)
-        return native.fits(model)
+        return decode.fits(model)
 
     class Adapted(torch.nn.Module):
         def __init__(self, base: torch.nn.Linear) -> None:
@@ -194,14 +174,14 @@ def test_a_model_with_something_of_its_own_is_left_to_its_own_layers():
     assert not changed(lambda m: m.double())
     assert not changed(lambda m: setattr(m.config, "sliding_window", 4))
     with pytest.raises(ValueError, match="not a model that"):
-        native.Decoder(model_of("whole registers").double(), None)
+        decode.Decoder(model_of("whole registers").double(), None)
 
 
 def test_an_error_of_the_compiled_step_is_noticed_before_it_is_used(monkeypatch):
     policy = policy_of(model_of("whole registers"))
-    right = native.Decoder.next_logits
+    right = decode.Decoder.next_logits
     for wrong in (1.5, float("nan")):
-        monkeypatch.setattr(native.Decoder, "next_logits", lambda *a, by=wrong: right(*a) * by)
+        monkeypatch.setattr(decode.Decoder, "next_logits", lambda *a, by=wrong: right(*a) * by)
         engine = LocalEngine(policy)
         assert not engine.compiled
         assert "decode.c" in engine.stated
@@ -212,7 +192,7 @@ def test_a_part_turned_by_rotation_is_refused(monkeypatch):
     turns = model.model.rotary_emb.forward
     monkeypatch.setattr(model.model.rotary_emb, "forward", lambda *a: tuple(t[..., :32] for t in turns(*a)))
     with pytest.raises(ValueError, match="a part of each head"):
-        native.Decoder(model, Slots(model.config, 1, 8))
+        decode.Decoder(model, Slots(model.config, 1, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,80 @@
+/* Registers of floats, as wide as this processor has them, for the compiled code of this folder: decode.c, attention.c.
+ *
+ * T is what weights and activations are kept in: float, or bfloat16 with -DBF16=1. Sums are in float32.
+ */
+#ifndef SPPO_VECTORS_H
+#define SPPO_VECTORS_H
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { L = 16, ROWS = 6 }; /* floats in a register; rows of a tile, so that ROWS x COLS sums stay in registers */
+#elif defined(__AVX2__)
+enum { L = 8, ROWS = 3 };
+#else
+enum { L = 4, ROWS = 4 };
+#endif
+enum { LINE = 64 }; /* bytes of a line of the cache */
+
+typedef float vf __attribute__((vector_size(4 * L)));
+typedef float vfu __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * L)));
+typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t u4 __attribute__((vector_size(16)));
+#define INLINE static inline __attribute__((always_inline))
+
+#if BF16
+typedef uint16_t T;
+typedef uint16_t vh __attribute__((vector_size(2 * L), aligned(2), may_alias));
+INLINE float wide(T x) { union { uint32_t u; float f; } c = {(uint32_t)x << 16}; return c.f; }
+INLINE T narrow(float x) { union { float f; uint32_t u; } c = {x}; return (c.u + 0x7fff + (c.u >> 16 & 1)) >> 16; }
+INLINE vf load(const T *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
+INLINE vf rounded(vf x) { vu u = (vu)x; return (vf)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
+INLINE void store(T *p, vf x) { vu u = (vu)x; *(vh *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, vh); }
+typedef uint16_t h4 __attribute__((vector_size(8), aligned(2), may_alias));
+INLINE v4 load4(const T *p) { return (v4)(__builtin_convertvector(*(const h4 *)p, u4) << 16); }
+INLINE v4 rounded4(v4 x) { u4 u = (u4)x; return (v4)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
+INLINE void store4(T *p, v4 x) { u4 u = (u4)x; *(h4 *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, h4); }
+#else
+typedef float T;
+INLINE v4 load4(const T *p) { return *(const v4 *)p; }
+INLINE v4 rounded4(v4 x) { return x; }
+INLINE void store4(T *p, v4 x) { *(v4 *)p = x; }
+INLINE float wide(T x) { return x; }
+INLINE T narrow(float x) { return x; }
+INLINE vf load(const T *p) { return *(const vfu *)p; }
+INLINE vf rounded(vf x) { return x; }
+INLINE void store(T *p, vf x) { *(vfu *)p = x; }
+#endif
+INLINE float rounded1(float x) { return wide(narrow(x)); }
+INLINE vf loadf(const float *p) { return *(const vfu *)p; }
+
+INLINE float total(vf x) {
+    float sum = 0;
+    for (int i = 0; i < L; i++) sum += x[i];
+    return sum;
+}
+
+/* exp, to 2e-7 of its value; below -87 what is left of it. NaN stays NaN. */
+INLINE vf vexp(vf x) {
+    const vf low = (vf){} - 87.0f, high = (vf){} + 88.0f;
+    vi under = x < low, over = x > high;
+    x = (vf)(((vi)low & under) | ((vi)high & over) | ((vi)x & ~(under | over)));
+    vf n = x * 1.44269504f + 12582912.0f - 12582912.0f; /* rounds to an integer */
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = (vf){} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+}
+#endif
