@@ -86,7 +86,7 @@ def test_open_problems_are_drawn_more_and_count_less():
     drawn = [t for _ in range(20) for t in made.sample(10)]
     share = sum(value[t.id] == 0.5 for t in drawn) / len(drawn)
     w = [0.6, 0.1 + (0.999 * 0.001) ** 0.5]
-    assert share == pytest.approx(w[0] / sum(w), abs=0.01)
+    assert share == pytest.approx(w[0] / sum(w), abs=0.05)  # 200 draws; the expectation is tested exactly above
     for t in drawn:
         assert t.weight == pytest.approx(sum(w) / 2 / (w[0] if value[t.id] == 0.5 else w[1]), rel=1e-3)
     assert np.mean([t.weight for t in drawn]) == pytest.approx(1, abs=0.05)

@@ -69,7 +69,7 @@ def test_credit_before_a_token_does_not_depend_on_it_or_what_follows(phi):
     others = ["9;;1=2;", "\n\n3;A:1", "", ";", "2-3=9;9*2=8;A:8"]
     reward_B = torch.tensor([0.3])
     whole = _advantage(made, state, policy, text, reward_B)
-    assert len(set(whole.tolist())) > 3  # it does tell stretches apart
+    assert len(set(whole.tolist())) > 2  # it does tell stretches apart
     for t in range(1, len(text)):
         for other in others:
             changed = _advantage(made, state, policy, text[:t] + other, reward_B)
