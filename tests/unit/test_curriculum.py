@@ -89,7 +89,7 @@ def test_open_problems_are_drawn_more_and_count_less():
     assert share == pytest.approx(w[0] / sum(w), abs=0.05)  # 200 draws; the expectation is tested exactly above
     for t in drawn:
         assert t.weight == pytest.approx(sum(w) / 2 / (w[0] if value[t.id] == 0.5 else w[1]), rel=1e-3)
-    assert np.mean([t.weight for t in drawn]) == pytest.approx(1, abs=0.05)
+    assert np.mean([t.weight for t in drawn]) == pytest.approx(1, abs=0.15)
     assert made.position == 20 * 10 * 4
     assert made.metrics()["curriculum/weight_max"] > 2 > made.metrics()["curriculum/weight_min"] > 0
 
