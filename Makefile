@@ -10,7 +10,7 @@ SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 help:
 	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
-	@echo "make quickstart   train a tiny reasoner from nothing, three to seven minutes on two cores"
+	@echo "make quickstart   train a tiny reasoner from nothing, two to six minutes on two cores"
 	@echo "make bench-trl, bench-stability   the evidence (docs/evidence.md): against TRL's own trainer, and by length"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
