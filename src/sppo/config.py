@@ -93,6 +93,23 @@ class Config(Section):
                 f"curriculum.kind = 'predicted' asks the critic, and objective.baseline = {o.baseline!r} has none that reads the prompt: use "
                 "'critic', 'beta' or 'regressed', or another kind"
             )
+        if self.curriculum.kind == "predicted" and self.curriculum.corrected and (o.scale == "batch" or r.resample):
+            raise ValueError(
+                "curriculum.kind = 'predicted' corrects each advantage for how its problem was chosen, which objective.scale = 'batch' and "
+                "rollout.resample undo: leave them out, or set curriculum.corrected = false"
+            )
+        use = self.reward.use
+        if o.baseline == "hybrid" and o.phi == "steps" and "." not in use.partition(":")[0]:
+            if "steps:" not in use:
+                raise ValueError(
+                    "objective.phi = 'steps' reads the scores of a steps reward, and reward.use names none: add `+ 0 * steps:check=…,split=…` "
+                    "to it (0: measured, not paid)"
+                )
+            if "split=" not in use.partition("steps:")[2]:
+                raise ValueError(
+                    "objective.phi = 'steps' must know where a step ends from what was written so far: name a split in reward.use, e.g. "
+                    "steps:check=…,split=lines"
+                )
         if o.baseline == "beta" and self.training.minibatches * self.training.epochs < 2:
             raise ValueError(
                 "objective.baseline = 'beta' needs the policy's movement, which is measured from a step's second minibatch on: "

@@ -38,7 +38,7 @@ class Oracle:
     def __init__(self, value: dict[str, float]) -> None:
         self.value = value
 
-    def logits(self, tasks: list[Task]) -> torch.Tensor:
+    def logits(self, tasks: list[Task], token_budget: int) -> torch.Tensor:
         return torch.tensor([self.value[t.id] for t in tasks]).logit()
 
 

@@ -47,8 +47,9 @@ def test_a_step_has_ended_once_its_separator_was_written():
     assert segment_starts(policy, rollout, "lines") == [0]
     assert segment_starts(policy, said(policy, ";;a;"), "semicolons") == [0, 1, 2, 4]  # an EOS follows the last one
     assert seen_ends("a; b\n\nc", [1, 4, 7], "semicolons") == [2, 5, None]
+    assert seen_ends("a \n", [1], "lines") == [3]  # a step is stripped of space: it has ended all the same
     assert seen_ends("a\n \nb", [1, 5], "paragraphs") == [4, None]
-    assert token_ends(policy, rollout, [0, 1, 6, 99]) == [0, 1, 6, len(rollout.response_ids)]
+    assert token_ends(policy, rollout, [0, 1, 6, 21]) == [0, 1, 6, 21]
 
 
 # -- what it may see --------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_credit_before_a_token_does_not_depend_on_it_or_what_follows(phi):
         torch.nn.init.normal_(made.model.head.weight)
     state = made.state_dict()
     text = "7+5=2;2-3=8;8*2=6;A:6"
-    others = ["9;;1=2;", "\n\n3;A:1", "", ";", "2-3=9;9*2=8;A:8"]
+    others = ["9;;1=2;", " ;2", " \n1;", "\n\n3;A:1", "", ";", "2-3=9;9*2=8;A:8"]
     reward_B = torch.tensor([0.3])
     whole = _advantage(made, state, policy, text, reward_B)
     assert len(set(whole.tolist())) > 2  # it does tell stretches apart
@@ -217,6 +218,9 @@ def test_nonsense_is_one_sentence(tmp_path):
             config(**changes)
     policy = small_policy()
     made = credit(config(**{"objective.phi": "steps"}), policy, small_critic())
+    for use, why in (("answer", "names none"), ("answer + 0 * steps:check=chain", "name a split")):
+        with pytest.raises(RecipeError, match=why):
+            config(**{"objective.phi": "steps", "reward.use": use})
     for use, why in (("answer", "measures none"), ("answer + 0 * steps:check=chain", "split=auto looks at the whole")):
         batch = pack([said(policy, "7+5=2;A:2", use=use)], policy.pad_id)
         with pytest.raises(RecipeError, match=why):
@@ -225,3 +229,21 @@ def test_nonsense_is_one_sentence(tmp_path):
         CHAIN, [1], [2], [-1.0], "stop", "", verdict=Verdict(1.0, "correct", {"steps": [], "split": "lines"})
     )
     assert made._stretches(blank) == []
+
+
+def test_a_scorer_that_failed_on_one_response_says_nothing_of_it():
+    policy = small_policy()
+    made = credit(config(**{"objective.phi": "steps"}), policy, small_critic())
+    evidence = {"parts": [{"reward": "answer", "outcome": "correct"}, {"reward": "steps:…", "outcome": "infra_error"}]}
+    failed = replace(said(policy, "7+5=2;A:2"), verdict=Verdict(1.0, "correct", evidence))
+    assert made._stretches(failed) == []
+
+
+def test_bytes_of_half_a_character_end_no_step():
+    class Bytes:
+        def text(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    text = "😀\n1"
+    rollout = Rollout(CHAIN, [1], list(text.encode()), [-1.0] * 6, "stop", text)
+    assert token_ends(Bytes(), rollout, [1, 2]) == [4, 5]

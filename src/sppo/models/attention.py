@@ -49,6 +49,9 @@ def fits(query: Tensor, key: Tensor, value: Tensor, sequences: int) -> bool:
         all(x.device.type == "cpu" and x.dtype == query.dtype and x.stride(-1) == 1 for x in parts)
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.size(-1) % 16 == 0
+        and query.size(-1) == key.size(-1)
+        and key.shape == value.shape
+        and query.size(0) % key.size(0) == 0
         and sequences * key.size(0) >= torch.get_num_threads()
         and _compiled(query.dtype) is not None
     )

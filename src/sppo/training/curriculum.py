@@ -36,14 +36,15 @@ def curriculum(
     too_long: Refusal,
     critic: Critic | None,
     held_out: Sequence[Task],
+    token_budget: int = 16384,
 ) -> Uniform:
-    """What a recipe's `curriculum` names. Raises RecipeError where the problems do not allow it."""
+    """What a recipe's `curriculum` names; `token_budget` is what the critic reads at once. Raises RecipeError where the problems do not allow it."""
     if section.kind == "predicted":
         if critic is None:
             raise RecipeError(
                 "curriculum.kind = 'predicted' asks the critic, and this algorithm has none that reads the prompt"
             )
-        return Predicted(section, source, seed, too_long, critic)
+        return Predicted(section, source, seed, too_long, critic, token_budget)
     if section.kind == "staged":
         return Staged(section, source, seed, too_long, held_out)
     return Uniform(section, source, seed, too_long)
@@ -91,7 +92,7 @@ class Uniform:
 
     def observe(self, rollouts: Sequence[Rollout]) -> None:
         """Learn from a step's verdicts."""
-        self.history.observe(rollouts, self._place()[0])
+        self.history.observe(rollouts, max(self.position - 1, 0) // len(self.source))
 
     def hear(self, rollouts: Sequence[Rollout], samples: int) -> str | None:
         """Learn from an evaluation's held-out verdicts, `samples` for each problem; what was decided, if anything."""
@@ -116,7 +117,7 @@ class Uniform:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.position, self.passed_over = state["position"], state["passed_over"]
-        self.history.load_state_dict(state["history"])
+        self.history.load_state_dict(state.get("history", {}))
 
 
 class Predicted(Uniform):
@@ -128,17 +129,23 @@ class Predicted(Uniform):
     """
 
     def __init__(
-        self, section: CurriculumSection, source: TaskSource, seed: int, too_long: Refusal, critic: Critic
+        self,
+        section: CurriculumSection,
+        source: TaskSource,
+        seed: int,
+        too_long: Refusal,
+        critic: Critic,
+        token_budget: int = 16384,
     ) -> None:
         super().__init__(section, source, seed, too_long)
-        self.critic = critic
+        self.critic, self.token_budget = critic, token_budget
         self._range = (1.0, 1.0)
 
     def sample(self, n: int) -> list[Task]:
         """The next n tasks, each with the weight that undoes how it was chosen; some may come twice."""
         start = self.position
         pool = super().sample(n * self.section.pool)
-        value_M = self.critic.logits(pool).sigmoid().double().numpy()
+        value_M = self.critic.logits(pool, self.token_budget).sigmoid().double().numpy()
         weight_M = np.sqrt(value_M * (1 - value_M)) + self.section.floor
         uniform = np.random.Generator(np.random.Philox(key=(self.seed << 64) + start)).random()
         chosen = systematic(weight_M, n, uniform)
@@ -203,6 +210,8 @@ class Staged(Uniform):
                 for _, same in groupby(rollouts, key=lambda r: r.task.id)
                 if (graded := list(self._graded(same)))
             ]
+            if not means:  # none could be graded
+                return None
             self.accuracy = accuracy_interval(means, samples)
             if self.accuracy[1] < self.section.clear or self.stage + 1 == len(self.section.stages):
                 break
@@ -218,8 +227,9 @@ class Staged(Uniform):
                 yield r.verdict.correct
 
     def _stage_of(self, task: Task) -> int:
-        """The stage that a task belongs to; beyond the last one for what is harder than all."""
-        assert task.difficulty is not None
+        """The stage that a task belongs to; beyond the last one for what is harder than all, or does not say."""
+        if task.difficulty is None:
+            return len(self.section.stages)
         return sum(task.difficulty > bound for bound in self.section.stages)
 
     def _bounds(self, stage: int) -> tuple[float, float]:

@@ -22,6 +22,11 @@ class Gathered:
     thrown_away: list[list[Rollout]] = field(default_factory=list)
     """Prompts' samples that all scored the same, replaced by others'."""
 
+    @property
+    def seen(self) -> list[Rollout]:
+        """All that was judged, in groups of a prompt."""
+        return [*self.rollouts, *(r for group in self.thrown_away for r in group)]
+
 
 def gather(run: Run, step: int) -> Gathered:
     """Sample and judge `rollout.prompts` problems; see `rollout.resample` and `objective.baseline = "greedy"`."""

@@ -1,7 +1,8 @@
 """Credit between token and sequence: A_t = R − [(1 − η)·b(x) + η·Φ(prefix_t)], with Φ from what the steps written so far tell.
 
 Φ_t and η see nothing of token t or of what follows, and η and what calibrates Φ are of earlier batches: the gradient is unbiased for *any*
-Φ. A step scorer that the policy learns to please adds variance at most, and what explains nothing gets η = 0, so that SPPO's credit is left.
+Φ. (A step scorer must keep to that: a step's score may depend on what was written up to its end, not on later steps.) A step scorer
+that the policy learns to please adds variance at most, and what explains nothing gets η = 0, so that SPPO's credit is left.
 
     phi = "steps"      the scores that a steps reward measured (`answer + 0 * steps:check=chain,split=semicolons`, a process reward model):
                        b(x) plus what the worst score so far, at that many steps, has meant for the outcome in earlier batches
@@ -173,7 +174,10 @@ def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
     """
     verdict = rollout.verdict
     assert verdict is not None
-    evidence = next((e for e in (verdict.evidence, *verdict.evidence.get("parts", ())) if "steps" in e), None)
+    parts = verdict.evidence.get("parts", ())
+    evidence = next((e for e in (verdict.evidence, *parts) if "steps" in e), None)
+    if evidence is None and any(part["outcome"] == "infra_error" for part in parts):
+        return [], "lines"  # its scorer failed on this one, which says nothing about the response
     if evidence is None:
         raise RecipeError(
             "objective.phi = 'steps' reads the scores of a steps reward, and reward.use measures none: add "

@@ -180,6 +180,8 @@ class Learner:
             if o.kl > 0 and o.kl_form != "reward":
                 assert reference_BT is not None
                 kl_b = sequence_kl(logp_bT, reference_BT[part, :width].to(logp_bT.device), mask_bT, o.kl_form)
+                if batch.weight_B is not None:
+                    kl_b = kl_b * batch.weight_B[part].to(kl_b.device)
                 loss = loss + o.kl * kl_b.sum() / sequences
             loss.backward()
             tally.observe(

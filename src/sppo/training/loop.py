@@ -24,6 +24,6 @@ def train(run: Run) -> dict[str, object]:
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − V(x), before V sees these rewards
             metrics |= run.learner.update(batch, advantage, step)  # clipped surrogate, and the critic's BCE
             run.sync()  # checked by a fingerprint of the weights
-        run.curriculum.observe(gathered.rollouts)
+        run.curriculum.observe(gathered.seen)
         run.record(step, gathered, batch, advantage, value_B, metrics)
     return run.finish()

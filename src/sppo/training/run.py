@@ -97,7 +97,13 @@ class Run:
                 f"{len(held_out) - len(self.held_out)} of {len(held_out)} held-out prompts are over the limit and left out"
             )
         self.curriculum = curriculum(
-            config.curriculum, self.train_tasks, config.seed, self.too_long, self.critic, self.held_out
+            config.curriculum,
+            self.train_tasks,
+            config.seed,
+            self.too_long,
+            self.critic,
+            self.held_out,
+            config.training.micro_tokens,
         )
         self.step_checker = step_checker(config.task.eval or config.task.train, self.held_out[0])
         self.canary = Canary(self.policy)

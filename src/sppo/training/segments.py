@@ -16,14 +16,15 @@ from ..types import Rollout
 def token_ends(policy: Policy, rollout: Rollout, ends: Sequence[int]) -> list[int]:
     """For each position in the response's text (rising) the least number of tokens whose text reaches so far.
 
-    Tokens are asked for, not guessed: the text of the first t tokens, by bisection.
+    Tokens are asked for, not guessed: the text of the first t tokens, by bisection. It is compared, not measured: bytes of half a character
+    decode to more than it.
     """
     out, low = [], 0
     for end in ends:
         first, last = low, len(rollout.response_ids)
         while first < last:
             middle = (first + last) // 2
-            if len(policy.text(rollout.response_ids[:middle])) >= end:
+            if policy.text(rollout.response_ids[:middle])[:end] == rollout.text[:end]:
                 last = middle
             else:
                 first = middle + 1
@@ -39,6 +40,7 @@ def segment_starts(policy: Policy, rollout: Rollout, split: str) -> list[int]:
 
 
 def seen_ends(text: str, ends: Sequence[int], split: str) -> list[int | None]:
-    """For each step's end (where its separator begins) where the separator ends; None for a last step without one."""
+    """For each step's end where its separator ends; None for a last step without one. Space may lie between: a step is stripped of it."""
     separator = re.compile(SPLITS[split])
-    return [m.end() if (m := separator.match(text, end)) else None for end in ends]
+    found = [(separator.search(text, end), end) for end in ends]
+    return [m.end() if m and not text[end : m.start()].strip() else None for m, end in found]
