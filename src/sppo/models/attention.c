@@ -153,7 +153,7 @@ static void backward_unit(const Job *job, long s, long g, float *room) {
         for (long i = 0; i < n; i += ROWS) {
             long rows = n - i < ROWS ? n - i : ROWS, before = whole(i + ROWS), most = i + rows, token = (start + i) * job->heads + h;
             float normaliser[ROWS], inner[ROWS];
-            for (int r = 0; r < ROWS; r++) normaliser[r] = r < rows ? job->normaliser[token + r * job->heads] : INFINITY; /* weight 0 */
+            for (int r = 0; r < ROWS; r++) normaliser[r] = r < rows ? job->normaliser[token + r * job->heads] : INFINITY; /* a weight next to 0, of a gradient of 0 */
             widened(job->q.at + (start + i) * job->q.token + h * job->q.head, job->q.token, rows, ROWS, size, query);
             widened(job->grad + token * size, job->heads * size, rows, ROWS, size, grad);
             widened(job->out + token * size, job->heads * size, rows, ROWS, size, seen);
