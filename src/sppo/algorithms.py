@@ -13,14 +13,17 @@ from typing import Any
 SPPO: dict[str, dict[str, Any]] = {
     "objective": {
         "ratio": "sequence", "baseline": "critic", "scale": "none", "surrogate": "clip", "average": "auto",
-        "clip": [0.2, 0.2], "dual_clip": 3.0,
+        "clip": [0.2, 0.2], "dual_clip": 3.0, "phi": "segments",
     },
-    "rollout": {"samples": 1, "resample": 0},
+    "rollout": {"samples": 1, "resample": 0, "kind": "samples"},
 }  # fmt: skip
 
 
-def _like_sppo(samples: int = 1, resample: int = 0, **objective: Any) -> dict[str, dict[str, Any]]:
-    return {"objective": SPPO["objective"] | objective, "rollout": {"samples": samples, "resample": resample}}
+def _like_sppo(
+    samples: int = 1, resample: int = 0, kind: str = "samples", **objective: Any
+) -> dict[str, dict[str, Any]]:
+    rollout = {"samples": samples, "resample": resample, "kind": kind}
+    return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
 GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0}
@@ -34,6 +37,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sppo-cv": _like_sppo(baseline="regressed"),
     # SPPO with a baseline that goes on reading: V(x) and what the steps written so far tell. docs/exploration.md
     "sppo-hybrid": _like_sppo(ratio="token", baseline="hybrid"),
+    # SPPO on trees of responses, each stretch of tokens against V(x) and the other children of its fork. docs/exploration.md
+    "sppo-tree": _like_sppo(kind="tree", ratio="token", baseline="hybrid", phi="siblings"),
     # PPO, arXiv 1707.06347 eq. 7, with a value for every token, GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
     "ppo": _like_sppo(ratio="token", baseline="token-critic", scale="batch", average="tokens", dual_clip=0.0),
     # REINFORCE, Williams 1992, against the mean of the batch's other rewards.

@@ -77,6 +77,7 @@ class Config(Section):
         if r.engine.startswith("vllm") and (r.top_k or r.top_p < 1 or r.min_p):
             raise ValueError("rollout.top_k, top_p and min_p need rollout.engine = 'local'")
         self._control()
+        self._tree()
         o = self.objective
         if o.baseline == "greedy" and r.resample:
             raise ValueError(
@@ -116,6 +117,39 @@ class Config(Section):
                 "set training.minibatches to 2 or more"
             )
         return self
+
+    def _tree(self) -> None:
+        """Trees of responses and the credit that is made for them belong together."""
+        r, o = self.rollout, self.objective
+        siblings = o.baseline == "hybrid" and o.phi == "siblings"
+        if siblings != (r.kind == "tree"):
+            raise ValueError(
+                "rollout.kind = 'tree' needs the credit made for it: set objective.algorithm = 'sppo-tree'"
+                if r.kind == "tree"
+                else "objective.phi = 'siblings' compares the branches of trees: set rollout.kind = 'tree' (or algorithm = 'sppo-tree')"
+            )
+        if r.kind != "tree":
+            return
+        if r.engine != "local":
+            raise ValueError(
+                f"rollout.kind = 'tree' needs rollout.engine = 'local', which can branch; it is {r.engine!r}"
+            )
+        if r.tree_budget < r.max_tokens:
+            raise ValueError(
+                f"rollout.budget = {r.tree_budget} tokens a tree is less than one response may take (rollout.max_tokens = {r.max_tokens})"
+            )
+        if r.samples != 1 or r.resample:
+            raise ValueError(
+                "rollout.kind = 'tree' makes its samples by branching: leave rollout.samples and rollout.resample out"
+            )
+        if o.scale != "none" or o.average == "responses":
+            raise ValueError(
+                "rollout.kind = 'tree' counts every shared token once: leave objective.scale and objective.average out"
+            )
+        if o.kl > 0 and o.kl_form != "reward":
+            raise ValueError(
+                "rollout.kind = 'tree' has no whole responses in its loss: set objective.kl_form = 'reward'"
+            )
 
     def _control(self) -> None:
         """The parts of a control recipe (models/control.py) are of one and the same task."""

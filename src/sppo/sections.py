@@ -146,6 +146,23 @@ class RolloutSection(Section):
     )
     prompts: int = Field(128, ge=1, description="prompts a step")
     samples: int = Field(1, ge=1, description="responses a prompt; SPPO needs one, group baselines two or more")
+    kind: Literal["samples", "tree"] = Field(
+        "samples",
+        description="tree: a response branches at a segment's end where the policy is unsure what comes next; its leaves share what lies before",
+    )
+    segments: Literal["lines", "semicolons", "sentences", "paragraphs", "tokens"] = Field(
+        "lines",
+        description="what ends a segment of a response, for kind = 'tree', objective.phi = 'segments' and [search]; tokens: every token",
+    )
+    branch: int = Field(2, ge=2, description="tree: how many ways a response goes on where it branches")
+    entropy: float = Field(
+        0.5,
+        ge=0,
+        description="tree: branch where the next token's whole distribution has so many nats of entropy or more",
+    )
+    budget: int | None = Field(
+        None, ge=1, description="tree: tokens of one prompt's tree, never exceeded; default: four times max_tokens"
+    )
     resample: int = Field(
         0,
         ge=0,
@@ -174,6 +191,11 @@ class RolloutSection(Section):
         "penalise", description="a response cut at max_tokens scores 0, or is masked and leaves every denominator"
     )
 
+    @property
+    def tree_budget(self) -> int:
+        """`budget`, or its default."""
+        return 4 * self.max_tokens if self.budget is None else self.budget
+
     @field_validator("stop")
     @classmethod
     def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -201,12 +223,10 @@ class ObjectiveSection(Section):
         description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
     )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of baseline = 'token-critic'")
-    phi: Literal["segments", "steps"] = Field(
+    phi: Literal["segments", "steps", "siblings"] = Field(
         "segments",
-        description="of baseline = 'hybrid': the critic at the segments' ends, or the step scores that the reward measures (+ 0 * steps:…)",
-    )
-    segments: Literal["lines", "semicolons", "sentences", "paragraphs"] = Field(
-        "lines", description="of phi = 'segments': what ends one"
+        description="of baseline = 'hybrid': the critic at the segments' ends; the step scores that the reward measures (+ 0 * steps:…); how a "
+        "fork's other children ended (rollout.kind = 'tree')",
     )
     half_life: float = Field(
         1.0, gt=0, description="of baseline = 'beta': nats by which the policy moves until a past reward counts half"

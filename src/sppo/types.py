@@ -10,11 +10,14 @@ This module imports no torch: a `Batch` holds tensors, and lives with the learne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Message = dict[str, str]
+Fork = tuple[int, int, int]
+"""Where a response was one of several that go on from a prefix: how many tokens that has, which child this is, of how many."""
 Prompt = str | list[Message]
 
 Outcome = Literal["correct", "wrong", "unparseable", "timeout", "crashed", "invalid_task", "infra_error"]
@@ -94,6 +97,7 @@ class Rollout:
     truncated response (`finish == "length"`) has none. `logps[t]` is the log-probability of `response_ids[t]` under the
     sampling distribution, temperature (and any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left.
     `text` leaves special tokens out. `greedy` is the judged greedy response to the same prompt, where the algorithm asks for one.
+    `forks` says where it left others of its prompt's tree (rollout/tree.py).
     """
 
     task: Task
@@ -106,6 +110,12 @@ class Rollout:
     verdict: Verdict | None = None
     kept: Sequence[float] = ()
     greedy: Rollout | None = None
+    forks: tuple[Fork, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Its part of the prompt's outcome: 1, or the product of 1 / children over the forks of a tree."""
+        return 1 / math.prod(children for _, _, children in self.forks)
 
     def judged(self, verdict: Verdict) -> Rollout:
         """The same rollout with its verdict."""

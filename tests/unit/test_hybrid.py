@@ -33,7 +33,7 @@ def said(policy, text: str, task: Task = CHAIN, use: str = STEPS) -> Rollout:
 
 def config(**changes):
     return small_config(
-        **{"objective.algorithm": "sppo-hybrid", "objective.segments": "semicolons", "reward.use": STEPS} | changes
+        **{"objective.algorithm": "sppo-hybrid", "rollout.segments": "semicolons", "reward.use": STEPS} | changes
     )
 
 
@@ -212,7 +212,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, phi):
 def test_nonsense_is_one_sentence(tmp_path):
     for changes, why in (
         ({"objective.ratio": "sequence"}, "set ratio = 'token'"),
-        ({"objective.segments": "auto"}, "objective.segments"),
+        ({"rollout.segments": "auto"}, "rollout.segments"),
     ):
         with pytest.raises(RecipeError, match=why):
             config(**changes)

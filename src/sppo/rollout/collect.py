@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..models.policy import Policy
 from ..rewards.base import Reward
 from ..types import Rollout, Task, Verdict
-from .engine import Engine, Sampling
+from .engine import Branching, Engine, Sampling
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -29,8 +29,9 @@ def collect(
     seed: tuple[int | str, ...],
     truncated: str = "penalise",
     progress: Callable[[int], None] | None = None,
+    branching: Branching | None = None,
 ) -> list[Rollout]:
-    """`samples` judged rollouts for each task, a task's samples next to each other.
+    """`samples` judged rollouts for each task, a task's samples next to each other; with `branching`, the leaves of a tree for each task.
 
     `policy` lends its tokenizer; the weights are the engine's. A response cut at the limit scores 0 under `penalise`
     (its outcome stays what the verifier said, with `truncated` in the evidence) or is masked under `mask`.
@@ -39,10 +40,15 @@ def collect(
     prompt_ids = {id(task): policy.prompt_ids(task) for task in tasks}
     prompts = [prompt_ids[id(task)] for task, _ in repeated]
     seeds = [sample_seed(*seed, position // samples, k) for position, (_, k) in enumerate(repeated)]
-    responses = engine.generate(prompts, seeds, sampling, progress)
+    if branching is None:
+        responses = engine.generate(prompts, seeds, sampling, progress)
+    else:
+        trees = engine.generate_trees(prompts, seeds, sampling, branching, progress)  # type: ignore[attr-defined]  # seen to by Run
+        repeated = [(task, k) for (task, _), leaves in zip(repeated, trees, strict=True) for k in range(len(leaves))]
+        responses = [leaf for leaves in trees for leaf in leaves]
     rollouts = [
-        Rollout(task, prompt, r.ids, r.logps, r.finish, policy.text(r.ids), k, kept=r.kept)
-        for (task, k), prompt, r in zip(repeated, prompts, responses, strict=True)
+        Rollout(task, prompt_ids[id(task)], r.ids, r.logps, r.finish, policy.text(r.ids), k, kept=r.kept, forks=r.forks)
+        for (task, k), r in zip(repeated, responses, strict=True)
     ]
     verdicts = reward.judge(rollouts)
     return [r.judged(_truncation_rule(r, v, truncated)) for r, v in zip(rollouts, verdicts, strict=True)]

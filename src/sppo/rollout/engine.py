@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from ..models.policy import Policy
 from ..sections import RolloutSection
+from ..types import Fork
 from .sampler import Cut
 
 
@@ -38,17 +39,36 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Branching:
+    """When a response goes on in several ways (rollout/tree.py): in `children` ways at a segment's end whose next token has an entropy of
+    `entropy` nats or more, as long as a prompt's tree is sure to stay within `budget` tokens."""
+
+    children: int
+    entropy: float
+    budget: int
+    segments: str
+
+    @classmethod
+    def of(cls, section: RolloutSection) -> Branching | None:
+        """As a recipe says; None where it has no trees."""
+        if section.kind != "tree":
+            return None
+        return cls(section.branch, section.entropy, section.tree_budget, section.segments)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One response: its ids (EOS included if the model chose it), their log-probabilities as sampled, why it ended.
 
     `kept[t]` is the log of the mass among which token t was drawn; empty where the whole softmax was open, so that
-    `logps[t] + kept[t]` is its log-probability under the softmax itself.
+    `logps[t] + kept[t]` is its log-probability under the softmax itself. `forks` says where it left others of its tree.
     """
 
     ids: list[int]
     logps: list[float]
     finish: Literal["stop", "length"]
     kept: list[float] = field(default_factory=list)
+    forks: tuple[Fork, ...] = ()
 
 
 class Engine(Protocol):

@@ -8,7 +8,9 @@ values, or cannot be packed, is sampled by the plain loop (rollout/plain.py).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,10 +20,11 @@ from ..models.compiled import NoCompiler
 from ..models.narrow import narrow_products
 from ..models.policy import Policy
 from ..models.pretrained import first_line
-from .engine import Sample, Sampling
+from .engine import Branching, Sample, Sampling
 from .plain import PlainEngine
 from .responses import Drawn, Given, Responses, next_inputs
 from .slots import Prefix, Slots
+from .tree import Growing
 
 PREFILL = 4096
 """Prompt tokens a pass, about: memory only."""
@@ -43,6 +46,7 @@ class LocalEngine:
         self.policy = policy
         slow = policy.unpacked_why or _trouble(policy, compiled=False)
         self.plain = PlainEngine(policy) if slow else None
+        self.branches = not slow
         self.compiled = not slow and decode.fits(policy.model)
         self.stated = f"engine local: the plain loop, several times slower: {slow}" if slow else ""
         if self.compiled and (why := _trouble(policy, compiled=True)):
@@ -80,6 +84,22 @@ class LocalEngine:
         _decode(self.policy, prompts, drawn, sampling.batch, self.compiled, progress)
         return drawn.samples()
 
+    def generate_trees(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        branching: Branching,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        """Sample one tree of responses a prompt: its leaves. `progress` hears how many trees are finished, in parts of trees."""
+        if self.plain is not None:
+            raise ValueError("the plain loop does not branch")
+        growing = Growing(self.policy, seeds, sampling, branching)
+        heard = None if progress is None else lambda _: progress(int(growing.finished_share + 1e-9))
+        _decode(self.policy, prompts, growing, sampling.batch, self.compiled, heard)
+        return growing.trees()
+
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """See the protocol: the decoding loop, with the given tokens in place of drawn ones."""
         if self.plain is not None:
@@ -98,23 +118,37 @@ def _decode(
     compiled: bool,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Let every response grow to its end. `live[b]` is the prompt whose sequence is in slot b."""
-    slots = Slots(policy.model.config, min(batch, len(prompts)), max(map(len, prompts)) + responses.longest)
+    """Let every response grow to its end. `live[b]` is the one whose sequence is in slot b."""
+    count = batch if isinstance(responses, Growing) else min(batch, len(prompts))
+    slots = Slots(policy.model.config, count, max(map(len, prompts)) + responses.longest)
     decoder = decode.Decoder(policy.model, slots) if compiled else None
     waiting = _Waiting(prompts)
+    lengths = {i: len(p) for i, p in enumerate(prompts)}  # of each response's prompt
     live: list[int] = []
     done = 0
     with narrow_products(policy.model):
-        while live or waiting.order:
-            free = slots.count - len(live)
+        while live or waiting.order or waiting.forked:
+            while waiting.forked and len(live) < slots.count:
+                child, prefix = waiting.forked.popleft()
+                slots.write(len(live), prefix)
+                live.append(child)
+            first, free = 0, slots.count - len(live)
             if waiting.order and free * REFILL >= slots.count:
                 admitted = waiting.take(free)
-                rows = [i for same in admitted.values() for i in same]
-                logits_BV = _prefill(policy, slots, waiting, admitted, first=len(live))
-                finished = [len(live) + b for b in responses.take(logits_BV, rows)]
+                first, rows = len(live), [i for same in admitted.values() for i in same]
+                logits_BV = _prefill(policy, slots, waiting, admitted, first)
                 live += rows
             else:
-                finished = responses.take(_next(policy, slots, prompts, responses, live, decoder), live)
+                rows = live
+                logits_BV = _next(policy, slots, lengths, responses, live, decoder)
+            ended, forked = responses.take(logits_BV, rows)
+            finished = [first + b for b in ended]
+            for b, same in groupby(forked, key=lambda fork: fork[0]):
+                children = [child for _, child in same]
+                length = lengths[rows[b]]
+                prefix = slots.read(first + b, length + len(responses.ids[children[0]]) - 1)
+                waiting.forked.extend((child, prefix) for child in children)
+                lengths |= dict.fromkeys(children, length)
             if finished:
                 _close_ranks(slots, live, finished)
                 done += len(finished)
@@ -125,13 +159,13 @@ def _decode(
 def _next(
     policy: Policy,
     slots: Slots,
-    prompts: Sequence[Sequence[int]],
+    lengths: dict[int, int],
     responses: Responses,
     live: Sequence[int],
     decoder: decode.Decoder | None,
 ) -> Tensor:
     """The logits after each live sequence's newest token, [B, V]."""
-    last_B1, before = next_inputs(prompts, responses, live)
+    last_B1, before = next_inputs(lengths, responses, live)
     columns = max(before) + 1
     length_B = torch.tensor(before, device=policy.device)
     if decoder is not None:
@@ -150,13 +184,14 @@ Key = tuple[int, ...]
 
 
 class _Waiting:
-    """The prompts that have not begun, the shortest first and equal ones together; and what was computed of the one that was
-    admitted only in part."""
+    """The prompts that have not begun, the shortest first and equal ones together; what was computed of the one that was admitted only in
+    part; and branches without a slot, with what was computed of their prefixes."""
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
         self.keys: list[Key] = [tuple(p) for p in prompts]
         self.order = sorted(range(len(prompts)), key=lambda i: (len(self.keys[i]), self.keys[i]), reverse=True)
         self.begun: tuple[Key, Prefix, Tensor] | None = None
+        self.forked: deque[tuple[int, Prefix]] = deque()
 
     def take(self, count: int) -> dict[Key, list[int]]:
         """The next ones: at most `count`, and no more different ones than a pass should hold."""

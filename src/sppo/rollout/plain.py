@@ -72,7 +72,8 @@ class PlainEngine:
 @torch.inference_mode()
 def decode(policy: Policy, prompts: Sequence[Sequence[int]], responses: Responses, live: list[int]) -> None:
     """Let the responses to the prompts `live` grow to their ends; positions come from the cumulated mask."""
-    width = max(len(prompts[i]) for i in live)
+    lengths = {i: len(prompts[i]) for i in live}
+    width = max(lengths.values())
     mask_BS = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in live]).to(policy.device)
     ids_BS = torch.tensor([[policy.pad_id] * (width - len(prompts[i])) + [*prompts[i]] for i in live]).to(policy.device)
     position_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
@@ -81,7 +82,7 @@ def decode(policy: Policy, prompts: Sequence[Sequence[int]], responses: Response
         logits_BV = policy.next_logits(
             input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_BS, past_key_values=cache
         )
-        finished = set(responses.take(logits_BV, live))
+        finished = set(responses.take(logits_BV, live)[0])
         if finished:
             keep = torch.tensor([b for b in range(len(live)) if b not in finished], device=policy.device)
             live = [i for b, i in enumerate(live) if b not in finished]
@@ -89,6 +90,6 @@ def decode(policy: Policy, prompts: Sequence[Sequence[int]], responses: Response
                 break
             cache.reorder_cache(keep)
             mask_BS = mask_BS[keep]
-        last_B1, before = next_inputs(prompts, responses, live)
+        last_B1, before = next_inputs(lengths, responses, live)
         ids_BS, position_BS = last_B1.to(policy.device), torch.tensor(before, device=policy.device)[:, None]
         mask_BS = torch.nn.functional.pad(mask_BS, (0, 1), value=1)

@@ -20,8 +20,11 @@ class Responses(Protocol):
     ids: list[list[int]]
     longest: int
 
-    def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
-        """Add a token to each of the responses `live`, [B], from the logits of what comes next. Returns which rows are finished."""
+    def take(self, logits_BV: Tensor, live: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Add a token to each of the responses `live`, [B], from the logits of what comes next.
+
+        Returns which rows are finished, and what forked: (row, a new response that goes on from what the row held).
+        """
 
 
 class Drawn:
@@ -38,7 +41,7 @@ class Drawn:
         # a token is a byte at least, so so many last tokens hold any stop string that the newest one completed
         self._tail = 2 + max((len(s.encode()) for s in sampling.stop), default=0)
 
-    def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
+    def take(self, logits_BV: Tensor, live: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """See Responses. Raises RunFailure for logits that are not finite."""
         uniform_B = self._uniform_BT[list(live), [len(self.ids[i]) for i in live]].to(logits_BV.device)
         try:
@@ -58,7 +61,7 @@ class Drawn:
             self.stopped[i] = token in self._ends or self._says_stop(self.ids[i])
             if self.stopped[i] or len(self.ids[i]) == self.longest:
                 finished.append(b)
-        return finished
+        return finished, []
 
     def _says_stop(self, ids: list[int]) -> bool:
         stop = self.sampling.stop
@@ -83,14 +86,14 @@ class Given:
         self.ids: list[list[int]] = [[] for _ in responses]
         self.logps: list[list[float]] = [[] for _ in responses]
 
-    def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
+    def take(self, logits_BV: Tensor, live: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """See Responses."""
         logp_BV = logits_BV.log_softmax(-1)
         for b, i in enumerate(live):
             token = self.given[i][len(self.ids[i])]
             self.ids[i].append(token)
             self.logps[i].append(float(logp_BV[b, token]))
-        return [b for b, i in enumerate(live) if len(self.ids[i]) == len(self.given[i])]
+        return [b for b, i in enumerate(live) if len(self.ids[i]) == len(self.given[i])], []
 
 
 def ending_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
@@ -99,9 +102,7 @@ def ending_ids(policy: Policy, stop: Sequence[str]) -> list[int]:
     return [*policy.eos_ids, *(special[s] for s in stop if s in special)]
 
 
-def next_inputs(
-    prompts: Sequence[Sequence[int]], responses: Responses, live: Sequence[int]
-) -> tuple[Tensor, list[int]]:
-    """The newest token of each response, [B, 1], and how many tokens came before it."""
+def next_inputs(lengths: dict[int, int], responses: Responses, live: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The newest token of each response, [B, 1], and how many tokens came before it; `lengths` are the prompts'."""
     last_B1 = torch.tensor([[responses.ids[i][-1]] for i in live])
-    return last_B1, [len(prompts[i]) + len(responses.ids[i]) - 1 for i in live]
+    return last_B1, [lengths[i] + len(responses.ids[i]) - 1 for i in live]

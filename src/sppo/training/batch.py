@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..objective.tree import Node, nodes
 from ..types import Rollout
 
 
@@ -18,6 +20,9 @@ class Batch:
     `behaviour_logp_BT` is of the distribution that was sampled from; with `kept_BT`, the log of the mass that a cut (top-p and its
     kind) left, it is of the whole softmax. `group_B` numbers the prompts: samples of one prompt lie side by side. `greedy_B` is the
     reward of the prompt's greedy response, where there is one. `weight_B` undoes how a curriculum chose the prompts, where it did.
+
+    Where responses are the leaves of trees (objective/tree.py), `nodes` are those of all trees, their leaves numbered as rows here.
+    `share_B` is a response's part of its prompt's outcome: 1, or a leaf's weight.
     """
 
     rollouts: Sequence[Rollout]
@@ -32,9 +37,18 @@ class Batch:
     group_B: Tensor
     greedy_B: Tensor | None = None
     weight_B: Tensor | None = None
+    nodes: Sequence[Node] = ()
+    share_B: Tensor = field(default_factory=lambda: torch.ones(1))
+    count_BT: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
+    """How much each token counts in a loss: 1, or the weight of its node in the row that stands for it; else 0."""
 
     def __len__(self) -> int:
         return len(self.rollouts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens sampled; what leaves of a tree share was sampled once."""
+        return sum(n.end - n.start for n in self.nodes) if self.nodes else int(self.response_len_B.sum())
 
     @property
     def mask_BT(self) -> Tensor:
@@ -59,7 +73,7 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
     greedy = [r.greedy.verdict for r in rollouts if r.greedy is not None and r.greedy.verdict is not None]
     if greedy and len(greedy) != len(rollouts):
         raise ValueError("a greedy response for every rollout, or for none")
-    return Batch(
+    batch = Batch(
         rollouts,
         ids_BL,
         prompts,
@@ -74,6 +88,25 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
         torch.tensor([v.score for v in greedy]) if greedy else None,
         torch.tensor([r.task.weight for r in rollouts]) if any(r.task.weight != 1.0 for r in rollouts) else None,
     )
+    batch.share_B = torch.tensor([r.share for r in rollouts])
+    batch.count_BT = batch.mask_BT.float()
+    if any(r.forks for r in rollouts):
+        batch.nodes = _forest(batch)
+        batch.count_BT = torch.zeros_like(behaviour_BT)
+        for node in batch.nodes:
+            batch.count_BT[node.leaf, node.start : node.end] = node.weight
+    return batch
+
+
+def _forest(batch: Batch) -> list[Node]:
+    """The nodes of all trees, each numbered after those of the trees before it."""
+    out: list[Node] = []
+    lengths, keep = batch.response_len_B.tolist(), batch.keep_B.tolist()
+    for first, end in pairwise([*batch.group_B.diff(prepend=torch.tensor([-1])).nonzero()[:, 0].tolist(), len(batch)]):
+        forks, already = [r.forks for r in batch.rollouts[first:end]], len(out)
+        tree = nodes(forks, lengths[first:end], keep[first:end], first)
+        out += [replace(n, above=n.above + already if n.above >= 0 else -1) for n in tree]
+    return out
 
 
 def micro_batches(index: Tensor, length_B: Tensor, budget: int, packed: bool = False) -> list[Tensor]:

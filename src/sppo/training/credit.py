@@ -191,14 +191,14 @@ class PromptCritic(_Trained):
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
         """Binary cross-entropy of V(x) against the correctness of the responses (never a shaped reward)."""
         prompts = [self.model.prompt_ids(batch.rollouts[i].task) for i in rows.tolist()]
-        target_b = batch.correct_B[rows]
+        target_b, share_b = batch.correct_B[rows], batch.share_B[rows]
         length_b = torch.tensor([len(p) for p in prompts])
         total = 0.0
         for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_tokens):
             logit = self.model([prompts[i] for i in part.tolist()])
             loss = functional.binary_cross_entropy_with_logits(
-                logit, target_b[part].to(logit.device), reduction="sum"
-            ) / len(rows)
+                logit, target_b[part].to(logit.device), share_b[part].to(logit.device), reduction="sum"
+            ) / float(share_b.sum())
             loss.backward()
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)

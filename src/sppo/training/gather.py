@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..rollout.collect import collect
+from ..rollout.engine import Branching
 from ..types import Rollout, Task
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _collect(run: Run, tasks: list[Task], seed: tuple[int | str, ...]) -> list[R
     r = run.config.rollout
     return collect(
         run.engine, run.policy, run.reward, tasks, run.sampling,
-        samples=r.samples, seed=seed, truncated=r.truncated, progress=run.on_rollout,
+        samples=r.samples, seed=seed, truncated=r.truncated, progress=run.on_rollout, branching=Branching.of(r),
     )  # fmt: skip
 
 

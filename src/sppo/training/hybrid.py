@@ -7,10 +7,12 @@ that the policy learns to please adds variance at most, and what explains nothin
     phi = "steps"      the scores that a steps reward measured (`answer + 0 * steps:check=chain,split=semicolons`, a process reward model):
                        b(x) plus what the worst score so far, at that many steps, has meant for the outcome in earlier batches
     phi = "segments"   the critic, reading the prompt and the segments written so far; b(x) is what it says of the prompt alone
+    phi = "siblings"   how the other children of a fork ended (tree rollouts); R is then the mean of the leaves below (objective/tree.py)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from ..config import Config
 from ..errors import RecipeError
 from ..models.critic import Critic
 from ..models.policy import Policy
+from ..objective.tree import returns
 from ..rewards.steps import SPLITS
 from ..types import Rollout
 from .batch import Batch
@@ -45,17 +48,29 @@ class Gate:
         self.cross = [0.0] * (PLACES + 1)
         self.square = [0.0] * (PLACES + 1)
 
+    def eta(self, place: int) -> float:
+        """What earlier batches advise."""
+        return min(1.0, max(0.0, self.cross[place] / self.square[place])) if self.square[place] > 0 else 0.0
+
+    def learn(self, seen: Sequence[tuple[int, float, float]]) -> None:
+        """Take in (place, R − b, Φ − b) of a batch's prefixes."""
+        self.cross, self.square = ([MEMORY * x for x in sums] for sums in (self.cross, self.square))
+        for place, rest, gap in seen:
+            self.cross[place] += rest * gap
+            self.square[place] += gap * gap
+
     def less(self, rest_B: Tensor, prefixes: list[Prefix], width: int) -> tuple[Tensor, dict[str, Any]]:
         """R − b − η·(Φ − b), [B, T], from R − b, [B], and the mean η; then the prefixes are learnt from."""
-        eta = [min(1.0, max(0.0, c / s)) if s > 0 else 0.0 for c, s in zip(self.cross, self.square, strict=True)]
         out_BT = rest_B[:, None].repeat(1, width)
         for b, start, place, gap in prefixes:  # a later prefix of a row overrules an earlier one
-            out_BT[b, start:] = rest_B[b] - eta[place] * gap
-        self.cross, self.square = ([MEMORY * x for x in sums] for sums in (self.cross, self.square))
-        for b, _, place, gap in prefixes:
-            self.cross[place] += float(rest_B[b]) * gap
-            self.square[place] += gap * gap
-        return out_BT, {"hybrid/eta": sum(eta[p[2]] for p in prefixes) / len(prefixes) if prefixes else None}
+            out_BT[b, start:] = rest_B[b] - self.eta(place) * gap
+        metrics = self.metrics([place for _, _, place, _ in prefixes])
+        self.learn([(place, float(rest_B[b]), gap) for b, _, place, gap in prefixes])
+        return out_BT, metrics
+
+    def metrics(self, places: Sequence[int]) -> dict[str, Any]:
+        """The mean η of these prefixes."""
+        return {"hybrid/eta": sum(map(self.eta, places)) / len(places) if places else None}
 
 
 class StepCredit(PromptCritic):
@@ -129,7 +144,7 @@ class SegmentCredit(TokenCritic):
         """See credit.Credit; [B, T]."""
         token_BT = self.values(batch)
         value_B = token_BT[:, 0]  # before the first token: of the prompt alone
-        self.starts = [segment_starts(self.policy, r, self.config.objective.segments) for r in batch.rollouts]
+        self.starts = [segment_starts(self.policy, r, self.config.rollout.segments) for r in batch.rollouts]
         prefixes = [
             (b, start, min(place, PLACES), float(token_BT[b, start] - value_B[b]))
             for b, starts in enumerate(self.starts)
@@ -167,6 +182,48 @@ class SegmentCredit(TokenCritic):
         self.gate.__dict__.update(state["gate"])
 
 
+class SiblingCredit(PromptCritic):
+    """Φ from a fork's other children, in trees of responses. Each stretch of tokens is credited with the mean of the leaves below it."""
+
+    def __init__(self, config: Config, critic: Critic) -> None:
+        super().__init__(config, critic)
+        self.gate = Gate()
+
+    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
+        """See credit.Credit; [B, T], 0 where another row stands for the token."""
+        value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens).sigmoid()
+        advantage_BT = torch.zeros_like(batch.behaviour_logp_BT)
+        if not batch.nodes:  # nothing forked
+            advantage_BT += (reward_B - value_B)[:, None]
+        seen = []
+        worth = returns(batch.nodes, reward_B.tolist(), batch.keep_B.tolist())
+        for node, (q, others) in zip(batch.nodes, worth, strict=True):
+            if q is None:
+                continue
+            value, place = float(value_B[node.leaf]), min(node.depth, PLACES)
+            gap = 0.0 if others is None else others - value
+            advantage_BT[node.leaf, node.start : node.end] = q - value - self.gate.eta(place) * gap
+            if others is not None:
+                seen.append((place, q - value, gap))
+        metrics = self.gate.metrics([place for place, _, _ in seen])
+        self.gate.learn(seen)
+        metrics |= self.quality(batch, value_B)
+        metrics |= {
+            "tree/leaves": len(batch) / int(batch.group_B[-1] + 1),
+            "tree/shared": 1 - batch.tokens / int(batch.response_len_B.sum()),
+        }
+        return advantage_BT, value_B, metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the running sums."""
+        return super().state_dict() | {"gate": dict(self.gate.__dict__)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+        super().load_state_dict(state)
+        self.gate.__dict__.update(state["gate"])
+
+
 def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
     """The steps that a reward measured of a response (text, end in characters, score), and how it split them.
 
@@ -191,6 +248,8 @@ def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
     return evidence["steps"], evidence["split"]
 
 
-def hybrid(config: Config, policy: Policy, critic: Critic) -> StepCredit | SegmentCredit:
+def hybrid(config: Config, policy: Policy, critic: Critic) -> StepCredit | SegmentCredit | SiblingCredit:
     """What `objective.phi` names."""
+    if config.objective.phi == "siblings":
+        return SiblingCredit(config, critic)
     return (StepCredit if config.objective.phi == "steps" else SegmentCredit)(config, policy, critic)

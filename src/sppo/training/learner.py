@@ -139,7 +139,7 @@ class Learner:
         """Add up the gradient of one minibatch's loss over its micro-batches."""
         o = self.config.objective
         rows = torch.cat(minibatch)
-        sequences, tokens = len(rows), int(batch.response_len_B[rows].sum())
+        sequences, tokens = float(batch.share_B[rows].sum()), float(batch.count_BT[rows].sum())
         denominator = sequences
         if o.ratio == "token":
             constant = sequences * self.config.rollout.max_tokens
@@ -169,6 +169,9 @@ class Learner:
                     cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
                 )
             element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
+            if batch.nodes:  # what leaves share counts once
+                count_bT = batch.count_BT[part, :width].to(logp_bT.device)
+                element_mask, value = count_bT > 0, value * count_bT
             if o.engine_correction:
                 mismatch = log_ratio(old_bT, behaviour_bT, mask_bT, o.ratio, o.kappa)
                 mismatch = mismatch.clamp(max=math.log(o.engine_correction))

@@ -84,6 +84,8 @@ class Run:
         self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
         if self.engine.stated:
             observer.note(self.engine.stated)
+        if config.rollout.kind == "tree" and not getattr(self.engine, "branches", False):
+            raise RecipeError(f"rollout.kind = 'tree' needs an engine that can branch; {self.engine.stated}")
         self.sampling = Sampling.of(config.rollout)
         self.health = Health(config, self.sampling, observer.note)
         self.health.before()
@@ -260,13 +262,15 @@ class Run:
     ) -> None:
         """Write the step down; evaluate and checkpoint when it is time."""
         advantage_B, credit = advantage, advantage[batch.keep_B]
-        if advantage.dim() == 2:  # a token critic's: the mean over each response's tokens
-            advantage_B = advantage.sum(1) / batch.response_len_B
-            credit = advantage[batch.mask_BT & batch.keep_B[:, None]]
+        if advantage.dim() == 2:  # each token's own: the mean over each response's tokens
+            own_BT = batch.count_BT > 0
+            advantage_B = torch.where(own_BT, advantage, 0.0).sum(1) / own_BT.sum(1)
+            credit = advantage[own_BT & batch.keep_B[:, None]]
         verdicts = [r.verdict for r in batch.rollouts if r.verdict]
         discarded = [r.verdict for group in gathered.thrown_away for r in group if r.verdict]
-        kept = [v for v in verdicts if not v.masked]
-        tokens = sum(len(r.response_ids) for r in batch.rollouts)
+        kept = [(v, r.share) for r, v in zip(batch.rollouts, verdicts, strict=True) if not v.masked]
+        graded = sum(share for _, share in kept)
+        tokens = batch.tokens
         masked = len(batch) - int(batch.keep_B.sum())
         spent = self._clock
         self._clock = {}
@@ -275,14 +279,14 @@ class Run:
         self.state.generated_tokens += tokens + gathered.beside_tokens
         self.state.masked += masked + sum(v.masked for v in discarded)
         metrics = {
-            "reward/mean": sum(v.score for v in kept) / len(kept) if kept else None,
-            "reward/correct": sum(v.correct for v in kept) / len(kept) if kept else None,
+            "reward/mean": sum(v.score * share for v, share in kept) / graded if kept else None,
+            "reward/correct": sum(v.correct * share for v, share in kept) / graded if kept else None,
             "rollout/masked": masked,
             "rollout/beside_tokens": gathered.beside_tokens,
             "rollout/thrown_away": len(gathered.thrown_away),
             "rollout/thrown_away_masked": sum(v.masked for v in discarded),
             "rollout/tokens": tokens,
-            "rollout/mean_tokens": tokens / len(batch),
+            "rollout/mean_tokens": float(batch.response_len_B.float().mean()),
             "rollout/truncated": sum(r.finish == "length" for r in batch.rollouts) / len(batch),
             **{f"outcome/{name}": count for name, count in sorted(Counter(v.outcome for v in verdicts).items())},
             **{f"reward/{name}": value for name, value in mean_measures(verdicts).items()},

@@ -45,6 +45,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("difficulty", pa.float32()),
         ("value", pa.float32()),
         ("advantage", pa.float32()),
+        ("forks", pa.list_(pa.list_(pa.int32()))),
     ]
 )
 
@@ -146,7 +147,7 @@ class RunDirectory:
             row = (
                 step, r.task.id, r.sample, r.task.text, r.text, list(r.prompt_ids), list(r.response_ids), list(r.logps), r.finish,
                 verdict.score, verdict.correct, verdict.outcome, verdict.masked, json.dumps(dict(verdict.evidence), default=str),
-                r.task.difficulty, value, None if verdict.masked else advantage,
+                r.task.difficulty, value, None if verdict.masked else advantage, [list(fork) for fork in r.forks],
             )  # fmt: skip
             for name, cell in zip(columns, row, strict=True):
                 columns[name].append(cell)

@@ -35,6 +35,8 @@ def token_ends(policy: Policy, rollout: Rollout, ends: Sequence[int]) -> list[in
 
 def segment_starts(policy: Policy, rollout: Rollout, split: str) -> list[int]:
     """The first token of each segment, 0 among them, as long as there is a token there."""
+    if split == "tokens":
+        return list(range(len(rollout.response_ids)))
     ends = token_ends(policy, rollout, [m.end() for m in re.finditer(SPLITS[split], rollout.text)])
     return sorted({0, *(t for t in ends if t < len(rollout.response_ids))})
 
