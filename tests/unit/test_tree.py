@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_leaves_share_what_lies_before_their_forks_and_stay_in_the_budget():
         rollouts = [(s.ids, s.forks) for s in leaves]
         distinct = {(tuple(f for f in forks if f[0] <= t), t) for ids, forks in rollouts for t in range(len(ids))}
         assert len(distinct) <= OPEN.budget
-        for (a, fa), (b, fb) in zip(rollouts, rollouts[1:], strict=False):
+        for (a, fa), (b, fb) in pairwise(rollouts):
             at = next(x[0] for x, y in zip(fa, fb, strict=False) if x != y)
             assert a[:at] == b[:at]
     responses = [[s.ids for s in leaves] for leaves in trees]
@@ -70,7 +71,7 @@ def test_a_tree_depends_on_its_prompt_and_seed_alone():
 
 def test_it_forks_where_the_whole_distribution_is_open_and_a_segment_has_ended():
     policy = small_policy()
-    prompts, trees = grown(policy, replace(OPEN, entropy=3.2, budget=200), n=12, temperature=0.8)
+    prompts, trees = grown(policy, replace(OPEN, entropy=4.4, budget=10**5), n=12, max_tokens=6, temperature=0.8)
     forks = 0
     for prompt, leaves in zip(prompts, trees, strict=True):
         for s in leaves:
@@ -81,15 +82,14 @@ def test_it_forks_where_the_whole_distribution_is_open_and_a_segment_has_ended()
             forks += len(at)
             for t in range(len(s.ids)):
                 if t in at:
-                    assert entropy[t] >= 3.2 - 1e-3
+                    assert entropy[t] >= 4.4 - 1e-3
                 else:  # nothing else can forbid it: the budget is ample
-                    assert entropy[t] < 3.2 + 1e-3
+                    assert entropy[t] < 4.4 + 1e-3
     assert forks > 10
-    semicolon = policy.tokenizer(";")["input_ids"][0]
     trees = grown(policy, replace(OPEN, segments="semicolons", budget=500), n=12)[1]
     places = [(s.ids, t) for leaves in trees for s in leaves for t, _, _ in s.forks]
     assert any(t > 0 for _, t in places)
-    assert all(t == 0 or ids[t - 1] == semicolon for ids, t in places)
+    assert all(t == 0 or policy.text([ids[t - 1]]) in ";\n" for ids, t in places)
 
 
 def test_weighted_leaves_are_samples_of_the_policy():
@@ -122,7 +122,7 @@ def test_what_leaves_share_is_in_the_gradient_once():
     assert batch.tokens < int(batch.response_len_B.sum())
     made = credit(config(), policy, small_critic())
     made.gate.cross, made.gate.square = [0.5] * 17, [1.0] * 17
-    advantage_BT, value_B, metrics = made.advantage(batch, batch.reward_B)
+    advantage_BT, _, metrics = made.advantage(batch, batch.reward_B)
     assert metrics["tree/leaves"] > 1
     assert 0 < metrics["tree/shared"] < 1
     learner = Learner(
