@@ -27,6 +27,7 @@ from .sections import (
     RewardSection,
     RolloutSection,
     RunSection,
+    SearchSection,
     Section,
     TaskSection,
     TrainingSection,
@@ -49,6 +50,9 @@ class Config(Section):
         None, description="a supervised start; leave it out for a model that can already answer sometimes"
     )
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="how responses are sampled")
+    search: SearchSection | None = Field(
+        None, description="tree search for hard problems; leave it out where sampling solves some of everything"
+    )
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="the surrogate")
     training: TrainingSection = Field(default_factory=TrainingSection, description="the update")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="held-out accuracy")
@@ -78,6 +82,7 @@ class Config(Section):
             raise ValueError("rollout.top_k, top_p and min_p need rollout.engine = 'local'")
         self._control()
         self._tree()
+        self._search()
         o = self.objective
         if o.baseline == "greedy" and r.resample:
             raise ValueError(
@@ -99,24 +104,28 @@ class Config(Section):
                 "curriculum.kind = 'predicted' corrects each advantage for how its problem was chosen, which objective.scale = 'batch' and "
                 "rollout.resample undo: leave them out, or set curriculum.corrected = false"
             )
-        use = self.reward.use
-        if o.baseline == "hybrid" and o.phi == "steps" and "." not in use.partition(":")[0]:
-            if "steps:" not in use:
-                raise ValueError(
-                    "objective.phi = 'steps' reads the scores of a steps reward, and reward.use names none: add `+ 0 * steps:check=…,split=…` "
-                    "to it (0: measured, not paid)"
-                )
-            if "split=" not in use.partition("steps:")[2]:
-                raise ValueError(
-                    "objective.phi = 'steps' must know where a step ends from what was written so far: name a split in reward.use, e.g. "
-                    "steps:check=…,split=lines"
-                )
+        if o.baseline == "hybrid" and o.phi == "steps":
+            self._measures_steps("objective.phi = 'steps'")
         if o.baseline == "beta" and self.training.minibatches * self.training.epochs < 2:
             raise ValueError(
                 "objective.baseline = 'beta' needs the policy's movement, which is measured from a step's second minibatch on: "
                 "set training.minibatches to 2 or more"
             )
         return self
+
+    def _measures_steps(self, who: str) -> None:
+        use = self.reward.use
+        if "." in use.partition(":")[0]:  # a reward of the user's own: seen when it has judged
+            return
+        if "steps:" not in use:
+            raise ValueError(
+                f"{who} reads the scores of a steps reward, and reward.use names none: add `+ 0 * steps:check=…,split=…` to it (0: measured, "
+                "not paid)"
+            )
+        if "split=" not in use.partition("steps:")[2]:
+            raise ValueError(
+                f"{who} must know where a step ends from what was written so far: name a split in reward.use, e.g. steps:check=…,split=lines"
+            )
 
     def _tree(self) -> None:
         """Trees of responses and the credit that is made for them belong together."""
@@ -150,6 +159,24 @@ class Config(Section):
             raise ValueError(
                 "rollout.kind = 'tree' has no whole responses in its loss: set objective.kl_form = 'reward'"
             )
+
+    def _search(self) -> None:
+        s, o, r = self.search, self.objective, self.rollout
+        if s is None:
+            return
+        if s.budget < r.max_tokens:
+            raise ValueError(
+                f"search.budget = {s.budget} tokens a problem is less than one response may take (rollout.max_tokens = {r.max_tokens})"
+            )
+        if r.engine == "control":
+            raise ValueError("[search] writes on from prefixes of text, which rollout.engine = 'control' has none of")
+        if s.value == "critic" and self.critic_reads != "tokens":
+            raise ValueError(
+                f"search.value = 'critic' asks a critic that reads prefixes, and that of objective.baseline = {o.baseline!r} does not: use "
+                "algorithm = 'sppo-hybrid' or 'ppo', or another value"
+            )
+        if s.value == "steps":
+            self._measures_steps("search.value = 'steps'")
 
     def _control(self) -> None:
         """The parts of a control recipe (models/control.py) are of one and the same task."""

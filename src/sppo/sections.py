@@ -109,6 +109,9 @@ class RewardSection(Section):
         description="a file of rewards/ with options ('answer:extract=boxed', 'math', 'code'), package.module:object, or several: "
         "'code + 0.2 * mine:style', 'math and mine:checked', 'math gate mine:format'",
     )
+    anneal: int = Field(
+        0, ge=0, description="what a mixture adds to its first part fades to nothing over so many steps; 0: it stays"
+    )
     limit: float = Field(
         600.0,
         gt=0,
@@ -348,6 +351,35 @@ class TrainingSection(Section):
     )
     max_bad_updates: int = Field(
         3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"
+    )
+
+
+class SearchSection(Section):
+    """Tree search for the problems that sampling does not solve; what it finds is learnt by supervision. Without this section there is none."""
+
+    below: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="search problems that failed and to which the critic gives a lower chance than this",
+    )
+    problems: int = Field(8, ge=1, description="of a step, at most; the most hopeful ones first")
+    budget: int = Field(2000, ge=1, description="tokens written for one problem, at most")
+    value: Literal["outcomes", "steps", "critic"] = Field(
+        "outcomes",
+        description="what guides it beside outcomes: nothing; the step scores that the reward measures (+ 0 * steps:…); the critic at the "
+        "segments' ends (of objective.phi = 'segments' or 'token-critic')",
+    )
+    explore: float = Field(
+        1.0, ge=0, description="PUCT's constant: the larger, the more it tries what it has tried less"
+    )
+    width: float = Field(
+        2.0, gt=0, description="of a prefix visited n times, the policy writes on from it up to width * sqrt(n) times"
+    )
+    batch: int = Field(32, ge=1, description="solutions learnt beside each step's update, at most")
+    weight: float = Field(0.5, gt=0, description="of their loss (the mean negative log-probability of a token)")
+    enough: float = Field(
+        0.5, gt=0, le=1, description="the weight falls to nothing as the critic's chance for the problem rises to this"
     )
 
 

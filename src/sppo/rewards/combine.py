@@ -6,7 +6,8 @@
     code gate format          nothing is paid unless the format holds (its score is at least 0.5)
 
 The first part and every `and` part are the correctness that the critic predicts; the others only shape the score. Each part's
-verdict is kept in the evidence; a sample that any part cannot grade is masked.
+verdict is kept in the evidence; a sample that any part cannot grade is masked. What is added to the first part can fade in the course of a
+run (`reward.anneal`): help at the beginning, and in the end no other objective.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
@@ -67,11 +68,18 @@ def parse_mixture(use: str) -> list[tuple[Role, float, str]]:
     return out
 
 
+def adds(parts: Sequence[Part]) -> bool:
+    """Whether anything is added to the first part."""
+    return any(p.role == "+" and p.weight > 0 for p in parts[1:])
+
+
 class MixedReward:
     """A sum of rewards, under conjunctions and gates."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
+        self.fade = 1.0
+        """What the weights of all but the first part are multiplied by."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict each. Outcome: the first part's, or that of the first `and` part that fails."""
@@ -80,11 +88,13 @@ class MixedReward:
 
     def _merge(self, verdicts: tuple[Verdict, ...]) -> Verdict:
         pairs = list(zip(self.parts, verdicts, strict=True))
-        evidence = {
+        evidence: dict[str, Any] = {
             "parts": [{"reward": p.name, "role": p.role, "score": v.score, "outcome": v.outcome, **v.evidence} for p, v in pairs],
             "measures": {f"part_{i}_{p.name.partition(':')[0]}": v.score for i, (p, v) in enumerate(pairs)}
             | {name: value for v in verdicts for name, value in v.evidence.get("measures", {}).items()},
         }  # fmt: skip
+        if self.fade != 1.0:
+            evidence["fade"] = self.fade
         masked = next((v for p, v in pairs if v.masked and (p.role != "+" or p.weight > 0)), None)
         if masked is not None:
             why = {"reason": masked.evidence["reason"]} if "reason" in masked.evidence else {}
@@ -92,7 +102,7 @@ class MixedReward:
         required = [verdicts[0], *(v for p, v in pairs[1:] if p.role == "and")]
         worst = min(required, key=lambda v: v.correct)
         held = min((v.correct for v in required[1:]), default=1.0)  # 1 where there is no conjunction
-        summed = [(p.weight, v.score) for p, v in pairs if p.role == "+"]
+        summed = [(p.weight * (self.fade if i else 1.0), v.score) for i, (p, v) in enumerate(pairs) if p.role == "+"]
         score = sum(weight * value for weight, value in summed) / sum(weight for weight, _ in summed)
         gates = all(v.score >= 0.5 for p, v in pairs if p.role == "gate")
         return Verdict(score * held * gates, worst.outcome, evidence, correctness=worst.correct)

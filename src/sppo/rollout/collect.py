@@ -51,10 +51,11 @@ def collect(
         for (task, k), r in zip(repeated, responses, strict=True)
     ]
     verdicts = reward.judge(rollouts)
-    return [r.judged(_truncation_rule(r, v, truncated)) for r, v in zip(rollouts, verdicts, strict=True)]
+    return [r.judged(truncation_rule(r, v, truncated)) for r, v in zip(rollouts, verdicts, strict=True)]
 
 
-def _truncation_rule(rollout: Rollout, verdict: Verdict, rule: str) -> Verdict:
+def truncation_rule(rollout: Rollout, verdict: Verdict, rule: str) -> Verdict:
+    """A response cut at the limit scores 0 (`penalise`) or is masked (`mask`)."""
     if rollout.finish == "stop" or verdict.masked:
         return verdict
     evidence = {**verdict.evidence, "truncated": rule}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..rewards.combine import MixedReward
 from ..rollout.collect import collect
 from ..rollout.engine import Branching
 from ..types import Rollout, Task
 
 if TYPE_CHECKING:
     from .run import Run
+    from .search import Lessons
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,12 @@ class Gathered:
 
     rollouts: list[Rollout]
     beside_tokens: int = 0
-    """Tokens sampled that nothing is trained on: greedy responses, groups thrown away."""
+    """Tokens sampled that no policy gradient is made of: greedy responses, groups thrown away, searches."""
     thrown_away: list[list[Rollout]] = field(default_factory=list)
     """Prompts' samples that all scored the same, replaced by others'."""
+    lessons: Lessons | None = None
+    """Verified solutions of hard problems, to be learnt beside the step's update."""
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seen(self) -> list[Rollout]:
@@ -30,8 +35,21 @@ class Gathered:
 
 
 def gather(run: Run, step: int) -> Gathered:
-    """Sample and judge `rollout.prompts` problems; see `rollout.resample` and `objective.baseline = "greedy"`."""
+    """Sample and judge `rollout.prompts` problems, and search those that look hopeless, where a recipe says so."""
+    found = _sampled(run, step)
+    if run.searcher is None:
+        return found
+    lessons, metrics = run.searcher.step(step, found.rollouts)
+    return replace(
+        found, lessons=lessons, metrics=metrics, beside_tokens=found.beside_tokens + metrics["search/tokens"]
+    )
+
+
+def _sampled(run: Run, step: int) -> Gathered:
+    """See `rollout.resample` and `objective.baseline = "greedy"`."""
     r = run.config.rollout
+    if isinstance(run.reward, MixedReward) and run.config.reward.anneal:
+        run.reward.fade = max(0.0, 1 - step / run.config.reward.anneal)
     tasks = run.curriculum.sample(r.prompts)
     rollouts = _collect(run, tasks, (run.config.seed, "train", step))
     if run.config.objective.baseline == "greedy":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from ..objective.surrogate import cispo, normalised_sum, plain, response_means, 
 from .batch import Batch, micro_batches
 from .credit import credit
 from .optim import MasterAdamW, learning_rate
+
+if TYPE_CHECKING:
+    from .search import Lessons
 
 NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 """The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by
@@ -68,8 +71,10 @@ class Learner:
 
     # -- the update --------------------------------------------------------------------------------------------------
 
-    def update(self, batch: Batch, advantage_B: Tensor, step: int) -> dict[str, Any]:
+    def update(self, batch: Batch, advantage_B: Tensor, step: int, lessons: Lessons | None = None) -> dict[str, Any]:
         """Train policy and critic on one batch; returns metrics. Masked rollouts are left out of every sum and count.
+
+        `lessons` are learnt beside it by supervision (training/search.py), each update a share of them; the critic never sees them.
 
         Raises NonFinite after `training.max_bad_updates` bad updates in a row, EngineMismatch when the engine's
         log-probabilities are too far from the learner's.
@@ -100,6 +105,8 @@ class Learner:
             self._check_gap(tally)
             if t.measure_noise and number < 2 <= len(plans[0]) <= len(batch.group_B[kept].unique()):
                 tally.gradients.append(self._gradient())
+            if lessons is not None:
+                self._teach(lessons, number, len(updates), tally)
             norm = self.policy_optimiser.step(lr["policy"], t.max_grad_norm)
             tally.add("update/grad_norm", norm)
             self._check_finite(norm)
@@ -199,6 +206,20 @@ class Learner:
                 behaviour_bT + batch.kept_BT[part, :width].to(logp_bT.device),
                 logp_bT.detach(),
             )
+
+    def _teach(self, lessons: Lessons, number: int, updates: int, tally: _Tally) -> None:
+        """Add the gradient of every updates-th lesson from `number` on: weight times the mean negative log-probability of a token."""
+        batch = lessons.batch
+        rows = torch.arange(number, len(batch), updates)
+        length_B, total = batch.prompt_len_B + batch.response_len_B, 0.0
+        weight_B = torch.tensor(lessons.weights) / batch.response_len_B
+        for part in micro_batches(rows, length_B, self.config.training.micro_tokens, self.policy.packs):
+            current = self._logps(self.policy, batch, part)
+            nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
+            loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / len(rows)
+            loss.backward()
+            total += float(loss.detach())
+        tally.add("search/loss", total)
 
     def _teach_critic(self, batch: Batch, rows: Tensor, lr: float, tally: _Tally) -> None:
         began = time.perf_counter()

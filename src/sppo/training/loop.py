@@ -22,7 +22,7 @@ def train(run: Run) -> dict[str, object]:
         batch = pack(gathered.rollouts, run.policy.pad_id)
         with run.clock("update"):
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − V(x), before V sees these rewards
-            metrics |= run.learner.update(batch, advantage, step)  # clipped surrogate, and the critic's BCE
+            metrics |= run.learner.update(batch, advantage, step, gathered.lessons)  # clipped surrogate, critic's BCE
             run.sync()  # checked by a fingerprint of the weights
         run.curriculum.observe(gathered.seen)
         run.record(step, gathered, batch, advantage, value_B, metrics)

@@ -27,6 +27,7 @@ from ..models.policy import parameter_count, weights_sha256
 from ..models.pretrained import pick_device
 from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import fitting_reward, load_reward
+from ..rewards.combine import MixedReward, adds
 from ..rollout.canary import Canary
 from ..rollout.engine import Engine, Sampling
 from ..spec import call, parse_spec, resolve
@@ -43,6 +44,7 @@ from .observer import Observer, Silent
 from .optim import optimiser_class
 from .parts import Parts, PromptLimit, load_critic, load_policy, one_control_task
 from .rundir import RunDirectory
+from .search import Search
 from .sft import supervised
 
 UNTIL_EVERY, UNTIL_PROBLEMS = 10, 256
@@ -66,6 +68,10 @@ class Run:
         device = pick_device()
         optimiser_class(config.training.optimizer, device)  # said now, and not after a bootstrap
         self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
+        if config.reward.anneal and not (isinstance(self.reward, MixedReward) and adds(self.reward.parts)):
+            raise RecipeError(
+                f"reward.anneal fades what is added to a reward, and reward.use = {config.reward.use!r} adds nothing"
+            )
         if parts.train is not None and parts.evaluation is not None:
             self.train_tasks, self.eval_tasks = parts.train, parts.evaluation
         else:
@@ -107,6 +113,7 @@ class Run:
             self.held_out,
             config.training.micro_tokens,
         )
+        self.searcher = Search(config.search, self) if config.search else None
         self.step_checker = step_checker(config.task.eval or config.task.train, self.held_out[0])
         self.canary = Canary(self.policy)
         self.canary_gap = 0.0  # at the last sync
@@ -294,6 +301,7 @@ class Run:
             "data/position": self.curriculum.position,
             "data/passed_over": self.curriculum.passed_over,
             **self.curriculum.metrics(),
+            **gathered.metrics,
             "advantage/std": float(advantage_B[batch.keep_B].std()) if len(batch) - masked > 1 else None,
             "advantage/variance": float(credit.var()) if len(credit) > 1 else None,
             **metrics,

@@ -167,7 +167,7 @@ class RunDirectory:
 
     def forget_from(self, step: int) -> None:
         """Drop what steps ≥ `step` left behind: they will be run again, to the same result."""
-        for name in ("metrics.jsonl", "audit.jsonl"):
+        for name in ("metrics.jsonl", "audit.jsonl", "buffer.jsonl"):
             path = self.path / name
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step_of(line, step) < step]

@@ -1,0 +1,207 @@
+"""Hard problems are searched, and what is found and verified is learnt by supervision (rollout/mcts.py finds it).
+
+What search finds is never in the policy gradient, nor in the critic's target: it is not a sample of the policy. Each solution is judged
+again whenever it is about to be learnt, and weighs less the likelier sampling alone solves its problem: weight · (1 − V(x)/enough).
+`buffer.jsonl` holds every solution with where it came from; a resumed run reads it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..rollout.collect import sample_seed, truncation_rule
+from ..rollout.mcts import Found, Ids, Judged, search
+from ..sections import SearchSection
+from ..types import Rollout, Task
+from .batch import Batch, pack
+from .credit import TokenCritic
+from .hybrid import step_scores
+from .segments import seen_ends, segment_starts, token_ends
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """Verified solutions, and how much each weighs."""
+
+    batch: Batch
+    weights: list[float]
+
+
+class Search:
+    """The search of one run, and its buffer."""
+
+    def __init__(self, section: SearchSection, run: Run) -> None:
+        self.section, self.run = section, run
+        self.path = run.directory.path / "buffer.jsonl"
+        self.solutions: dict[str, Rollout] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            self._keep(_solution(json.loads(line)))
+
+    def step(self, step: int, rollouts: Sequence[Rollout]) -> tuple[Lessons | None, dict[str, Any]]:
+        """Search the hard problems among a step's, and choose what is to be learnt with its update; also metrics."""
+        hard = self._hard(rollouts)
+        found = self._search(step, hard)
+        fresh = 0
+        with self.path.open("a") as file:
+            for rollout, result in zip(hard, found, strict=True):
+                if result.solution is None:
+                    continue
+                solution = self._rollout(rollout, result.solution)
+                if self._keep(solution):
+                    fresh += 1
+                    file.write(json.dumps(self._entry(step, solution, result), default=str) + "\n")
+        lessons, refused = self._lessons(step)
+        metrics: dict[str, Any] = {
+            "search/problems": len(hard), "search/solved": sum(f.solution is not None for f in found), "search/fresh": fresh,
+            "search/simulations": sum(f.simulations for f in found), "search/tokens": sum(f.tokens for f in found),
+            "search/buffer": len(self.solutions), "search/refused": refused,
+            "search/weight": sum(lessons.weights) / len(lessons.weights) if lessons else None,
+        }  # fmt: skip
+        return lessons, metrics
+
+    # -- what is searched --------------------------------------------------------------------------------------------
+
+    def _hard(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """One response of each problem that failed at all of its samples and to which the critic gives little hope, the most hopeless last."""
+        graded = [r for r in rollouts if r.verdict and not r.verdict.masked]
+        solved = {r.task.id for r in graded if _correct(r)}
+        failed = list({r.task.id: r for r in graded if r.task.id not in solved}.values())
+        chances = self._chances(failed)
+        hard = [(v, r) for v, r in zip(chances, failed, strict=True) if v < self.section.below]
+        return [r for _, r in sorted(hard, key=lambda entry: -entry[0])[: self.section.problems]]
+
+    def _chances(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """V(x) of each one's problem; 0 where the algorithm has no critic."""
+        run = self.run
+        if run.critic is None or not rollouts:
+            return [0.0] * len(rollouts)
+        if isinstance(credit := run.learner.credit, TokenCritic):
+            first: list[float] = credit.values(pack(rollouts, run.policy.pad_id))[:, 0].tolist()
+            return first
+        return run.critic.logits([r.task for r in rollouts], run.config.training.micro_tokens).sigmoid().tolist()
+
+    def _search(self, step: int, hard: Sequence[Rollout]) -> list[Found]:
+        run, longest = self.run, self.run.config.rollout.max_tokens
+
+        def write_on(prefixes: Sequence[tuple[int, Ids]], seeds: Sequence[int]) -> list[Ids]:
+            prompts = [[*hard[i].prompt_ids, *ids] for i, ids in prefixes]
+            rooms = [longest - len(ids) for _, ids in prefixes]
+            samples = run.engine.generate(prompts, seeds, replace(run.sampling, max_tokens=max(rooms)))
+            return [tuple(s.ids[:room]) for s, room in zip(samples, rooms, strict=True)]
+
+        def judge(responses: Sequence[tuple[int, Ids]]) -> list[Judged | None]:
+            rollouts = [self._rollout(hard[i], ids) for i, ids in responses]
+            judged = self._judged(rollouts)
+            values = self._values(judged)
+            return [self._outcome(r, v) for r, v in zip(judged, values, strict=True)]
+
+        s = self.section
+        return search(
+            len(hard), write_on, judge, budget=s.budget, longest=longest, seed=sample_seed(run.config.seed, "search", step),
+            explore=s.explore, width=s.width,
+        )  # fmt: skip
+
+    def _rollout(self, like: Rollout, ids: Ids) -> Rollout:
+        policy = self.run.policy
+        ended = bool(ids) and ids[-1] in policy.eos_ids
+        text = policy.text(ids)
+        stopped = ended or any(s in text for s in self.run.sampling.stop)
+        task = replace(like.task, weight=1.0)
+        return Rollout(task, like.prompt_ids, list(ids), [0.0] * len(ids), "stop" if stopped else "length", text)
+
+    def _judged(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        verdicts = self.run.reward.judge(rollouts)
+        rule = self.run.config.rollout.truncated
+        return [r.judged(truncation_rule(r, v, rule)) for r, v in zip(rollouts, verdicts, strict=True)]
+
+    def _values(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[float | None]]]:
+        """Where each response's segments end, and what each prefix up to there is worth."""
+        run, out = self.run, []
+        critic = run.learner.credit if self.section.value == "critic" else None
+        token_BT = critic.values(pack(rollouts, run.policy.pad_id)) if isinstance(critic, TokenCritic) else None
+        for b, rollout in enumerate(rollouts):
+            length = len(rollout.response_ids)
+            ends = [*segment_starts(run.policy, rollout, run.config.rollout.segments)[1:], length]
+            values: list[float | None] = [None] * len(ends)
+            if token_BT is not None:
+                values = [float(token_BT[b, end]) if end < length else None for end in ends]
+            elif self.section.value == "steps":
+                values = self._step_values(rollout, ends)
+            out.append((ends, values))
+        return out
+
+    def _step_values(self, rollout: Rollout, ends: Sequence[int]) -> list[float | None]:
+        """The worst score among the steps that had ended by each place; None before the first one."""
+        steps, split = step_scores(rollout)
+        written = seen_ends(rollout.text, [s["end"] for s in steps], split)
+        judged = [
+            (s["score"], len(rollout.text) if end is None else end)
+            for s, end in zip(steps, written, strict=True)
+            if s["score"] is not None
+        ]
+        places = token_ends(self.run.policy, rollout, [end for _, end in judged])
+        scores = [(score, place) for (score, _), place in zip(judged, places, strict=True)]
+        return [min((score for score, place in scores if place <= end), default=None) for end in ends]
+
+    def _outcome(self, rollout: Rollout, values: tuple[list[int], list[float | None]]) -> Judged | None:
+        verdict = rollout.verdict
+        assert verdict is not None
+        if verdict.masked:
+            return None
+        ends, worth = values
+        sound = self.section.value != "steps" or worth[-1] is None or worth[-1] >= 0.5
+        solved = _correct(rollout) and rollout.finish == "stop" and sound
+        return Judged(tuple(rollout.response_ids), ends, worth, verdict.correct, solved)
+
+    # -- what is learnt ----------------------------------------------------------------------------------------------
+
+    def _keep(self, solution: Rollout) -> bool:
+        """Put a solution into the buffer, unless the same text to the same problem is there."""
+        key = hashlib.sha256(f"{solution.task.id}\n{solution.text}".encode("utf-8", "backslashreplace")).hexdigest()
+        if key in self.solutions:
+            return False
+        self.solutions[key] = solution
+        return True
+
+    def _lessons(self, step: int) -> tuple[Lessons | None, int]:
+        """Some solutions, judged again, that weigh anything; how many the verifier refused this time."""
+        known = list(self.solutions.values())
+        chosen = np.random.Generator(np.random.Philox(key=sample_seed(self.run.config.seed, "lessons", step)))
+        drawn = [known[i] for i in chosen.permutation(len(known))[: self.section.batch]]
+        drawn = self._judged(drawn)
+        right = [r for r in drawn if _correct(r)]
+        refused = len(drawn) - len(right)
+        weights = [self.section.weight * max(0.0, 1 - v / self.section.enough) for v in self._chances(right)]
+        taught = [(r, w) for r, w in zip(right, weights, strict=True) if w > 0]
+        if not taught:
+            return None, refused
+        return Lessons(pack([r for r, _ in taught], self.run.policy.pad_id), [w for _, w in taught]), refused
+
+    def _entry(self, step: int, solution: Rollout, result: Found) -> dict[str, Any]:
+        task = solution.task
+        return {
+            "step": step, "task": {"id": task.id, "prompt": task.prompt, "columns": dict(task.columns), "difficulty": task.difficulty},
+            "prompt_ids": list(solution.prompt_ids), "response_ids": list(solution.response_ids), "response": solution.text,
+            "found_by": f"mcts, value={self.section.value}", "simulations": result.simulations, "tokens": result.tokens,
+            "policy_fingerprint": self.run.fingerprint,
+        }  # fmt: skip
+
+
+def _correct(rollout: Rollout) -> bool:
+    verdict = rollout.verdict
+    return verdict is not None and not verdict.masked and verdict.outcome == "correct"
+
+
+def _solution(entry: dict[str, Any]) -> Rollout:
+    task = Task(**entry["task"])
+    ids = entry["response_ids"]
+    return Rollout(task, entry["prompt_ids"], ids, [0.0] * len(ids), "stop", entry["response"])
