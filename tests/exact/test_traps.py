@@ -120,13 +120,13 @@ def test_truncated_is_penalised_or_masked(policy):
         return [1.0] * len(prompts)
 
     rollouts = [r for r in small_rollouts(policy, 64, max_tokens=3) if r.finish == "length"]
-    from sppo.rollout.collect import _truncation_rule
+    from sppo.rollout.collect import truncation_rule
 
     reward = CallableReward(generous, "generous")
     for r, v in zip(rollouts, reward.judge(rollouts), strict=True):
-        assert _truncation_rule(r, v, "penalise").score == 0.0
-        assert not _truncation_rule(r, v, "penalise").masked
-        assert _truncation_rule(r, v, "mask").masked
+        assert truncation_rule(r, v, "penalise").score == 0.0
+        assert not truncation_rule(r, v, "penalise").masked
+        assert truncation_rule(r, v, "mask").masked
 
 
 # -- masks and denominators ------------------------------------------------------------------------------------------------

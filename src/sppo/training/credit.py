@@ -197,7 +197,7 @@ class PromptCritic(_Trained):
         for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_tokens):
             logit = self.model([prompts[i] for i in part.tolist()])
             loss = functional.binary_cross_entropy_with_logits(
-                logit, target_b[part].to(logit.device), share_b[part].to(logit.device), reduction="sum"
+                logit, target_b[part].to(logit.device), weight=share_b[part].to(logit.device), reduction="sum"
             ) / float(share_b.sum())
             loss.backward()
             total += float(loss.detach())
