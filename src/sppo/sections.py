@@ -374,10 +374,10 @@ class SearchSection(Section):
         1.0, ge=0, description="PUCT's constant: the larger, the more it tries what it has tried less"
     )
     width: float = Field(
-        2.0, gt=0, description="of a prefix visited n times, the policy writes on from it up to width * sqrt(n) times"
+        0.5, gt=0, description="of a prefix visited n times, the policy writes on from it up to width * sqrt(n) times"
     )
     batch: int = Field(32, ge=1, description="solutions learnt beside each step's update, at most")
-    weight: float = Field(0.5, gt=0, description="of their loss (the mean negative log-probability of a token)")
+    weight: float = Field(1.0, gt=0, description="of their loss (the mean negative log-probability of a token)")
     enough: float = Field(
         0.5, gt=0, le=1, description="the weight falls to nothing as the critic's chance for the problem rises to this"
     )

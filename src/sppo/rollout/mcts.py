@@ -1,14 +1,17 @@
 """Monte Carlo tree search over the segments of a response, for problems that sampling alone does not solve.
 
 A node is a prefix that ends with a segment. Each simulation walks down by PUCT (arXiv 1911.08265 eq. 2), lets the policy write on from
-where it stops, has the whole response judged, and hangs its segments into the tree:
+where it stops (the next segment, where somebody can tell what a prefix is worth; else to the end), has that judged, and hangs it into the
+tree:
 
     score(child)  =  Q + explore · P · √visits / (1 + visits of the child)
-    Q             =  (v + Σ outcomes) / (1 + visits),  v the prefix's value, or where nobody knows one the parent's Q
+    Q             =  (v + Σ outcomes) / (1 + visits),  v the prefix's value, or where nobody knows one the parent's Q; a response that has
+                     not ended has the value of what is written as its outcome
     P             ∝  how often the policy wrote this segment here, times v: whether a solution goes through this child
 
 The policy writes on from a node while it has done so fewer than width · √visits times (progressive widening), or while none of its children is
-worth anything. Children are its own samples, so their counts are its prior. What search finds is off-policy: it may feed a supervised loss, never the policy gradient.
+worth anything. Children are its own samples, so their counts are its prior. What search finds is off-policy: it may feed a supervised loss,
+never the policy gradient.
 """
 
 from __future__ import annotations
@@ -27,14 +30,15 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A whole response: where its segments end (the last one at its end), what each prefix up to there is worth if anybody knows, the
-    outcome in [0, 1], and whether it is a solution."""
+    """What was written so far: where its segments end (the last one at its end), what each prefix up to there is worth if anybody knows, the
+    outcome in [0, 1], whether it is a solution, and whether it can go on."""
 
     ids: Ids
     ends: Sequence[int]
     values: Sequence[float | None]
     outcome: float
     solved: bool
+    over: bool = True
 
 
 @dataclass(slots=True)
@@ -90,7 +94,7 @@ def hang(path: Sequence[Node], judged: Judged) -> None:
         if end <= len(here.ids):
             continue
         segment = judged.ids[len(here.ids) : end]
-        child = here.children.setdefault(segment, Node(judged.ids[:end], value, end == len(judged.ids)))
+        child = here.children.setdefault(segment, Node(judged.ids[:end], value, judged.over and end == len(judged.ids)))
         child.drawn += 1
         nodes.append(child)
     for node in nodes:
@@ -107,13 +111,13 @@ def search(
     longest: int,
     seed: int,
     explore: float = 1.0,
-    width: float = 2.0,
+    width: float = 0.5,
 ) -> list[Found]:
     """Search each problem until it is solved or its budget is spent; all of them side by side.
 
     Args:
-        write_on: from (problem, prefix) and a seed each to the ids that follow, at most longest − len(prefix) of them.
-        judge: whole responses; None for one that cannot be graded, which is forgotten.
+        write_on: from (problem, prefix) and a seed each to the ids that follow, at most longest − len(prefix) of them, at least one.
+        judge: what was written so far; None for what cannot be graded, which is forgotten.
         budget: tokens written for a problem, at most.
         longest: tokens of a response, at most.
     """

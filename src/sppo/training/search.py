@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..rollout.collect import sample_seed, truncation_rule
+from ..rollout.collect import sample_seed
 from ..rollout.mcts import Found, Ids, Judged, search
 from ..sections import SearchSection
 from ..types import Rollout, Task
@@ -26,6 +26,13 @@ from .segments import seen_ends, segment_starts, token_ends
 
 if TYPE_CHECKING:
     from .run import Run
+
+
+STOPS = {
+    "lines": ("\n",), "semicolons": (";", "\n"), "paragraphs": ("\n\n",),
+    "sentences": (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n"),
+}  # fmt: skip
+"""Strings that end a segment, for engines; what they miss is written on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +98,18 @@ class Search:
 
     def _search(self, step: int, hard: Sequence[Rollout]) -> list[Found]:
         run, longest = self.run, self.run.config.rollout.max_tokens
+        sampling = run.sampling
+        if self.section.value != "outcomes":  # what is written can be judged at the next segment's end
+            segments = run.config.rollout.segments
+            sampling = replace(sampling, stop=(*sampling.stop, *STOPS.get(segments, ())))
+            sampling = replace(sampling, max_tokens=1) if segments == "tokens" else sampling
 
         def write_on(prefixes: Sequence[tuple[int, Ids]], seeds: Sequence[int]) -> list[Ids]:
             prompts = [[*hard[i].prompt_ids, *ids] for i, ids in prefixes]
             rooms = [longest - len(ids) for _, ids in prefixes]
-            samples = run.engine.generate(prompts, seeds, replace(run.sampling, max_tokens=max(rooms)))
+            samples = run.engine.generate(
+                prompts, seeds, replace(sampling, max_tokens=min(max(rooms), sampling.max_tokens))
+            )
             return [tuple(s.ids[:room]) for s, room in zip(samples, rooms, strict=True)]
 
         def judge(responses: Sequence[tuple[int, Ids]]) -> list[Judged | None]:
@@ -119,21 +133,25 @@ class Search:
         return Rollout(task, like.prompt_ids, list(ids), [0.0] * len(ids), "stop" if stopped else "length", text)
 
     def _judged(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        verdicts = self.run.reward.judge(rollouts)
-        rule = self.run.config.rollout.truncated
-        return [r.judged(truncation_rule(r, v, rule)) for r, v in zip(rollouts, verdicts, strict=True)]
+        return [r.judged(v) for r, v in zip(rollouts, self.run.reward.judge(rollouts), strict=True)]
 
     def _values(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[float | None]]]:
         """Where each response's segments end, and what each prefix up to there is worth."""
         run, out = self.run, []
         critic = run.learner.credit if self.section.value == "critic" else None
-        token_BT = critic.values(pack(rollouts, run.policy.pad_id)) if isinstance(critic, TokenCritic) else None
+        token_BT = None
+        if isinstance(critic, TokenCritic):  # it says what it thinks before a token: so there is one more
+            more = [
+                replace(r, response_ids=[*r.response_ids, run.policy.eos_ids[0]], logps=[*r.logps, 0.0])
+                for r in rollouts
+            ]
+            token_BT = critic.values(pack(more, run.policy.pad_id))
         for b, rollout in enumerate(rollouts):
             length = len(rollout.response_ids)
             ends = [*segment_starts(run.policy, rollout, run.config.rollout.segments)[1:], length]
             values: list[float | None] = [None] * len(ends)
             if token_BT is not None:
-                values = [float(token_BT[b, end]) if end < length else None for end in ends]
+                values = [float(token_BT[b, end]) for end in ends]
             elif self.section.value == "steps":
                 values = self._step_values(rollout, ends)
             out.append((ends, values))
@@ -160,7 +178,9 @@ class Search:
         ends, worth = values
         sound = self.section.value != "steps" or worth[-1] is None or worth[-1] >= 0.5
         solved = _correct(rollout) and rollout.finish == "stop" and sound
-        return Judged(tuple(rollout.response_ids), ends, worth, verdict.correct, solved)
+        over = rollout.finish == "stop" or len(rollout.response_ids) >= self.run.config.rollout.max_tokens
+        outcome = verdict.correct if rollout.finish == "stop" else 0.0 if over or worth[-1] is None else worth[-1]
+        return Judged(tuple(rollout.response_ids), ends, worth, outcome, solved, over)
 
     # -- what is learnt ----------------------------------------------------------------------------------------------
 
