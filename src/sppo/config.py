@@ -231,6 +231,30 @@ class Config(Section):
             _set(tree, dotted, value)
         return Config.validated(tree, f"--algorithms {name}")
 
+    def without_effect(self) -> list[str]:
+        """Keys that are not at their defaults and that nothing in this recipe reads, each as a sentence."""
+        o, r, c = self.objective, self.rollout, self.curriculum
+        of_baseline = {"gae_lambda": "token-critic", "half_life": "beta", "phi": "hybrid"}
+        tree, predicted, staged = r.kind == "tree", c.kind == "predicted", c.kind == "staged"
+        segments = tree or self.search is not None or (o.baseline == "hybrid" and o.phi == "segments")
+        reads: list[tuple[str, bool, str]] = [
+            *((f"objective.{key}", o.baseline == name, f"objective.baseline = {name!r}") for key, name in of_baseline.items()),
+            ("objective.kappa", o.ratio == "family", "objective.ratio = 'family'"),
+            ("objective.kl_form", o.kl > 0, "objective.kl above 0"),
+            *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget")),
+            ("rollout.segments", segments, "rollout.kind = 'tree', objective.phi = 'segments' and [search]"),
+            *((f"curriculum.{key}", predicted, "curriculum.kind = 'predicted'") for key in ("floor", "pool", "corrected")),
+            *((f"curriculum.{key}", staged, "curriculum.kind = 'staged'") for key in ("clear", "rehearse")),
+            ("curriculum.revisit", c.aside > 0, "curriculum.aside above 0"),
+        ]  # fmt: skip
+        defaults = {name: default for name, default, _ in keys()}
+        out = []
+        for dotted, read, of in reads:
+            section, key = dotted.split(".")
+            if not read and getattr(getattr(self, section), key) != defaults[dotted]:
+                out.append(f"{dotted} has no effect here: it is of {of}")
+        return out
+
     @property
     def critic_reads(self) -> Literal["prompt", "tokens"] | None:
         """What the critic reads: the prompt alone, or every token; None where the algorithm has no critic."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
+import pyarrow.parquet as pq
 import pytest
 
 from sppo.errors import RecipeError, RewardError
 from sppo.rewards.base import load_reward
 from sppo.rewards.combine import MixedReward, Part, parse_mixture
+from sppo.training.loop import train
+from sppo.training.run import Run
 from sppo.types import Outcome, Rollout, Task, Verdict
+
+from ..conftest import small_config
 
 
 class Fixed:
@@ -96,3 +103,29 @@ def test_a_part_that_cannot_grade_says_why_and_one_that_pays_nothing_masks_nothi
     assert "returned None" in verdict.evidence["reason"]
     verdict = MixedReward([parts[0], Part("none", load_reward(none), "+", 0.0)]).judge([rollout])[0]
     assert (verdict.masked, verdict.score) == (False, 1.0)
+
+
+def test_what_is_added_fades_and_the_first_part_stays():
+    reward = MixedReward([Part("x", Fixed(0.0)), Part("y", Fixed(1.0), "+", 1.0)])
+    found = []
+    for fade in (1.0, 0.5, 0.0):
+        reward.fade = fade
+        found.append(reward.judge([ROLLOUT])[0])
+    assert [v.score for v in found] == pytest.approx([1 / 2, 1 / 3, 0.0])
+    assert [v.correct for v in found] == [0.0] * 3
+    assert [v.evidence.get("fade") for v in found] == [None, 0.5, 0.0]  # what replays a verdict must know it
+
+
+def test_fading_in_a_run(tmp_path):
+    use = "answer + 1 * steps:check=chain,split=semicolons"
+    config = small_config(**{"reward.use": use, "reward.anneal": 2, "run.out": str(tmp_path / "run")})
+    job = Run.new(config)
+    train(job)
+    job.close()
+    fades = []
+    for step in range(3):
+        rows = pq.read_table(tmp_path / "run" / "rollouts" / f"step-{step:06d}.parquet").to_pylist()
+        fades.append({json.loads(row["evidence"]).get("fade") for row in rows})
+    assert fades == [{None}, {0.5}, {0.0}]
+    with pytest.raises(RecipeError, match="adds nothing"):
+        Run.new(small_config(**{"reward.anneal": 2, "run.out": str(tmp_path / "none")}))

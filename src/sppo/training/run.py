@@ -65,6 +65,8 @@ class Run:
         self.interrupted = False
         self.fingerprint = ""  # of the weights at the last sync
         self._clock: dict[str, float] = {}
+        for why in config.without_effect():
+            observer.note(f"warning: {why}")
         device = pick_device()
         optimiser_class(config.training.optimizer, device)  # said now, and not after a bootstrap
         self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)

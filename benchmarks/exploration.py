@@ -1,0 +1,236 @@
+"""What exploration and credit give: each study is a few runs that differ in a switch, on paired seeds, from one start a seed.
+
+    staged     chains of eight operations: sampled as they are, or reached from short ones stage by stage (curriculum.kind = "staged")
+    steps      right answers by wrong steps: the answer alone, or with the checker's step scores (added, and added and fading)
+    gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ
+    variance   the gradient's variance on long responses at a policy that stands still: SPPO, and the hybrid by steps and by segments
+
+`python benchmarks/exploration.py STUDY [--seeds 5] [--jobs 2]`. What was run is kept and not run again. Last line: one JSON object.
+Tree rollouts, search and prediction-driven sampling differ in keys that `sppo compare` takes: docs/exploration.md has the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sppo.cli.compare import START
+from sppo.config import Config
+from sppo.evaluation.compare import mean_interval, ratio_interval, value_at
+from sppo.types import Task
+
+Changes = Mapping[str, Any]
+QUICK = {"training.lr": 4e-4, "training.schedule": "constant", "training.steps": 48, "evaluation.every": 8}
+HYBRID = {"objective.algorithm": "sppo-hybrid", "objective.phi": "steps"}
+CHECKED = "answer + 0 * steps:check=chain,split=semicolons"
+GAMED = "steps:check=benchmarks.exploration:likes_zeros,split=semicolons"
+FROZEN = {
+    "training.lr": 1e-12, "training.steps": 60, "training.measure_noise": True, "evaluation.every": 0, "rollout.max_tokens": 128,
+    "task.train": "chain:steps=10-12", "bootstrap.task": "chain:steps=1-12", "bootstrap.until": 0.3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms by name, each with what it changes of the recipe; `probe` are the problems that are measured, if not the recipe's own."""
+
+    recipe: str
+    arms: Mapping[str, Changes]
+    shared: Changes
+    probe: str = ""
+
+
+STUDIES = {
+    "staged": Study(
+        "recipes/staged.toml",
+        {
+            "uniform": {"task.train": "chain:steps=8", "curriculum.kind": "uniform", "curriculum.stages": []},
+            "staged": {},
+        },
+        {},
+        "chain:steps=8,split=held-out",
+    ),
+    "steps": Study(
+        "recipes/quickstart.toml",
+        {
+            "answer": {"reward.use": CHECKED},
+            "added": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons"},
+            "fading": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons", "reward.anneal": 32},
+        },
+        QUICK,
+    ),
+    "gamed": Study(
+        "recipes/quickstart.toml",
+        {
+            "not read": {"reward.use": f"answer + 0 * {GAMED}", "objective.ratio": "token"},
+            "added": {"reward.use": f"answer + 1 * {GAMED}", "objective.ratio": "token"},
+            "hybrid": {"reward.use": f"answer + 0 * {GAMED}", **HYBRID},
+        },
+        QUICK,
+    ),
+    "variance": Study(
+        "recipes/quickstart.toml",
+        {
+            "sppo": {"reward.use": CHECKED, "objective.ratio": "token"},
+            "hybrid, steps": {"reward.use": CHECKED, **HYBRID},
+            "hybrid, segments": {
+                "objective.algorithm": "sppo-hybrid",
+                "reward.use": CHECKED,
+                "rollout.segments": "semicolons",
+            },
+        },
+        FROZEN,
+    ),
+}
+
+
+def likes_zeros(task: Task, steps: Sequence[str]) -> list[float | None]:
+    """A step scorer that is easily pleased."""
+    return [float(step.endswith("=0")) for step in steps]
+
+
+def serve(args: argparse.Namespace) -> None:
+    """One run, in this process; its curve goes to a file."""
+    from sppo.evaluation.evaluate import Evaluation, held_out_tasks
+    from sppo.tasks.base import load_tasks
+    from sppo.training.loop import train
+    from sppo.training.observer import Silent
+    from sppo.training.run import Run
+
+    study, folder = STUDIES[args.study], args.out / f"{args.serve}-{args.seed}"
+    arm = study.arms[args.serve]
+    start = args.out / f"start-{args.seed}" / START
+    curve: dict[str, list[Any]] = {"tokens": [], "accuracy": [], "measures": []}
+
+    class Watch(Silent):
+        def evaluation(self, step: int, result: Evaluation) -> None:
+            if study.probe:
+                result = job.evaluate(held_out_tasks(load_tasks(study.probe), job.config.evaluation.n))
+            curve["tokens"].append(job.state.generated_tokens if step else 0)
+            curve["accuracy"].append(result.accuracy)
+            curve["measures"].append(result.measures)
+
+    changes = study.shared | arm | {
+        "seed": args.seed, "run.out": str(folder), "policy.model": str(start), "run.threads": 1, "run.checkpoint_every": 10**6,
+    }  # fmt: skip
+    config = Config.load(study.recipe, changes).model_copy(update={"bootstrap": None})
+    job = Run.new(config, Watch())
+    train(job)
+    job.close()
+    noise = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        m = json.loads(line)
+        noise.append([m.get("update/grad_variance"), m.get("update/grad_signal")])
+    folder.with_name(folder.name + ".json").write_text(json.dumps(curve | {"noise": noise}))
+
+
+def make_start(args: argparse.Namespace, seed: int) -> None:
+    """The checkpoint that all arms of a seed share."""
+    from sppo.training.run import Run
+
+    folder = args.out / f"start-{seed}"
+    if (folder / START).exists():
+        return
+    study = STUDIES[args.study]
+    shared = {**study.shared, "seed": seed, "run.out": str(folder), "run.threads": 1}
+    job = Run.new(Config.load(study.recipe, shared))
+    job.begin()
+    job.close()
+
+
+def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
+    """Every arm on every seed, so many side by side."""
+
+    def one(order: tuple[int, str]) -> None:
+        seed, arm = order
+        kept = args.out / f"{arm}-{seed}.json"
+        if kept.exists():
+            return
+        command = [sys.executable, __file__, args.study, "--out", str(args.out), "--seed", str(seed), "--serve", arm]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f".:{os.environ.get('PYTHONPATH', '')}"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{arm}, seed {seed}:\n{done.stderr[-3000:]}")
+        print(f"{arm}, seed {seed}: done", flush=True)
+
+    arms, seeds = list(STUDIES[args.study].arms), range(1, args.seeds + 1)
+    for part in (
+        [(seed, "start") for seed in seeds],
+        [(seed, arm) for seed in seeds for arm in arms],
+    ):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(one, part))
+    return {arm: {seed: json.loads((args.out / f"{arm}-{seed}.json").read_text()) for seed in seeds} for arm in arms}
+
+
+def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Accuracy at equal tokens, the last right_by_wrong_steps, the gradient's noise; and each against the first arm, in pairs."""
+    ends = [c["tokens"][-1] for runs in found.values() for c in runs.values() if c["tokens"]]
+    budget, out, first = min(ends), {}, next(iter(found))
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for arm, runs in found.items():
+        v: dict[str, dict[int, float]] = {
+            "accuracy_before": {},
+            "accuracy": {},
+            "right_by_wrong_steps": {},
+            "variance": {},
+            "signal": {},
+        }
+        for seed, c in runs.items():
+            v["accuracy_before"][seed] = c["accuracy"][0]
+            v["accuracy"][seed] = value_at(c["tokens"], c["accuracy"], budget)
+            if "right_by_wrong_steps" in c["measures"][-1]:
+                v["right_by_wrong_steps"][seed] = c["measures"][-1]["right_by_wrong_steps"]
+            known = [n for n in c["noise"][len(c["noise"]) // 2 :] if n[0] is not None]
+            if known:
+                v["variance"][seed], v["signal"][seed] = (sum(n[k] for n in known) / len(known) for k in (0, 1))
+        values[arm] = v
+        out[arm] = {name: mean_interval(list(of.values())) for name, of in v.items() if of}
+    for arm, v in values.items():
+        if arm == first:
+            continue
+        base = values[first]
+        out[arm]["accuracy_difference"] = mean_interval([v["accuracy"][s] - base["accuracy"][s] for s in v["accuracy"]])
+        for name in ("right_by_wrong_steps", "variance"):
+            pairs = [v[name][s] / base[name][s] for s in v[name] if base[name].get(s, 0) > 0 and v[name][s] > 0]
+            if pairs:
+                out[arm][f"{name}_ratio"] = ratio_interval(pairs)
+    return {"equal_tokens": budget, "seeds": len(found[first]), "arms": out}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / f"exploration-{args.study}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.serve == "start":
+        make_start(args, args.seed)
+        (args.out / f"start-{args.seed}.json").write_text("{}")
+    elif args.serve:
+        serve(args)
+    else:
+        found = summary(run_all(args))
+        for arm, numbers in found["arms"].items():
+            print(arm)
+            for name, x in numbers.items():
+                low = "" if x["low"] is None else f" [{x['low']:.3g}, {x['high']:.3g}]"
+                print(f"    {name:32s} {x['value']:.3g}{low}")
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
