@@ -28,12 +28,12 @@ from sppo.evaluation.compare import mean_interval, ratio_interval, value_at
 from sppo.types import Task
 
 Changes = Mapping[str, Any]
-QUICK = {"training.lr": 4e-4, "training.schedule": "constant", "training.steps": 48, "evaluation.every": 8}
+QUICK = {"training.lr": 4e-4, "training.schedule": "constant", "training.steps": 32, "evaluation.every": 8}
 HYBRID = {"objective.algorithm": "sppo-hybrid", "objective.phi": "steps"}
 CHECKED = "answer + 0 * steps:check=chain,split=semicolons"
 GAMED = "steps:check=benchmarks.exploration:likes_zeros,split=semicolons"
 FROZEN = {
-    "training.lr": 1e-12, "training.steps": 60, "training.measure_noise": True, "evaluation.every": 0, "rollout.max_tokens": 128,
+    "training.lr": 1e-12, "training.steps": 40, "training.measure_noise": True, "evaluation.every": 0, "rollout.max_tokens": 128,
     "task.train": "chain:steps=10-12", "bootstrap.task": "chain:steps=1-12", "bootstrap.until": 0.3,
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ STUDIES = {
         {
             "answer": {"reward.use": CHECKED},
             "added": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons"},
-            "fading": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons", "reward.anneal": 32},
+            "fading": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons", "reward.anneal": 24},
         },
         QUICK,
     ),
