@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,16 @@ def likes_zeros(task: Task, steps: Sequence[str]) -> list[float | None]:
     return [float(step.endswith("=0")) for step in steps]
 
 
+def recipe(args: argparse.Namespace, arm: str) -> Config:
+    """The recipe of one run; what it begins with has a recipe of its own."""
+    study, start = STUDIES[args.study], args.out / f"start-{args.seed}"
+    fixed: dict[str, Any] = {"seed": args.seed, "run.threads": 1, "run.checkpoint_every": 10**6}
+    if arm == "start":
+        return Config.load(study.recipe, study.shared | fixed | {"run.out": str(start)})
+    own = {"run.out": str(args.out / f"{arm}-{args.seed}"), "policy.model": str(start / START)}
+    return Config.load(study.recipe, study.shared | study.arms[arm] | fixed | own)
+
+
 def serve(args: argparse.Namespace) -> None:
     """One run, in this process; its curve goes to a file."""
     from sppo.evaluation.evaluate import Evaluation, held_out_tasks
@@ -106,8 +117,6 @@ def serve(args: argparse.Namespace) -> None:
     from sppo.training.run import Run
 
     study, folder = STUDIES[args.study], args.out / f"{args.serve}-{args.seed}"
-    arm = study.arms[args.serve]
-    start = args.out / f"start-{args.seed}" / START
     curve: dict[str, list[Any]] = {"tokens": [], "accuracy": [], "measures": []}
 
     class Watch(Silent):
@@ -118,10 +127,8 @@ def serve(args: argparse.Namespace) -> None:
             curve["accuracy"].append(result.accuracy)
             curve["measures"].append(result.measures)
 
-    changes = study.shared | arm | {
-        "seed": args.seed, "run.out": str(folder), "policy.model": str(start), "run.threads": 1, "run.checkpoint_every": 10**6,
-    }  # fmt: skip
-    config = Config.load(study.recipe, changes).model_copy(update={"bootstrap": None})
+    shutil.rmtree(folder, ignore_errors=True)
+    config = recipe(args, args.serve).model_copy(update={"bootstrap": None})
     job = Run.new(config, Watch())
     train(job)
     job.close()
@@ -129,21 +136,22 @@ def serve(args: argparse.Namespace) -> None:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         m = json.loads(line)
         noise.append([m.get("update/grad_variance"), m.get("update/grad_signal")])
-    folder.with_name(folder.name + ".json").write_text(json.dumps(curve | {"noise": noise}))
+    folder.with_name(folder.name + ".json").write_text(
+        json.dumps(curve | {"noise": noise, "recipe": recipe(args, args.serve).sha256})
+    )
 
 
-def make_start(args: argparse.Namespace, seed: int) -> None:
+def make_start(args: argparse.Namespace) -> None:
     """The checkpoint that all arms of a seed share."""
     from sppo.training.run import Run
 
-    folder = args.out / f"start-{seed}"
-    if (folder / START).exists():
-        return
-    study = STUDIES[args.study]
-    shared = {**study.shared, "seed": seed, "run.out": str(folder), "run.threads": 1}
-    job = Run.new(Config.load(study.recipe, shared))
+    folder = args.out / f"start-{args.seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    config = recipe(args, "start")
+    job = Run.new(config)
     job.begin()
     job.close()
+    folder.with_name(folder.name + ".json").write_text(json.dumps({"recipe": config.sha256}))
 
 
 def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
@@ -151,8 +159,8 @@ def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
 
     def one(order: tuple[int, str]) -> None:
         seed, arm = order
-        kept = args.out / f"{arm}-{seed}.json"
-        if kept.exists():
+        kept, now = args.out / f"{arm}-{seed}.json", argparse.Namespace(**vars(args) | {"seed": seed})
+        if kept.exists() and json.loads(kept.read_text())["recipe"] == recipe(now, arm).sha256:
             return
         command = [sys.executable, __file__, args.study, "--out", str(args.out), "--seed", str(seed), "--serve", arm]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f".:{os.environ.get('PYTHONPATH', '')}"}
@@ -199,10 +207,13 @@ def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, A
             continue
         base = values[first]
         out[arm]["accuracy_difference"] = mean_interval([v["accuracy"][s] - base["accuracy"][s] for s in v["accuracy"]])
-        for name in ("right_by_wrong_steps", "variance"):
-            pairs = [v[name][s] / base[name][s] for s in v[name] if base[name].get(s, 0) > 0 and v[name][s] > 0]
-            if pairs:
-                out[arm][f"{name}_ratio"] = ratio_interval(pairs)
+        both = [s for s in v["right_by_wrong_steps"] if s in base["right_by_wrong_steps"]]
+        if both:
+            wrong, theirs = v["right_by_wrong_steps"], base["right_by_wrong_steps"]
+            out[arm]["right_by_wrong_steps_difference"] = mean_interval([wrong[s] - theirs[s] for s in both])
+        pairs = [v["variance"][s] / base["variance"][s] for s in v["variance"] if base["variance"].get(s)]
+        if pairs:
+            out[arm]["variance_ratio"] = ratio_interval(pairs)
     return {"equal_tokens": budget, "seeds": len(found[first]), "arms": out}
 
 
@@ -218,8 +229,7 @@ def main() -> None:
     args.out = args.out or Path("runs") / f"exploration-{args.study}"
     args.out.mkdir(parents=True, exist_ok=True)
     if args.serve == "start":
-        make_start(args, args.seed)
-        (args.out / f"start-{args.seed}.json").write_text("{}")
+        make_start(args)
     elif args.serve:
         serve(args)
     else:

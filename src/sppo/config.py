@@ -7,6 +7,7 @@ key's description is its help text. This module imports no torch, so that `sppo 
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -115,7 +116,7 @@ class Config(Section):
 
     def _measures_steps(self, who: str) -> None:
         use = self.reward.use
-        if "." in use.partition(":")[0]:  # a reward of the user's own: seen when it has judged
+        if re.search(r"(?:^|\s)[A-Za-z_]\w*(?:\.\w+)+:", use):  # a reward of the user's own: seen when it has judged
             return
         if "steps:" not in use:
             raise ValueError(
@@ -142,6 +143,10 @@ class Config(Section):
         if r.engine != "local":
             raise ValueError(
                 f"rollout.kind = 'tree' needs rollout.engine = 'local', which can branch; it is {r.engine!r}"
+            )
+        if r.branch > r.leaves:
+            raise ValueError(
+                f"rollout.branch = {r.branch} ways to go on are more than a tree may have leaves (rollout.leaves = {r.leaves})"
             )
         if r.tree_budget < r.max_tokens:
             raise ValueError(
@@ -241,7 +246,7 @@ class Config(Section):
             *((f"objective.{key}", o.baseline == name, f"objective.baseline = {name!r}") for key, name in of_baseline.items()),
             ("objective.kappa", o.ratio == "family", "objective.ratio = 'family'"),
             ("objective.kl_form", o.kl > 0, "objective.kl above 0"),
-            *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget")),
+            *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget", "leaves")),
             ("rollout.segments", segments, "rollout.kind = 'tree', objective.phi = 'segments' and [search]"),
             *((f"curriculum.{key}", predicted, "curriculum.kind = 'predicted'") for key in ("floor", "pool", "corrected")),
             *((f"curriculum.{key}", staged, "curriculum.kind = 'staged'") for key in ("clear", "rehearse")),

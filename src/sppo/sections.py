@@ -166,6 +166,9 @@ class RolloutSection(Section):
     budget: int | None = Field(
         None, ge=1, description="tree: tokens of one prompt's tree, never exceeded; default: four times max_tokens"
     )
+    leaves: int = Field(
+        16, ge=2, description="tree: responses of one prompt's tree at most; each is a row of the update"
+    )
     resample: int = Field(
         0,
         ge=0,
@@ -381,6 +384,14 @@ class SearchSection(Section):
     enough: float = Field(
         0.5, gt=0, le=1, description="the weight falls to nothing as the critic's chance for the problem rises to this"
     )
+
+    @model_validator(mode="after")
+    def _worth_it(self) -> SearchSection:
+        if self.below > self.enough:
+            raise ValueError(
+                f"below = {self.below:g} is above enough = {self.enough:g}: what is found for problems in between would weigh nothing"
+            )
+        return self
 
 
 class EvaluationSection(Section):

@@ -9,7 +9,7 @@ import pytest
 
 from sppo.errors import RecipeError, RewardError
 from sppo.rewards.base import load_reward
-from sppo.rewards.combine import MixedReward, Part, parse_mixture
+from sppo.rewards.combine import MixedReward, Part, adds, parse_mixture
 from sppo.training.loop import train
 from sppo.training.run import Run
 from sppo.types import Outcome, Rollout, Task, Verdict
@@ -114,6 +114,14 @@ def test_what_is_added_fades_and_the_first_part_stays():
     assert [v.score for v in found] == pytest.approx([1 / 2, 1 / 3, 0.0])
     assert [v.correct for v in found] == [0.0] * 3
     assert [v.evidence.get("fade") for v in found] == [None, 0.5, 0.0]  # what replays a verdict must know it
+
+
+def test_a_part_that_has_faded_masks_nothing():
+    reward = MixedReward([Part("x", Fixed(1.0)), Part("y", Fixed(0.0, "infra_error"), "+", 1.0)])
+    assert reward.judge([ROLLOUT])[0].masked
+    reward.fade = 0.0
+    assert not reward.judge([ROLLOUT])[0].masked
+    assert not adds([Part("x", Fixed(1.0), "+", 0.0), Part("y", Fixed(1.0), "+", 1.0)])  # nothing would be left
 
 
 def test_fading_in_a_run(tmp_path):

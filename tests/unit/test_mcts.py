@@ -10,14 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sppo.errors import RecipeError
+from sppo.errors import RecipeError, RewardError
 from sppo.rewards.base import load_reward
 from sppo.rollout.mcts import Judged, Node, hang, search, walk
 from sppo.training.batch import pack
 from sppo.training.learner import Learner, _Tally
 from sppo.training.loop import train
 from sppo.training.run import Run
-from sppo.training.search import Lessons, _solution
+from sppo.training.search import Lessons, _columns, _correct, _solution
+from sppo.types import Task, Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
 
@@ -95,6 +96,8 @@ def test_an_ungraded_response_is_forgotten():
     assert found[0].solution is None
 
 
+STEPS = "answer + 0 * steps:check=chain,split=semicolons"
+
 # -- in training ------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +150,7 @@ def test_what_the_verifier_no_longer_accepts_is_not_learnt(tmp_path):
 
 
 def test_a_lesson_weighs_less_the_likelier_its_problem_is_solved(tmp_path):
-    job = trained(tmp_path, "run", **{"search.enough": 0.6, "search.weight": 0.8})
+    job = trained(tmp_path, "run", **{"search.below": 0.6, "search.enough": 0.6, "search.weight": 0.8})
     with torch.no_grad():
         job.critic.head.weight.zero_()
         job.critic.head.bias.fill_(math.log(0.3 / 0.7))
@@ -159,9 +162,8 @@ def test_a_lesson_weighs_less_the_likelier_its_problem_is_solved(tmp_path):
 
 
 def test_step_scores_guide_the_search(tmp_path):
-    reward = "answer + 0 * steps:check=chain,split=semicolons"
-    job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": reward})
-    judge = load_reward(reward)
+    job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": STEPS})
+    judge = load_reward(STEPS)
     first, *_ = small_rollouts(job.policy, 4)
     text = first.task.solution.replace("=", "=1", 1)  # the first step is wrong
     ids = [*job.policy.tokenizer(text)["input_ids"], job.policy.eos_ids[0]]
@@ -178,7 +180,7 @@ def test_the_lessons_gradient_is_the_weighted_likelihood():
     rollouts = small_rollouts(policy, 3)
     batch, weights = pack(rollouts, policy.pad_id), [0.5, 1.0, 0.25]
     learner = Learner(policy, small_critic(), None, small_config())
-    learner._teach(Lessons(batch, weights), 0, 1, _Tally())
+    learner._teach(Lessons(batch, weights, 4), 0, 1, _Tally())  # there could have been four
     mine = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     policy.model.zero_grad()
     loss = 0.0
@@ -187,10 +189,81 @@ def test_the_lessons_gradient_is_the_weighted_likelihood():
         logp = policy.response_logps(
             ids, torch.tensor([len(r.prompt_ids)]), torch.tensor([len(r.response_ids)]), 1.0
         ).logp_BT
-        loss = loss - w * logp.mean() / 3
+        loss = loss - w * logp.mean() / 4
     loss.backward()
     theirs = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     assert torch.allclose(mine, theirs, atol=1e-6 + 1e-5 * float(theirs.abs().max()))
+
+
+def test_what_the_search_counts_is_what_was_sampled_and_no_response_is_too_long(tmp_path):
+    job = trained(tmp_path, "run")
+    written = []
+    generate = job.engine.generate
+
+    def heard(prompts, seeds, sampling, progress=None, limits=None):
+        samples = generate(prompts, seeds, sampling, progress, limits)
+        written.append(
+            (sum(len(s.ids) for s in samples), [len(p) + len(s.ids) for p, s in zip(prompts, samples, strict=True)])
+        )
+        return samples
+
+    job.engine.generate = heard
+    hard = small_rollouts(job.policy, 4)
+    found = job.searcher._search(0, hard)
+    assert sum(f.tokens for f in found) == sum(n for n, _ in written) > 0
+    longest = max(len(r.prompt_ids) for r in hard) + job.config.rollout.max_tokens
+    assert max(n for _, lengths in written for n in lengths) <= longest
+
+
+def test_a_reward_that_fails_on_prefixes_is_no_broken_reward(tmp_path):
+    job = trained(tmp_path, "run")
+
+    def judge(rollouts):
+        raise RewardError("cannot read half a response")
+
+    job.reward.judge = judge
+    hard = small_rollouts(job.policy, 2)
+    found = job.searcher._search(0, hard)
+    assert all(f.solution is None and f.tokens > 0 for f in found)
+    assert job.searcher.ungraded == sum(f.simulations for f in found)
+
+
+def test_groups_that_dapo_throws_away_are_searched(tmp_path):
+    job = trained(
+        tmp_path, "run", **{"objective.algorithm": "dapo", "rollout.samples": 2, "rollout.prompts": 4, "training.steps": 1, "bootstrap.steps": 1}
+    )  # fmt: skip
+    (line,) = [json.loads(x) for x in (job.directory.path / "metrics.jsonl").read_text().splitlines()]
+    assert line["rollout/thrown_away"] > 0
+    assert line["search/problems"] == 4
+
+
+def test_an_unfinished_step_is_not_judged_yet(tmp_path):
+    job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": STEPS, "rollout.segments": "tokens"})
+    first, *_ = small_rollouts(job.policy, 4)
+    half, _, _ = first.task.solution.partition("=")
+    ids = job.policy.tokenizer(half)["input_ids"]
+    said = replace(first, response_ids=ids, logps=[0.0] * len(ids), text=half, finish="length")
+    said = said.judged(load_reward(STEPS).judge([said])[0])
+    (ends, values), *_ = job.searcher._values([said])
+    assert ends == list(range(1, len(ids) + 1))
+    assert values == [None] * len(ids)
+
+
+def test_what_a_gate_refuses_or_what_was_cut_off_is_no_solution(tmp_path):
+    job = trained(tmp_path, "run")
+    first, *_ = small_rollouts(job.policy, 4)
+    right = replace(first, finish="stop").judged(Verdict(1.0, "correct"))
+    assert _correct(right)
+    assert not _correct(right.judged(Verdict(0.0, "correct", correctness=1.0)))
+    assert not _correct(replace(right, finish="length"))
+    assert not _correct(right.judged(Verdict(1.0, "correct", excluded=True)))
+
+
+def test_columns_that_json_would_change_are_refused():
+    assert _columns(Task("t", "p", {"answer": "4", "tests": [1, {"a": None}]}))["answer"] == "4"
+    for value in ((1, 2), {1: "a"}, b"x", object()):
+        with pytest.raises(RecipeError, match="JSON cannot hold the columns of task t: answer"):
+            _columns(Task("t", "p", {"answer": value}))
 
 
 def test_nonsense_is_one_sentence():
@@ -200,6 +273,7 @@ def test_nonsense_is_one_sentence():
         ({"search.value": "steps"}, "reward.use names none"),
         ({"search.value": "steps", "reward.use": "answer + 0 * steps:check=chain"}, "name a split"),
         ({"search.value": "luck"}, "search.value"),
+        ({"search.below": 0.9, "search.enough": 0.1}, "would weigh nothing"),
     ):
         with pytest.raises(RecipeError, match=why):
             config(**changes)

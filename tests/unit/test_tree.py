@@ -22,7 +22,7 @@ from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
 
-OPEN = Branching(children=2, entropy=0.0, budget=60, segments="tokens")
+OPEN = Branching(children=2, entropy=0.0, budget=60, segments="tokens", leaves=10**6)
 
 
 def grown(policy, branching=OPEN, n=6, batch=16, max_tokens=12, temperature=1.0):
@@ -47,6 +47,7 @@ def test_leaves_share_what_lies_before_their_forks_and_stay_in_the_budget():
     policy = small_policy()
     prompts, trees = grown(policy)
     assert any(len(leaves) > 3 for leaves in trees)
+    assert max(map(len, grown(policy, replace(OPEN, leaves=3, budget=10**6))[1])) == 2  # two forks could make four
     for leaves in trees:
         assert sum(1 / math.prod(k for _, _, k in s.forks) for s in leaves) == pytest.approx(1)
         rollouts = [(s.ids, s.forks) for s in leaves]
@@ -183,6 +184,7 @@ def test_a_run_on_trees_learns_resumes_to_the_same_bits_and_records_its_forks(tm
 def test_nonsense_is_one_sentence():
     for changes, why in (
         ({"rollout.branch": 1}, "rollout.branch: input should be greater than or equal to 2"),
+        ({"rollout.branch": 9, "rollout.leaves": 8}, "more than a tree may have leaves"),
         ({"rollout.budget": 5}, "rollout.budget = 5 tokens a tree is less than one response"),
         ({"rollout.samples": 4}, "makes its samples by branching"),
         ({"rollout.engine": "vllm"}, "needs rollout.engine = 'local'"),

@@ -69,8 +69,8 @@ def parse_mixture(use: str) -> list[tuple[Role, float, str]]:
 
 
 def adds(parts: Sequence[Part]) -> bool:
-    """Whether anything is added to the first part."""
-    return any(p.role == "+" and p.weight > 0 for p in parts[1:])
+    """Whether anything is added to a first part that pays."""
+    return parts[0].weight > 0 and any(p.role == "+" and p.weight > 0 for p in parts[1:])
 
 
 class MixedReward:
@@ -95,14 +95,17 @@ class MixedReward:
         }  # fmt: skip
         if self.fade != 1.0:
             evidence["fade"] = self.fade
-        masked = next((v for p, v in pairs if v.masked and (p.role != "+" or p.weight > 0)), None)
+        weights = [p.weight * (self.fade if i else 1.0) for i, p in enumerate(self.parts)]
+        masked = next(
+            (v for (p, v), w in zip(pairs, weights, strict=True) if v.masked and (p.role != "+" or w > 0)), None
+        )
         if masked is not None:
             why = {"reason": masked.evidence["reason"]} if "reason" in masked.evidence else {}
             return Verdict(0.0, masked.outcome, evidence | why, excluded=True)
         required = [verdicts[0], *(v for p, v in pairs[1:] if p.role == "and")]
         worst = min(required, key=lambda v: v.correct)
         held = min((v.correct for v in required[1:]), default=1.0)  # 1 where there is no conjunction
-        summed = [(p.weight * (self.fade if i else 1.0), v.score) for i, (p, v) in enumerate(pairs) if p.role == "+"]
+        summed = [(w, v.score) for (p, v), w in zip(pairs, weights, strict=True) if p.role == "+"]
         score = sum(weight * value for weight, value in summed) / sum(weight for weight, _ in summed)
         gates = all(v.score >= 0.5 for p, v in pairs if p.role == "gate")
         return Verdict(score * held * gates, worst.outcome, evidence, correctness=worst.correct)

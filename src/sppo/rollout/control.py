@@ -35,8 +35,11 @@ class ControlEngine:
         seeds: Sequence[int],
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """One episode a prompt, of `rollout.max_tokens` steps at most (the task's own horizon, if that is shorter)."""
+        """One episode a prompt, of `rollout.max_tokens` steps at most (the task's own horizon, if that is shorter), and no other limits."""
+        if limits is not None:
+            raise ValueError("episodes are all as long as they may get")
         if not prompts:
             return []
         horizon = min(sampling.max_tokens, self.policy.environment.kind.horizon)

@@ -41,19 +41,20 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Branching:
     """When a response goes on in several ways (rollout/tree.py): in `children` ways at a segment's end whose next token has an entropy of
-    `entropy` nats or more, as long as a prompt's tree is sure to stay within `budget` tokens."""
+    `entropy` nats or more, as long as a prompt's tree is sure to stay within `budget` tokens and `leaves` responses."""
 
     children: int
     entropy: float
     budget: int
     segments: str
+    leaves: int = 16
 
     @classmethod
     def of(cls, section: RolloutSection) -> Branching | None:
         """As a recipe says; None where it has no trees."""
         if section.kind != "tree":
             return None
-        return cls(section.branch, section.entropy, section.tree_budget, section.segments)
+        return cls(section.branch, section.entropy, section.tree_budget, section.segments, section.leaves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,11 @@ class Engine(Protocol):
         seeds: Sequence[int],
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Sample]:
         """One sample for each prompt, in order. A sample depends on its prompt, its seed and the weights alone: not on its
-        neighbours, the batch size or the order. `progress` hears how many sequences are finished."""
+        neighbours, the batch size or the order. `progress` hears how many sequences are finished; `limits` are tokens of each
+        response, where some must be shorter than `sampling.max_tokens`."""
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """log π of each token of given responses at temperature 1, by the code that samples: what the canary sings."""

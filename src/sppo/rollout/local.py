@@ -8,7 +8,6 @@ values, or cannot be packed, is sampled by the plain loop (rollout/plain.py).
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -72,6 +71,7 @@ class LocalEngine:
         seeds: Sequence[int],
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Sample]:
         """Sample one response a prompt; see the protocol."""
         if any(len(p) == 0 for p in prompts):
@@ -79,8 +79,8 @@ class LocalEngine:
         if not prompts:
             return []
         if self.plain is not None:
-            return self.plain.generate(prompts, seeds, sampling, progress)
-        drawn = Drawn(self.policy, seeds, sampling)
+            return self.plain.generate(prompts, seeds, sampling, progress, limits)
+        drawn = Drawn(self.policy, seeds, sampling, limits)
         _decode(self.policy, prompts, drawn, sampling.batch, self.compiled, progress)
         return drawn.samples()
 
@@ -93,8 +93,10 @@ class LocalEngine:
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Sample]]:
         """Sample one tree of responses a prompt: its leaves. `progress` hears how many trees are finished, in parts of trees."""
-        if self.plain is not None:
-            raise ValueError("the plain loop does not branch")
+        if self.plain is not None or any(len(p) == 0 for p in prompts):
+            raise ValueError("the plain loop does not branch" if self.plain else "a prompt has no tokens")
+        if not prompts:
+            return []
         growing = Growing(self.policy, seeds, sampling, branching)
         heard = None if progress is None else lambda _: progress(int(growing.finished_share + 1e-9))
         _decode(self.policy, prompts, growing, sampling.batch, self.compiled, heard)
@@ -119,7 +121,8 @@ def _decode(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Let every response grow to its end. `live[b]` is the one whose sequence is in slot b."""
-    count = batch if isinstance(responses, Growing) else min(batch, len(prompts))
+    most = responses.branching.leaves if isinstance(responses, Growing) else 1
+    count = min(batch, most * len(prompts))
     slots = Slots(policy.model.config, count, max(map(len, prompts)) + responses.longest)
     decoder = decode.Decoder(policy.model, slots) if compiled else None
     waiting = _Waiting(prompts)
@@ -129,7 +132,7 @@ def _decode(
     with narrow_products(policy.model):
         while live or waiting.order or waiting.forked:
             while waiting.forked and len(live) < slots.count:
-                child, prefix = waiting.forked.popleft()
+                child, prefix = waiting.forked.pop()  # the newest first: fewer prefixes wait than the other way round
                 slots.write(len(live), prefix)
                 live.append(child)
             first, free = 0, slots.count - len(live)
@@ -191,7 +194,7 @@ class _Waiting:
         self.keys: list[Key] = [tuple(p) for p in prompts]
         self.order = sorted(range(len(prompts)), key=lambda i: (len(self.keys[i]), self.keys[i]), reverse=True)
         self.begun: tuple[Key, Prefix, Tensor] | None = None
-        self.forked: deque[tuple[int, Prefix]] = deque()
+        self.forked: list[tuple[int, Prefix]] = []
 
     def take(self, count: int) -> dict[Key, list[int]]:
         """The next ones: at most `count`, and no more different ones than a pass should hold."""

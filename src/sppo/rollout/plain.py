@@ -42,9 +42,10 @@ class PlainEngine:
         seeds: Sequence[int],
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Sample]:
         """Sample one response a prompt."""
-        drawn = Drawn(self.policy, seeds, sampling)
+        drawn = Drawn(self.policy, seeds, sampling, limits)
         done = 0
         for part in self._parts(prompts, sampling.batch):
             decode(self.policy, prompts, drawn, part)

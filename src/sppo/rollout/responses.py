@@ -30,8 +30,11 @@ class Responses(Protocol):
 class Drawn:
     """Sampled responses."""
 
-    def __init__(self, policy: Policy, seeds: Sequence[int], sampling: Sampling) -> None:
+    def __init__(
+        self, policy: Policy, seeds: Sequence[int], sampling: Sampling, limits: Sequence[int] | None = None
+    ) -> None:
         self.policy, self.sampling, self.longest = policy, sampling, sampling.max_tokens
+        self.limits = limits
         self.ids: list[list[int]] = [[] for _ in seeds]
         self.logps: list[list[float]] = [[] for _ in seeds]
         self.kept: list[list[float]] = [[] for _ in seeds]
@@ -59,7 +62,7 @@ class Drawn:
             self.ids[i].append(token)
             self.logps[i].append(logp)
             self.stopped[i] = token in self._ends or self._says_stop(self.ids[i])
-            if self.stopped[i] or len(self.ids[i]) == self.longest:
+            if self.stopped[i] or len(self.ids[i]) >= (self.limits[i] if self.limits else self.longest):
                 finished.append(b)
         return finished, []
 

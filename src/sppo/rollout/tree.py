@@ -107,8 +107,10 @@ class Growing(Drawn):
         return forked
 
     def _affords(self, i: int, count: int) -> bool:
-        """Whether so many children, each as long as it may get, stay within the prefix's share of the budget."""
+        """Whether so many children, each as long as it may get, stay within the prefix's share of the budget, and of the leaves."""
         path, length = self.paths[i], len(self.ids[i])
+        if count * math.prod(k for _, _, k in path.forks) > self.branching.leaves:
+            return False
         return (path.left - (length - path.since)) // count >= self.longest - length
 
     def _ends_segment(self, ids: Sequence[int]) -> bool:
@@ -117,7 +119,9 @@ class Growing(Drawn):
             return True
         newest = ids[-1]
         if newest not in self._may_end:
-            self._may_end[newest] = re.search(r"[;\s]", self.policy.text([newest])) is not None
+            # alone, some tokenizers decode a token without the space that it begins with; its name shows it
+            raw = str(self.policy.tokenizer.convert_ids_to_tokens(newest))
+            self._may_end[newest] = re.search(r"[;\s]", self.policy.text([newest])) is not None or raw[:1] in "▁ĠĊ<"
         if not self._may_end[newest]:
             return False
         before, tail = len(self.policy.text(ids[-TAIL:-1])), self.policy.text(ids[-TAIL:])

@@ -93,6 +93,7 @@ class VLLMEngine:
         seeds: Sequence[int],
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Sample]:
         """See the protocol; a sample's bits may depend on its neighbours here. Raises RecipeError for a cut (top-k and its kind): vLLM
         would report the cut distribution only."""
@@ -103,10 +104,10 @@ class VLLMEngine:
         ends = ending_ids(self.policy, sampling.stop)
         params = [
             SamplingParams(
-                temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=seed % 2**31, logprobs=0,
+                temperature=sampling.temperature, max_tokens=limit, seed=seed % 2**31, logprobs=0,
                 stop_token_ids=ends, stop=list(sampling.stop) or None, detokenize=bool(sampling.stop),
             )
-            for seed in seeds
+            for seed, limit in zip(seeds, limits or [sampling.max_tokens] * len(seeds), strict=True)
         ]  # fmt: skip
         samples: list[Sample] = []
         for start in range(0, len(prompts), sampling.batch):

@@ -39,7 +39,7 @@ def gather(run: Run, step: int) -> Gathered:
     found = _sampled(run, step)
     if run.searcher is None:
         return found
-    lessons, metrics = run.searcher.step(step, found.rollouts)
+    lessons, metrics = run.searcher.step(step, found.seen)
     return replace(
         found, lessons=lessons, metrics=metrics, beside_tokens=found.beside_tokens + metrics["search/tokens"]
     )

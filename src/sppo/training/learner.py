@@ -126,7 +126,7 @@ class Learner:
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
         count = self.config.training.minibatches
         units = batch.group_B[kept].unique(return_inverse=True)[1]
-        if units.max() + 1 < count:
+        if units.max() + 1 < count and not batch.nodes:  # a tree's leaves belong together
             units = torch.arange(len(kept))
         order = torch.randperm(int(units.max()) + 1, generator=generator)
         length_B = batch.prompt_len_B + batch.response_len_B
@@ -208,7 +208,8 @@ class Learner:
             )
 
     def _teach(self, lessons: Lessons, number: int, updates: int, tally: _Tally) -> None:
-        """Add the gradient of every updates-th lesson from `number` on: weight times the mean negative log-probability of a token."""
+        """Add the gradient of every updates-th lesson from `number` on: weight times the mean negative log-probability of a token, over as
+        many lessons as there could be, so that a single one is not learnt with the weight of all."""
         batch = lessons.batch
         rows = torch.arange(number, len(batch), updates)
         length_B, total = batch.prompt_len_B + batch.response_len_B, 0.0
@@ -216,10 +217,11 @@ class Learner:
         for part in micro_batches(rows, length_B, self.config.training.micro_tokens, self.policy.packs):
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
-            loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / len(rows)
+            loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
             loss.backward()
             total += float(loss.detach())
-        tally.add("search/loss", total)
+        if len(rows):
+            tally.add("search/loss", total)
 
     def _teach_critic(self, batch: Batch, rows: Tensor, lr: float, tally: _Tally) -> None:
         began = time.perf_counter()

@@ -1,6 +1,7 @@
 """The run directory: what a run writes, for people and for other tools.
 
     recipe.toml  metrics.jsonl  rollouts/step-NNNNNN.parquet  audit.jsonl  checkpoints/step-NNNNNN/{policy,critic}  summary.json
+    buffer.jsonl  what [search] has found: state of the run, read back when it goes on
 
 Every file is complete or absent: written beside its name, then renamed. One process owns a run at a time.
 """

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import RecipeError, RewardError
 from ..rollout.collect import sample_seed
 from ..rollout.mcts import Found, Ids, Judged, search
+from ..rollout.responses import ending_ids
 from ..sections import SearchSection
-from ..types import Rollout, Task
+from ..types import Rollout, Task, Verdict
 from .batch import Batch, pack
 from .credit import TokenCritic
 from .hybrid import step_scores
+from .rundir import no_space
 from .segments import seen_ends, segment_starts, token_ends
 
 if TYPE_CHECKING:
@@ -37,10 +41,11 @@ STOPS = {
 
 @dataclass(frozen=True, slots=True)
 class Lessons:
-    """Verified solutions, and how much each weighs."""
+    """Verified solutions, how much each weighs, and how many there could have been."""
 
     batch: Batch
     weights: list[float]
+    most: int
 
 
 class Search:
@@ -50,27 +55,31 @@ class Search:
         self.section, self.run = section, run
         self.path = run.directory.path / "buffer.jsonl"
         self.solutions: dict[str, Rollout] = {}
+        self.ungraded = 0  # in the present step
+        _columns(run.held_out[0])
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             self._keep(_solution(json.loads(line)))
 
     def step(self, step: int, rollouts: Sequence[Rollout]) -> tuple[Lessons | None, dict[str, Any]]:
         """Search the hard problems among a step's, and choose what is to be learnt with its update; also metrics."""
+        self.ungraded = 0
         hard = self._hard(rollouts)
         found = self._search(step, hard)
-        fresh = 0
-        with self.path.open("a") as file:
-            for rollout, result in zip(hard, found, strict=True):
-                if result.solution is None:
-                    continue
-                solution = self._rollout(rollout, result.solution)
-                if self._keep(solution):
-                    fresh += 1
-                    file.write(json.dumps(self._entry(step, solution, result), default=str) + "\n")
+        fresh = []
+        for rollout, result in zip(hard, found, strict=True):
+            if result.solution is not None:
+                entry = self._entry(step, self._rollout(rollout, result.solution), result)
+                if self._keep(_solution(json.loads(entry))):  # what a resumed run would read
+                    fresh.append(entry + "\n")
+        with no_space(self.path.parent), self.path.open("a") as file:
+            file.writelines(fresh)
+            file.flush()
+            os.fsync(file.fileno())
         lessons, refused = self._lessons(step)
         metrics: dict[str, Any] = {
-            "search/problems": len(hard), "search/solved": sum(f.solution is not None for f in found), "search/fresh": fresh,
+            "search/problems": len(hard), "search/solved": sum(f.solution is not None for f in found), "search/fresh": len(fresh),
             "search/simulations": sum(f.simulations for f in found), "search/tokens": sum(f.tokens for f in found),
-            "search/buffer": len(self.solutions), "search/refused": refused,
+            "search/buffer": len(self.solutions), "search/refused": refused, "search/ungraded": self.ungraded,
             "search/weight": sum(lessons.weights) / len(lessons.weights) if lessons else None,
         }  # fmt: skip
         return lessons, metrics
@@ -106,17 +115,12 @@ class Search:
 
         def write_on(prefixes: Sequence[tuple[int, Ids]], seeds: Sequence[int]) -> list[Ids]:
             prompts = [[*hard[i].prompt_ids, *ids] for i, ids in prefixes]
-            rooms = [longest - len(ids) for _, ids in prefixes]
-            samples = run.engine.generate(
-                prompts, seeds, replace(sampling, max_tokens=min(max(rooms), sampling.max_tokens))
-            )
-            return [tuple(s.ids[:room]) for s, room in zip(samples, rooms, strict=True)]
+            limits = [min(sampling.max_tokens, longest - len(ids)) for _, ids in prefixes]
+            samples = run.engine.generate(prompts, seeds, replace(sampling, max_tokens=max(limits)), limits=limits)
+            return [tuple(s.ids) for s in samples]
 
         def judge(responses: Sequence[tuple[int, Ids]]) -> list[Judged | None]:
-            rollouts = [self._rollout(hard[i], ids) for i, ids in responses]
-            judged = self._judged(rollouts)
-            values = self._values(judged)
-            return [self._outcome(r, v) for r, v in zip(judged, values, strict=True)]
+            return self._outcomes(self._judged([self._rollout(hard[i], ids) for i, ids in responses]))
 
         s = self.section
         return search(
@@ -125,34 +129,42 @@ class Search:
         )  # fmt: skip
 
     def _rollout(self, like: Rollout, ids: Ids) -> Rollout:
-        policy = self.run.policy
-        ended = bool(ids) and ids[-1] in policy.eos_ids
+        policy, stop = self.run.policy, self.run.sampling.stop
         text = policy.text(ids)
-        stopped = ended or any(s in text for s in self.run.sampling.stop)
+        stopped = ids[-1] in ending_ids(policy, stop) or any(s in text for s in stop)
         task = replace(like.task, weight=1.0)
         return Rollout(task, like.prompt_ids, list(ids), [0.0] * len(ids), "stop" if stopped else "length", text)
 
     def _judged(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        return [r.judged(v) for r, v in zip(rollouts, self.run.reward.judge(rollouts), strict=True)]
+        """With verdicts. A reward that fails on a whole lot of prefixes fails on them alone: the step's own responses tell whether it is broken."""
+        if not rollouts:
+            return []
+        try:
+            verdicts = self.run.reward.judge(rollouts)
+        except RewardError as error:
+            verdicts = [Verdict(0.0, "infra_error", {"reason": str(error)})] * len(rollouts)
+        self.ungraded += sum(v.masked for v in verdicts)
+        return [r.judged(v) for r, v in zip(rollouts, verdicts, strict=True)]
+
+    def _outcomes(self, rollouts: Sequence[Rollout]) -> list[Judged | None]:
+        """What search is told of judged responses, ended or not."""
+        values = self._values(rollouts)
+        return [self._outcome(r, v) for r, v in zip(rollouts, values, strict=True)]
 
     def _values(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[float | None]]]:
         """Where each response's segments end, and what each prefix up to there is worth."""
         run, out = self.run, []
         critic = run.learner.credit if self.section.value == "critic" else None
-        token_BT = None
-        if isinstance(critic, TokenCritic):  # it says what it thinks before a token: so there is one more
-            more = [
-                replace(r, response_ids=[*r.response_ids, run.policy.eos_ids[0]], logps=[*r.logps, 0.0])
-                for r in rollouts
-            ]
-            token_BT = critic.values(pack(more, run.policy.pad_id))
+        token_BT = (
+            critic.values(pack(rollouts, run.policy.pad_id)) if isinstance(critic, TokenCritic) and rollouts else None
+        )
         for b, rollout in enumerate(rollouts):
             length = len(rollout.response_ids)
             ends = [*segment_starts(run.policy, rollout, run.config.rollout.segments)[1:], length]
             values: list[float | None] = [None] * len(ends)
-            if token_BT is not None:
-                values = [float(token_BT[b, end]) for end in ends]
-            elif self.section.value == "steps":
+            if token_BT is not None:  # it says what it thinks before a token: at the very end, before the last one
+                values = [float(token_BT[b, min(end, length - 1)]) for end in ends]
+            elif self.section.value == "steps" and rollout.verdict and not rollout.verdict.masked:
                 values = self._step_values(rollout, ends)
             out.append((ends, values))
         return out
@@ -161,10 +173,12 @@ class Search:
         """The worst score among the steps that had ended by each place; None before the first one."""
         steps, split = step_scores(rollout)
         written = seen_ends(rollout.text, [s["end"] for s in steps], split)
+        if rollout.finish == "stop":  # the last step has ended with the response
+            written = [len(rollout.text) if end is None else end for end in written]
         judged = [
-            (s["score"], len(rollout.text) if end is None else end)
+            (s["score"], end)
             for s, end in zip(steps, written, strict=True)
-            if s["score"] is not None
+            if s["score"] is not None and end is not None
         ]
         places = token_ends(self.run.policy, rollout, [end for _, end in judged])
         scores = [(score, place) for (score, _), place in zip(judged, places, strict=True)]
@@ -177,10 +191,9 @@ class Search:
             return None
         ends, worth = values
         sound = self.section.value != "steps" or worth[-1] is None or worth[-1] >= 0.5
-        solved = _correct(rollout) and rollout.finish == "stop" and sound
         over = rollout.finish == "stop" or len(rollout.response_ids) >= self.run.config.rollout.max_tokens
         outcome = verdict.correct if rollout.finish == "stop" else 0.0 if over or worth[-1] is None else worth[-1]
-        return Judged(tuple(rollout.response_ids), ends, worth, outcome, solved, over)
+        return Judged(tuple(rollout.response_ids), ends, worth, outcome, _correct(rollout) and sound, over)
 
     # -- what is learnt ----------------------------------------------------------------------------------------------
 
@@ -193,32 +206,50 @@ class Search:
         return True
 
     def _lessons(self, step: int) -> tuple[Lessons | None, int]:
-        """Some solutions, judged again, that weigh anything; how many the verifier refused this time."""
+        """Some solutions, judged again, that weigh anything; how many were refused this time."""
         known = list(self.solutions.values())
         chosen = np.random.Generator(np.random.Philox(key=sample_seed(self.run.config.seed, "lessons", step)))
-        drawn = [known[i] for i in chosen.permutation(len(known))[: self.section.batch]]
-        drawn = self._judged(drawn)
-        right = [r for r in drawn if _correct(r)]
+        drawn = self._judged([known[i] for i in chosen.permutation(len(known))[: self.section.batch]])
+        right = [r for r, found in zip(drawn, self._outcomes(drawn), strict=True) if found is not None and found.solved]
         refused = len(drawn) - len(right)
         weights = [self.section.weight * max(0.0, 1 - v / self.section.enough) for v in self._chances(right)]
         taught = [(r, w) for r, w in zip(right, weights, strict=True) if w > 0]
         if not taught:
             return None, refused
-        return Lessons(pack([r for r, _ in taught], self.run.policy.pad_id), [w for _, w in taught]), refused
+        batch = pack([r for r, _ in taught], self.run.policy.pad_id)
+        return Lessons(batch, [w for _, w in taught], self.section.batch), refused
 
-    def _entry(self, step: int, solution: Rollout, result: Found) -> dict[str, Any]:
+    def _entry(self, step: int, solution: Rollout, result: Found) -> str:
         task = solution.task
-        return {
-            "step": step, "task": {"id": task.id, "prompt": task.prompt, "columns": dict(task.columns), "difficulty": task.difficulty},
+        return json.dumps({
+            "step": step, "task": {"id": task.id, "prompt": task.prompt, "columns": _columns(task), "difficulty": task.difficulty},
             "prompt_ids": list(solution.prompt_ids), "response_ids": list(solution.response_ids), "response": solution.text,
             "found_by": f"mcts, value={self.section.value}", "simulations": result.simulations, "tokens": result.tokens,
             "policy_fingerprint": self.run.fingerprint,
-        }  # fmt: skip
+        })  # fmt: skip
+
+
+def _columns(task: Task) -> dict[str, Any]:
+    """A task's columns, if JSON can hold them and give them back. Raises RecipeError."""
+    columns = dict(task.columns)
+    try:
+        same = json.loads(json.dumps(columns)) == columns
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        kinds = ", ".join(f"{k} ({type(v).__name__})" for k, v in columns.items())
+        raise RecipeError(
+            f"[search] keeps solved problems in buffer.jsonl, and JSON cannot hold the columns of task {task.id}: {kinds}; give plain "
+            "numbers, text and lists, or leave [search] out"
+        )
+    return columns
 
 
 def _correct(rollout: Rollout) -> bool:
+    """Whether a response ended by itself, is right, and is paid for (a gate may refuse what is right)."""
     verdict = rollout.verdict
-    return verdict is not None and not verdict.masked and verdict.outcome == "correct"
+    right = verdict is not None and not verdict.masked and verdict.outcome == "correct" and verdict.score > 0
+    return right and rollout.finish == "stop"
 
 
 def _solution(entry: dict[str, Any]) -> Rollout:
