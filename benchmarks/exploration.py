@@ -1,6 +1,7 @@
 """What exploration and credit give: each study is a few runs that differ in a switch, on paired seeds, from one start a seed.
 
     staged     chains of eight operations: sampled as they are, or reached from short ones stage by stage (curriculum.kind = "staged")
+    search     chains of ten operations that sampling does not solve: SPPO, GRPO, and SPPO with search and its buffer
     steps      right answers by wrong steps: the answer alone, or with the checker's step scores (added, and added and fading)
     gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ
     variance   the gradient's variance on long responses at a policy that stands still: SPPO, and the hybrid by steps and by segments
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Study:
     arms: Mapping[str, Changes]
     shared: Changes
     probe: str = ""
+    start: Changes = field(default_factory=dict)
+    """What the start's recipe has beside that."""
 
 
 STUDIES = {
@@ -58,6 +61,22 @@ STUDIES = {
         },
         {},
         "chain:steps=8,split=held-out",
+    ),
+    "search": Study(
+        "recipes/search.toml",
+        {
+            "sppo": {"search": None, "rollout.prompts": 256, "training.steps": 68},
+            "grpo": {
+                "search": None,
+                "objective.algorithm": "grpo",
+                "rollout.prompts": 32,
+                "training.steps": 68,
+                "training.lr": 2e-4,
+            },
+            "search": {},
+        },
+        {"training.steps": 40, "evaluation.every": 4},
+        start={"search": None, "task.train": "chain:steps=1-10", "bootstrap.steps": 1000, "bootstrap.until": 0.17},
     ),
     "steps": Study(
         "recipes/quickstart.toml",
@@ -103,7 +122,7 @@ def recipe(args: argparse.Namespace, arm: str) -> Config:
     study, start = STUDIES[args.study], args.out / f"start-{args.seed}"
     fixed: dict[str, Any] = {"seed": args.seed, "run.threads": 1, "run.checkpoint_every": 10**6}
     if arm == "start":
-        return Config.load(study.recipe, study.shared | fixed | {"run.out": str(start)})
+        return Config.load(study.recipe, {**study.shared, **study.start, **fixed, "run.out": str(start)})
     own = {"run.out": str(args.out / f"{arm}-{args.seed}"), "policy.model": str(start / START)}
     return Config.load(study.recipe, study.shared | study.arms[arm] | fixed | own)
 
