@@ -17,7 +17,7 @@ from sppo.training.batch import pack
 from sppo.training.learner import Learner, _Tally
 from sppo.training.loop import train
 from sppo.training.run import Run
-from sppo.training.search import Lessons, _columns, _correct, _solution
+from sppo.training.search import Lessons, _correct, _solution, _task
 from sppo.types import Task, Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
@@ -260,10 +260,10 @@ def test_what_a_gate_refuses_or_what_was_cut_off_is_no_solution(tmp_path):
 
 
 def test_columns_that_json_would_change_are_refused():
-    assert _columns(Task("t", "p", {"answer": "4", "tests": [1, {"a": None}]}))["answer"] == "4"
+    assert _task(Task("t", "p", {"answer": "4", "tests": [1, {"a": None}]}))["columns"]["answer"] == "4"
     for value in ((1, 2), {1: "a"}, b"x", object()):
         with pytest.raises(RecipeError, match="JSON cannot hold the columns of task t: answer"):
-            _columns(Task("t", "p", {"answer": value}))
+            _task(Task("t", "p", {"answer": value}))
 
 
 def test_nonsense_is_one_sentence():

@@ -3,11 +3,15 @@ line (or rollouts file) breaks the chain from there on."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..errors import DataError
 
 GENESIS = "0" * 64
 
@@ -16,6 +20,19 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def step_file(run: Path, step: int) -> Path:
+    """Where a step's rollouts are."""
+    return run / "rollouts" / f"step-{step:06d}.parquet"
+
+
+def _line(body: dict[str, Any]) -> str:
+    return json.dumps({**body, "sha256": _sha256(body)})
+
+
+def _sha256(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 class AuditChain:
@@ -29,8 +46,61 @@ class AuditChain:
     def append(self, entry: dict[str, Any]) -> None:
         """Add a step: `entry` plus the hash of what came before, under one hash; on disk before this returns."""
         body = {**entry, "previous": self.head}
-        self.head = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        self.head = _sha256(body)
         with self.path.open("a") as file:
-            file.write(json.dumps({**body, "sha256": self.head}) + "\n")
+            file.write(_line(body) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def verify(run: Path) -> Iterator[tuple[int, str]]:
+    """What is wrong with a run's chain or its rollouts: (step, what), the first of each kind of damage; nothing for a sound run.
+
+    Checked: every byte of `audit.jsonl`, the order of its lines, every byte of every rollouts file, files without a line, and whether the
+    chain reaches the last step that `metrics.jsonl` and `summary.json` tell of. Raises DataError where there is no chain.
+    """
+    path = run / "audit.jsonl"
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        raise DataError(f"{run} is no run: it has no audit.jsonl") from None
+    step, head = 0, GENESIS
+    *lines, rest = raw.split(b"\n")
+    for number, line in enumerate(lines):
+        try:
+            entry = json.loads(line)
+            body = {k: v for k, v in entry.items() if k != "sha256"}
+            whole = _line(body).encode() == line
+        except (ValueError, AttributeError, UnicodeDecodeError):
+            whole = False
+        if not whole:
+            yield number, f"line {number + 1} of audit.jsonl was changed"
+            return
+        if body.get("step") != step or body.get("previous") != head:
+            yield (
+                step,
+                f"line {number + 1} of audit.jsonl does not follow the one before it: a line is missing, moved or another's",
+            )
+            return
+        if not step_file(run, step).exists():
+            yield step, f"{step_file(run, step).name} is missing"
+        elif file_sha256(step_file(run, step)) != body["rollouts_sha256"]:
+            yield step, f"{step_file(run, step).name} was changed"
+        step, head = step + 1, entry["sha256"]
+    if rest:
+        yield step, "audit.jsonl ends in half a line"
+    known = {step_file(run, s).name for s in range(step)}
+    for extra in sorted(p.name for p in (run / "rollouts").glob("step-*.parquet") if p.name not in known):
+        yield int(extra[5:11]) if extra[5:11].isdigit() else step, f"{extra} has no line in audit.jsonl"
+    told = max(_steps_of(run), default=0)
+    if told > step:
+        yield step, f"audit.jsonl ends after {step} steps, and the run tells of {told}"
+
+
+def _steps_of(run: Path) -> Iterator[int]:
+    """How many steps the run's other files tell of."""
+    unreadable = contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError)
+    with unreadable:
+        yield int(json.loads((run / "summary.json").read_text())["steps"])
+    with unreadable:
+        yield int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]) + 1

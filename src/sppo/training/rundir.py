@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from ..audit.chain import AuditChain, file_sha256
 from ..config import Config
 from ..errors import RecipeError, RunFailure, SPPOError, UserError
-from ..types import Rollout
+from ..types import Rollout, Task
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -47,6 +47,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("value", pa.float32()),
         ("advantage", pa.float32()),
         ("forks", pa.list_(pa.list_(pa.int32()))),
+        ("task", pa.string()),
     ]
 )
 
@@ -149,6 +150,7 @@ class RunDirectory:
                 step, r.task.id, r.sample, r.task.text, r.text, list(r.prompt_ids), list(r.response_ids), list(r.logps), r.finish,
                 verdict.score, verdict.correct, verdict.outcome, verdict.masked, json.dumps(dict(verdict.evidence), default=str),
                 r.task.difficulty, value, None if verdict.masked else advantage, [list(fork) for fork in r.forks],
+                task_json(r.task),
             )  # fmt: skip
             for name, cell in zip(columns, row, strict=True):
                 columns[name].append(cell)
@@ -214,6 +216,16 @@ class RunDirectory:
             doomed = old.with_name(f".old-{old.name}")
             os.replace(old, doomed)
             shutil.rmtree(doomed)
+
+
+def task_json(task: Task) -> str | None:
+    """What a task's verdict can be replayed from, its prompt and columns; None where JSON would change them."""
+    whole = {"prompt": task.prompt, "columns": dict(task.columns)}
+    try:
+        text = json.dumps(whole)
+    except (TypeError, ValueError):
+        return None
+    return text if json.loads(text) == whole else None
 
 
 def newest_policy(path: Path) -> Path:

@@ -25,7 +25,7 @@ from ..types import Rollout, Task, Verdict
 from .batch import Batch, pack
 from .credit import TokenCritic
 from .hybrid import step_scores
-from .rundir import no_space
+from .rundir import no_space, task_json
 from .segments import seen_ends, segment_starts, token_ends
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Search:
         self.path = run.directory.path / "buffer.jsonl"
         self.solutions: dict[str, Rollout] = {}
         self.ungraded = 0  # in the present step
-        _columns(run.held_out[0])
+        _task(run.held_out[0])
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             self._keep(_solution(json.loads(line)))
 
@@ -220,29 +220,24 @@ class Search:
         return Lessons(batch, [w for _, w in taught], self.section.batch), refused
 
     def _entry(self, step: int, solution: Rollout, result: Found) -> str:
-        task = solution.task
         return json.dumps({
-            "step": step, "task": {"id": task.id, "prompt": task.prompt, "columns": _columns(task), "difficulty": task.difficulty},
+            "step": step, "task": _task(solution.task),
             "prompt_ids": list(solution.prompt_ids), "response_ids": list(solution.response_ids), "response": solution.text,
             "found_by": f"mcts, value={self.section.value}", "simulations": result.simulations, "tokens": result.tokens,
             "policy_fingerprint": self.run.fingerprint,
         })  # fmt: skip
 
 
-def _columns(task: Task) -> dict[str, Any]:
-    """A task's columns, if JSON can hold them and give them back. Raises RecipeError."""
-    columns = dict(task.columns)
-    try:
-        same = json.loads(json.dumps(columns)) == columns
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        kinds = ", ".join(f"{k} ({type(v).__name__})" for k, v in columns.items())
+def _task(task: Task) -> dict[str, Any]:
+    """A task as JSON can hold it and give it back. Raises RecipeError."""
+    text = task_json(task)
+    if text is None:
+        kinds = ", ".join(f"{k} ({type(v).__name__})" for k, v in task.columns.items())
         raise RecipeError(
             f"[search] keeps solved problems in buffer.jsonl, and JSON cannot hold the columns of task {task.id}: {kinds}; give plain "
             "numbers, text and lists, or leave [search] out"
         )
-    return columns
+    return {"id": task.id, "difficulty": task.difficulty, **json.loads(text)}
 
 
 def _correct(rollout: Rollout) -> bool:

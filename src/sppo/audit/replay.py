@@ -1,0 +1,86 @@
+"""Every recorded verdict again, from what was recorded: the same reward, the same responses, the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ..config import Config
+from ..errors import DataError, UserError
+from ..rewards.base import Reward
+from ..rewards.combine import MixedReward
+from ..rollout.collect import truncation_rule
+from ..types import Rollout, Task, Verdict
+from .chain import step_file
+
+TOLERANCE = 1e-6
+"""Scores are kept in single precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """One recorded verdict, and what came of judging again; `then` and `now` as (score, correct, outcome)."""
+
+    step: int
+    row: int
+    task: str
+    then: tuple[float, float, str]
+    now: tuple[float, float, str]
+
+    @property
+    def same(self) -> bool:
+        """Whether the verdict was reproduced."""
+        numbers = zip(self.then[:2], self.now[:2], strict=True)
+        return self.then[2] == self.now[2] and all(abs(a - b) <= TOLERANCE for a, b in numbers)
+
+
+def rows_of(run: Path, step: int) -> list[dict[str, Any]]:
+    """A step's rollouts as recorded. Raises DataError."""
+    path = step_file(run, step)
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except FileNotFoundError:
+        raise DataError(f"{run} has no step {step} (steps are counted from 0)") from None
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}; `sppo audit verify {run}` says more"
+        ) from None
+    return rows
+
+
+def recorded(row: dict[str, Any]) -> Rollout:
+    """A recorded rollout, ready to be judged again. Raises UserError where its task was not recorded whole."""
+    if row.get("task") is None:
+        raise UserError(
+            f"task {row['task_id']} was not recorded whole (an older run, or columns that JSON cannot hold), so its verdict cannot be replayed"
+        )
+    task = Task(row["task_id"], difficulty=row["difficulty"], **json.loads(row["task"]))
+    return Rollout(
+        task, row["prompt_ids"], row["response_ids"], row["logps"], row["finish"], row["response"], row["sample"]
+    )
+
+
+def replay(run: Path, steps: list[int], reward: Reward, config: Config, most: int | None = None) -> Iterator[Replayed]:
+    """Judge the rollouts of some steps again, `most` of each step at most."""
+    for step in steps:
+        rows = rows_of(run, step)[:most]
+        fades = [json.loads(row["evidence"]).get("fade", 1.0) for row in rows]
+        for fade, part in groupby(range(len(rows)), key=lambda i: fades[i]):
+            index = list(part)
+            if isinstance(reward, MixedReward):
+                reward.fade = fade
+            rollouts = [recorded(rows[i]) for i in index]
+            for i, rollout, verdict in zip(index, rollouts, reward.judge(rollouts), strict=True):
+                found = truncation_rule(rollout, verdict, config.rollout.truncated)
+                row = rows[i]
+                yield Replayed(step, i, row["task_id"], (row["score"], row["correct"], row["outcome"]), _said(found))
+
+
+def _said(verdict: Verdict) -> tuple[float, float, str]:
+    return verdict.score, verdict.correct, verdict.outcome
