@@ -29,7 +29,7 @@ def run(tmp_path_factory):
         "run.out": str(out),
         "training.steps": STEPS,
         "reward.use": use,
-        "reward.anneal": 3,
+        "reward.anneal": 4,
         "rollout.max_tokens": 8,
     }
     job = Run.new(small_config(**changes))
