@@ -244,3 +244,30 @@ def test_data_check_finds_the_reward_that_fits_the_rows(tmp_path, capsys):
     path.write_text('{"question": "a", "tests": ["assert f(1) == 2"]}\n{"question": "b", "tests": ["1 +"]}\n')
     result = last_json(sppo(capsys, "data", "check", path, "--json", code=2))
     assert [p["row"] for p in result["problems"]] == [f"{path}:2"]
+
+
+def test_the_critic_is_a_product(trained, tmp_path, capsys):
+    from transformers import AutoModel
+
+    folder = tmp_path / "critic"
+    assert last_json(sppo(capsys, "critic", "export", trained, "--out", folder, "--json"))["critic"] == str(folder)
+    assert "explained variance" in (folder / "README.md").read_text()
+    AutoModel.from_pretrained(folder)
+    scores = tmp_path / "scores.jsonl"
+    said = last_json(
+        sppo(capsys, "critic", "score", folder, "--data", "chain:steps=1", "--n", "20", "--out", scores, "--json")
+    )
+    rows = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert said["scored"] == len(rows) == 20
+    same = last_json(sppo(capsys, "critic", "score", trained, "--data", "chain:steps=1", "--n", "20", "--json"))[
+        "ranked"
+    ]
+    assert [r["chance"] for r in same] == sorted(r["chance"] for r in rows)
+    for arguments, why in (
+        (["export", trained, "--out", folder], "is not empty"),
+        (["score", trained, "--data", "chain:steps=1"], "say how many: --n N"),
+        (["score", tmp_path, "--data", "chain:steps=1", "--n", "2"], "is no critic"),
+        (["score", folder, "--data", "chain:steps=1", "--n", "0"], "--n must be 1 or more"),
+    ):
+        assert main(["critic", *map(str, arguments)]) == 2
+        assert why in capsys.readouterr().err
