@@ -277,3 +277,13 @@ def test_nonsense_is_one_sentence():
     ):
         with pytest.raises(RecipeError, match=why):
             config(**changes)
+
+
+def test_a_critic_that_reads_prefixes_guides_the_search(tmp_path):
+    changes = {"objective.algorithm": "sppo-hybrid", "search.value": "critic", "training.steps": 2}
+    job = trained(tmp_path, "run", **changes)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["search/simulations"] > 0 for m in lines)
+    first, *_ = small_rollouts(job.policy, 2)
+    ((_, values),) = job.searcher._values([first])
+    assert all(0 <= v <= 1 for v in values)

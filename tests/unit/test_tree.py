@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -195,3 +196,26 @@ def test_nonsense_is_one_sentence():
     ):
         with pytest.raises(RecipeError, match=why):
             config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"curriculum.kind": "predicted"},
+        {"objective.kl": 0.1},
+        {"rollout.top_p": 0.9},
+        {"rollout.truncated": "mask"},
+        {"training.minibatches": 4, "rollout.prompts": 4},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_trees_go_with_the_rest(changes, tmp_path):
+    job = Run.new(config(**{"run.out": str(tmp_path / "run"), "training.steps": 2} | changes))
+    before = job.policy.fingerprint()
+    train(job)
+    job.close()
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["tree/leaves"] > 1 and m["update/skipped_non_finite"] == 0 for m in metrics)
+    assert all(m["rollout/tokens"] <= 4 * 12 * 16 for m in metrics)
+    if changes.get("rollout.truncated") != "mask":  # where next to all are cut off, nothing may be left to learn from
+        assert job.policy.fingerprint() != before
