@@ -84,6 +84,8 @@ class Config(Section):
         self._control()
         self._tree()
         self._search()
+        if self.curriculum.kind == "staged" and not self.evaluation.every:
+            raise ValueError("curriculum.kind = 'staged' goes on by evaluations: set evaluation.every above 0")
         o = self.objective
         if o.baseline == "greedy" and r.resample:
             raise ValueError(

@@ -177,3 +177,23 @@ def test_columns_that_json_would_change_are_not_recorded_and_the_replay_says_so(
     assert json.loads(task_json(Task("t", [{"role": "user", "content": "p"}], {"answer": "4"})))["columns"] == {
         "answer": "4"
     }
+
+
+def test_what_cannot_be_read_is_one_sentence(run, tmp_path, capsys):
+    for n, (column, value) in enumerate(
+        (("evidence", "{"), ("task", "{"), ("response", None), ("logps", None), ("score", None))
+    ):
+        copy = tmp_path / str(n)
+        shutil.copytree(run, copy)
+        path = copy / "rollouts" / "step-000001.parquet"
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        rows[2][column] = value
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+        codes = [main(["audit", "replay", str(copy)]), main(["audit", "show", str(copy), "1:2"])]
+        assert set(codes) <= {1, 2}
+        assert 2 in codes
+        assert "audit verify" in capsys.readouterr().err
+    (copy / "rollouts" / "step-000000.parquet").unlink()
+    (copy / "rollouts" / "step-000000.parquet").mkdir()
+    assert main(["audit", "verify", str(copy)]) == 1

@@ -263,11 +263,15 @@ def test_the_critic_is_a_product(trained, tmp_path, capsys):
         "ranked"
     ]
     assert [r["chance"] for r in same] == sorted(r["chance"] for r in rows)
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text('{"question": "", "answer": "1"}\n')
     for arguments, why in (
         (["export", trained, "--out", folder], "is not empty"),
         (["score", trained, "--data", "chain:steps=1"], "say how many: --n N"),
         (["score", tmp_path, "--data", "chain:steps=1", "--n", "2"], "is no critic"),
         (["score", folder, "--data", "chain:steps=1", "--n", "0"], "--n must be 1 or more"),
+        (["export", tmp_path / "nowhere"], "is no run with a checkpoint"),
+        (["score", folder, "--data", blank], "can be read"),
     ):
         assert main(["critic", *map(str, arguments)]) == 2
         assert why in capsys.readouterr().err

@@ -226,6 +226,7 @@ def test_a_reward_that_fails_on_prefixes_is_no_broken_reward(tmp_path):
     found = job.searcher._search(0, hard)
     assert all(f.solution is None and f.tokens > 0 for f in found)
     assert job.searcher.ungraded == sum(f.simulations for f in found)
+    assert "half a response" in job.searcher.reason
 
 
 def test_groups_that_dapo_throws_away_are_searched(tmp_path):

@@ -60,6 +60,8 @@ def verify(run: Path) -> Iterator[tuple[int, str]]:
     chain reaches the last step that `metrics.jsonl` and `summary.json` tell of. Raises DataError where there is no chain.
     """
     path = run / "audit.jsonl"
+    # looked at before the chain, which a run that is going on may make longer in the meantime
+    told, there = max(_steps_of(run), default=0), sorted(p.name for p in (run / "rollouts").glob("step-*.parquet"))
     try:
         raw = path.read_bytes()
     except OSError:
@@ -82,7 +84,7 @@ def verify(run: Path) -> Iterator[tuple[int, str]]:
                 f"line {number + 1} of audit.jsonl does not follow the one before it: a line is missing, moved or another's",
             )
             return
-        if not step_file(run, step).exists():
+        if not step_file(run, step).is_file():
             yield step, f"{step_file(run, step).name} is missing"
         elif file_sha256(step_file(run, step)) != body["rollouts_sha256"]:
             yield step, f"{step_file(run, step).name} was changed"
@@ -90,9 +92,8 @@ def verify(run: Path) -> Iterator[tuple[int, str]]:
     if rest:
         yield step, "audit.jsonl ends in half a line"
     known = {step_file(run, s).name for s in range(step)}
-    for extra in sorted(p.name for p in (run / "rollouts").glob("step-*.parquet") if p.name not in known):
+    for extra in (name for name in there if name not in known):
         yield int(extra[5:11]) if extra[5:11].isdigit() else step, f"{extra} has no line in audit.jsonl"
-    told = max(_steps_of(run), default=0)
     if told > step:
         yield step, f"audit.jsonl ends after {step} steps, and the run tells of {told}"
 

@@ -60,6 +60,8 @@ def recorded(row: dict[str, Any]) -> Rollout:
         raise UserError(
             f"task {row['task_id']} was not recorded whole (an older run, or columns that JSON cannot hold), so its verdict cannot be replayed"
         )
+    if not isinstance(row["response"], str) or not isinstance(row["response_ids"], list):
+        raise ValueError("a response is missing")
     task = Task(row["task_id"], difficulty=row["difficulty"], **json.loads(row["task"]))
     return Rollout(
         task, row["prompt_ids"], row["response_ids"], row["logps"], row["finish"], row["response"], row["sample"]
@@ -70,16 +72,22 @@ def replay(run: Path, steps: list[int], reward: Reward, config: Config, most: in
     """Judge the rollouts of some steps again, `most` of each step at most."""
     for step in steps:
         rows = rows_of(run, step)[:most]
-        fades = [json.loads(row["evidence"]).get("fade", 1.0) for row in rows]
+        try:
+            fades = [float(json.loads(row["evidence"]).get("fade", 1.0)) for row in rows]
+            then = [(float(row["score"]), float(row["correct"]), str(row["outcome"])) for row in rows]
+            rollouts = [recorded(row) for row in rows]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"step {step} of {run} cannot be read ({error}); `sppo audit verify {run}` says more"
+            ) from None
         for fade, part in groupby(range(len(rows)), key=lambda i: fades[i]):
             index = list(part)
             if isinstance(reward, MixedReward):
                 reward.fade = fade
-            rollouts = [recorded(rows[i]) for i in index]
-            for i, rollout, verdict in zip(index, rollouts, reward.judge(rollouts), strict=True):
+            some = [rollouts[i] for i in index]
+            for i, rollout, verdict in zip(index, some, reward.judge(some), strict=True):
                 found = truncation_rule(rollout, verdict, config.rollout.truncated)
-                row = rows[i]
-                yield Replayed(step, i, row["task_id"], (row["score"], row["correct"], row["outcome"]), _said(found))
+                yield Replayed(step, i, rollout.task.id, then[i], _said(found))
 
 
 def _said(verdict: Verdict) -> tuple[float, float, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def _verify(args: argparse.Namespace) -> int:
 
     run = _run(args.path)
     damage = list(verify(run))
+    if damage:  # a run that is going on may have been between a step's file and its line
+        time.sleep(1)
+        damage = list(verify(run))
     steps = len((run / "audit.jsonl").read_bytes().splitlines())
     for step, what in damage:
         print(f"step {step}: {what}")
@@ -92,6 +96,14 @@ def _show(args: argparse.Namespace) -> int:
     if int(row) >= len(rows):
         raise DataError(f"step {step} of {run} has {len(rows)} rollouts, counted from 0; there is no {row}")
     found = rows[int(row)]
+    try:
+        json.loads(found["evidence"])
+        sum(found["logps"])
+        whole = isinstance(found["response"], str) and isinstance(found["prompt"], str)
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise DataError(f"rollout {args.id} of {run} cannot be read; `sppo audit verify {run}` says more")
     entries = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
     entry: dict[str, Any] = next((e for e in entries if e["step"] == int(step)), {})
     same = entry.get("rollouts_sha256") == file_sha256(step_file(run, int(step)))

@@ -38,6 +38,8 @@ def _export(args: argparse.Namespace) -> int:
     from ..training.rundir import newest_policy, write_atomic
 
     source, out = newest_policy(Path(args.path)).parent / "critic", Path(args.out)
+    if not source.parent.is_dir() or not (source.parent / "policy").is_dir():
+        raise UserError(f"{args.path} is no run with a checkpoint")
     if not (source / "config.json").exists():
         raise UserError(f"{args.path} has no critic beside its policy: its algorithm trains none")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -115,9 +117,11 @@ def _score(args: argparse.Namespace) -> int:
     critic, stated = Critic.load(str(folder), dtype="auto", device=pick_device(), seed=0)
     tasks = [source[i] for i in range(count)]
     limit = critic.context
-    readable = [t for t in tasks if limit is None or len(critic.prompt_ids(t)) <= limit]
+    readable = [t for t in tasks if 0 < len(critic.prompt_ids(t)) <= (limit or 10**9)]
     if not readable:
-        raise DataError(f"none of the {count} prompts of {args.data} fits into the critic's {limit} tokens")
+        raise DataError(
+            f"none of the {count} prompts of {args.data} can be read: they are empty, or longer than the critic's {limit} tokens"
+        )
     chances = dict(zip((id(t) for t in readable), critic.logits(readable).sigmoid().tolist(), strict=True))
     rows: list[dict[str, Any]] = [{"id": t.id, "prompt": t.text, "chance": chances.get(id(t))} for t in tasks]
     if args.out:
@@ -128,7 +132,7 @@ def _score(args: argparse.Namespace) -> int:
     text = [
         stated,
         *(
-            f"warning: {too_long} of {count} prompts are longer than the critic reads and have no score"
+            f"warning: {too_long} of {count} prompts are empty or longer than the critic reads, and have no score"
             for _ in range(too_long > 0)
         ),
     ]

@@ -50,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print_summary(summary, out)
     if summary["stopped"] == "interrupted":
-        display.note(
-            f"warning: interrupted after step {summary['steps']}; everything is saved. Go on with: sppo train --resume {out}"
-        )
+        state = f"after step {summary['steps']}; everything is saved"
+        if summary["policy"] is None:
+            state = "in the supervised start, which a resumed run makes again from its beginning"
+        display.note(f"warning: interrupted {state}. Go on with: sppo train --resume {out}")
     emit(summary, args.json, "")
     return 130 if summary["stopped"] == "interrupted" else 0
 

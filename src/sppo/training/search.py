@@ -56,6 +56,7 @@ class Search:
         self.path = run.directory.path / "buffer.jsonl"
         self.solutions: dict[str, Rollout] = {}
         self.ungraded = 0  # in the present step
+        self.reason, self.warned = "", False
         _task(run.held_out[0])
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             self._keep(_solution(json.loads(line)))
@@ -75,10 +76,16 @@ class Search:
             file.writelines(fresh)
             file.flush()
             os.fsync(file.fileno())
+        simulations = sum(f.simulations for f in found)
+        if simulations and self.ungraded == simulations and not self.warned:
+            self.warned = True
+            self.run.observer.note(
+                f"warning: the reward could not judge anything that the search wrote, so it finds nothing: {self.reason}"
+            )
         lessons, refused = self._lessons(step)
         metrics: dict[str, Any] = {
             "search/problems": len(hard), "search/solved": sum(f.solution is not None for f in found), "search/fresh": len(fresh),
-            "search/simulations": sum(f.simulations for f in found), "search/tokens": sum(f.tokens for f in found),
+            "search/simulations": simulations, "search/tokens": sum(f.tokens for f in found),
             "search/buffer": len(self.solutions), "search/refused": refused, "search/ungraded": self.ungraded,
             "search/weight": sum(lessons.weights) / len(lessons.weights) if lessons else None,
         }  # fmt: skip
@@ -143,7 +150,9 @@ class Search:
             verdicts = self.run.reward.judge(rollouts)
         except RewardError as error:
             verdicts = [Verdict(0.0, "infra_error", {"reason": str(error)})] * len(rollouts)
-        self.ungraded += sum(v.masked for v in verdicts)
+        masked = [v for v in verdicts if v.masked]
+        self.ungraded += len(masked)
+        self.reason = str(masked[0].evidence.get("reason", masked[0].outcome)) if masked else self.reason
         return [r.judged(v) for r, v in zip(rollouts, verdicts, strict=True)]
 
     def _outcomes(self, rollouts: Sequence[Rollout]) -> list[Judged | None]:
