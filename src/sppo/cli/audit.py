@@ -98,7 +98,7 @@ def _show(args: argparse.Namespace) -> int:
     found = rows[int(row)]
     try:
         json.loads(found["evidence"])
-        sum(found["logps"])
+        sum(found["logps"], found["score"] + found["correct"])
         whole = isinstance(found["response"], str) and isinstance(found["prompt"], str)
     except (KeyError, TypeError, ValueError):
         whole = False
