@@ -27,7 +27,7 @@ from ..objective.tree import returns
 from ..rewards.steps import SPLITS
 from ..types import Rollout
 from .batch import Batch
-from .credit import Found, PromptCritic, TokenCritic, scaled
+from .credit import Found, PromptCritic, TokenCritic, _Trained, scaled
 from .segments import seen_ends, segment_starts, token_ends
 
 PLACES = 16
@@ -73,12 +73,29 @@ class Gate:
         return {"hybrid/eta": sum(map(self.eta, places)) / len(places) if places else None}
 
 
-class StepCredit(PromptCritic):
+class _Gated(_Trained):
+    """What the three share: the gate, in checkpoints too."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gate = Gate()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the running sums."""
+        return super().state_dict() | {"gate": dict(self.gate.__dict__)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+        super().load_state_dict(state)
+        self.gate.__dict__.update(state["gate"])
+
+
+class StepCredit(_Gated, PromptCritic):
     """Φ from the reward's step scores."""
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, critic)
-        self.policy, self.gate = policy, Gate()
+        self.policy = policy
         # running sums of R − b, and of responses, by place and by the worst score so far: below a half, below one, one
         self.effect = [[0.0] * 3 for _ in range(PLACES + 1)]
         self.number = [[0.0] * 3 for _ in range(PLACES + 1)]
@@ -123,21 +140,20 @@ class StepCredit(PromptCritic):
 
     def state_dict(self) -> dict[str, Any]:
         """Also the running sums."""
-        return super().state_dict() | {"gate": dict(self.gate.__dict__), "effect": self.effect, "number": self.number}
+        return super().state_dict() | {"effect": self.effect, "number": self.number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         super().load_state_dict(state)
-        self.gate.__dict__.update(state["gate"])
         self.effect, self.number = state["effect"], state["number"]
 
 
-class SegmentCredit(TokenCritic):
+class SegmentCredit(_Gated, TokenCritic):
     """Φ from the critic at the segments' starts, held until the next one; it learns each outcome at all of them."""
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
-        self.policy, self.gate = policy, Gate()
+        self.policy = policy
         self.starts: list[list[int]] = []  # of the batch that `advantage` saw last
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
@@ -172,22 +188,9 @@ class SegmentCredit(TokenCritic):
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Also the running sums."""
-        return super().state_dict() | {"gate": dict(self.gate.__dict__)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a saved state back."""
-        super().load_state_dict(state)
-        self.gate.__dict__.update(state["gate"])
-
-
-class SiblingCredit(PromptCritic):
+class SiblingCredit(_Gated, PromptCritic):
     """Φ from a fork's other children, in trees of responses. Each stretch of tokens is credited with the mean of the leaves below it."""
-
-    def __init__(self, config: Config, critic: Critic) -> None:
-        super().__init__(config, critic)
-        self.gate = Gate()
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See credit.Credit; [B, T], 0 where another row stands for the token."""
@@ -214,15 +217,6 @@ class SiblingCredit(PromptCritic):
         }
         return advantage_BT, value_B, metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        """Also the running sums."""
-        return super().state_dict() | {"gate": dict(self.gate.__dict__)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a saved state back."""
-        super().load_state_dict(state)
-        self.gate.__dict__.update(state["gate"])
-
 
 def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
     """The steps that a reward measured of a response (text, end in characters, score), and how it split them.
@@ -237,7 +231,7 @@ def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
         return [], "lines"  # its scorer failed on this one, which says nothing about the response
     if evidence is None:
         raise RecipeError(
-            "objective.phi = 'steps' reads the scores of a steps reward, and reward.use measures none: add "
+            "objective.phi = 'steps' (search.value too) reads the scores of a steps reward, and reward.use measures none: add "
             "`+ 0 * steps:check=…,split=…` to it (0: measured, not paid)"
         )
     if evidence.get("split") not in SPLITS:
