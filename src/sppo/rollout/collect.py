@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..models.policy import Policy
 from ..rewards.base import Reward
 from ..types import Rollout, Task, Verdict
-from .engine import Branching, Engine, Sampling
+from .engine import Branching, Engine, Sampling, TreeEngine
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -43,7 +43,9 @@ def collect(
     if branching is None:
         responses = engine.generate(prompts, seeds, sampling, progress)
     else:
-        trees = engine.generate_trees(prompts, seeds, sampling, branching, progress)  # type: ignore[attr-defined]  # seen to by Run
+        if not isinstance(engine, TreeEngine):
+            raise TypeError("this engine cannot branch")
+        trees = engine.generate_trees(prompts, seeds, sampling, branching, progress)
         repeated = [(task, k) for (task, _), leaves in zip(repeated, trees, strict=True) for k in range(len(leaves))]
         responses = [leaf for leaves in trees for leaf in leaves]
     rollouts = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from ..models.policy import Policy
 from ..sections import RolloutSection
@@ -105,3 +105,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of processes and memory."""
+
+
+@runtime_checkable
+class TreeEngine(Protocol):
+    """An engine that can branch; `branches` says whether it can with this model."""
+
+    branches: bool
+
+    def generate_trees(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        branching: Branching,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Sample]]:
+        """The leaves of one tree a prompt (rollout/tree.py); `progress` hears how many trees are finished."""

@@ -29,7 +29,7 @@ from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import fitting_reward, load_reward
 from ..rewards.combine import MixedReward, adds
 from ..rollout.canary import Canary
-from ..rollout.engine import Engine, Sampling
+from ..rollout.engine import Engine, Sampling, TreeEngine
 from ..spec import call, parse_spec, resolve
 from ..tasks.base import GIVEN, load_pair, load_tasks
 from ..types import Task
@@ -92,7 +92,7 @@ class Run:
         self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
         if self.engine.stated:
             observer.note(self.engine.stated)
-        if config.rollout.kind == "tree" and not getattr(self.engine, "branches", False):
+        if config.rollout.kind == "tree" and not (isinstance(self.engine, TreeEngine) and self.engine.branches):
             raise RecipeError(f"rollout.kind = 'tree' needs an engine that can branch; {self.engine.stated}")
         self.sampling = Sampling.of(config.rollout)
         self.health = Health(config, self.sampling, observer.note)
