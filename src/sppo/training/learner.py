@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,24 @@ NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
 
 
+@dataclass
+class Trace:
+    """What the last step's updates saw of each rollout, for anyone who looks at it later; of the last epoch, where there are several."""
+
+    log_ratio_BT: Tensor
+    """log π_θ/π_old of each token as it was trained on: 0 in a step's first minibatch."""
+    clipped_B: Tensor
+    """The share of a response's ratios that the clip cut off: 0 or 1 where the ratio is the sequence's."""
+
+    def observe(self, part: Tensor, log_ratio_bT: Tensor, clipped: Tensor, element_mask: Tensor) -> None:
+        """Keep a micro-batch's. `clipped` and its mask are [b] or [b, T]."""
+        self.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT.to(self.log_ratio_BT.dtype).cpu()
+        cut, of = (clipped & element_mask).float(), element_mask.float()
+        if cut.dim() == 2:
+            cut, of = cut.sum(1), of.sum(1)
+        self.clipped_B[part] = (cut / of.clamp(min=1)).cpu()
+
+
 class Learner:
     """Holds what is trained, and how. `reference` is None unless the recipe reads it."""
 
@@ -50,6 +69,7 @@ class Learner:
         self.bad_total = 0
         self.ratio_checked = False
         self.critic_seconds = 0.0
+        self.trace = Trace(torch.zeros(0, 0), torch.zeros(0))
 
     # -- the advantage -----------------------------------------------------------------------------------------------
 
@@ -83,6 +103,7 @@ class Learner:
         assert t.lr is not None  # both are resolved by Config.with_rates
         assert t.critic_lr is not None
         kept = batch.keep_B.nonzero()[:, 0]
+        self.trace = Trace(torch.zeros_like(batch.behaviour_logp_BT), torch.zeros(len(batch)))
         if len(kept) == 0:
             return {"update/skipped": "every rollout was masked"}
         lr = {
@@ -176,6 +197,7 @@ class Learner:
                     cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
                 )
             element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
+            self.trace.observe(part, torch.where(mask_bT, logp_bT.detach() - old_bT, 0.0), clipped, element_mask)
             if batch.nodes:  # what leaves share counts once
                 count_bT = batch.count_BT[part, :width].to(logp_bT.device)
                 element_mask, value = count_bT > 0, value * count_bT

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..audit.verifier import verifier_sha256
 from ..config import Config
 from ..errors import DataError, RecipeError, RewardError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
@@ -70,6 +71,7 @@ class Run:
         device = pick_device()
         optimiser_class(config.training.optimizer, device)  # said now, and not after a bootstrap
         self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
+        self.verifier = verifier_sha256(self.reward)
         if config.reward.anneal and not (isinstance(self.reward, MixedReward) and adds(self.reward.parts)):
             raise RecipeError(
                 f"reward.anneal fades what is added to a reward, and reward.use = {config.reward.use!r} adds nothing"
@@ -313,9 +315,10 @@ class Run:
         self.health.look(metrics, verdicts + discarded)
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
+            self.learner.trace.log_ratio_BT.tolist(), self.learner.trace.clipped_B.tolist(),
             {
                 "recipe_sha256": self.config.sha256, "seed": self.config.seed, "data_position": self.curriculum.position,
-                "policy_fingerprint": self.fingerprint,
+                "policy_fingerprint": self.fingerprint, "verifier_sha256": self.verifier,
             },
         )  # fmt: skip
         last = step + 1 == self.config.training.steps

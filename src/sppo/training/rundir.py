@@ -48,6 +48,9 @@ ROLLOUT_SCHEMA = pa.schema(
         ("advantage", pa.float32()),
         ("forks", pa.list_(pa.list_(pa.int32()))),
         ("task", pa.string()),
+        ("tokens", pa.int32()),
+        ("log_ratios", pa.list_(pa.float32())),
+        ("clipped", pa.float32()),
     ]
 )
 
@@ -139,18 +142,22 @@ class RunDirectory:
         rollouts: Sequence[Rollout],
         values: Sequence[float] | None,
         advantages: Sequence[float],
+        log_ratios: Sequence[Sequence[float]],
+        clipped: Sequence[float],
         audit: dict[str, Any],
     ) -> None:
         """Write a step's rollouts, then its line of the audit chain, which vouches for them."""
         columns: dict[str, list[Any]] = {name: [] for name in ROLLOUT_SCHEMA.names}
-        for r, value, advantage in zip(rollouts, values or (None,) * len(rollouts), advantages, strict=True):
+        made = zip(rollouts, values or (None,) * len(rollouts), advantages, log_ratios, clipped, strict=True)
+        for r, value, advantage, ratios, cut in made:
             verdict = r.verdict
             assert verdict is not None
+            trained = not verdict.masked
             row = (
                 step, r.task.id, r.sample, r.task.text, r.text, list(r.prompt_ids), list(r.response_ids), list(r.logps), r.finish,
                 verdict.score, verdict.correct, verdict.outcome, verdict.masked, json.dumps(dict(verdict.evidence), default=str),
-                r.task.difficulty, value, None if verdict.masked else advantage, [list(fork) for fork in r.forks],
-                task_json(r.task),
+                r.task.difficulty, value, advantage if trained else None, [list(fork) for fork in r.forks],
+                task_json(r.task), len(r.response_ids), ratios[: len(r.response_ids)] if trained else None, cut if trained else None,
             )  # fmt: skip
             for name, cell in zip(columns, row, strict=True):
                 columns[name].append(cell)

@@ -1,0 +1,48 @@
+"""Which verifier judged: a hash of the code that gives verdicts, so that a later replay knows whether it still is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..rewards.base import CallableReward, Reward
+from ..rewards.combine import MixedReward
+
+ROOMS = ("rewards", "sandbox")
+"""Of this package: verdicts come from the one, on what the other ran."""
+
+
+def verifier_sha256(reward: Reward) -> str:
+    """Of every source file of this package's rewards and sandbox, and of the file of a reward of the user's own. Libraries (parsers,
+    models) are not in it; a reward typed into an interpreter has no file, and only its name is."""
+    ours = Path(__file__).parent.parent
+    files = {p for room in ROOMS for p in (ours / room).rglob("*.py")}
+    names = []
+    for part in _parts(reward):
+        names.append(getattr(part, "__qualname__", type(part).__qualname__))
+        where = part if inspect.isroutine(part) or inspect.isclass(part) else type(part)
+        try:
+            files.add(Path(inspect.getfile(where)))
+        except (TypeError, OSError):
+            continue
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda p: (not p.is_relative_to(ours), p.name, str(p))):
+        name = str(path.relative_to(ours)) if path.is_relative_to(ours) else path.name
+        digest.update(f"{name}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"")
+    digest.update("\0".join(names).encode())
+    return digest.hexdigest()
+
+
+def _parts(reward: Any) -> Iterator[Any]:
+    """The objects that judge, whatever wraps them."""
+    if isinstance(reward, MixedReward):
+        for part in reward.parts:
+            yield from _parts(part.reward)
+    elif isinstance(reward, CallableReward):
+        yield reward.function
+    else:
+        yield getattr(reward, "inner", reward)
