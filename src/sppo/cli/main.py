@@ -10,9 +10,41 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import RunFailure, UserError
-from . import audit, compare, critic, data, doctor, evaluate, pull, reward_model, sandbox, sft, solve, train, verify
+from . import (
+    audit,
+    compare,
+    critic,
+    data,
+    doctor,
+    evaluate,
+    pull,
+    report,
+    reward_model,
+    sandbox,
+    sft,
+    solve,
+    train,
+    verify,
+    view,
+)
 
-COMMANDS = (train, sft, evaluate, compare, verify, solve, audit, critic, reward_model, sandbox, pull, data, doctor)
+COMMANDS = (
+    train,
+    sft,
+    evaluate,
+    compare,
+    verify,
+    solve,
+    view,
+    report,
+    audit,
+    critic,
+    reward_model,
+    sandbox,
+    pull,
+    data,
+    doctor,
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from ..evaluation.evaluate import Evaluation
-from ..models.control import is_control
+if TYPE_CHECKING:  # `sppo view` needs no torch, and starts without it
+    from ..evaluation.evaluate import Evaluation
 
 PLAIN_EVERY = 15.0
 """Seconds between plain progress lines."""
@@ -133,6 +133,8 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
     table.add_row("policy", str(summary["policy"]))
     console = Console(file=sys.stdout, highlight=False)
     console.print(table)
+    from ..models.control import is_control
+
     if summary["policy"] and is_control(summary["policy"]):
         return  # there is nothing to ask
     console.print(f'Ask it something:  sppo solve {out} "…"      Measure it:  sppo eval {out} --tasks …', markup=False)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -244,6 +245,7 @@ class Run:
                     f"none of the {len(self.held_out)} held-out problems can be graded by {self.config.reward.use!r}: {min(reasons)}{hint}"
                 )
             self.state.before = result.as_dict()
+            self.directory.start(self.state.before)
             self.observer.evaluation(0, result)
             if self.critic is not None:
                 self.critic.start_at(result.accuracy)
@@ -311,6 +313,7 @@ class Run:
             **metrics,
             **{f"seconds/{name}": seconds for name, seconds in spent.items()},
             "tokens_per_second": tokens / max(sum(spent.values()), 1e-9),
+            "memory/rss_bytes": psutil.Process().memory_info().rss,
         }
         self.health.look(metrics, verdicts + discarded)
         self.directory.record(

@@ -1,6 +1,7 @@
 """The run directory: what a run writes, for people and for other tools.
 
     recipe.toml  metrics.jsonl  rollouts/step-NNNNNN.parquet  audit.jsonl  checkpoints/step-NNNNNN/{policy,critic}  summary.json
+    start.json  held-out accuracy before the first step    alerts.jsonl  what the monitors raised, one object an alert
     buffer.jsonl  what [search] has found: state of the run, read back when it goes on
 
 Every file is complete or absent: written beside its name, then renamed. One process owns a run at a time.
@@ -175,9 +176,14 @@ class RunDirectory:
         with no_space(self.path), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
 
+    def start(self, evaluation: dict[str, Any]) -> None:
+        """Write start.json: held-out accuracy before the first step, for whoever looks at the run while it goes on."""
+        with no_space(self.path):
+            write_atomic(self.path / "start.json", json.dumps(evaluation) + "\n")
+
     def forget_from(self, step: int) -> None:
         """Drop what steps ≥ `step` left behind: they will be run again, to the same result."""
-        for name in ("metrics.jsonl", "audit.jsonl", "buffer.jsonl"):
+        for name in ("metrics.jsonl", "audit.jsonl", "buffer.jsonl", "alerts.jsonl"):
             path = self.path / name
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step_of(line, step) < step]

@@ -1,0 +1,244 @@
+"""The live page: one or several runs in a browser, read from their directories as they grow. It writes nothing and knows no model.
+
+It answers on loopback only, unless told otherwise; then a token is asked for, once, and kept in a cookie.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlencode
+
+import plotly
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from ..types import OUTCOMES
+from . import panels
+from .pages import STATIC, environment, rollout_view
+from .reader import ORDERS, Filter, RunReader
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAGE = 50
+"""Rollouts on a page."""
+KINDS = {"app.js": "text/javascript", "style.css": "text/css", "plotly.js": "text/javascript"}
+POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'none'"
+FIELDS: dict[str, Callable[[str], Any]] = {
+    "first": int, "last": int, "shortest": int, "longest": int, "lowest": float, "highest": float,
+}  # fmt: skip
+LABELS = {
+    "first": "step from", "last": "step to", "shortest": "tokens from", "longest": "tokens to", "lowest": "advantage from", "highest": "advantage to",
+}  # fmt: skip
+
+
+def plotly_script() -> bytes:
+    """Plotly's own bundle, as its package ships it: no network is needed to draw."""
+    from pathlib import Path
+
+    return (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
+
+
+class Site:
+    """The pages of some runs."""
+
+    def __init__(self, runs: list[RunReader]) -> None:
+        self.runs, self.env = runs, environment()
+        self.static = {name: (STATIC / name).read_bytes() for name in ("app.js", "style.css")} | {
+            "plotly.js": plotly_script()
+        }
+        self.packed = {name: gzip.compress(content, 6) for name, content in self.static.items()}
+
+    def routes(self) -> list[Route]:
+        """Every address."""
+        pages = [("/", self.overview), ("/rollouts", self.rollouts), ("/critic", self.critic), ("/health", self.health)]
+        return [
+            *(Route(path, page) for path, page in pages),
+            Route("/rollouts/{step:int}/{row:int}", self.rollout),
+            Route("/rollouts/{step:int}/{row:int}/text", self.text),
+            Route("/data/{page}", self.data),
+            Route("/static/{name}", self.file),
+        ]
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    async def overview(self, request: Request) -> Response:
+        """All runs at a glance."""
+        return await self._page(request, "overview.html", "overview")
+
+    async def health(self, request: Request) -> Response:
+        """The update and the verifier."""
+        return await self._page(request, "health.html", "health")
+
+    async def critic(self, request: Request) -> Response:
+        """The critic of one run."""
+        return await self._page(request, "critic.html", "critic")
+
+    async def rollouts(self, request: Request) -> Response:
+        """What the policy wrote, filtered."""
+        run = self._run(request)
+        want, problem = _filter(request)
+        start = (
+            max(0, int(request.query_params.get("start", "0") or 0))
+            if request.query_params.get("start", "0").isdigit()
+            else 0
+        )
+        total, rows = await run_in_threadpool(run.find, want, start, PAGE)
+        kept = {k: v for k, v in request.query_params.items() if v and k != "start"}
+
+        def page(at: int) -> str:
+            return "/rollouts?" + urlencode({**kept, "start": at})
+
+        context = {
+            "total": total, "rows": rows, "want": want, "problem": problem, "start": start, "outcomes": OUTCOMES, "orders": list(ORDERS),
+            "labels": LABELS, "given": kept, "newer": page(max(0, start - PAGE)) if start else None,
+            "older": page(start + PAGE) if start + PAGE < total else None, "query": urlencode(kept), "steps": run.steps(),
+        }  # fmt: skip
+        return await self._page(request, "rollouts.html", "rollouts", context)
+
+    async def rollout(self, request: Request) -> Response:
+        """One rollout whole."""
+        run, (step, row) = self._run(request), (request.path_params["step"], request.path_params["row"])
+        found = await run_in_threadpool(run.rollout, step, row)
+        if found is None:
+            return self._render(
+                request, "missing.html", "rollouts", {"what": f"Step {step} has no rollout {row}."}, 404
+            )
+        kept = {k: v for k, v in request.query_params.items() if v}
+        before, after = await run_in_threadpool(run.beside, step, row)
+        context = {
+            "r": await run_in_threadpool(rollout_view, run, found),
+            "query": urlencode(kept),
+            "before": before,
+            "after": after,
+        }
+        return await self._page(request, "rollout.html", "rollouts", context)
+
+    async def text(self, request: Request) -> Response:
+        """A response as plain text, to the last character."""
+        found = await run_in_threadpool(
+            self._run(request).rollout, request.path_params["step"], request.path_params["row"]
+        )
+        return PlainTextResponse(found["response"] if found else "", status_code=200 if found else 404)
+
+    async def data(self, request: Request) -> Response:
+        """What a page shows of numbers, for its next look."""
+        page = request.path_params["page"]
+        if page not in ("overview", "health", "critic"):
+            return JSONResponse({}, status_code=404)
+        content = await run_in_threadpool(self._numbers, page, self._run(request))
+        content["summary"] = self.env.get_template("_summary.html").render(content, live=True, **self._links(request))
+        return JSONResponse({k: content[k] for k in ("figures", "summary", "running")})
+
+    async def file(self, request: Request) -> Response:
+        """Style and scripts."""
+        name = request.path_params["name"]
+        if name not in self.static:
+            return Response(status_code=404)
+        packed = "gzip" in request.headers.get("accept-encoding", "")
+        headers = {"Cache-Control": "max-age=3600", **({"Content-Encoding": "gzip"} if packed else {})}
+        return Response((self.packed if packed else self.static)[name], media_type=KINDS[name], headers=headers)
+
+    # -- pieces ------------------------------------------------------------------------------------------------------
+
+    def _run(self, request: Request) -> RunReader:
+        chosen = request.query_params.get("run", "0")
+        return self.runs[min(int(chosen), len(self.runs) - 1)] if chosen.isdigit() else self.runs[0]
+
+    def _numbers(self, page: str, run: RunReader) -> dict[str, Any]:
+        figures = {
+            "overview": lambda: panels.overview(self.runs),
+            "health": lambda: panels.health([run]),
+            "critic": lambda: panels.critic(run),
+        }.get(page, list)()
+        stories = [panels.story(r) for r in (self.runs if page == "overview" else [run])]
+        return {"figures": figures, "stories": stories, "running": any(s["running"] for s in stories), "page": page}
+
+    async def _page(
+        self, request: Request, template: str, page: str, context: dict[str, Any] | None = None
+    ) -> Response:
+        run = self._run(request)
+        numbers = await run_in_threadpool(self._numbers, page, run)
+        if page == "critic":
+            numbers["extremes"] = await run_in_threadpool(panels.extremes, run)
+        return self._render(request, template, page, {**numbers, **(context or {})})
+
+    def _links(self, request: Request) -> dict[str, Any]:
+        return {"runs": self.runs, "run": self._run(request), "chosen": self.runs.index(self._run(request))}
+
+    def _render(
+        self, request: Request, template: str, page: str, context: dict[str, Any], status: int = 200
+    ) -> Response:
+        html = self.env.get_template(template).render(
+            {"stories": [], "figures": [], "running": False, **context}, page=page, live=True, **self._links(request)
+        )
+        return HTMLResponse(html, status)
+
+
+def application(runs: list[RunReader], token: str | None = None, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
+    """The site as an ASGI application; with a token nothing is shown to whoever does not bring it."""
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=[*hosts, "[::1]"] if token is None else ["*"])]
+    if token is not None:
+        middleware.append(Middleware(_Door, token=token))
+    middleware += [Middleware(_Sealed), Middleware(GZipMiddleware, minimum_size=2000)]
+    return Starlette(routes=Site(runs).routes(), middleware=middleware)
+
+
+class _Sealed(BaseHTTPMiddleware):
+    """No page may load, send or be framed by anything of elsewhere."""
+
+    async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+
+class _Door(BaseHTTPMiddleware):
+    """`?token=…` once, then a cookie that scripts cannot read."""
+
+    def __init__(self, app: Any, token: str) -> None:
+        super().__init__(app)
+        self.token = token
+
+    async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        shown = request.query_params.get("token")
+        if shown is not None and hmac.compare_digest(shown.encode(), self.token.encode()):
+            left = urlencode([(k, v) for k, v in request.query_params.multi_items() if k != "token"])
+            answer = RedirectResponse(request.url.path + (f"?{left}" if left else ""), 303)
+            answer.set_cookie("sppo-token", self.token, httponly=True, samesite="strict")
+            return answer
+        if not hmac.compare_digest(request.cookies.get("sppo-token", "").encode(), self.token.encode()):
+            return PlainTextResponse(
+                "This page needs the token that `sppo view` printed: open the address with ?token=… at its end.\n", 401
+            )
+        return await call_next(request)
+
+
+def _filter(request: Request) -> tuple[Filter, str]:
+    """The filter of an address, and what of it could not be read, as a sentence."""
+    given, problem = dict(request.query_params), ""
+    bounds: dict[str, Any] = {}
+    for name, kind in FIELDS.items():
+        text = given.get(name, "").strip()
+        if not text:
+            continue
+        try:
+            bounds[name] = kind(text)
+        except ValueError:
+            problem = f"“{text[:40]}” is no number, so “{LABELS[name]}” is left open."
+    outcome = given.get("outcome", "")
+    order = given.get("order", "newest")
+    return Filter(
+        **bounds, outcome=outcome if outcome in OUTCOMES else "", task=given.get("task", "").strip()[:200],
+        surprised="surprised" in given, clipped="clipped" in given, order=order if order in ORDERS else "newest",
+    ), problem  # fmt: skip

@@ -1,0 +1,144 @@
+"""Templates, and what they may show: whatever a model wrote is text, never markup, whatever it holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..rewards.steps import split_steps
+from .progress import clock
+from .reader import SURPRISED, RunReader
+
+STATIC = Path(__file__).parent / "static"
+MOST_TOKENS, MOST_TEXT = 4000, 100_000
+"""A page shows so many tokens and characters of one response; the whole of it is one click (or `sppo audit show`) away."""
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: object) -> str:
+    """Control characters and those that turn, hide or join text are written out: `␛`, `⟨U+202E⟩`. Line ends and tabs stay."""
+
+    def shown(match: re.Match[str]) -> str:
+        code = ord(match.group())
+        return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+    return _INVISIBLE.sub(shown, str(text).replace("\r\n", "\n").encode("utf-8", "replace").decode())
+
+
+def shortened(text: object, most: int = 160) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(visible(str(text)[: 4 * most]).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def script_json(value: Any) -> Markup:
+    """JSON for a script element: nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), default=str).replace("NaN", "null").replace("Infinity", "null")
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def number(value: float | None, form: str = "{:.3f}") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else form.format(value)
+
+
+def environment() -> Environment:
+    """Jinja with everything escaped, and a mistyped name an error."""
+    env = Environment(
+        loader=PackageLoader("sppo.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "visible": visible,
+        "shortened": shortened,
+        "script_json": script_json,
+        "number": number,
+        "clock": clock,
+    }
+    env.globals |= {"SURPRISED": SURPRISED}
+    return env
+
+
+def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
+    """One rollout for the eye: its tokens with probability and ratio, cut into steps; its verdict's evidence as rows."""
+    try:
+        evidence = json.loads(found["evidence"] or "{}")
+    except ValueError:
+        evidence = {"evidence": found["evidence"]}
+    ids = found["response_ids"][:MOST_TOKENS]
+    pieces, logps, ratios = run.pieces(ids), found["logps"], found["log_ratios"]
+    ends = _step_ends(found["response"], evidence)
+    tokens, at, step = [], 0, 0
+    for i, piece in enumerate(pieces):
+        chance = 2.718281828459045 ** min(float(logps[i]), 0.0)
+        log_ratio = float(ratios[i]) if ratios else 0.0
+        tokens.append({"text": visible(piece).replace("\n", "⏎\n"), "p": chance, "log_ratio": log_ratio, "step": step})
+        at += len(piece)
+        while step < len(ends) and at >= ends[step]:
+            step += 1
+    scores = dict(enumerate(_step_scores(evidence)))
+    steps = [
+        {"number": n + 1, "score": scores.get(n), "tokens": [t for t in tokens if t["step"] == n]}
+        for n in range(step + 1)
+    ]
+    value, correct = found["value"], found["correct"]
+    surprised = value is not None and not found["masked"] and abs(correct - value) >= SURPRISED
+    return {
+        **found, "steps": [s for s in steps if s["tokens"]], "evidence_rows": _rows(evidence), "surprised": surprised,
+        "shown_tokens": len(ids), "total_tokens": len(found["response_ids"]), "sequence_logp": sum(found["logps"]),
+        "sequence_ratio": sum(ratios) if ratios else None, "has_ratio": bool(ratios) and any(ratios),
+    }  # fmt: skip
+
+
+def _step_ends(text: str, evidence: dict[str, Any]) -> list[int]:
+    """Where steps end, in characters: as the reward that scored them said, else at lines, semicolons or sentences."""
+    found = _scored_steps(evidence)
+    try:
+        ends = [int(s["end"]) for s in found] or [end for _, end in split_steps(text[:MOST_TEXT])]
+    except (KeyError, TypeError, ValueError):
+        ends = []
+    return [end + 1 for end in ends[:-1]]
+
+
+def _step_scores(evidence: dict[str, Any]) -> list[float | None]:
+    return [s.get("score") if isinstance(s, dict) else None for s in _scored_steps(evidence)]
+
+
+def _scored_steps(evidence: dict[str, Any]) -> list[Any]:
+    parts = [evidence, *(p for p in evidence.get("parts", []) if isinstance(p, dict))]
+    return next(
+        (
+            p["steps"]
+            for p in parts
+            if isinstance(p.get("steps"), list) and p["steps"] and isinstance(p["steps"][0], dict)
+        ),
+        [],
+    )
+
+
+def _rows(evidence: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested evidence as (what, text), flat."""
+    rows: list[tuple[str, str]] = []
+    for key, value in evidence.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            rows += _rows(value, f"{name}.")
+        elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+            for i, v in enumerate(value[:50]):
+                rows += _rows(v, f"{name}[{i}].") if isinstance(v, dict) else [(f"{name}[{i}]", str(v))]
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            rows.append((name, text[:MOST_TEXT]))
+    return rows

@@ -1,0 +1,355 @@
+"""What a run says, as sentences, tiles and figures: plain data, drawn alike by the live page and by the single file.
+
+A figure is {"id", "title", "read", "traces", "layout"}: traces in Plotly's own form, `read` the sentence that says how to read it. Colours
+that depend on the theme are left to the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from ..evaluation.calibration import reliability
+from ..evaluation.intervals import wilson
+from ..types import OUTCOMES
+from .progress import clock
+from .reader import RunReader
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's, without the black that a dark page swallows."""
+OUTCOME_COLOURS = dict(
+    zip(OUTCOMES, ("#009e73", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9", "#999999", "#666666"), strict=True)
+)
+POINTS = 1500
+"""More than this a screen cannot show: longer curves are thinned."""
+RECENT = 20
+"""Steps that count as now."""
+
+CURVES = {
+    "reward": ("reward/mean", "Training reward", "reward", "Mean of each step's samples, before the update. Faint: each step; bold: smoothed."),
+    "length": ("rollout/mean_tokens", "Response length", "tokens", "Tokens a response. A rise without a rise in accuracy is worth a look."),
+    "speed": ("tokens_per_second", "Speed", "tokens/s", "Generated tokens a second of sampling and update together."),
+    "ess": ("ratio/ess", "Effective sample size", "share",
+            "Of the importance weights: near 1 is on policy; below 0.1 the update hears a few samples only."),
+    "clip": ("ratio/clip_fraction", "Clipped", "share", "Share of ratios that the clip cut off, from the second minibatch on."),
+    "kl": ("policy/kl_step", "Movement of a step", "nats a token", "KL from the policy that sampled to the one that half the updates have made."),
+    "entropy": ("policy/entropy", "Entropy", "nats a token",
+                "Of the next token. At 0 while the reward is far from its top, the policy has stopped exploring."),
+    "gradient": ("update/grad_norm", "Gradient norm", "norm", "Before it is scaled down to training.max_grad_norm."),
+    "gap": ("engine/gap_mean", "Engine and learner apart", "nats a token",
+            "Mean difference of their log-probabilities of the same tokens; next to 0 they hold the same weights."),
+    "memory": ("memory/rss_bytes", "Memory", "GiB", "Of the training process, after each step."),
+}  # fmt: skip
+"""By name: the metric, the title, its unit, how to read it."""
+SMOOTHED = ("reward", "length", "speed")
+
+Figure = dict[str, Any]
+Metrics = list[dict[str, Any]]
+
+
+# -- the first ten seconds -------------------------------------------------------------------------------------------
+
+
+def story(run: RunReader) -> dict[str, Any]:
+    """One run in a sentence and a row of tiles."""
+    metrics, start, alerts, going = run.metrics(), run.start(), run.alerts(), run.running()
+    total, done = run.config.training.steps, len(metrics)
+    now = _last_evaluation(metrics)
+    spent = [_seconds(m) for m in metrics]
+    left = float(np.mean(spent[-RECENT:])) * (total - done) if spent else None
+    tiles = [
+        _tile("held-out accuracy", _percent(now.get("accuracy")), _interval(now), "accuracy"),
+        _tile("training reward", _number(_recent(metrics, "reward/mean")), f"mean of the last {min(RECENT, done)} steps", "reward"),
+        _tile("response length", _number(_recent(metrics, "rollout/mean_tokens"), "{:.0f}"), "tokens each", "length"),
+        _tile("speed", _number(_recent(metrics, "tokens_per_second"), "{:,.0f}"), "tokens a second, sampling and update", "speed"),
+        _tile("step", f"{done:,}", f"of {total:,}" + (f", about {clock(left)} left" if going and left is not None else ""), "step"),
+        _tile("alerts", str(len(alerts)), "none raised" if not alerts else alerts[-1]["what"], "alerts" + (" bad" if alerts else "")),
+    ]  # fmt: skip
+    return {
+        "sentence": _sentence(run, metrics, start, now, going),
+        "tiles": tiles,
+        "alerts": alerts[::-1],
+        "running": going,
+        "name": run.name,
+    }
+
+
+def _sentence(run: RunReader, metrics: Metrics, start: dict[str, Any], now: dict[str, Any], going: bool) -> str:
+    if not metrics:
+        return "It has not finished its first step yet." if going else "It ended before its first step."
+    stopped = run.summary().get("stopped", "interrupted")
+    ended = "it finished" if stopped == "finished" else f"it stopped ({stopped})"
+    state = "It is training" if going else ended[0].upper() + ended[1:]
+    took = f"{state} after {len(metrics):,} step{'s' * (len(metrics) != 1)} and {clock(sum(map(_seconds, metrics)))} of sampling and updates."
+    a, b = start.get("accuracy"), now.get("accuracy")
+    if a is None or b is None or now.get("step") is None:
+        return took
+    sure = None not in (start.get("low"), start.get("high"), now.get("low"), now.get("high"))
+    if sure and start["high"] < now["low"]:
+        verb = "rose"
+    elif sure and start["low"] > now["high"]:
+        verb = "fell"
+    else:
+        return f"Held-out accuracy went from {a:.1%} to {b:.1%}, which is within the intervals: no change that could be told from luck. {took}"
+    return (
+        f"Held-out accuracy {verb} from {a:.1%} to {b:.1%} (95% interval {now['low']:.1%} to {now['high']:.1%}). {took}"
+    )
+
+
+def _last_evaluation(metrics: Metrics) -> dict[str, Any]:
+    m = next((m for m in reversed(metrics) if m.get("eval/accuracy") is not None), None)
+    if m is None:
+        return {}
+    return {"step": m["step"] + 1, "accuracy": m["eval/accuracy"], "low": m.get("eval/low"), "high": m.get("eval/high")}
+
+
+def _tile(name: str, value: str, note: str, kind: str) -> dict[str, str]:
+    return {"name": name, "value": value, "note": note, "kind": kind}
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def overview(runs: Sequence[RunReader]) -> list[Figure]:
+    """Accuracy with intervals, reward, length and speed, all runs overlaid."""
+    accuracy: list[dict[str, Any]] = []
+    for run, colour in _coloured(runs):
+        x, y, low, high = _accuracy_curve(run)
+        if not x:
+            continue
+        if None not in low and None not in high:
+            accuracy.append(_band(x, low, high, colour, run.name))
+        accuracy.append({**_line(x, y, run.name, colour), "mode": "lines+markers"})
+    read = "On problems that are never trained on; the band is the 95% interval."
+    first = _figure("accuracy", "Held-out accuracy", read, accuracy, y="share solved", percent=True)
+    return [first, *(_curve(runs, name) for name in ("reward", "length", "speed"))]
+
+
+def health(runs: Sequence[RunReader]) -> list[Figure]:
+    """What tells a healthy update from a sick one."""
+    metrics = runs[0].metrics()
+    before, after = ("ess", "clip", "kl", "entropy", "gradient", "gap"), ("memory",)
+    return [_outcomes(metrics), *(_curve(runs, n) for n in before), _phases(metrics), *(_curve(runs, n) for n in after)]
+
+
+def critic(run: RunReader) -> list[Figure]:
+    """Whether the critic's predictions can be believed."""
+    value, correct = _predictions(run)
+    traces: list[dict[str, Any]] = [
+        {
+            "x": [0, 1],
+            "y": [0, 1],
+            "mode": "lines",
+            "name": "perfect",
+            "line": {"dash": "dot", "width": 1, "color": "#888888"},
+            "hoverinfo": "skip",
+        }
+    ]
+    if len(value):
+        bins = reliability(correct, value)
+        x, y = [b.predicted for b in bins], [b.observed for b in bins]
+        ends = [wilson(b.observed * b.count, b.count) for b in bins]
+        traces.append(
+            {
+                "x": x, "y": y, "mode": "lines+markers", "name": "observed", "line": {"color": COLOURS[0]},
+                "marker": {"size": [6 + 14 * math.sqrt(b.count / len(value)) for b in bins]},
+                "text": [f"{b.count} problems" for b in bins],
+                "hovertemplate": "predicted %{x:.0%}, solved %{y:.0%}<br>%{text}<extra></extra>",
+                "error_y": {
+                    "type": "data", "symmetric": False, "thickness": 1, "color": COLOURS[0],
+                    "array": [h - o for o, (_, h) in zip(y, ends, strict=True)], "arrayminus": [o - low for o, (low, _) in zip(y, ends, strict=True)],
+                },
+            }
+        )  # fmt: skip
+    metrics = run.metrics()
+    errors = [
+        _line(*_xy(metrics, key), name, colour)
+        for key, name, colour in (("critic/ece", "ECE", COLOURS[0]), ("critic/brier", "Brier", COLOURS[1]))
+    ]
+    explained = [_line(*_xy(metrics, "critic/explained_variance"), "explained", COLOURS[0])]
+    ceiling = _xy(metrics, "critic/ev_ceiling")
+    if ceiling[0]:
+        explained.append({**_line(*ceiling, "ceiling of a perfect critic", COLOURS[4]), "mode": "lines+markers"})
+    counts, edges = np.histogram(value, bins=20, range=(0, 1))
+    bars = [{"type": "bar", "x": ((edges[:-1] + edges[1:]) / 2).tolist(), "y": counts.tolist(), "width": 0.048, "marker": {"color": COLOURS[0]},
+             "hovertemplate": "%{y} problems near %{x:.0%}<extra></extra>"}]  # fmt: skip
+    recent = f"the last {min(RECENT, len(metrics))} steps, predicted before their outcomes were seen"
+    return [
+        _figure("reliability", "Reliability",
+                f"Of problems predicted to be solved with a chance of x, the share that was; on the dotted line it can be taken at its word. Of {recent}.",
+                traces, x="predicted chance", y="share solved", percent=True, square=True),
+        _figure("calibration", "Calibration error",
+                "Smaller is better. ECE: how far predictions lie from what happens; Brier: mean squared error.", errors, y="error"),
+        _figure("explained", "Explained variance",
+                "Share of the outcomes' spread that the prompt alone predicted; even a perfect critic stays below its ceiling.", explained, y="share"),
+        _figure("solvability", "How solvable are the problems?",
+                f"Predicted chances of {recent}. Mass at both ends teaches little; the middle is where learning is.",
+                bars, x="predicted chance", y="problems", xpercent=True),
+    ]  # fmt: skip
+
+
+def extremes(run: RunReader, count: int = 8) -> dict[str, list[dict[str, Any]]]:
+    """The prompts of the last steps that the critic thinks hardest and easiest."""
+    table = run.index()
+    steps = table["step"].to_numpy()
+    if not len(steps):
+        return {"hardest": [], "easiest": []}
+    recent = table.filter(
+        pc.and_(pc.greater_equal(table["step"], int(steps[-1]) - RECENT + 1), pc.is_valid(table["value"]))
+    ).sort_by("value")
+    chosen = {
+        "hardest": recent.slice(0, count).to_pylist(),
+        "easiest": recent.slice(max(0, recent.num_rows - count), count).to_pylist()[::-1],
+    }
+    for rows in chosen.values():
+        for row in rows:
+            found = run.rollout(row["step"], row["row"])
+            row["prompt"] = found["prompt"] if found else ""
+    return chosen
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _coloured(runs: Sequence[RunReader]) -> list[tuple[RunReader, str]]:
+    return [(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)]
+
+
+def _accuracy_curve(run: RunReader) -> tuple[list[int], list[float], list[Any], list[Any]]:
+    start, points = run.start(), [m for m in run.metrics() if m.get("eval/accuracy") is not None]
+    x, y = [m["step"] + 1 for m in points], [m["eval/accuracy"] for m in points]
+    low, high = [m.get("eval/low") for m in points], [m.get("eval/high") for m in points]
+    if start.get("accuracy") is not None:
+        x, y, low, high = [0, *x], [start["accuracy"], *y], [start.get("low"), *low], [start.get("high"), *high]
+    return x, y, low, high
+
+
+def _predictions(run: RunReader) -> tuple[np.ndarray, np.ndarray]:
+    """(predicted, outcome) of the graded rollouts of the last steps."""
+    table = run.index()
+    steps = table["step"].to_numpy()
+    if not len(steps):
+        return np.zeros(0), np.zeros(0)
+    table = table.filter(
+        pc.and_(pc.greater_equal(table["step"], int(steps[-1]) - RECENT + 1), pc.is_valid(table["surprise"]))
+    )
+    return table["value"].to_numpy(), table["correct"].to_numpy()
+
+
+def _curve(runs: Sequence[RunReader], name: str) -> Figure:
+    """One metric over the steps of every run. Noisy ones are drawn faint, and smoothed on top."""
+    key, title, unit, read = CURVES[name]
+    traces = []
+    for run, colour in _coloured(runs):
+        xs, ys = _xy(run.metrics(), key)
+        if unit == "GiB":
+            ys = [y / 2**30 for y in ys]
+        if name in SMOOTHED and len(ys) > RECENT:
+            traces.append(
+                {**_line(xs, ys, run.name, colour), "opacity": 0.25, "showlegend": False, "hoverinfo": "skip"}
+            )
+            ys = _smoothed(ys)
+        if ys:
+            traces.append(_line(xs, ys, run.name, colour))
+    return _figure(name, title, read, traces, y=unit)
+
+
+def _outcomes(metrics: Metrics) -> Figure:
+    traces = []
+    for outcome in OUTCOMES:
+        key = f"outcome/{outcome}"
+        if not any(m.get(key) for m in metrics):
+            continue
+        shares = [m.get(key, 0) / max(sum(v for k, v in m.items() if k.startswith("outcome/")), 1) for m in metrics]
+        x, y = _thin([m["step"] for m in metrics], shares)
+        traces.append({"x": x, "y": y, "name": outcome, "stackgroup": "one", "mode": "lines", "line": {"width": 0, "color": OUTCOME_COLOURS[outcome]},
+                       "hovertemplate": "%{y:.1%}"})  # fmt: skip
+    read = "Shares of each step's samples. A jump in timeouts, crashes or ungradable samples is the verifier's, not the policy's."
+    return _figure("outcomes", "What the verifier said", read, traces, y="share", percent=True)  # fmt: skip
+
+
+def _phases(metrics: Metrics) -> Figure:
+    names = sorted({k for m in metrics for k in m if k.startswith("seconds/")})
+    traces = []
+    for i, key in enumerate(names):
+        x, y = _thin([m["step"] for m in metrics], [m.get(key, 0.0) for m in metrics])
+        traces.append({"x": x, "y": y, "name": key.removeprefix("seconds/"), "stackgroup": "one", "mode": "lines",
+                       "line": {"width": 0, "color": COLOURS[i % len(COLOURS)]}, "hovertemplate": "%{y:.2f} s"})  # fmt: skip
+    return _figure("phases", "Where the time goes", "Seconds of each step.", traces, y="seconds")
+
+
+def _xy(metrics: Metrics, key: str) -> tuple[list[int], list[float]]:
+    points = [(m["step"], float(m[key])) for m in metrics if m.get(key) is not None]
+    return _thin([x for x, _ in points], [y for _, y in points])
+
+
+def _thin(x: list[int], y: list[float]) -> tuple[list[int], list[float]]:
+    every = max(1, len(x) // POINTS)
+    return x[::every], y[::every]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """A running mean over a twentieth of the curve, shorter at its ends."""
+    width = max(3, len(values) // 20)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - width // 2, 0)
+    high = np.minimum(np.arange(len(values)) + width // 2 + 1, len(values))
+    return [float(v) for v in (total[high] - total[low]) / (high - low)]
+
+
+def _line(x: list[int], y: list[float], name: str, colour: str) -> dict[str, Any]:
+    return {"x": x, "y": y, "name": name, "mode": "lines", "line": {"color": colour, "width": 2}}
+
+
+def _band(x: list[int], low: list[Any], high: list[Any], colour: str, name: str) -> dict[str, Any]:
+    return {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0},
+            "mode": "lines", "name": name, "showlegend": False, "hoverinfo": "skip"}  # fmt: skip
+
+
+def _figure(
+    name: str,
+    title: str,
+    read: str,
+    traces: list[dict[str, Any]],
+    *,
+    x: str = "step",
+    y: str = "",
+    percent: bool = False,
+    xpercent: bool = False,
+    square: bool = False,
+) -> Figure:
+    layout: dict[str, Any] = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    if percent:
+        layout["yaxis"] |= {"tickformat": ".0%", "range": [0, 1.02]}
+    if square or xpercent:
+        layout["xaxis"] |= {"tickformat": ".0%", "range": [-0.02, 1.02]}
+    shown = [t for t in traces if len(t.get("x", ())) and t.get("hoverinfo") != "skip"]
+    layout["showlegend"] = len({t.get("name") for t in shown if t.get("name")}) > 1
+    return {"id": name, "title": title, "read": read, "traces": traces if shown else [], "layout": layout}
+
+
+def _recent(metrics: Metrics, key: str) -> float | None:
+    known = [m[key] for m in metrics[-RECENT:] if m.get(key) is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _seconds(m: dict[str, Any]) -> float:
+    return sum(v for k, v in m.items() if k.startswith("seconds/"))
+
+
+def _number(value: float | None, form: str = "{:.3f}") -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _interval(now: dict[str, Any]) -> str:
+    if now.get("low") is None:
+        return "not measured yet" if not now else f"after step {now['step']}"
+    return f"{now['low']:.1%} to {now['high']:.1%}, after step {now['step']:,}"

@@ -1,0 +1,342 @@
+"""A run directory as a reader sees it, while it grows or long after: numbers by step, rollouts by filter, one rollout whole.
+
+Nothing is written and nothing read twice: `metrics.jsonl` is followed from where it was left, and of the rollouts only the narrow columns
+are held (about 60 bytes a rollout); texts and token ids are read from one step's file when somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..config import Config
+from ..errors import SPPOError, UserError
+
+NARROW = (
+    "task_id",
+    "sample",
+    "finish",
+    "score",
+    "correct",
+    "outcome",
+    "masked",
+    "difficulty",
+    "value",
+    "advantage",
+    "tokens",
+    "clipped",
+)
+SURPRISED = 0.8
+"""The critic is surprised where outcome and prediction differ by this much."""
+ORDERS = {
+    "newest": [("step", "descending"), ("row", "ascending")],
+    "oldest": [("step", "ascending"), ("row", "ascending")],
+    "advantage": [("advantage", "descending")],
+    "-advantage": [("advantage", "ascending")],
+    "tokens": [("tokens", "descending")],
+    "-tokens": [("tokens", "ascending")],
+    "surprise": [("surprise", "descending")],
+}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which rollouts; every bound may be left open."""
+
+    first: int | None = None
+    last: int | None = None
+    outcome: str = ""
+    task: str = ""
+    shortest: int | None = None
+    longest: int | None = None
+    lowest: float | None = None
+    highest: float | None = None
+    surprised: bool = False
+    clipped: bool = False
+    order: str = "newest"
+
+
+class RunReader:
+    """One run. Every method may be called while the run goes on, and from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError where there is no run."""
+        if not (path / "recipe.toml").is_file() or not (path / "rollouts").is_dir():
+            raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
+        self.path, self.name = path, path.resolve().name
+        self.config = Config.load(path / "recipe.toml")
+        self._lock = threading.RLock()
+        self._followed: dict[str, _Followed] = {name: _Followed() for name in ("metrics.jsonl", "alerts.jsonl")}
+        self._narrow: dict[int, tuple[tuple[int, int], pa.Table]] = {}
+        self._joined: tuple[int, pa.Table] = (-1, pa.table({}))
+        self._changes = 0
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One object a step, as far as the run has come."""
+        return self._follow("metrics.jsonl")
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """What the monitors have raised (audit/monitors.py)."""
+        return self._follow("alerts.jsonl")
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`, or nothing while the run has not ended once."""
+        with contextlib.suppress(OSError, ValueError):
+            found: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+            return found
+        return {}
+
+    def start(self) -> dict[str, Any]:
+        """The held-out evaluation before the first step, or nothing before it was made."""
+        with contextlib.suppress(OSError, ValueError):
+            found: dict[str, Any] = json.loads((self.path / "start.json").read_text())
+            return found
+        s = self.summary()
+        known = {
+            key: s.get(f"accuracy_before{end}") for key, end in (("accuracy", ""), ("low", "_low"), ("high", "_high"))
+        }
+        return known if known["accuracy"] is not None else {}
+
+    def running(self) -> bool:
+        """Whether a process owns the run now."""
+        try:
+            with (self.path / "run.lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def _follow(self, name: str) -> list[dict[str, Any]]:
+        with self._lock:
+            return self._followed[name].read(self.path / name)
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps whose rollouts are on disk."""
+        return sorted(int(p.stem[5:]) for p in (self.path / "rollouts").glob("step-*.parquet") if p.stem[5:].isdigit())
+
+    def index(self) -> pa.Table:
+        """The narrow columns of every rollout, with `step`, `row` and `surprise` (|outcome − prediction|)."""
+        with self._lock:
+            there = {}
+            for path in (self.path / "rollouts").glob("step-*.parquet"):
+                with contextlib.suppress(OSError, ValueError):
+                    stat = path.stat()
+                    there[int(path.stem[5:])] = (stat.st_mtime_ns, stat.st_size)
+            for step in [s for s, (stamp, _) in self._narrow.items() if there.get(s) != stamp]:
+                del self._narrow[step]
+                self._changes += 1
+            for step in sorted(there.keys() - self._narrow.keys()):
+                table = self._read_narrow(step)
+                if table is not None:
+                    self._narrow[step] = (there[step], table)
+                    self._changes += 1
+            if self._joined[0] != self._changes:
+                tables = [self._narrow[s][1] for s in sorted(self._narrow)]
+                self._joined = (self._changes, pa.concat_tables(tables).combine_chunks() if tables else _nothing())
+            return self._joined[1]
+
+    def find(self, want: Filter, start: int = 0, count: int = 50) -> tuple[int, list[dict[str, Any]]]:
+        """How many rollouts a filter lets through, and some of them with the beginnings of their texts."""
+        table = self.index()
+        keep = pa.scalar(True)
+        bounds = (
+            ("step", want.first, pc.greater_equal), ("step", want.last, pc.less_equal),
+            ("tokens", want.shortest, pc.greater_equal), ("tokens", want.longest, pc.less_equal),
+            ("advantage", want.lowest, pc.greater_equal), ("advantage", want.highest, pc.less_equal),
+            ("surprise", SURPRISED if want.surprised else None, pc.greater_equal),
+            ("clipped", 0.0 if want.clipped else None, pc.greater),
+        )  # fmt: skip
+        for column, bound, compare in bounds:
+            if bound is not None:
+                keep = pc.and_(keep, pc.fill_null(compare(table[column], bound), False))
+        if want.outcome:
+            keep = pc.and_(keep, pc.equal(table["outcome"], want.outcome))
+        if want.task:
+            keep = pc.and_(keep, pc.match_substring(table["task_id"], want.task, ignore_case=True))
+        if not isinstance(keep, pa.Scalar):
+            table = table.filter(keep)
+        if want.order != "newest" and table.num_rows:
+            table = table.sort_by(ORDERS[want.order])
+            rows = table.slice(start, count).to_pylist()
+        else:
+            rows = _newest_first(table, start, count)
+        for step in {r["step"] for r in rows}:
+            texts = self._texts(step)
+            for r in rows:
+                if r["step"] == step:
+                    r["prompt"], r["response"] = texts[r["row"]] if r["row"] < len(texts) else ("", "")
+        return table.num_rows, rows
+
+    def beside(self, step: int, row: int) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        """The rollouts before and after one, over the ends of its step."""
+        table = self.index()
+        at = np.flatnonzero((table["step"].to_numpy() == step) & (table["row"].to_numpy() == row))
+        if not len(at):
+            return None, None
+
+        def place(i: int) -> tuple[int, int] | None:
+            return (table["step"][i].as_py(), table["row"][i].as_py()) if 0 <= i < table.num_rows else None
+
+        return place(int(at[0]) - 1), place(int(at[0]) + 1)
+
+    def rollout(self, step: int, row: int) -> dict[str, Any] | None:
+        """Everything recorded of one rollout, or None where there is none."""
+        path = self._file(step)
+        try:
+            file = pq.ParquetFile(path)
+            before = 0
+            for group in range(file.num_row_groups):
+                inside = file.metadata.row_group(group).num_rows
+                if row < before + inside:
+                    found: dict[str, Any] = file.read_row_group(group).slice(row - before, 1).to_pylist()[0]
+                    return {
+                        "tokens": len(found["response_ids"]),
+                        "log_ratios": None,
+                        "clipped": None,
+                        **found,
+                        "row": row,
+                    }
+                before += inside
+        except (OSError, pa.ArrowException, IndexError):
+            return None
+        return None
+
+    def _texts(self, step: int) -> list[tuple[str, str]]:
+        try:
+            table = pq.read_table(self._file(step), columns=["prompt", "response"])
+        except (OSError, pa.ArrowException):
+            return []
+        cut = [pc.utf8_slice_codeunits(table[name], 0, 400).to_pylist() for name in ("prompt", "response")]
+        return list(zip(*cut, strict=True))
+
+    def _read_narrow(self, step: int) -> pa.Table | None:
+        try:
+            file = pq.ParquetFile(self._file(step))
+            names = set(file.schema_arrow.names)
+            table = file.read(columns=[name for name in NARROW if name in names])
+            if "tokens" not in names:  # a run of an older version
+                lengths = pc.list_value_length(file.read(columns=["response_ids"])["response_ids"])
+                table = table.append_column("tokens", lengths.cast(pa.int32()))
+            if "clipped" not in names:
+                table = table.append_column("clipped", pa.nulls(table.num_rows, pa.float32()))
+        except (OSError, pa.ArrowException):
+            return None  # being replaced, or damaged: `sppo audit verify` says which
+        table = table.select(list(NARROW))
+        surprise = pc.abs(pc.subtract(table["correct"], table["value"]))
+        surprise = pc.if_else(table["masked"], pa.scalar(None, pa.float32()), surprise)
+        table = table.append_column("surprise", surprise)
+        table = table.append_column("step", pa.array([step] * table.num_rows, pa.int32()))
+        return table.append_column("row", pa.array(range(table.num_rows), pa.int32()))
+
+    def _file(self, step: int) -> Path:
+        return self.path / "rollouts" / f"step-{step:06d}.parquet"
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text of each token, from the tokenizer of the newest checkpoint; `<17>` where there is none."""
+        tokenizer = self._tokenizer()
+        if tokenizer is None:
+            return [f"<{i}>" for i in ids]
+        return [tokenizer.decode([i], skip_special_tokens=False) or f"<{i}>" for i in ids]
+
+    def _tokenizer(self) -> Any:
+        files = sorted((self.path / "checkpoints").glob("step-*/policy/tokenizer.json"))
+        if not files:
+            return None
+        from tokenizers import Tokenizer
+
+        with contextlib.suppress(Exception):  # tokenizers raises bare Exceptions
+            return Tokenizer.from_file(str(files[-1]))
+        return None
+
+
+class _Followed:
+    """A file of JSON lines that grows, and is made shorter when a run is resumed."""
+
+    def __init__(self) -> None:
+        self.at, self.inode, self.lines = 0, 0, list[dict[str, Any]]()
+
+    def read(self, path: Path) -> list[dict[str, Any]]:
+        try:
+            with path.open("rb") as file:
+                stat = path.stat()
+                if stat.st_size < self.at or stat.st_ino != self.inode:
+                    self.at, self.inode, self.lines = 0, stat.st_ino, []
+                file.seek(self.at)
+                new = file.read()
+        except OSError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]  # half a line is read when it has become one
+        fresh = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                fresh.append(json.loads(line))
+        self.at += len(whole)
+        self.lines = [*self.lines, *fresh]  # a new list: whoever holds the old one reads on undisturbed
+        return self.lines
+
+
+def open_runs(paths: list[str]) -> list[RunReader]:
+    """Readers with names that differ. Raises UserError."""
+    runs = []
+    for path in paths:
+        try:
+            runs.append(RunReader(Path(path)))
+        except SPPOError as error:
+            raise UserError(str(error)) from None
+    names = [r.name for r in runs]
+    if len(set(names)) < len(names):
+        for run, path in zip(runs, paths, strict=True):
+            run.name = str(Path(path))
+    return runs
+
+
+def _newest_first(table: pa.Table, start: int, count: int) -> list[dict[str, Any]]:
+    """The table is in the order of the steps already: only the steps that are shown are turned round, not a quarter of a million rows."""
+    rows: list[dict[str, Any]] = []
+    if not table.num_rows:
+        return rows
+    steps = table["step"].to_numpy()
+    end = table.num_rows
+    while end > 0 and len(rows) < count:
+        first = int(steps.searchsorted(steps[end - 1]))
+        inside = end - first
+        if start < inside:
+            rows += table.slice(first + start, min(inside - start, count - len(rows))).to_pylist()
+        start, end = max(0, start - inside), first
+    return rows
+
+
+def _nothing() -> pa.Table:
+    kinds = {
+        "task_id": pa.string(),
+        "finish": pa.string(),
+        "outcome": pa.string(),
+        "masked": pa.bool_(),
+        "sample": pa.int32(),
+        "tokens": pa.int32(),
+    }
+    columns = (*NARROW, "surprise", "step", "row")
+    return pa.table(
+        {
+            name: pa.array([], kinds.get(name, pa.int32() if name in ("step", "row") else pa.float32()))
+            for name in columns
+        }
+    )

@@ -1,0 +1,125 @@
+"""A run as files to keep or send: one HTML file that needs no network, and a model card in Markdown."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from .. import __version__
+from . import panels
+from .live import plotly_script
+from .pages import STATIC, environment, rollout_view, visible
+from .progress import clock
+from .reader import Filter, RunReader
+
+CHOSEN = 6
+"""Rollouts of each kind in the file."""
+KINDS = (
+    ("Surprises: the critic was sure and wrong", {"surprised": True, "order": "surprise"}),
+    ("Right", {"outcome": "correct"}),
+    ("Wrong", {"outcome": "wrong"}),
+    ("Longest", {"order": "-tokens"}),
+)
+
+
+def html(run: RunReader) -> str:
+    """The whole report."""
+    figures = {"overview": panels.overview([run]), "critic": panels.critic(run), "health": panels.health([run])}
+    scripts = {"plotly": plotly_script().decode(), "js": (STATIC / "app.js").read_text()}
+    return environment().get_template("report.html").render(
+        page="overview", live=False, runs=[run], run=run, chosen=0, stories=[panels.story(run)], pages=figures,
+        figures=[f for page in figures.values() for f in page], extremes=panels.extremes(run), chosen_rollouts=_chosen(run),
+        facts=_facts(run), recipe=run.config.to_toml(), version=__version__, date=date.today().isoformat(),
+        css=Markup((STATIC / "style.css").read_text()),
+        **{name: Markup(text.replace("</script", "<\\/script")) for name, text in scripts.items()},
+    )  # fmt: skip
+
+
+def _chosen(run: RunReader) -> list[dict[str, Any]]:
+    steps = run.steps()
+    groups = []
+    for title, want in KINDS:
+        _, rows = run.find(Filter(first=steps[-1] - panels.RECENT + 1 if steps else None, **want), 0, CHOSEN)
+        found = [f for row in rows if (f := run.rollout(row["step"], row["row"])) is not None]
+        if found:
+            groups.append({"title": title, "rollouts": [rollout_view(run, f) for f in found]})
+    return groups
+
+
+def _facts(run: RunReader) -> list[tuple[str, str]]:
+    c, s = run.config, run.summary()
+    facts = [
+        ("policy", c.policy.model), ("algorithm", c.objective.algorithm), ("problems", c.task.train),
+        ("held-out problems", c.task.eval or "the held-out share of these"), ("judged by", c.reward.use),
+        ("prompts × samples a step", f"{c.rollout.prompts} × {c.rollout.samples}"), ("seed", str(c.seed)), ("recipe (sha256)", c.sha256[:16]),
+    ]  # fmt: skip
+    if c.critic_reads:
+        facts.insert(1, ("critic", c.critic.model))
+    if s:
+        facts += [
+            ("generated tokens", f"{s['generated_tokens']:,}"), ("training time", clock(s["seconds"])),
+            ("peak memory", f"{s['peak_rss_bytes'] / 2**30:.2f} GiB"),
+            ("not gradable", f"{s['masked']} samples"), ("weights (sha256)", str(s["policy_sha256"])[:16]),
+        ]  # fmt: skip
+    return facts
+
+
+def card(run: RunReader) -> str:
+    """The model card: what was trained, on what, how well it does, what was looked at and what is not known."""
+    c, s = run.config, run.summary()
+    story = panels.story(run)
+    metrics, alerts = run.metrics(), run.alerts()
+    now: dict[str, Any] = next((m for m in reversed(metrics) if m.get("eval/accuracy") is not None), {})
+    rows = [("held-out accuracy", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
+    start = run.start()
+    rows.append(("… before training", _share(start, "accuracy", "low", "high")))
+    rows += [(key.removeprefix("eval/").replace("_", " "), f"{now[key]:.3f}") for key in sorted(now) if key.startswith("eval/") and now[key] is not None
+             and key not in ("eval/accuracy", "eval/low", "eval/high")]  # fmt: skip
+    rows += [(name, f"{m:.3f}") for key, name in (("critic/ece", "critic: calibration error (ECE)"), ("critic/brier", "critic: Brier score"))
+             if (m := panels._recent(metrics, key)) is not None]  # fmt: skip
+    none = "Nothing." if metrics else "The run has no step yet."
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sppo, reinforcement-learning, reasoning]",
+        *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
+        f"# {visible(run.name)}", "",
+        f"`{c.policy.model}`, trained with `{c.objective.algorithm}` (sppo {__version__}) to solve `{c.task.train}`. {story['sentence']}", "",
+        "## What was measured", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
+        "## How it was trained", "", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in _facts(run)), "",
+        "## What the monitors raised", "",
+        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])})" for a in alerts] or [none]), "",
+        "## Limits", "",
+        f"The accuracy holds for problems like `{c.task.eval or c.task.train}`, judged by `{c.reward.use}`; nothing was measured on others. "
+        f"One seed ({c.seed}) was run."
+        + (f" {s['masked']} samples could not be graded and trained nothing." if s.get("masked") else ""), "",
+        "## Check it", "", "```", f"sppo audit verify {run.path}", f"sppo audit replay {run.path}", "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def write(run: RunReader, folder: Path) -> tuple[Path, Path]:
+    """report.html and model-card.md in a folder. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page, text = folder / "report.html", folder / "model-card.md"
+    for path, content in ((page, html(run)), (text, card(run))):
+        part = path.with_name(f".{path.name}.tmp")
+        part.write_text(content, encoding="utf-8", errors="replace")
+        part.replace(path)
+    return page, text
+
+
+def _share(m: dict[str, Any], value: str, low: str, high: str) -> str:
+    if m.get(value) is None:
+        return "not measured"
+    return f"{m[value]:.3f}" + (f" (95% interval {m[low]:.3f} to {m[high]:.3f})" if m.get(low) is not None else "")
+
+
+def _is_hub_name(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+
+
+def _cell(text: str) -> str:
+    return visible(text).replace("|", "\\|").replace("\n", " ")
