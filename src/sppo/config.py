@@ -23,6 +23,7 @@ from .sections import (
     CriticSection,
     CurriculumSection,
     EvaluationSection,
+    MonitorsSection,
     ObjectiveSection,
     PolicySection,
     RewardSection,
@@ -56,6 +57,9 @@ class Config(Section):
     )
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="the surrogate")
     training: TrainingSection = Field(default_factory=TrainingSection, description="the update")
+    monitors: MonitorsSection = Field(
+        default_factory=MonitorsSection, description="what watches for reward hacking and collapse"
+    )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="held-out accuracy")
     run: RunSection = Field(default_factory=RunSection, description="the run directory")
 

@@ -394,6 +394,28 @@ class SearchSection(Section):
         return self
 
 
+class MonitorsSection(Section):
+    """Reward hacking and collapse (audit/monitors.py): what is found goes to alerts.jsonl, the terminal and the page."""
+
+    action: Literal["warn", "quarantine", "stop", "off"] = Field(
+        "warn",
+        description="quarantine: mask the responses that an alert is about (never a silent 0); stop: save and end the run; off: no monitors",
+    )
+    sample: int = Field(
+        16,
+        ge=0,
+        description="rewarded responses of a step that are judged again, against other problems' references; 0: none",
+    )
+    second: str = Field(
+        "", description="a second verifier, as reward.use, that rewarded responses are shown to; it pays nothing"
+    )
+    work_every: int = Field(
+        20,
+        ge=0,
+        description="steps between looks at answers without work (right responses, their chain cut away, the answer forced); 0: never",
+    )
+
+
 class EvaluationSection(Section):
     """Held-out accuracy along the way."""
 

@@ -22,7 +22,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; exit 0 when finished, 130 when interrupted (everything is saved)."""
+    """Train; exit 0 when finished, 130 when interrupted, 1 when an alert stopped it (everything is saved)."""
     from ..report.progress import ProgressDisplay, print_summary
     from ..training.loop import train
     from ..training.run import Run
@@ -54,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
         if summary["policy"] is None:
             state = "in the supervised start, which a resumed run makes again from its beginning"
         display.note(f"warning: interrupted {state}. Go on with: sppo train --resume {out}")
+    stopped = str(summary["stopped"])
+    if stopped.startswith("alert"):
+        go_on = f"look at it: sppo view {out}. Go on all the same: sppo train --resume {out}"
+        display.note(f"warning: stopped by an {stopped}; {go_on}")
     emit(summary, args.json, "")
-    return 130 if summary["stopped"] == "interrupted" else 0
+    return {"finished": 0, "interrupted": 130}.get(stopped, 1)
 
 
 class interruptible:  # noqa: N801 - reads as a verb in a with statement

@@ -15,6 +15,9 @@ def build() -> ControlReward:
 class ControlReward:
     """1 for success, 0 for failure."""
 
+    reference_free = True
+    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """From what `ControlPolicy.text` says of the episode."""
         verdicts = []

@@ -31,6 +31,9 @@ def build(tags: str = "", boxed: bool = False, pattern: str = "") -> FormatRewar
 class FormatReward:
     """See the module."""
 
+    reference_free = True
+    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+
     def __init__(self, tags: Sequence[str], boxed: bool, pattern: re.Pattern[str] | None) -> None:
         self.tags, self.boxed, self.pattern = tags, boxed, pattern
 

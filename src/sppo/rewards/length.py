@@ -24,6 +24,9 @@ def build(free: int, limit: int) -> LengthReward:
 class LengthReward:
     """See the module."""
 
+    reference_free = True
+    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+
     def __init__(self, free: int, limit: int) -> None:
         self.free, self.limit = free, limit
 

@@ -35,6 +35,9 @@ def build(
 class ModelReward:
     """Verdicts from a `RewardModel`."""
 
+    reference_free = True
+    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+
     def __init__(self, name: str, center: float | None, scale: float, tokens: int, dtype: str) -> None:
         from ..models.pretrained import pick_device  # torch, which `sppo verify --help` does not need
         from ..models.reward_model import RewardModel

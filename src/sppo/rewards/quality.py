@@ -98,6 +98,9 @@ def _ruff(code: str, complexity: int) -> list[dict[str, Any]]:
 class QualityReward:
     """Static findings as evidence, and their weight as a score."""
 
+    reference_free = True
+    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+
     def __init__(self, complexity: int, limit: float, workers: int) -> None:
         self.complexity, self.limit = complexity, limit
         self.pool = WorkerPool("sppo.rewards.quality:judge_one", workers=workers, limit=limit)

@@ -75,6 +75,9 @@ def split_steps(text: str, how: str = "auto") -> list[tuple[str, int]]:
 class StepReward:
     """Split, score, combine."""
 
+    reference_free = True
+    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+
     def __init__(
         self, scorer: Callable[[Sequence[tuple[Task, Sequence[str]]]], Sequence[Any]], name: str, split: str, score: str
     ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..audit.monitors import Monitors
 from .curriculum import Uniform
 from .learner import Learner
 
@@ -32,7 +33,7 @@ class State:
     last: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, state: State, learner: Learner, curriculum: Uniform) -> None:
+def save(folder: Path, state: State, learner: Learner, curriculum: Uniform, monitors: Monitors) -> None:
     """Fill a (not yet named) checkpoint folder."""
     learner.policy.save(folder / "policy")
     if learner.credit.critic is not None:
@@ -43,17 +44,20 @@ def save(folder: Path, state: State, learner: Learner, curriculum: Uniform) -> N
                 "state": asdict(state),
                 "learner": learner.state_dict(),
                 "curriculum": curriculum.state_dict(),
+                "monitors": monitors.state_dict(),
                 "rng": _rng_state(),
             },
             file,
         )
 
 
-def load(folder: Path, learner: Learner, curriculum: Uniform) -> State:
-    """Bring learner and curriculum (whose models come from the folder already) back; returns the counters."""
+def load(folder: Path, learner: Learner, curriculum: Uniform, monitors: Monitors) -> State:
+    """Bring learner (whose models come from the folder already), curriculum and monitors back; returns the counters."""
     saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     learner.load_state_dict(saved["learner"])
     curriculum.load_state_dict(saved["curriculum"])
+    if "monitors" in saved:  # not in checkpoints of older versions
+        monitors.load_state_dict(saved["monitors"])
     _set_rng_state(saved["rng"])
     return State(**saved["state"])
 

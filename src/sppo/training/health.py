@@ -47,7 +47,7 @@ class Health:
                 "correction",
                 f"correcting for {cause} leaves an effective sample size of {correction:.1%} with ratio = {ratio!r}: {mend}",
             )
-        masked = [v for v in verdicts if v.masked]
+        masked = [v for v in verdicts if v.masked and "quarantined" not in v.evidence]
         lost = next((v for v in masked if f"masked {v.outcome}" not in self._said), None)
         if lost is not None:
             outcomes = ", ".join(f"{k} {v}" for k, v in sorted(Counter(v.outcome for v in verdicts).items()))

@@ -17,8 +17,11 @@ def train(run: Run) -> dict[str, object]:
     for step in range(run.state.step, config.training.steps):
         if run.interrupted:
             break
-        with run.clock("rollout"), run.judging():
-            gathered = gather(run, step)  # tasks of the curriculum, responses of the engine, verdicts of the reward
+        with run.judging():
+            with run.clock("rollout"):
+                gathered = gather(run, step)  # tasks of the curriculum, responses of the engine, verdicts of the reward
+            with run.clock("monitors"):
+                gathered = run.inspect(step, gathered)  # is the verifier being fooled?
         batch = pack(gathered.rollouts, run.policy.pad_id)
         with run.clock("update"):
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − V(x), before V sees these rewards

@@ -11,6 +11,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..audit.monitors import Monitors
 from ..audit.verifier import verifier_sha256
+from ..audit.work import without_work
 from ..config import Config
 from ..errors import DataError, RecipeError, RewardError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
@@ -100,6 +103,8 @@ class Run:
         self.sampling = Sampling.of(config.rollout)
         self.health = Health(config, self.sampling, observer.note)
         self.health.before()
+        self.monitors = Monitors(config.monitors, self.reward, config.seed, config.reward.limit)
+        self.stopped = ""  # by which alert
         self.too_long = PromptLimit(config, self.policy, self.critic, self.engine.context)
         held_out = held_out_tasks(self.eval_tasks, config.evaluation.n)
         self.held_out = [t for t in held_out if self.too_long(t) is None]
@@ -126,7 +131,7 @@ class Run:
         self.learner: Learner  # made by begin(): its master weights are copies of what the bootstrap leaves
         if saved is not None:
             self._make_learner()
-            self.state = checkpoint.load(saved, self.learner, self.curriculum)
+            self.state = checkpoint.load(saved, self.learner, self.curriculum, self.monitors)
 
     @classmethod
     def new(cls, config: Config, observer: Observer | None = None, parts: Parts | None = None) -> Run:
@@ -264,6 +269,17 @@ class Run:
         self.fingerprint = self.policy.fingerprint()
         self.canary_gap = self.canary.check(self.engine, self.policy)
 
+    def inspect(self, step: int, gathered: Gathered) -> Gathered:
+        """What the monitors make of a step's verdicts, before anything is learnt from them: some may be masked (monitors.action)."""
+        m = self.config.monitors
+        if not self.monitors.on:
+            return gathered
+        rollouts, metrics = self.monitors.inspect(step, gathered.rollouts)
+        if m.work_every and step % m.work_every == 0:
+            kept = without_work(self.engine, self.policy, self.reward, rollouts, self.sampling, self.config.seed, step)
+            metrics |= self.monitors.work(step, kept)
+        return replace(gathered, rollouts=rollouts, metrics={**gathered.metrics, **metrics})
+
     def record(
         self,
         step: int,
@@ -316,6 +332,12 @@ class Run:
             "memory/rss_bytes": psutil.Process().memory_info().rss,
         }
         self.health.look(metrics, verdicts + discarded)
+        metrics |= self.monitors.look(step, batch.rollouts, metrics)
+        for alert in self.monitors.fetch():
+            self.directory.alert(alert.as_dict())
+            self.observer.note(f"warning: alert at step {step}: {alert.what} ({alert.why}); {alert.advice}")
+            if alert.action == "stop":
+                self.interrupted, self.stopped = True, f"alert: {alert.what}"
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
             self.learner.trace.log_ratio_BT.tolist(), self.learner.trace.clipped_B.tolist(),
@@ -365,7 +387,7 @@ class Run:
             "seed": self.config.seed,
             "recipe_sha256": self.config.sha256,
             "policy_sha256": weights_sha256(self.policy.model),
-            "stopped": "finished" if done else "interrupted",
+            "stopped": "finished" if done else self.stopped or "interrupted",
             "policy": str(self.directory.checkpoints()[-1] / "policy") if self.directory.checkpoints() else None,
         }
         self.directory.summary(summary)
@@ -377,6 +399,7 @@ class Run:
             self.engine.close()
         finally:
             self.reward.close()
+            self.monitors.close()
             self.directory.close()
 
     def evaluate(self, tasks: list[Task] | None = None) -> Evaluation:
@@ -435,4 +458,4 @@ class Run:
         """Write a complete checkpoint, atomically."""
         always = frozenset({0}) if self.config.needs_reference else frozenset()
         with self.directory.new_checkpoint(self.state.step, self.config.run.keep, always) as folder:
-            checkpoint.save(folder, self.state, self.learner, self.curriculum)
+            checkpoint.save(folder, self.state, self.learner, self.curriculum, self.monitors)

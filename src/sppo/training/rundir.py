@@ -181,6 +181,11 @@ class RunDirectory:
         with no_space(self.path):
             write_atomic(self.path / "start.json", json.dumps(evaluation) + "\n")
 
+    def alert(self, alert: dict[str, Any]) -> None:
+        """Append what a monitor raised to alerts.jsonl."""
+        with no_space(self.path), (self.path / "alerts.jsonl").open("a") as file:
+            file.write(json.dumps(alert) + "\n")
+
     def forget_from(self, step: int) -> None:
         """Drop what steps ≥ `step` left behind: they will be run again, to the same result."""
         for name in ("metrics.jsonl", "audit.jsonl", "buffer.jsonl", "alerts.jsonl"):
