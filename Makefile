@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gym,gguf,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gym,gguf,trackers,dev]"
 	@touch $@
 
 quickstart: setup

@@ -337,6 +337,14 @@ def _size_class(parameters: int) -> int:
     return 0 if parameters < 10_000_000 else 1 if parameters < 1_000_000_000 else 2
 
 
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested recipe as `{"section.key": value}`."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
 def bootstrap_rate(parameters: int) -> float:
     """The supervised learning rate for a model of this size, where none is given."""
     return (2e-3, 1e-4, 1e-5)[_size_class(parameters)]

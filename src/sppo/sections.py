@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -433,4 +433,13 @@ class RunSection(Section):
     out: str = Field("runs/sppo", description="where the run is written")
     checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept, the newest first")
+    trackers: tuple[str, ...] = Field(
+        (),
+        description="where each step's numbers also go: ['tensorboard', 'wandb:project=mine,mode=offline', 'mlflow', 'trackio']",
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0: all cores. Bit-identical results need the same number")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value

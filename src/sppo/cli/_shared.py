@@ -135,6 +135,14 @@ class Loaded:
             )
         return sampling
 
+    def prompt_critic(self, tasks: Sequence[Any]) -> Any:
+        """The critic beside the policy, where it reads prompts alone and can read all of these; else None."""
+        if self.critic is None or (self.recipe is not None and self.recipe.critic_reads != "prompt"):
+            return None
+        limit = self.critic.context
+        readable = all(0 < len(self.critic.prompt_ids(t)) <= (limit or 10**9) for t in tasks)
+        return self.critic if readable else None
+
     def fits(self, ids: Sequence[int], max_tokens: int) -> bool:
         """Whether prompt and response fit into the model's positions."""
         return self.policy.context is None or len(ids) + max_tokens <= self.policy.context

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         s: load_tasks(s, instruction=args.instruction or "", default_split=None if is_records(s) else "held-out")
         for s in specs
     }
-    loaded = Loaded(args.model)
+    loaded = Loaded(args.model, with_critic=True)
     if loaded.recipe is not None and args.instruction is None:
         sources = {s: with_instruction(source, loaded.recipe.task.instruction) for s, source in sources.items()}
     for spec in specs:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             )
         result = evaluate(
             engine, loaded.policy, rewards[spec], usable, sampling, samples=args.samples, seed=args.seed,
-            checker=step_checker(spec, usable[0]),
+            checker=step_checker(spec, usable[0]), critic=loaded.prompt_critic(usable),
         )  # fmt: skip
         rewards[spec].close()
         results.append({"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)})
@@ -135,7 +135,22 @@ def _lines(r: dict[str, Any], temperature: float) -> str:
         f"  {r['n']} problems × {r['samples']}, {how}, {r['mean_tokens']:.0f} tokens each"
         + (f" ({', '.join(notes)})" if notes else "")
         + _steps(r["measures"])
+        + "".join(_calibration(who, found) for who, found in r["calibration"].items())
     )
+
+
+def _calibration(who: str, c: dict[str, Any]) -> str:
+    """How far a predictor of success can be believed, and what abstaining where it doubts would gain."""
+    of = (
+        "the critic's prediction"
+        if who == "critic"
+        else f"the model's stated confidence (in {c['stated']:.0%} of responses)"
+    )
+    kept = ", ".join(
+        f"{value:.3f} of the surest {float(share):.0%}" for share, value in c["selective_accuracy"].items()
+    )
+    auc = "" if c["auc"] is None else f", AUC {c['auc']:.2f}"
+    return f"\n  {of}: ECE {c['ece']:.3f}, Brier {c['brier']:.3f}{auc}; right: {c['accuracy']:.3f} of all, {kept}"
 
 
 def _steps(measures: dict[str, float]) -> str:

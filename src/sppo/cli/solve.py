@@ -1,4 +1,4 @@
-"""`sppo solve`: answer one question, and print the critic's predicted chance of success."""
+"""`sppo solve`: answer one question, and print how sure critic and model are of it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from collections import Counter
 
     from ..rewards.answer import extract_answer
+    from ..rewards.confidence import stated_confidence
     from ..rollout.collect import sample_seed
     from ..rollout.local import LocalEngine
     from ..tasks.base import question
@@ -59,9 +60,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"the question is longer than the critic can read ({limit} tokens)")
         chance = float(loaded.critic.logits([task]).sigmoid()[0])
     answer, count = answers.most_common(1)[0]
+    stated = [q for text in responses if extract_answer(text) == answer and (q := stated_confidence(text)) is not None]
+    confidence = sum(stated) / len(stated) if stated else None
     result = {
         "question": args.question, "answer": answer, "agreement": count / args.samples, "responses": responses,
         "finish": [s.finish for s in samples], "predicted_chance": chance,
+        "stated_confidence": confidence,
     }  # fmt: skip
     agreement = f" ({count} of {args.samples} samples)" if args.samples > 1 else ""
     said = (
@@ -69,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         if chance is not None
         else "no critic beside this model, so no predicted chance"
     )
+    if confidence is not None:
+        said += f"\nconfidence that the model states: {confidence:.0%}"
     cut = "  (cut at the limit)" if samples[0].finish == "length" else ""
     emit(result, args.json, f"{responses[0]}{cut}\n\nanswer: {answer}{agreement}\n{said}")
     return 0

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..models.critic import Critic
 from ..models.policy import Policy
 from ..rewards.base import Reward
+from ..rewards.confidence import stated_confidence
 from ..rewards.steps import Checker
 from ..rollout.collect import collect
 from ..rollout.engine import Engine, Sampling
 from ..tasks.base import TaskSource
 from ..types import Rollout, Task, Verdict
+from .calibration import calibration
 from .intervals import accuracy_interval, pass_at_k
 from .step_quality import step_quality
 
@@ -33,6 +36,8 @@ class Evaluation:
     masked: int
     outcomes: dict[str, int]
     measures: dict[str, float]
+    calibration: dict[str, dict[str, Any]]
+    """Of the `critic` (each problem's predicted chance) and of the `model` (the confidence that responses state), where there is one."""
     rollouts: list[Rollout] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,10 +61,11 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     checker: Checker | None = None,
+    critic: Critic | None = None,
 ) -> Evaluation:
     """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation.
 
-    With a `checker` of steps, `measures` also says how many right answers were reached by wrong ones.
+    With a `checker` of steps, `measures` also says how many right answers were reached by wrong ones. A `critic` must read the prompt alone.
     """
     rollouts = collect(engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"))
     means: list[float] = []
@@ -87,8 +93,23 @@ def evaluate(
         outcomes=dict(Counter(r.verdict.outcome for r in rollouts if r.verdict)),
         measures=mean_measures([r.verdict for r in rollouts if r.verdict])
         | (step_quality(rollouts, checker) if checker else {}),
+        calibration=calibrations(rollouts, critic),
         rollouts=rollouts,
     )
+
+
+def calibrations(rollouts: Sequence[Rollout], critic: Critic | None = None) -> dict[str, dict[str, Any]]:
+    """How far stated chances can be believed, over the rollouts that were graded (evaluation/calibration.py)."""
+    graded = [(r, r.verdict.correct) for r in rollouts if r.verdict and not r.verdict.masked]
+    out: dict[str, dict[str, Any]] = {}
+    if critic is not None and graded:
+        tasks = {id(r.task): r.task for r, _ in graded}
+        values = dict(zip(tasks, critic.logits(list(tasks.values())).sigmoid().tolist(), strict=True))
+        out["critic"] = calibration([c for _, c in graded], [values[id(r.task)] for r, _ in graded])
+    stated = [(c, q) for r, c in graded if (q := stated_confidence(r.text)) is not None]
+    if stated:
+        out["model"] = {**calibration(*map(list, zip(*stated, strict=True))), "stated": len(stated) / len(graded)}
+    return out
 
 
 def mean_measures(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -45,6 +45,12 @@ CURVES = {
     "memory": ("memory/rss_bytes", "Memory", "GiB", "Of the training process, after each step."),
 }  # fmt: skip
 """By name: the metric, the title, its unit, how to read it."""
+CALIBRATION = (
+    ("critic/ece", "ECE", COLOURS[0]),
+    ("critic/brier", "Brier", COLOURS[1]),
+    ("eval/critic_ece", "ECE, held-out", COLOURS[2]),
+    ("eval/model_ece", "ECE of the confidence that the model states, held-out", COLOURS[3]),
+)
 SMOOTHED = ("reward", "length", "speed")
 
 Figure = dict[str, Any]
@@ -167,8 +173,9 @@ def critic(run: RunReader) -> list[Figure]:
         )  # fmt: skip
     metrics = run.metrics()
     errors = [
-        _line(*_xy(metrics, key), name, colour)
-        for key, name, colour in (("critic/ece", "ECE", COLOURS[0]), ("critic/brier", "Brier", COLOURS[1]))
+        {**_line(*_xy(metrics, key), name, colour), "mode": "lines+markers" if key.startswith("eval") else "lines"}
+        for key, name, colour in CALIBRATION
+        if _xy(metrics, key)[0]
     ]
     explained = [_line(*_xy(metrics, "critic/explained_variance"), "explained", COLOURS[0])]
     ceiling = _xy(metrics, "critic/ev_ceiling")

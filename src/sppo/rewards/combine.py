@@ -82,8 +82,10 @@ class MixedReward:
         """What the weights of all but the first part are multiplied by."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """One verdict each. Outcome: the first part's, or that of the first `and` part that fails."""
-        judged = zip(*(part.reward.judge(rollouts) for part in self.parts), strict=True)
+        """One verdict each. Outcome: the first part's, or that of the first `and` part that fails. The other parts see what the first one said."""
+        first = self.parts[0].reward.judge(rollouts)
+        seen = [r.judged(v) for r, v in zip(rollouts, first, strict=True)]
+        judged = zip(first, *(part.reward.judge(seen) for part in self.parts[1:]), strict=True)
         return [self._merge(verdicts) for verdicts in judged]
 
     def _merge(self, verdicts: tuple[Verdict, ...]) -> Verdict:

@@ -5,7 +5,8 @@
 Operations apply from left to right. The embedded task: no download, every step checkable, hard enough that a small model
 must learn to compute, easy enough to learn in minutes. Train and held-out problems are disjoint by construction.
 
-`chain:steps=4-6`, `chain:steps=3,split=held-out,size=100000`
+`chain:steps=4-6`, `chain:steps=3,split=held-out,size=100000`; `chain:steps=4-6,confidence=true`: solutions state a confidence too, drawn at
+random (`…;9*2=8;C:37;A:8`): a form to be given a meaning by a reward (rewards/confidence.py)
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ from .base import SPLITS, in_split, question
 MODULUS = 10
 
 
-def build(steps: int | str = "4-6", split: str = "train", size: int = 1_000_000, seed: int = 0) -> Chain:
+def build(
+    steps: int | str = "4-6", split: str = "train", size: int = 1_000_000, seed: int = 0, confidence: bool = False
+) -> Chain:
     """The source for `chain:…`; `steps` is a number or a range `low-high`."""
     low, _, high = str(steps).partition("-")
     if not low.isdigit() or (high and not high.isdigit()) or int(low) < 1 or int(high or low) < int(low):
         raise RecipeError(f"chain: steps={steps} is neither a number of steps nor a range such as 4-6")
     if split not in SPLITS:
         raise RecipeError(f"chain: split={split} is not one of {', '.join(SPLITS)}")
-    return Chain(int(low), int(high or low), split, size, seed)
+    return Chain(int(low), int(high or low), split, size, seed, bool(confidence))
 
 
 class Chain:
     """A million problems (`size`), each computed from its index."""
 
-    def __init__(self, low: int, high: int, split: str, size: int, seed: int) -> None:
+    def __init__(self, low: int, high: int, split: str, size: int, seed: int, confidence: bool = False) -> None:
         self.low, self.high, self.split, self.size, self.seed = low, high, split, size, seed
+        self.confidence = confidence
 
     def __len__(self) -> int:
         return self.size
@@ -47,6 +51,9 @@ class Chain:
         while True:
             text, solution, answer = problem(steps, rng)
             if in_split(text, self.split):
+                if self.confidence:
+                    work, mark, value = solution.rpartition("A:")
+                    solution = f"{work}C:{rng.integers(100):02};{mark}{value}"
                 return Task(
                     f"chain/{self.split}/{index}", question(text), {"answer": str(answer)}, solution, float(steps)
                 )
@@ -80,6 +87,9 @@ def check_steps(task: Task, steps: Sequence[str]) -> list[float | None]:
     for step in steps:
         written = re.fullmatch(r"(\d{1,9})([-+*])(\d{1,9})=(\d{1,9})", step)
         if written is None:
+            if re.fullmatch(r"C:\d\d", step):
+                scores.append(None)  # a stated confidence is no step
+                continue
             answer = re.fullmatch(r"A:\s{0,2}(\d{1,9})", step)
             scores.append(float(answer is not None and not todo and answer[1] == value))
             continue

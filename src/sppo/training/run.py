@@ -22,7 +22,7 @@ from torch import Tensor
 from ..audit.monitors import Monitors
 from ..audit.verifier import verifier_sha256
 from ..audit.work import without_work
-from ..config import Config
+from ..config import Config, flattened
 from ..errors import DataError, RecipeError, RewardError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
 from ..evaluation.step_quality import step_checker
@@ -37,6 +37,7 @@ from ..rollout.canary import Canary
 from ..rollout.engine import Engine, Sampling, TreeEngine
 from ..spec import call, parse_spec, resolve
 from ..tasks.base import GIVEN, load_pair, load_tasks
+from ..trackers.base import TrackedRun, Trackers
 from ..types import Task
 from . import checkpoint
 from .batch import Batch
@@ -128,6 +129,7 @@ class Run:
         self.canary = Canary(self.policy)
         self.canary_gap = 0.0  # at the last sync
         self.resumed_from = saved
+        self.trackers = Trackers(config.run.trackers, self._tracked(saved), observer.note)
         self.learner: Learner  # made by begin(): its master weights are copies of what the bootstrap leaves
         if saved is not None:
             self._make_learner()
@@ -172,6 +174,13 @@ class Run:
         except BaseException:
             directory.close()
             raise
+
+    def _tracked(self, saved: Path | None) -> TrackedRun:
+        step = int(saved.name.removeprefix("step-")) if saved else 0
+        path = self.directory.path
+        return TrackedRun(
+            path.resolve().name, path, flattened(self.config.model_dump(mode="json", exclude_none=True)), step
+        )
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -357,9 +366,11 @@ class Run:
             metrics |= {
                 "eval/accuracy": self.state.last["accuracy"], "eval/low": result.low, "eval/high": result.high,
                 **{f"eval/{name}": value for name, value in result.measures.items()},
+                **{f"eval/{who}_{key}": found[key] for who, found in result.calibration.items() for key in ("ece", "brier", "auc", "aurc")},
                 "eval/mean_tokens": result.mean_tokens, "critic/ev_ceiling": self._ceiling(result),
             }  # fmt: skip
         self.directory.metrics(step, metrics)
+        self.trackers.log(step, metrics)
         self.observer.step(step + 1, metrics)
         if last or self.interrupted or (step + 1) % self.config.run.checkpoint_every == 0:
             self.save()
@@ -391,6 +402,7 @@ class Run:
             "policy": str(self.directory.checkpoints()[-1] / "policy") if self.directory.checkpoints() else None,
         }
         self.directory.summary(summary)
+        self.trackers.close(summary)
         return summary
 
     def close(self) -> None:
@@ -400,6 +412,7 @@ class Run:
         finally:
             self.reward.close()
             self.monitors.close()
+            self.trackers.close({})  # a run that failed
             self.directory.close()
 
     def evaluate(self, tasks: list[Task] | None = None) -> Evaluation:
@@ -416,6 +429,7 @@ class Run:
             samples=e.samples,
             seed=self.config.seed,
             checker=self.step_checker,
+            critic=self.critic if tasks is None and self.config.critic_reads == "prompt" else None,
         )
         self.state.seconds_evaluating += time.monotonic() - began
         return result

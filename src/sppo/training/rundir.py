@@ -121,13 +121,9 @@ class RunDirectory:
         write_atomic(self.path / "recipe.toml", config.to_toml())
 
     def discard(self) -> None:
-        """Remove a run that never began."""
+        """Remove a run that never began: its folder was empty before, so all that is in it is the run's."""
         self.close()
-        for name in ("recipe.toml", "run.lock"):
-            (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path / "rollouts", self.path / "checkpoints", self.path):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process use the run."""

@@ -1,0 +1,96 @@
+"""The socket: a tracker hears each step's numbers. One that a recipe names must start; what fails later only warns.
+
+A tracker is a file here, or `package.module:object` of your own: `build(run, **options)` returns an object with `id`, `log(step, metrics)` and
+`close(summary)`, and raises whatever it likes when it cannot start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import RecipeError
+from ..spec import call, parse_spec, resolve
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run. `previous` is the tracker's own `id` of this run, where the run goes on from `step`."""
+
+    name: str
+    folder: Path
+    recipe: Mapping[str, Any]
+    step: int = 0
+    previous: str | None = None
+
+
+class Tracker(Protocol):
+    """Hears of a run. `id` is what it calls the run, kept in the run directory so that a resumed run goes on there."""
+
+    id: str
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step's numbers, or those of the evaluation before the first (step 0 has none of its own then)."""
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """The run has ended; `summary` is empty where it failed."""
+
+
+class Trackers:
+    """All that a recipe names."""
+
+    def __init__(self, specs: Sequence[str], run: TrackedRun, say: Callable[[str], None]) -> None:
+        """Raises RecipeError naming the one that does not start, and why."""
+        self.say = say
+        self.running: dict[str, Tracker] = {}
+        known, ids = run.folder / "trackers.json", dict[str, str]()
+        if known.exists() and specs:
+            ids = json.loads(known.read_text())
+        for text in specs:
+            spec = parse_spec(text)
+            told = TrackedRun(run.name, run.folder, run.recipe, run.step, ids.get(spec.name))
+            try:
+                self.running[text] = call(
+                    resolve(spec.name, "sppo.trackers", "build"), f"tracker {spec.name}", told, **spec.options
+                )
+            except RecipeError:
+                self.close({})
+                raise
+            except ImportError as error:
+                self.close({})
+                raise RecipeError(
+                    f"run.trackers: {spec.name} is not installed ({error}): pip install 'sppo[trackers]'"
+                ) from None
+            except Exception as error:
+                self.close({})
+                raise RecipeError(f"run.trackers: {text} does not start: {_first_line(error)}") from error
+            ids[spec.name] = self.running[text].id
+        if specs:
+            known.write_text(json.dumps(ids) + "\n")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Give everybody a step's numbers (what is no number is left out)."""
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        self._each(lambda tracker: tracker.log(step, numbers), f"at step {step}")
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Say goodbye."""
+        self._each(lambda tracker: tracker.close(summary), "at the end")
+        self.running = {}
+
+    def _each(self, tell: Callable[[Tracker], None], when: str) -> None:
+        for text, tracker in list(self.running.items()):
+            try:
+                tell(tracker)
+            except Exception as error:
+                del self.running[text]
+                self.say(
+                    f"warning: tracker {text} failed {when} and is left out from now on ({_first_line(error)}); the run goes on"
+                )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
