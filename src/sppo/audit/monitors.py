@@ -424,7 +424,7 @@ class _Text(_Stepwise):
         return found
 
     def _words(self, what: str, kind: str, level: Level, step: int) -> tuple[str, int, str, str]:
-        since = max(0, step - level.learn)
+        since = max(0, step - round(1 / level.weight))  # what its mean looks back on
         if what == "length":
             sentence, unit = f"{kind} responses grow longer, and no better", "tokens"
             advice = "long wrong answers may be paid too well: reward.use … + 0.1 * length, or ratio = 'sequence' instead of token means"
