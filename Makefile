@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
-.PHONY: setup quickstart test check clean help bubblewrap vllm-env trl-env test-vllm $(SPEED)
+.PHONY: setup quickstart test check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability
 
 help:
@@ -38,13 +38,18 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check bubblewrap
+test: check bubblewrap chromium
 	$(BIN)/python -m pytest
 
 # The sandbox for model-written programs needs bubblewrap, a Debian package of 50 kB.
 bubblewrap:
 	@command -v bwrap > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && { apt-get install -qq -y bubblewrap > /dev/null 2>&1 || { apt-get update -qq && apt-get install -qq -y bubblewrap > /dev/null; }; }; } \
 	|| echo "the sandbox's tests are skipped: install bubblewrap first (sudo apt-get install bubblewrap)"
+
+# The pages are tested in a real browser.
+chromium:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && { apt-get install -qq -y chromium > /dev/null 2>&1 || { apt-get update -qq && apt-get install -qq -y chromium > /dev/null; }; }; } \
+	|| echo "the browser's tests are skipped: install chromium first (sudo apt-get install chromium)"
 
 # vLLM's CPU build works with torch's CPU build once the packages that need torch's CUDA build are gone.
 vllm-env: .venv-vllm/.ready

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hmac
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlencode
@@ -189,6 +190,8 @@ def application(runs: list[RunReader], token: str | None = None, hosts: tuple[st
     if token is not None:
         middleware.append(Middleware(_Door, token=token))
     middleware += [Middleware(_Sealed), Middleware(GZipMiddleware, minimum_size=2000)]
+    for run in runs:  # so that the first filter finds the index made
+        threading.Thread(target=run.index, daemon=True).start()
     return Starlette(routes=Site(runs).routes(), middleware=middleware)
 
 

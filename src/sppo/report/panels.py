@@ -201,13 +201,8 @@ def critic(run: RunReader) -> list[Figure]:
 
 def extremes(run: RunReader, count: int = 8) -> dict[str, list[dict[str, Any]]]:
     """The prompts of the last steps that the critic thinks hardest and easiest."""
-    table = run.index()
-    steps = table["step"].to_numpy()
-    if not len(steps):
-        return {"hardest": [], "easiest": []}
-    recent = table.filter(
-        pc.and_(pc.greater_equal(table["step"], int(steps[-1]) - RECENT + 1), pc.is_valid(table["value"]))
-    ).sort_by("value")
+    table = run.recent(RECENT)
+    recent = table.filter(pc.is_valid(table["value"])).sort_by("value")
     chosen = {
         "hardest": recent.slice(0, count).to_pylist(),
         "easiest": recent.slice(max(0, recent.num_rows - count), count).to_pylist()[::-1],
@@ -237,13 +232,8 @@ def _accuracy_curve(run: RunReader) -> tuple[list[int], list[float], list[Any], 
 
 def _predictions(run: RunReader) -> tuple[np.ndarray, np.ndarray]:
     """(predicted, outcome) of the graded rollouts of the last steps."""
-    table = run.index()
-    steps = table["step"].to_numpy()
-    if not len(steps):
-        return np.zeros(0), np.zeros(0)
-    table = table.filter(
-        pc.and_(pc.greater_equal(table["step"], int(steps[-1]) - RECENT + 1), pc.is_valid(table["surprise"]))
-    )
+    table = run.recent(RECENT)
+    table = table.filter(pc.is_valid(table["surprise"]))
     return table["value"].to_numpy(), table["correct"].to_numpy()
 
 

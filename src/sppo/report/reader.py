@@ -10,11 +10,11 @@ import contextlib
 import fcntl
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,6 +36,7 @@ NARROW = (
     "tokens",
     "clipped",
 )
+Stamp = tuple[int, int]
 SURPRISED = 0.8
 """The critic is surprised where outcome and prediction differ by this much."""
 ORDERS = {
@@ -75,9 +76,10 @@ class RunReader:
             raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
         self.config = Config.load(path / "recipe.toml")
-        self._lock = threading.RLock()
+        self._lock, self._following = threading.RLock(), threading.Lock()  # numbers do not wait for rollouts
         self._followed: dict[str, _Followed] = {name: _Followed() for name in ("metrics.jsonl", "alerts.jsonl")}
-        self._narrow: dict[int, tuple[tuple[int, int], pa.Table]] = {}
+        self._narrow: dict[int, tuple[Stamp, pa.Table]] = {}
+        self._rows: dict[int, tuple[Stamp, int]] = {}
         self._joined: tuple[int, pa.Table] = (-1, pa.table({}))
         self._changes = 0
 
@@ -121,7 +123,7 @@ class RunReader:
         return False
 
     def _follow(self, name: str) -> list[dict[str, Any]]:
-        with self._lock:
+        with self._following:
             return self._followed[name].read(self.path / name)
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
@@ -132,27 +134,55 @@ class RunReader:
 
     def index(self) -> pa.Table:
         """The narrow columns of every rollout, with `step`, `row` and `surprise` (|outcome − prediction|)."""
+        return self._narrow_of(None)
+
+    def recent(self, steps: int) -> pa.Table:
+        """The same of the last steps alone, which is quick."""
+        return self._narrow_of(self.steps()[-steps:])
+
+    def _narrow_of(self, steps: list[int] | None) -> pa.Table:
         with self._lock:
-            there = {}
-            for path in (self.path / "rollouts").glob("step-*.parquet"):
-                with contextlib.suppress(OSError, ValueError):
-                    stat = path.stat()
-                    there[int(path.stem[5:])] = (stat.st_mtime_ns, stat.st_size)
+            there = self._stamps()
             for step in [s for s, (stamp, _) in self._narrow.items() if there.get(s) != stamp]:
                 del self._narrow[step]
                 self._changes += 1
-            for step in sorted(there.keys() - self._narrow.keys()):
-                table = self._read_narrow(step)
-                if table is not None:
-                    self._narrow[step] = (there[step], table)
-                    self._changes += 1
+            wanted = sorted(there if steps is None else there.keys() & set(steps))
+            missing = [s for s in wanted if s not in self._narrow]
+            with ThreadPoolExecutor(4) as pool:  # Arrow reads outside Python's lock
+                for step, table in zip(missing, pool.map(self._read_narrow, missing), strict=True):
+                    if table is not None:
+                        self._narrow[step] = (there[step], table)
+                        self._changes += 1
+            tables = [self._narrow[s][1] for s in wanted if s in self._narrow]
+            if steps is not None:
+                return pa.concat_tables(tables) if tables else _nothing()
             if self._joined[0] != self._changes:
-                tables = [self._narrow[s][1] for s in sorted(self._narrow)]
                 self._joined = (self._changes, pa.concat_tables(tables).combine_chunks() if tables else _nothing())
             return self._joined[1]
 
+    def _stamps(self) -> dict[int, Stamp]:
+        """When each step's file was written, and how long it is: what tells a file that a resumed run has made again."""
+        there = {}
+        for path in (self.path / "rollouts").glob("step-*.parquet"):
+            with contextlib.suppress(OSError, ValueError):
+                stat = path.stat()
+                there[int(path.stem[5:])] = (stat.st_mtime_ns, stat.st_size)
+        return there
+
+    def _counts(self) -> list[tuple[int, int]]:
+        """(step, rollouts) in order, from the files' footers."""
+        with self._lock:
+            there = self._stamps()
+            for step, stamp in there.items():
+                if self._rows.get(step, (None, 0))[0] != stamp:
+                    with contextlib.suppress(OSError, pa.ArrowException):
+                        self._rows[step] = (stamp, pq.read_metadata(self._file(step)).num_rows)
+            return [(s, self._rows[s][1]) for s in sorted(there) if s in self._rows]
+
     def find(self, want: Filter, start: int = 0, count: int = 50) -> tuple[int, list[dict[str, Any]]]:
         """How many rollouts a filter lets through, and some of them with the beginnings of their texts."""
+        if want == Filter(want.first, want.last):
+            return self._newest(want, start, count)
         table = self.index()
         keep = pa.scalar(True)
         bounds = (
@@ -176,24 +206,38 @@ class RunReader:
             rows = table.slice(start, count).to_pylist()
         else:
             rows = _newest_first(table, start, count)
+        return table.num_rows, self._with_texts(rows)
+
+    def _newest(self, want: Filter, start: int, count: int) -> tuple[int, list[dict[str, Any]]]:
+        """Without a filter but on steps, only the steps that are shown are read."""
+        inside = [(s, n) for s, n in self._counts() if (want.first or 0) <= s and (want.last is None or s <= want.last)]
+        shown, before = [], 0
+        for step, n in reversed(inside):
+            if before < start + count and before + n > start:
+                shown.append(step)
+            before += n
+        skipped = sum(n for s, n in inside if shown and s > shown[0])
+        return sum(n for _, n in inside), self._with_texts(
+            _newest_first(self._narrow_of(shown), start - skipped, count)
+        )
+
+    def _with_texts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for step in {r["step"] for r in rows}:
             texts = self._texts(step)
             for r in rows:
                 if r["step"] == step:
                     r["prompt"], r["response"] = texts[r["row"]] if r["row"] < len(texts) else ("", "")
-        return table.num_rows, rows
+        return rows
 
     def beside(self, step: int, row: int) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         """The rollouts before and after one, over the ends of its step."""
-        table = self.index()
-        at = np.flatnonzero((table["step"].to_numpy() == step) & (table["row"].to_numpy() == row))
-        if not len(at):
+        counts = self._counts()
+        at = next((i for i, (s, n) in enumerate(counts) if s == step and row < n), None)
+        if at is None:
             return None, None
-
-        def place(i: int) -> tuple[int, int] | None:
-            return (table["step"][i].as_py(), table["row"][i].as_py()) if 0 <= i < table.num_rows else None
-
-        return place(int(at[0]) - 1), place(int(at[0]) + 1)
+        before = (step, row - 1) if row else (counts[at - 1][0], counts[at - 1][1] - 1) if at else None
+        after = (step, row + 1) if row + 1 < counts[at][1] else (counts[at + 1][0], 0) if at + 1 < len(counts) else None
+        return before, after
 
     def rollout(self, step: int, row: int) -> dict[str, Any] | None:
         """Everything recorded of one rollout, or None where there is none."""

@@ -64,7 +64,7 @@ const seen = "IntersectionObserver" in window ? new IntersectionObserver((entrie
     if (!entry.isIntersecting) continue;
     entry.target.dataset.visible = "yes";
     const figure = figures.find((f) => f.id === entry.target.dataset.figure);
-    if (figure) drawOne(figure);
+    if (figure && typeof Plotly !== "undefined") drawOne(figure);
   }
 }, { rootMargin: "300px" }) : null;
 
@@ -76,6 +76,15 @@ function draw() {
   }
 }
 
+// The words first: the drawing library is five megabytes, and comes when they are on the screen.
+if (live && figures.length && typeof Plotly === "undefined") {
+  addEventListener("load", () => {
+    const script = document.createElement("script");
+    script.src = "/static/plotly.js";
+    script.addEventListener("load", draw);
+    document.body.append(script);
+  });
+}
 if (seen) document.querySelectorAll("[data-figure]").forEach((plot) => seen.observe(plot));
 else draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
