@@ -37,6 +37,8 @@ NARROW = (
     "clipped",
 )
 Stamp = tuple[int, int]
+UNFINISHED = 5
+"""Tokens that a character may need; beyond that it is no character."""
 SURPRISED = 0.8
 """The critic is surprised where outcome and prediction differ by this much."""
 ORDERS = {
@@ -294,11 +296,25 @@ class RunReader:
     # -- tokens ------------------------------------------------------------------------------------------------------
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """The text of each token, from the tokenizer of the newest checkpoint; `<17>` where there is none."""
+        """The text of each token, from the tokenizer of the newest checkpoint; `<17>` where there is none.
+
+        A character that several tokens make is the last one's, and spaces are where the whole text has them: each token's text is what it
+        adds to the text of the few before it.
+        """
         tokenizer = self._tokenizer()
         if tokenizer is None:
             return [f"<{i}>" for i in ids]
-        return [tokenizer.decode([i], skip_special_tokens=False) or f"<{i}>" for i in ids]
+        out: list[str] = []
+        start = read = 0  # tokens from `start` are decoded together; those before `read` are out
+        for end in range(1, len(ids) + 1):
+            before = tokenizer.decode(ids[start:read], skip_special_tokens=False)
+            text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            if text.endswith("\ufffd") and end - read < UNFINISHED and end < len(ids):
+                out.append("")
+                continue
+            out.append(text[len(before) :])
+            start, read = read, end
+        return out
 
     def _tokenizer(self) -> Any:
         files = sorted((self.path / "checkpoints").glob("step-*/policy/tokenizer.json"))

@@ -85,7 +85,7 @@ def card(run: RunReader) -> str:
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sppo, reinforcement-learning, reasoning]",
         *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
-        f"# {visible(run.name)}", "",
+        f"# {_cell(run.name)}", "",
         f"`{c.policy.model}`, trained with `{c.objective.algorithm}` (sppo {__version__}) to solve `{c.task.train}`. {story['sentence']}", "",
         "## What was measured", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
         "## How it was trained", "", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in _facts(run)), "",
@@ -122,4 +122,4 @@ def _is_hub_name(model: str) -> bool:
 
 
 def _cell(text: str) -> str:
-    return visible(text).replace("|", "\\|").replace("\n", " ")
+    return visible(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
