@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RecipeError
-from ..spec import call, parse_spec, resolve
+from ..spec import Spec, call, is_import, parse_spec, resolve
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Trackers:
         if known.exists() and specs:
             ids = json.loads(known.read_text())
         for text in specs:
-            spec = parse_spec(text)
+            spec = Spec(text) if is_import(text, "sppo.trackers") else parse_spec(text)
             told = TrackedRun(run.name, run.folder, run.recipe, run.step, ids.get(spec.name))
             try:
                 self.running[text] = call(
