@@ -37,7 +37,7 @@ NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trace:
     """What the last step's updates saw of each rollout, for anyone who looks at it later; of the last epoch, where there are several."""
 
@@ -46,13 +46,10 @@ class Trace:
     clipped_B: Tensor
     """The share of a response's ratios that the clip cut off: 0 or 1 where the ratio is the sequence's."""
 
-    def observe(self, part: Tensor, log_ratio_bT: Tensor, clipped: Tensor, element_mask: Tensor) -> None:
-        """Keep a micro-batch's. `clipped` and its mask are [b] or [b, T]."""
-        self.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT.to(self.log_ratio_BT.dtype).cpu()
-        cut, of = (clipped & element_mask).float(), element_mask.float()
-        if cut.dim() == 2:
-            cut, of = cut.sum(1), of.sum(1)
-        self.clipped_B[part] = (cut / of.clamp(min=1)).cpu()
+    @classmethod
+    def empty(cls, batch: Batch) -> Trace:
+        """Of updates that have not been made."""
+        return cls(torch.zeros_like(batch.behaviour_logp_BT), torch.zeros(len(batch)))
 
 
 class Learner:
@@ -69,7 +66,7 @@ class Learner:
         self.bad_total = 0
         self.ratio_checked = False
         self.critic_seconds = 0.0
-        self.trace = Trace(torch.zeros(0, 0), torch.zeros(0))
+        self.trace: Trace  # of the last update
 
     # -- the advantage -----------------------------------------------------------------------------------------------
 
@@ -103,7 +100,7 @@ class Learner:
         assert t.lr is not None  # both are resolved by Config.with_rates
         assert t.critic_lr is not None
         kept = batch.keep_B.nonzero()[:, 0]
-        self.trace = Trace(torch.zeros_like(batch.behaviour_logp_BT), torch.zeros(len(batch)))
+        self.trace = Trace.empty(batch)
         if len(kept) == 0:
             return {"update/skipped": "every rollout was masked"}
         lr = {
@@ -133,6 +130,7 @@ class Learner:
             self._check_finite(norm)
             self._teach_critic(batch, rows, lr["critic"], tally)
         metrics = tally.metrics(len(updates))
+        self.trace = tally.trace(batch)
         if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
             self.credit.moved(2 * metrics["policy/kl_step"] * float(batch.response_len_B[kept].float().mean()))
         return metrics | {
@@ -197,7 +195,6 @@ class Learner:
                     cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
                 )
             element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
-            self.trace.observe(part, torch.where(mask_bT, logp_bT.detach() - old_bT, 0.0), clipped, element_mask)
             if batch.nodes:  # what leaves share counts once
                 count_bT = batch.count_BT[part, :width].to(logp_bT.device)
                 element_mask, value = count_bT > 0, value * count_bT
@@ -218,6 +215,7 @@ class Learner:
             loss.backward()
             tally.observe(
                 number,
+                part,
                 loss.detach(),
                 log_r.detach(),
                 clipped,
@@ -379,6 +377,7 @@ class _Tally:
         self.clipped = self.elements = 0
         self.entropy = self.tokens = self.kl = self.kl_tokens = 0.0
         self.gap_sum = self.gap_tokens = self.gap_max = 0.0
+        self.traced: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, their log ratios, the clipped share of each
         self.gradients: list[Tensor] = []  # of the first two minibatches, where the recipe asks for their noise
 
     def add(self, name: str, value: float) -> None:
@@ -387,6 +386,7 @@ class _Tally:
     def observe(
         self,
         number: int,
+        part: Tensor,
         loss: Tensor,
         log_r: Tensor,
         clipped: Tensor,
@@ -410,9 +410,13 @@ class _Tally:
             self.drift = max(
                 self.drift, float(torch.where(mask_bT, (logp_bT - old_bT).abs(), 0.0).sum()) / max(tokens, 1)
             )
+        cut, of = (clipped & element_mask).float(), element_mask.float()
+        if cut.dim() == 2:
+            cut, of = cut.sum(1), of.sum(1)
+        log_ratio_bT = torch.where(mask_bT, logp_bT - old_bT, 0.0)
+        self.traced.append((part, log_ratio_bT.float().cpu(), (cut / of.clamp(min=1)).cpu()))
         if number > 0:  # before the first update every ratio is 1, and says nothing about health
-            difference = torch.where(mask_bT, logp_bT - old_bT, 0.0)
-            self.kl += float((torch.expm1(difference) - difference).sum())  # k3 of KL(old‖new), a token
+            self.kl += float((torch.expm1(log_ratio_bT) - log_ratio_bT).sum())  # k3 of KL(old‖new), a token
             self.kl_tokens += tokens
             self.log_ratio.append(log_r[element_mask].cpu())
             self.clipped += int((clipped & element_mask).sum())
@@ -420,6 +424,13 @@ class _Tally:
 
     def engine_gap(self) -> float | None:
         return self.gap_sum / self.gap_tokens if self.gap_tokens else None
+
+    def trace(self, batch: Batch) -> Trace:
+        out = Trace.empty(batch)
+        for part, log_ratio_bT, clipped_b in self.traced:
+            out.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT
+            out.clipped_B[part] = clipped_b
+        return out
 
     def metrics(self, updates: int) -> dict[str, Any]:
         losses = [sum(v) for k, v in self.values.items() if k.startswith("loss/")]
