@@ -59,6 +59,7 @@ class SPPOConfig:
     epsilon_high: float | None = None
     eval_steps: int | None = None
     save_steps: int | None = None
+    report_to: str | list[str] | None = None
     resume_from_checkpoint: bool = False
     disable_progress: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +80,9 @@ class SPPOConfig:
         if self.epsilon is not None or self.epsilon_high is not None:
             low = 0.2 if self.epsilon is None else self.epsilon
             out["objective.clip"] = [low, low if self.epsilon_high is None else self.epsilon_high]
+        if self.report_to is not None:
+            named = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+            out["run.trackers"] = [] if named == ["none"] else named
         return out | dict(self.recipe)
 
 

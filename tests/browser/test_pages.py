@@ -54,7 +54,7 @@ def test_the_overview_says_how_it_went(site, tab):
     assert not tab.problems
 
 
-@pytest.mark.parametrize(("page", "figures"), [("critic", 4), ("health", 8)])
+@pytest.mark.parametrize(("page", "figures"), [("critic", 4), ("health", 10)])
 def test_figures(site, tab, page, figures):
     tab.goto(f"{site}/{page}")
     assert drawn(tab) >= figures

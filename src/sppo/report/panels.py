@@ -45,6 +45,19 @@ CURVES = {
     "memory": ("memory/rss_bytes", "Memory", "GiB", "Of the training process, after each step."),
 }  # fmt: skip
 """By name: the metric, the title, its unit, how to read it."""
+MONITORED = {
+    "read": "Rewarded responses that a monitor objects to, and right answers that need no work or were reached by wrong steps. All should stay low.",
+    "monitor/reference": "right whatever the reference",
+    "monitor/hidden": "fails hidden tests",
+    "monitor/second": "second verifier rejects",
+    "monitor/right_with_0pct_of_work": "right without work",
+    "eval/right_by_wrong_steps": "right by wrong steps",
+}
+LENGTHS = {
+    "read": "Wrong answers that grow longer than right ones are a known way to be paid for nothing.",
+    "text/length_right": "right",
+    "text/length_wrong": "wrong",
+}
 CALIBRATION = (
     ("critic/ece", "ECE", COLOURS[0]),
     ("critic/brier", "Brier", COLOURS[1]),
@@ -69,9 +82,9 @@ def story(run: RunReader) -> dict[str, Any]:
     left = float(np.mean(spent[-RECENT:])) * (total - done) if spent else None
     tiles = [
         _tile("held-out accuracy", _percent(now.get("accuracy")), _interval(now), "accuracy"),
-        _tile("training reward", _number(_recent(metrics, "reward/mean")), f"mean of the last {min(RECENT, done)} steps", "reward"),
-        _tile("response length", _number(_recent(metrics, "rollout/mean_tokens"), "{:.0f}"), "tokens each", "length"),
-        _tile("speed", _number(_recent(metrics, "tokens_per_second"), "{:,.0f}"), "tokens a second, sampling and update", "speed"),
+        _tile("training reward", _number(recent_mean(metrics, "reward/mean")), f"mean of the last {min(RECENT, done)} steps", "reward"),
+        _tile("response length", _number(recent_mean(metrics, "rollout/mean_tokens"), "{:.0f}"), "tokens each", "length"),
+        _tile("speed", _number(recent_mean(metrics, "tokens_per_second"), "{:,.0f}"), "tokens a second, sampling and update", "speed"),
         _tile("step", f"{done:,}", f"of {total:,}" + (f", about {clock(left)} left" if going and left is not None else ""), "step"),
         _tile("alerts", str(len(alerts)), "none raised" if not alerts else alerts[-1]["what"], "alerts" + (" bad" if alerts else "")),
     ]  # fmt: skip
@@ -139,7 +152,14 @@ def health(runs: Sequence[RunReader]) -> list[Figure]:
     """What tells a healthy update from a sick one."""
     metrics = runs[0].metrics()
     before, after = ("ess", "clip", "kl", "entropy", "gradient", "gap"), ("memory",)
-    return [_outcomes(metrics), *(_curve(runs, n) for n in before), _phases(metrics), *(_curve(runs, n) for n in after)]
+    return [
+        _outcomes(metrics),
+        _several(metrics, "monitors", "What the monitors see", "share", MONITORED),
+        _several(metrics, "lengths", "Length of right and wrong responses", "tokens", LENGTHS),
+        *(_curve(runs, n) for n in before),
+        _phases(metrics),
+        *(_curve(runs, n) for n in after),
+    ]
 
 
 def critic(run: RunReader) -> list[Figure]:
@@ -255,6 +275,17 @@ def _curve(runs: Sequence[RunReader], name: str) -> Figure:
     return _figure(name, title, read, traces, y=unit)
 
 
+def _several(metrics: Metrics, name: str, title: str, unit: str, named: dict[str, str]) -> Figure:
+    """Several metrics of one run in a figure, those that it has."""
+    found = [(_xy(metrics, key), label) for key, label in named.items() if key != "read"]
+    traces = [
+        {**_line(x, y, label, COLOURS[i % len(COLOURS)]), "mode": "lines" if len(x) > RECENT else "lines+markers"}
+        for i, ((x, y), label) in enumerate(found)
+        if x
+    ]
+    return _figure(name, title, named["read"], traces, y=unit)
+
+
 def _outcomes(metrics: Metrics) -> Figure:
     traces = []
     for outcome in OUTCOMES:
@@ -329,7 +360,8 @@ def _figure(
     return {"id": name, "title": title, "read": read, "traces": traces if shown else [], "layout": layout}
 
 
-def _recent(metrics: Metrics, key: str) -> float | None:
+def recent_mean(metrics: Metrics, key: str) -> float | None:
+    """The mean of a metric over the last steps, None where none measured it."""
     known = [m[key] for m in metrics[-RECENT:] if m.get(key) is not None]
     return float(np.mean(known)) if known else None
 

@@ -80,7 +80,7 @@ def card(run: RunReader) -> str:
     rows += [(key.removeprefix("eval/").replace("_", " "), f"{now[key]:.3f}") for key in sorted(now) if key.startswith("eval/") and now[key] is not None
              and key not in ("eval/accuracy", "eval/low", "eval/high")]  # fmt: skip
     rows += [(name, f"{m:.3f}") for key, name in (("critic/ece", "critic: calibration error (ECE)"), ("critic/brier", "critic: Brier score"))
-             if (m := panels._recent(metrics, key)) is not None]  # fmt: skip
+             if (m := panels.recent_mean(metrics, key)) is not None]  # fmt: skip
     none = "Nothing." if metrics else "The run has no step yet."
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sppo, reinforcement-learning, reasoning]",
