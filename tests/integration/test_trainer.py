@@ -32,9 +32,12 @@ def settings(tmp_path, **kwargs):
 
 
 def test_rows_and_a_callable(tmp_path):
-    trainer = SPPOTrainer(model=SMALL, reward_funcs=length_reward, train_dataset=rows(), args=settings(tmp_path))
+    args = settings(tmp_path, report_to="tensorboard")
+    trainer = SPPOTrainer(model=SMALL, reward_funcs=length_reward, train_dataset=rows(), args=args)
     summary = trainer.train()
     assert summary["steps"] == 2
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert SPPOConfig(report_to="none").overrides()["run.trackers"] == []
     assert 0 <= trainer.predicted_chance(["1+1?"])[0] <= 1
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()
