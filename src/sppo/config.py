@@ -257,6 +257,8 @@ class Config(Section):
             *((f"curriculum.{key}", predicted, "curriculum.kind = 'predicted'") for key in ("floor", "pool", "corrected")),
             *((f"curriculum.{key}", staged, "curriculum.kind = 'staged'") for key in ("clear", "rehearse")),
             ("curriculum.revisit", c.aside > 0, "curriculum.aside above 0"),
+            ("monitors.second", self.monitors.sample > 0, "monitors.sample above 0"),
+            *((f"monitors.{key}", self.monitors.action != "off", "monitors.action other than 'off'") for key in ("second", "sample")),
         ]  # fmt: skip
         defaults = {name: default for name, default, _ in keys()}
         out = []

@@ -59,9 +59,12 @@ def test_nothing_and_one_kind_are_no_numbers():
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("Answer: 4\nConfidence: 85%", 0.85), ("confidence is 0.3", 0.3), ("**Confidence:** 90", 0.9), ("<confidence> .5 </confidence>", 0.5),
+        ("Answer: 4\nConfidence: 85%", 0.85), ("confidence is 0.3", 0.3), ("**Confidence:** 90", 0.9), ("Confidence = **75%**", 0.75),
+        ("<confidence> .5 </confidence>", 0.5),
         ("<confidence>70%</confidence>", 0.7), ("3+4=7;C:07;A:7", 0.07), ("Confidence: 20%, no: Confidence: 60%", 0.6), ("confidence = 1", 1.0),
-        ("confidence 250%", None), ("ABC:12", None), ("C:123", None), ("I am sure", None), ("", None),
+        ("Confidence: 250%", None), ("Confidence: 0,8", None), ("Confidence: 8/10", None), ("Confidence: 1000", None),
+        ("with confidence, 5 apples", None), ("A:10 B:12 C:15 D:20 Answer: B", None), ("my confidence is 0.8.", 0.8),
+        ("ABC:12", None), ("C:123", None), ("I am sure", None), ("", None),
     ],
 )  # fmt: skip
 def test_what_a_response_states(text, value):

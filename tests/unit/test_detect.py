@@ -41,7 +41,8 @@ def test_cusum_is_quiet_where_nothing_changes_and_soon_where_it_does():
 def test_a_rate_learns_what_is_usual():
     rate = Rate(0.2, learn=5)
     assert not any(rate.feed(s, 30, 100) for s in range(5))
-    assert rate.usual == pytest.approx(151 / 502)
+    seen = 151 / 502
+    assert rate.usual == pytest.approx(seen + math.sqrt(seen * (1 - seen) / 500))
     assert not any(rate.feed(s, 30, 100) for s in range(5, 50))
     assert any(rate.feed(s, 55, 100) for s in range(50, 55))
     assert 48 <= rate.since <= 52

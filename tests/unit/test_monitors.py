@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from sppo.audit.monitors import Monitors, other_script, reads_reference, reference_of, repetition
+from sppo.audit.monitors import Monitors
+from sppo.audit.stepwise import other_script, repetition
+from sppo.audit.verifying import reads_reference, reference_of
 from sppo.audit.work import cut_at, without_work
 from sppo.rewards.base import load_reward
 from sppo.rollout.engine import Sampling
@@ -42,18 +44,22 @@ def _monitors(reward, **changes):
     return Monitors(MonitorsSection(**changes), reward, 1, 60.0)
 
 
+def _inspect(monitors, step, rollouts):
+    return monitors.inspect(step, rollouts, len(rollouts))
+
+
 def _alerts(monitors):
-    return {a.monitor: a for a in monitors.fetch()}
+    return {a.monitor: a for a in monitors.fetch()[0]}
 
 
 def test_a_hole_in_the_verifier_is_found_and_shown():
     reward = load_reward(any_mark)
     monitors = _monitors(reward)
     for step in range(5):
-        monitors.inspect(step, _step(reward, 0))
+        _inspect(monitors, step, _step(reward, 0))
     assert not monitors.alerts
     for step in range(5, 15):
-        _, metrics = monitors.inspect(step, _step(reward, 10))
+        _, metrics = _inspect(monitors, step, _step(reward, 10))
     assert metrics["monitor/reference"] > 0.1
     alert = _alerts(monitors)["reference"]
     assert 5 <= alert.since <= alert.step <= 10
@@ -66,7 +72,7 @@ def test_an_honest_verifier_raises_nothing():
     reward = load_reward("answer")
     monitors = _monitors(reward)
     for step in range(40):
-        _, metrics = monitors.inspect(step, _step(reward, 10))
+        _, metrics = _inspect(monitors, step, _step(reward, 10))
         monitors.look(step, _step(reward, 10), {"reward/correct": 0.7, "policy/entropy": 0.1, "advantage/std": 0.4})
         assert metrics.get("monitor/reference", 0.0) == 0.0
     assert not monitors.alerts
@@ -76,7 +82,7 @@ def test_quarantine_masks_the_responses_and_nothing_else():
     reward = load_reward(any_mark)
     monitors = _monitors(reward, action="quarantine")
     for step in range(12):
-        out, metrics = monitors.inspect(step, _step(reward, 10))
+        out, metrics = _inspect(monitors, step, _step(reward, 10))
     masked = [i for i, r in enumerate(out) if r.verdict.masked]
     assert masked == list(range(10))
     assert all(out[i].verdict.evidence["quarantined"] == "reference" for i in masked)
@@ -88,14 +94,14 @@ def test_off_is_off():
     reward = load_reward(any_mark)
     monitors = _monitors(reward, action="off")
     assert not monitors.on
-    assert monitors.inspect(0, _step(reward, 10))[1] == {}
+    assert _inspect(monitors, 0, _step(reward, 10))[1] == {}
 
 
 def test_a_second_verifier_is_heard():
     reward = load_reward(any_mark)
     monitors = _monitors(reward, sample=16, second="answer:extract=marked")
     for step in range(30):
-        monitors.inspect(step, _step(reward, 0 if step < 15 else 20))
+        _inspect(monitors, step, _step(reward, 0 if step < 15 else 20))
     alert = _alerts(monitors)["second"]
     assert 14 <= alert.since <= alert.step <= 22
 
@@ -111,10 +117,10 @@ def test_programs_written_for_the_visible_tests():
 
     monitors = _monitors(load_reward("code"))
     for s in range(15):
-        monitors.inspect(s, step(2))
+        _inspect(monitors, s, step(2))
     assert not monitors.alerts
     for s in range(15, 25):
-        monitors.inspect(s, step(12))
+        _inspect(monitors, s, step(12))
     assert "hidden" in _alerts(monitors)
 
 
@@ -136,8 +142,151 @@ def test_a_reward_that_cannot_judge_other_pairs_is_left_alone():
     monitors = _monitors(reward)
     answers = [str(i % 10) for i in range(20)]
     step = _rollouts(reward, [f"A:{a}" for a in answers], answers)
-    assert monitors.inspect(0, step)[1] == {}
-    assert monitors.inspect(1, step)[1] == {}
+    assert _inspect(monitors, 0, step)[1] == {}
+    alerts, notes = monitors.fetch()
+    assert not alerts
+    assert "'reference' is off from now on" in notes[0]
+    assert _inspect(monitors, 1, step)[1] == {}
+    assert monitors.fetch() == ([], [])
+    again = _monitors(reward)
+    again.load_state_dict(monitors.state_dict())
+    _inspect(again, 2, step)
+    assert again.fetch() == ([], [])  # it stays off in a resumed run
+
+
+def test_multiple_choice_by_the_options_text_is_no_hole():
+    """Many problems share a letter; an honest `B` is right for a quarter of them."""
+    reward = load_reward("answer:mode=choice")
+    monitors = _monitors(reward)
+    names = ["Paris", "Rome", "Oslo", "Bern", "Riga", "Lima", "Doha", "Baku"]
+    for step in range(40):
+        rollouts = []
+        for i in range(32):
+            options = [names[(i + k + step) % 8] for k in range(4)]
+            letter = "ABCD"[i % 4]
+            task = Task(f"{step}/{i}", "p", {"answer": options[i % 4], "choices": options})
+            rollouts.append(Rollout(task, [1], [2], [0.0], "stop", f"Answer: {letter}"))
+        rollouts = [r.judged(v) for r, v in zip(rollouts, reward.judge(rollouts), strict=True)]
+        assert all(r.verdict.outcome == "correct" for r in rollouts)
+        _inspect(monitors, step, rollouts)
+    assert not monitors.alerts
+
+
+def test_partial_credit_for_form_is_no_hole():
+    def half_for_form(prompts, completions, answer):
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        return [0.5 * ("A:" in t) + 0.5 * t.endswith(a) for t, a in zip(texts, answer, strict=True)]
+
+    reward = load_reward(half_for_form)
+    monitors = _monitors(reward)
+    for step in range(30):
+        _inspect(monitors, step, _step(reward, 0))
+    assert not monitors.alerts
+
+
+def test_samples_of_one_problem_are_one_trial():
+    """One bad row in eight, sixteen samples of each: that is how this data is, and no alarm in a hundred steps."""
+    monitors = _monitors(load_reward("answer"))
+    metrics = {"reward/correct": 0.5, "policy/entropy": 0.1, "advantage/std": 0.5}
+    for step in range(100):
+        bad = step % 12 == 0
+        rows = [
+            Rollout(Task(f"{step}/{p}", "p"), [1], list(range(20)), [0.0] * 20, "stop", "x", k,
+                    verdict=Verdict(0.0, "timeout" if bad and p == 0 else "wrong"))
+            for p in range(8) for k in range(16)
+        ]  # fmt: skip
+        monitors.look(step, rows, metrics)
+    assert not monitors.alerts
+
+
+def test_a_rate_that_is_as_high_as_can_be_does_not_rise():
+    monitors = _monitors(load_reward("answer"))
+    rows = [
+        Rollout(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x", verdict=Verdict(0.0, "unparseable")) for i in range(64)
+    ]
+    for step in range(40):
+        monitors.look(step, rows, {"reward/correct": 0.0, "policy/entropy": 0.1, "advantage/std": 0.5})
+    assert not monitors.alerts
+
+
+def test_what_is_not_paid_is_neither_objected_to_nor_masked():
+    reward = load_reward("tests.unit.test_monitors:any_mark gate format:pattern=^1")
+    monitors = _monitors(reward, action="quarantine")
+    for step in range(12):
+        _inspect(monitors, step, _step(reward, 10))  # hedges fail the gate
+    assert not monitors.alerts
+    hidden = _monitors(load_reward("code"), action="quarantine")
+    hidden.raised["hidden"] = 0
+    rows = [
+        Rollout(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x",
+                verdict=Verdict(h, "correct" if h else "wrong", {"measures": {"visible_pass_rate": 1.0, "hidden_pass_rate": h}}))
+        for i, h in enumerate([0.0, 1.0, 0.0])
+    ]  # fmt: skip
+    out, _ = _inspect(hidden, 1, rows)
+    assert not any(r.verdict.masked for r in out)  # a 0 already teaches what it should
+
+
+def test_lessons_of_a_search_are_refused_in_quarantine():
+    reward = load_reward(any_mark)
+    monitors = _monitors(reward, action="quarantine")
+    assert monitors.refuses(_step(reward, 10)) == set()
+    for step in range(12):
+        _inspect(monitors, step, _step(reward, 10))
+    assert monitors.refuses(_step(reward, 10)) == set(range(10))
+
+
+def test_groups_that_were_thrown_away_count_and_are_no_evidence():
+    reward = load_reward(any_mark)
+    monitors = _monitors(reward)
+    for step in range(12):
+        monitors.inspect(step, _step(reward, 32), 5)
+    alert = _alerts(monitors)["reference"]
+    assert alert.evidence
+    assert all(int(i.split(":")[1]) < 5 for i in alert.evidence)
+
+
+def test_a_reward_of_ones_own_can_say_that_it_reads_no_reference():
+    class Style:
+        reference_free = True
+
+        def judge(self, rollouts):
+            return [Verdict(1.0, "correct") for _ in rollouts]
+
+    def style(prompts, completions, **columns):
+        return [1.0] * len(prompts)
+
+    assert not reads_reference(load_reward(Style()))
+    assert reads_reference(load_reward(style))
+    style.reference_free = True
+    assert not reads_reference(load_reward(style))
+
+
+def test_stop_is_for_every_monitor():
+    monitors = _monitors(load_reward("answer"), action="stop")
+    for s in range(60):
+        monitors.look(s, [], {"reward/correct": 0.4, "policy/entropy": 0.3 if s < 20 else 0.001, "advantage/std": 0.5})
+    assert _alerts(monitors)["entropy"].action == "stop"
+
+
+def test_drift_is_told_from_when_the_reward_last_rose():
+    """Longer while better is the new usual; much longer after that is an alarm, though the reward is above where it began."""
+    monitors = _monitors(load_reward("answer"))
+
+    def look(s, n, reward):
+        rows = [
+            Rollout(Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong"))
+            for i in range(10)
+        ]
+        monitors.look(s, rows, {"reward/correct": reward, "policy/entropy": 0.1, "advantage/std": 0.5})
+
+    for s in range(60):
+        look(s, 20 + 2 * s, 0.2 + 0.01 * s)
+    for s in range(60, 90):
+        look(s, 138, 0.8)
+    assert not monitors.alerts
+    for s in range(90, 120):
+        look(s, 900, 0.4)
+    assert "length_wrong" in _alerts(monitors)
 
 
 @pytest.mark.parametrize(
@@ -219,15 +368,15 @@ def test_the_state_comes_back():
     one, two = _monitors(reward), _monitors(reward)
     metrics = {"reward/correct": 0.5, "policy/entropy": 0.1, "advantage/std": 0.5}
     for s in range(3):
-        one.inspect(s, _step(reward, 3))
+        _inspect(one, s, _step(reward, 3))
         one.look(s, _step(reward, 3), metrics)
     two.load_state_dict(one.state_dict())
     for s in range(3, 12):
         for m in (one, two):
-            m.inspect(s, _step(reward, 6))
+            _inspect(m, s, _step(reward, 6))
             m.look(s, _step(reward, 6), metrics)
     assert one.state_dict() == two.state_dict()
-    assert [a.as_dict() for a in one.fetch()] == [a.as_dict() for a in two.fetch()]
+    assert [a.as_dict() for a in one.fetch()[0]] == [a.as_dict() for a in two.fetch()[0]]
 
 
 def test_text_numbers():
@@ -248,6 +397,9 @@ def test_where_a_chain_can_be_cut():
     boxed = "First, 2+2=4.\nThen 4*3=12.\nSo it is \\boxed{12}."
     assert cut_at(right(boxed, "12")) == (["First, 2+2=4.\n", "Then 4*3=12.\n"], "12", "So it is \\boxed{")
     assert cut_at(right("A:4", "4")) is None
+    assert (
+        cut_at(right("First 3*3=9.\nSo she makes 9*2 = 18 a day. The answer is 18", "18")) is None
+    )  # the cue would give it away
     assert cut_at(right("4", None)) is None
     assert (
         cut_at(Rollout(Task("", "p"), [], [], [], "stop", "1;A:4", verdict=Verdict(0.0, "wrong", {"extracted": "4"})))
@@ -268,6 +420,9 @@ def test_forced_answers_are_sampled_and_judged():
                 verdict=Verdict(1.0, "correct", {"extracted": "2"}))
         for i in range(16)
     ]  # fmt: skip
+    assert len({r.task.id for r in rollouts}) == 16
+    again = [*rollouts, *rollouts]  # further samples of the same problems tell nothing more
+    assert without_work(LocalEngine(policy), policy, reward, again, Sampling(12, 1.0), 1, 0)[0.0] == (16, 16)
     kept = without_work(LocalEngine(policy), policy, reward, rollouts, Sampling(12, 1.0), 1, 0)
     assert kept == {0.0: (16, 16), 0.25: (16, 16), 0.5: (16, 16)}
     monitors = _monitors(reward)

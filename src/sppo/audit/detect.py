@@ -33,7 +33,7 @@ class Cusum:
         if not 0 < self.usual < self.bad < 1:
             raise ValueError(f"0 < usual < bad < 1 is needed, not {self.usual}, {self.bad}")
 
-    def feed(self, step: int, events: int, trials: int) -> bool:
+    def feed(self, step: int, events: float, trials: float) -> bool:
         """Hear of `events` in `trials` at a step; True where the sum stands at or above the level."""
         before = self.sum
         self.sum += events * math.log(self.bad / self.usual) + (trials - events) * math.log(
@@ -52,28 +52,35 @@ class Cusum:
 
 @dataclass
 class Rate:
-    """A rate whose usual height is that of the first `learn` steps (between `least` and `most`), then under a `Cusum` for `rise` more."""
+    """A rate whose usual height is that of the first `learn` steps, then under a `Cusum` for `rise` more.
+
+    What is usual lies between `least` and `most`, and is taken one standard error higher than it was seen: few steps tell little. A rate that
+    cannot rise by so much is not tested.
+    """
 
     rise: float
     learn: int = 10
     least: float = 0.02
     most: float = 1.0
     level: float = 8.0
-    events: int = 0
-    trials: int = 0
+    events: float = 0.0
+    trials: float = 0.0
     steps: int = 0
     test: Cusum | None = None
 
-    def feed(self, step: int, events: int, trials: int) -> bool:
+    def feed(self, step: int, events: float, trials: float) -> bool:
         """As `Cusum.feed`; never while it still learns."""
         if not trials:
+            return False
+        if self.test is None and self.steps >= self.learn > 0:
             return False
         if self.test is None:
             self.events, self.trials, self.steps = self.events + events, self.trials + trials, self.steps + 1
             if self.steps >= self.learn:
-                usual = min(max((self.events + 1) / (self.trials + 2), self.least), self.most)
-                bad = min(usual + self.rise, 0.99)
-                self.test = Cusum(min(usual, bad - 0.01), bad, self.level)
+                seen = (self.events + 1) / (self.trials + 2)
+                usual = min(max(seen + math.sqrt(seen * (1 - seen) / self.trials), self.least), self.most)
+                if usual + self.rise < 0.99:
+                    self.test = Cusum(usual, usual + self.rise, self.level)
             return False
         return self.test.feed(step, events, trials)
 

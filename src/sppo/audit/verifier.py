@@ -10,18 +10,20 @@ from typing import Any
 
 from ..rewards.base import CallableReward, Reward
 from ..rewards.combine import MixedReward
+from ..rewards.steps import StepReward
 
 ROOMS = ("rewards", "sandbox")
 """Of this package: verdicts come from the one, on what the other ran."""
 
 
 def verifier_sha256(reward: Reward) -> str:
-    """Of every source file of this package's rewards and sandbox, and of the file of a reward of the user's own. Libraries (parsers,
+    """Of every source file of this package's rewards and sandbox, and of the file of a reward or checker of the user's own. Libraries (parsers,
     models) are not in it; a reward typed into an interpreter has no file, and only its name is."""
     ours = Path(__file__).parent.parent
     files = {p for room in ROOMS for p in (ours / room).rglob("*.py")}
     names = []
-    for part in _parts(reward):
+    for found in _parts(reward):
+        part = getattr(found, "func", found)  # what functools.partial holds
         names.append(getattr(part, "__qualname__", type(part).__qualname__))
         where = part if inspect.isroutine(part) or inspect.isclass(part) else type(part)
         try:
@@ -44,5 +46,7 @@ def _parts(reward: Any) -> Iterator[Any]:
             yield from _parts(part.reward)
     elif isinstance(reward, CallableReward):
         yield reward.function
+    elif isinstance(reward, StepReward) and reward.checker is not None:
+        yield reward.checker
     else:
         yield getattr(reward, "inner", reward)

@@ -37,7 +37,10 @@ def without_work(
 
     Empty where no response can be cut: programs, episodes, answers that the verifier's evidence does not show.
     """
-    whole = [(r, cut) for r in rollouts if (cut := cut_at(r)) is not None][:MOST]
+    first = {
+        r.task.id: r for r in reversed(rollouts) if cut_at(r) is not None
+    }  # one of each problem: its other samples would be cut alike
+    whole = [(r, cut) for r in list(first.values())[::-1][:MOST] if (cut := cut_at(r)) is not None]
     if not whole:
         return {}
     forced = [(r, share, _prefix(cut, share), cut[1]) for r, cut in whole for share in SHARES]
@@ -90,7 +93,8 @@ def cut_at(rollout: Rollout) -> tuple[list[str], str, str] | None:
         return None
     after = [_past_separator(rollout.text, end) for end in ends]
     steps = [rollout.text[a:b] for a, b in zip([0, *after[:-1]], after, strict=True)]
-    return steps, answer, rollout.text[after[-1] : at]
+    cue = rollout.text[after[-1] : at]
+    return None if answer in cue else (steps, answer, cue)  # "so 9*2 = 18, and the answer is 18" gives it away
 
 
 def _past_separator(text: str, end: int) -> int:

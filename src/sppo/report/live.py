@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hmac
+import re
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -25,7 +26,7 @@ from starlette.routing import Route
 
 from ..types import OUTCOMES
 from . import panels
-from .pages import STATIC, environment, rollout_view
+from .pages import STATIC, environment, rollout_view, script_json
 from .reader import ORDERS, Filter, RunReader
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -87,11 +88,7 @@ class Site:
         """What the policy wrote, filtered."""
         run = self._run(request)
         want, problem = _filter(request)
-        start = (
-            max(0, int(request.query_params.get("start", "0") or 0))
-            if request.query_params.get("start", "0").isdigit()
-            else 0
-        )
+        start = _whole(request.query_params.get("start", ""))
         total, rows = await run_in_threadpool(run.find, want, start, PAGE)
         kept = {k: v for k, v in request.query_params.items() if v and k != "start"}
 
@@ -137,7 +134,9 @@ class Site:
             return JSONResponse({}, status_code=404)
         content = await run_in_threadpool(self._numbers, page, self._run(request))
         content["summary"] = self.env.get_template("_summary.html").render(content, live=True, **self._links(request))
-        return JSONResponse({k: content[k] for k in ("figures", "summary", "running")})
+        return Response(
+            script_json({k: content[k] for k in ("figures", "summary", "running")}), media_type="application/json"
+        )
 
     async def file(self, request: Request) -> Response:
         """Style and scripts."""
@@ -151,8 +150,7 @@ class Site:
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def _run(self, request: Request) -> RunReader:
-        chosen = request.query_params.get("run", "0")
-        return self.runs[min(int(chosen), len(self.runs) - 1)] if chosen.isdigit() else self.runs[0]
+        return self.runs[min(_whole(request.query_params.get("run", "")), len(self.runs) - 1)]
 
     def _numbers(self, page: str, run: RunReader) -> dict[str, Any]:
         figures = {
@@ -227,6 +225,11 @@ class _Door(BaseHTTPMiddleware):
         return await call_next(request)
 
 
+def _whole(text: str) -> int:
+    """A number of an address, from 0 to a billion; 0 where it is none."""
+    return min(int(text), 10**9) if re.fullmatch(r"[0-9]{1,10}", text) else 0
+
+
 def _filter(request: Request) -> tuple[Filter, str]:
     """The filter of an address, and what of it could not be read, as a sentence."""
     given, problem = dict(request.query_params), ""
@@ -237,7 +240,10 @@ def _filter(request: Request) -> tuple[Filter, str]:
             continue
         try:
             bounds[name] = kind(text)
+            if not abs(bounds[name]) < 2**31:
+                raise ValueError(text)
         except ValueError:
+            bounds.pop(name, None)
             problem = f"“{text[:40]}” is no number, so “{LABELS[name]}” is left open."
     outcome = given.get("outcome", "")
     order = given.get("order", "newest")

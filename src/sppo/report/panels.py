@@ -228,9 +228,7 @@ def extremes(run: RunReader, count: int = 8) -> dict[str, list[dict[str, Any]]]:
         "easiest": recent.slice(max(0, recent.num_rows - count), count).to_pylist()[::-1],
     }
     for rows in chosen.values():
-        for row in rows:
-            found = run.rollout(row["step"], row["row"])
-            row["prompt"] = found["prompt"] if found else ""
+        run.with_texts(rows)
     return chosen
 
 

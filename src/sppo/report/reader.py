@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,13 +78,23 @@ class RunReader:
         if not (path / "recipe.toml").is_file() or not (path / "rollouts").is_dir():
             raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
-        self.config = Config.load(path / "recipe.toml")
+        self._recipe = (0, Config())
+        self.config  # noqa: B018 - a recipe that cannot be read is said now
         self._lock, self._following = threading.RLock(), threading.Lock()  # numbers do not wait for rollouts
         self._followed: dict[str, _Followed] = {name: _Followed() for name in ("metrics.jsonl", "alerts.jsonl")}
         self._narrow: dict[int, tuple[Stamp, pa.Table]] = {}
         self._rows: dict[int, tuple[Stamp, int]] = {}
         self._joined: tuple[int, pa.Table] = (-1, pa.table({}))
         self._changes = 0
+        self._loaded: tuple[tuple[str, int], Any] = (("", 0), None)  # the tokenizer
+
+    @property
+    def config(self) -> Config:
+        """The recipe as it is now: a resumed run may have more steps."""
+        stamp = (self.path / "recipe.toml").stat().st_mtime_ns
+        if self._recipe[0] != stamp:
+            self._recipe = (stamp, Config.load(self.path / "recipe.toml"))
+        return self._recipe[1]
 
     # -- numbers -----------------------------------------------------------------------------------------------------
 
@@ -96,10 +107,10 @@ class RunReader:
         return self._follow("alerts.jsonl")
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json`, or nothing while the run has not ended once."""
-        with contextlib.suppress(OSError, ValueError):
+        """`summary.json`; nothing while the run has not ended, or has gone on since it did."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             found: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
-            return found
+            return found if found.get("steps") == len(self.metrics()) else {}
         return {}
 
     def start(self) -> dict[str, Any]:
@@ -208,7 +219,7 @@ class RunReader:
             rows = table.slice(start, count).to_pylist()
         else:
             rows = _newest_first(table, start, count)
-        return table.num_rows, self._with_texts(rows)
+        return table.num_rows, self.with_texts(rows)
 
     def _newest(self, want: Filter, start: int, count: int) -> tuple[int, list[dict[str, Any]]]:
         """Without a filter but on steps, only the steps that are shown are read."""
@@ -219,11 +230,10 @@ class RunReader:
                 shown.append(step)
             before += n
         skipped = sum(n for s, n in inside if shown and s > shown[0])
-        return sum(n for _, n in inside), self._with_texts(
-            _newest_first(self._narrow_of(shown), start - skipped, count)
-        )
+        return sum(n for _, n in inside), self.with_texts(_newest_first(self._narrow_of(shown), start - skipped, count))
 
-    def _with_texts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def with_texts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the narrow columns, and the beginnings of their prompts and responses."""
         for step in {r["step"] for r in rows}:
             texts = self._texts(step)
             for r in rows:
@@ -262,6 +272,14 @@ class RunReader:
         except (OSError, pa.ArrowException, IndexError):
             return None
         return None
+
+    def text(self, step: int, row: int) -> str | None:
+        """A response, whole."""
+        try:
+            table = pq.read_table(self._file(step), columns=["response"])
+        except (OSError, pa.ArrowException):
+            return None
+        return table["response"][row].as_py() if row < table.num_rows else None
 
     def _texts(self, step: int) -> list[tuple[str, str]]:
         try:
@@ -323,7 +341,10 @@ class RunReader:
         from tokenizers import Tokenizer
 
         with contextlib.suppress(Exception):  # tokenizers raises bare Exceptions
-            return Tokenizer.from_file(str(files[-1]))
+            stamp = (str(files[-1]), files[-1].stat().st_mtime_ns)
+            if self._loaded[0] != stamp:
+                self._loaded = (stamp, Tokenizer.from_file(stamp[0]))
+            return self._loaded[1]
         return None
 
 
@@ -336,7 +357,7 @@ class _Followed:
     def read(self, path: Path) -> list[dict[str, Any]]:
         try:
             with path.open("rb") as file:
-                stat = path.stat()
+                stat = os.fstat(file.fileno())
                 if stat.st_size < self.at or stat.st_ino != self.inode:
                     self.at, self.inode, self.lines = 0, stat.st_ino, []
                 file.seek(self.at)

@@ -63,7 +63,7 @@ def _facts(run: RunReader) -> list[tuple[str, str]]:
         facts += [
             ("generated tokens", f"{s['generated_tokens']:,}"), ("training time", clock(s["seconds"])),
             ("peak memory", f"{s['peak_rss_bytes'] / 2**30:.2f} GiB"),
-            ("not gradable", f"{s['masked']} samples"), ("weights (sha256)", str(s["policy_sha256"])[:16]),
+            ("masked", f"{s['masked']} samples"), ("weights (sha256)", str(s["policy_sha256"])[:16]),
         ]  # fmt: skip
     return facts
 
@@ -81,7 +81,9 @@ def card(run: RunReader) -> str:
              and key not in ("eval/accuracy", "eval/low", "eval/high")]  # fmt: skip
     rows += [(name, f"{m:.3f}") for key, name in (("critic/ece", "critic: calibration error (ECE)"), ("critic/brier", "critic: Brier score"))
              if (m := panels.recent_mean(metrics, key)) is not None]  # fmt: skip
-    none = "Nothing." if metrics else "The run has no step yet."
+    watched = c.monitors.action != "off" and any(k.startswith(("monitor/", "text/")) for m in metrics for k in m)
+    none = "Nothing." if watched else "They were off, or the run is older than they are."
+    quarantined = int(sum(m.get("monitor/quarantined", 0) for m in metrics))
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sppo, reinforcement-learning, reasoning]",
         *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
@@ -94,7 +96,7 @@ def card(run: RunReader) -> str:
         "## Limits", "",
         f"The accuracy holds for problems like `{c.task.eval or c.task.train}`, judged by `{c.reward.use}`; nothing was measured on others. "
         f"One seed ({c.seed}) was run."
-        + (f" {s['masked']} samples could not be graded and trained nothing." if s.get("masked") else ""), "",
+        + (f" {s['masked']} samples were masked and trained nothing, {quarantined} of them by the monitors." if s.get("masked") else ""), "",
         "## Check it", "", "```", f"sppo audit verify {run.path}", f"sppo audit replay {run.path}", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -212,6 +212,13 @@ class AnswerReward:
         return None
 
 
+def choice_letter(task: Task) -> str | None:
+    """The letter of a multiple-choice row's reference, or None where the row has no options."""
+    options = _options(task)
+    answer = _given(task)
+    return None if options is None else _letter(answer if (gold := gold_of(task)) is None else gold, options)
+
+
 def _options(task: Task) -> list[str] | None:
     """The row's options in order, from `choices` or `options`: a list, or an object from letter to text."""
     for name in ("choices", "options"):

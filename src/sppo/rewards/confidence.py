@@ -18,8 +18,9 @@ from ..errors import RewardError
 from ..types import Rollout, Verdict
 
 _NUMBER = r"(\d{1,3}(?:\.\d{1,6})?|\.\d{1,6})"
+_END = r"(?!\d|[,./]\d)"  # "0,8" and "8/10" are not read as 0 and 8
 _STATED = re.compile(
-    rf"<confidence>\s*{_NUMBER}\s*(%?)\s*</confidence>|\bconfidence\W{{0,12}}(?:is\W{{0,3}})?{_NUMBER}\s*(%?)|(?<![A-Za-z])C:(\d\d)(?!\d)",
+    rf"<confidence>\s*{_NUMBER}\s*(%?)\s*</confidence>|\bconfidence\W{{0,3}}(?:is|:|=)\W{{0,5}}{_NUMBER}{_END}\s*(%?)|(?<![A-Za-z])C:(\d\d)(?=;|\s*$)",
     re.IGNORECASE,
 )
 

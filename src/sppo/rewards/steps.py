@@ -48,7 +48,11 @@ def build(
         return StepReward(_by_model(model, separator.replace("\\n", "\n")), f"steps:model={model}", split, score)
     room = "sppo.rewards" if check == "arithmetic" else "sppo.tasks"
     checker: Checker = resolve(check, room, "check_steps")
-    return StepReward(lambda rows: [checker(task, steps) for task, steps in rows], f"steps:check={check}", split, score)
+    reward = StepReward(
+        lambda rows: [checker(task, steps) for task, steps in rows], f"steps:check={check}", split, score
+    )
+    reward.checker = checker
+    return reward
 
 
 def _by_model(name: str, separator: str) -> Callable[[Sequence[tuple[Task, Sequence[str]]]], list[Any]]:
@@ -82,6 +86,8 @@ class StepReward:
         self, scorer: Callable[[Sequence[tuple[Task, Sequence[str]]]], Sequence[Any]], name: str, split: str, score: str
     ) -> None:
         self.scorer, self.name, self.split, self.score = scorer, name, split, score
+        self.checker: Checker | None = None
+        """What scores a step, if no model does: its code is part of the verifier's (audit/verifier.py)."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct (0.5 or more), wrong, unparseable (no step could be judged: 0), infra_error (too long for the model: masked)."""

@@ -33,7 +33,7 @@ class Tracker(Protocol):
     id: str
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's numbers, or those of the evaluation before the first (step 0 has none of its own then)."""
+        """One step's numbers, those of an evaluation after it included."""
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """The run has ended; `summary` is empty where it failed."""
@@ -69,7 +69,9 @@ class Trackers:
                 raise RecipeError(f"run.trackers: {text} does not start: {_first_line(error)}") from error
             ids[spec.name] = self.running[text].id
         if specs:
-            known.write_text(json.dumps(ids) + "\n")
+            part = known.with_suffix(".tmp")
+            part.write_text(json.dumps(ids) + "\n")
+            part.replace(known)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Give everybody a step's numbers (what is no number is left out)."""

@@ -283,11 +283,17 @@ class Run:
         m = self.config.monitors
         if not self.monitors.on:
             return gathered
-        rollouts, metrics = self.monitors.inspect(step, gathered.rollouts)
+        n = len(gathered.rollouts)
+        seen, metrics = self.monitors.inspect(step, gathered.seen, n)
+        rollouts, rest = seen[:n], iter(seen[n:])
         if m.work_every and step % m.work_every == 0:
-            kept = without_work(self.engine, self.policy, self.reward, rollouts, self.sampling, self.config.seed, step)
-            metrics |= self.monitors.work(step, kept)
-        return replace(gathered, rollouts=rollouts, metrics={**gathered.metrics, **metrics})
+            with contextlib.suppress(RewardError):  # that cannot judge a response that was cut
+                kept = without_work(
+                    self.engine, self.policy, self.reward, rollouts, self.sampling, self.config.seed, step
+                )
+                metrics |= self.monitors.work(step, kept)
+        thrown_away = [[next(rest) for _ in group] for group in gathered.thrown_away]
+        return replace(gathered, rollouts=rollouts, thrown_away=thrown_away, metrics={**gathered.metrics, **metrics})
 
     def record(
         self,
@@ -342,7 +348,10 @@ class Run:
         }
         self.health.look(metrics, verdicts + discarded)
         metrics |= self.monitors.look(step, batch.rollouts, metrics)
-        for alert in self.monitors.fetch():
+        alerts, notes = self.monitors.fetch()
+        for note in notes:
+            self.observer.note(note)
+        for alert in alerts:
             self.directory.alert(alert.as_dict())
             self.observer.note(f"warning: alert at step {step}: {alert.what} ({alert.why}); {alert.advice}")
             if alert.action == "stop":

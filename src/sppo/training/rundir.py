@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -102,9 +103,13 @@ class RunDirectory:
 
     def _acquire(self) -> None:
         lock = (self.path / "run.lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for last in (False, False, True):  # `sppo view` asks who holds it, and holds it itself for a moment
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if not last:
+                time.sleep(0.1)
+        else:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
             lock.close()

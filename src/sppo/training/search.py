@@ -219,7 +219,11 @@ class Search:
         known = list(self.solutions.values())
         chosen = np.random.Generator(np.random.Philox(key=sample_seed(self.run.config.seed, "lessons", step)))
         drawn = self._judged([known[i] for i in chosen.permutation(len(known))[: self.section.batch]])
-        right = [r for r, found in zip(drawn, self._outcomes(drawn), strict=True) if found is not None and found.solved]
+        no = self.run.monitors.refuses(drawn)
+        found = self._outcomes(drawn)
+        right = [
+            r for i, (r, f) in enumerate(zip(drawn, found, strict=True)) if f is not None and f.solved and i not in no
+        ]
         refused = len(drawn) - len(right)
         weights = [self.section.weight * max(0.0, 1 - v / self.section.enough) for v in self._chances(right)]
         taught = [(r, w) for r, w in zip(right, weights, strict=True) if w > 0]
