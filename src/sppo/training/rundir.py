@@ -68,6 +68,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._chain: AuditChain | None = None  # read once, at the first step that is recorded
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDirectory:
@@ -168,8 +169,8 @@ class RunDirectory:
             part = path.with_suffix(".tmp")
             pq.write_table(pa.table(columns, schema=ROLLOUT_SCHEMA), part, compression="zstd")
             os.replace(part, path)
-            chain = AuditChain(self.path / "audit.jsonl")
-            chain.append({"step": step, "rollouts_sha256": file_sha256(path), **audit})
+            self._chain = self._chain or AuditChain(self.path / "audit.jsonl")
+            self._chain.append({"step": step, "rollouts_sha256": file_sha256(path), **audit})
 
     def metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one step's object to metrics.jsonl; what is not finite is null, so that the file stays JSON."""
@@ -189,6 +190,7 @@ class RunDirectory:
 
     def forget_from(self, step: int) -> None:
         """Drop what steps ≥ `step` left behind: they will be run again, to the same result."""
+        self._chain = None
         for name in ("metrics.jsonl", "audit.jsonl", "buffer.jsonl", "alerts.jsonl"):
             path = self.path / name
             if path.exists():
