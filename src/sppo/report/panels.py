@@ -86,15 +86,43 @@ def story(run: RunReader) -> dict[str, Any]:
         _tile("response length", _number(recent_mean(metrics, "rollout/mean_tokens"), "{:.0f}"), "tokens each", "length"),
         _tile("speed", _number(recent_mean(metrics, "tokens_per_second"), "{:,.0f}"), "tokens a second, sampling and update", "speed"),
         _tile("step", f"{done:,}", f"of {total:,}" + (f", about {clock(left)} left" if going and left is not None else ""), "step"),
-        _tile("alerts", str(len(alerts)), "none raised" if not alerts else alerts[-1]["what"], "alerts" + (" bad" if alerts else "")),
+        _tile("alerts", str(len(alerts)), "none raised" if not alerts else str(alerts[-1].get("what")), "alerts" + (" bad" if alerts else "")),
     ]  # fmt: skip
     return {
         "sentence": _sentence(run, metrics, start, now, going),
+        "doubt": _doubt(alerts),
         "tiles": tiles,
-        "alerts": alerts[::-1],
+        "alerts": [_up_to_date(a, metrics) for a in reversed(alerts)],
         "running": going,
         "name": run.name,
     }
+
+
+OF_THE_VERIFIER = ("reference", "hidden", "second")
+"""Alerts after which accuracy is the verifier's word against theirs."""
+
+
+def _doubt(alerts: list[dict[str, Any]]) -> str:
+    fooled = any(a.get("monitor") in OF_THE_VERIFIER for a in alerts)
+    return (
+        "Do not believe this accuracy before you have read the alert: the verifier may be fooled, in the evaluation too."
+        if fooled
+        else ""
+    )
+
+
+def _up_to_date(alert: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
+    """An alert with every field that a page shows, and what its monitor sees by now."""
+    now = next((m[k] for m in reversed(metrics) if m.get(k := f"monitor/{alert.get('monitor')}") is not None), None)
+    known = {"what": "?", "why": "", "advice": "", "action": "warn", "since": "?", "monitor": "?"} | {
+        k: v for k, v in alert.items() if v is not None
+    }
+    evidence = (
+        [e for e in alert.get("evidence") or [] if isinstance(e, str)]
+        if isinstance(alert.get("evidence"), list)
+        else []
+    )
+    return known | {"evidence": evidence, "now": f"now: {now:.0%} of those looked at" if isinstance(now, float) else ""}
 
 
 def _sentence(run: RunReader, metrics: Metrics, start: dict[str, Any], now: dict[str, Any], going: bool) -> str:

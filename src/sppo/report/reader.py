@@ -368,7 +368,9 @@ class _Followed:
         fresh = []
         for line in whole.splitlines():
             with contextlib.suppress(ValueError):
-                fresh.append(json.loads(line))
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    fresh.append(found)
         self.at += len(whole)
         self.lines = [*self.lines, *fresh]  # a new list: whoever holds the old one reads on undisturbed
         return self.lines

@@ -72,7 +72,7 @@ def card(run: RunReader) -> str:
     """The model card: what was trained, on what, how well it does, what was looked at and what is not known."""
     c, s = run.config, run.summary()
     story = panels.story(run)
-    metrics, alerts = run.metrics(), run.alerts()
+    metrics = run.metrics()
     now: dict[str, Any] = next((m for m in reversed(metrics) if m.get("eval/accuracy") is not None), {})
     rows = [("held-out accuracy", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
     start = run.start()
@@ -88,11 +88,12 @@ def card(run: RunReader) -> str:
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sppo, reinforcement-learning, reasoning]",
         *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
         f"# {_cell(run.name)}", "",
-        f"`{c.policy.model}`, trained with `{c.objective.algorithm}` (sppo {__version__}) to solve `{c.task.train}`. {story['sentence']}", "",
+        f"`{c.policy.model}`, trained with `{c.objective.algorithm}` (sppo {__version__}) to solve `{c.task.train}`. "
+        f"{story['sentence']} {story['doubt']}".rstrip(), "",
         "## What was measured", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
         "## How it was trained", "", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in _facts(run)), "",
         "## What the monitors raised", "",
-        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])})" for a in alerts] or [none]), "",
+        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])})" for a in story["alerts"]] or [none]), "",
         "## Limits", "",
         f"The accuracy holds for problems like `{c.task.eval or c.task.train}`, judged by `{c.reward.use}`; nothing was measured on others. "
         f"One seed ({c.seed}) was run."
