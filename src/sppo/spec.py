@@ -100,7 +100,9 @@ def resolve(name: str, package: str, factory: str) -> Any:
         try:
             return getattr(importlib.import_module(module), attribute)
         except ImportError as error:
-            raise RecipeError(f"{name!r} cannot be imported: {error}") from error
+            raise RecipeError(
+                f"{name!r} cannot be imported: {error} (stand in its folder, or name that in PYTHONPATH)"
+            ) from error
         except AttributeError as error:
             raise RecipeError(f"module {module!r} has no {attribute!r}") from error
     candidates = [m for m in modules_in(package) if offers(f"{package}.{m}", factory)]

@@ -72,9 +72,11 @@ def tab(browser):
 @pytest.fixture(scope="session")
 def serve():
     """Start `sppo view` on some runs; returns its address."""
-    started = []
+    started, addresses = [], {}
 
     def start(*runs: Path, options: tuple[str, ...] = ()) -> str:
+        if (key := (runs, options)) in addresses:
+            return addresses[key]
         command = [sys.executable, "-m", "sppo.cli.main", "view", *map(str, runs), "--port", "0", *options]
         process = subprocess.Popen(
             command,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from sppo.cli.main import main
+from sppo.report.reader import open_runs
+from sppo.report.single import write
 
 from .conftest import made_run
 
@@ -126,7 +129,8 @@ def test_one_rollout_whole(site, run, tab):
     assert f"{r['value']:.1%}" in facts
     assert f"{r['advantage']:+.3f}" in facts
     assert ("not clipped" in facts) == (r["clipped"] == 0)
-    assert json.loads(r["evidence"])["gold"] in tab.locator("table.evidence").inner_text()
+    assert json.loads(r["evidence"])["gold"] in tab.locator("table.evidence").last.inner_text()
+    assert json.loads(r["task"])["columns"]["answer"] in tab.locator("table.evidence").first.inner_text()
     before = tab.locator(".t").first.evaluate("e => getComputedStyle(e).backgroundColor")
     tab.locator("input[value=r]").check()
     assert tab.locator(".tokens.by-r").count() == 1
@@ -225,13 +229,52 @@ def test_several_runs_are_overlaid(run, serve, tab, tmp_path_factory):
     drawn(tab)
     names = tab.evaluate("figures.find(f => f.id === 'reward').traces.map(t => t.name)")
     assert names == ["first", "second"]
-    tab.select_option("select[name=run]", "1")
-    tab.wait_for_url("**/?run=1")
     tab.keyboard.press("r")
+    tab.wait_for_url("**/rollouts")
+    tab.select_option("select[name=run]", "1")
     tab.wait_for_url("**/rollouts?run=1")
     assert tab.locator("#total").inner_text() == "180"
     tab.locator("tr[data-row] a").first.click()
     assert tab.locator("h1").inner_text().startswith("Rollout 2:0")
+
+
+def test_an_alert_leads_to_its_own_runs_rollouts(run, serve, tab, tmp_path):
+    fooled = tmp_path / "fooled"
+    shutil.copytree(run, fooled)
+    alert = {
+        "step": 2, "monitor": "reference", "what": "paid whatever", "since": 1, "why": "3 of 16", "advice": "read them", "action": "warn",
+        "evidence": ["2:7", "1:3"],
+    }  # fmt: skip
+    (fooled / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    site = serve(run, fooled).rstrip("/")
+    tab.goto(site)
+    assert tab.locator(".doubt").count() == 1
+    assert "raised at step 2, probably since step 1" in tab.locator(".alert").inner_text()
+    tab.locator(".alert a").first.click()
+    tab.wait_for_url("**/rollouts/2/7?run=1")
+    assert "An alert points at this response" in tab.locator("main").inner_text()
+    tab.goto(f"{site}/rollouts/2/7")
+    assert "An alert points" not in tab.locator("main").inner_text()
+    tab.goto(f"{site}/health?run=1")
+    assert tab.locator(".alert").count() == 1
+    page, card = write(open_runs([str(fooled)])[0], tmp_path / "report")
+    tab.goto(page.as_uri())
+    tab.locator(".alert a").first.click()
+    assert tab.locator("#r-2-7[open] .t").count() > 0
+    assert "Do not believe" in card.read_text()
+
+
+def test_a_run_that_goes_away_takes_nothing_with_it(run, serve, tab, tmp_path):
+    gone = tmp_path / "gone"
+    shutil.copytree(run, gone)
+    site = serve(run, gone).rstrip("/")
+    tab.goto(site)
+    shutil.rmtree(gone)
+    for page in ("", "rollouts?run=1", "critic?run=1", "health?run=1", "rollouts/1/1", "rollouts"):
+        answer = tab.goto(f"{site}/{page}")
+        assert answer.status == 200, page
+    tab.goto(site)
+    assert "directory is gone" in tab.locator("main").inner_text()
 
 
 def test_the_report_needs_no_network(run, browser, tmp_path, capsys):

@@ -45,6 +45,35 @@ def test_a_sound_run_is_sound(run, capsys):
     assert json.loads(said[-1]) == {"sound": True, "steps": STEPS, "damage": []}
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "alerts.jsonl", "recipe.toml"])
+def test_numbers_alerts_and_recipe_are_vouched_for(run, tmp_path, name):
+    """One changed byte, a line less, a line more, and no file at all."""
+    rng = random.Random(7)
+    for n in range(24):
+        copy = tmp_path / f"{name}-{n}"
+        shutil.copytree(run, copy)
+        alerts = copy / "alerts.jsonl"
+        assert not alerts.exists()
+        path = copy / name
+        if name == "alerts.jsonl":
+            path.write_text(json.dumps({"step": rng.randrange(STEPS + 2)}) + "\n")
+        elif n % 4 == 0:
+            path.unlink()
+        elif n % 4 == 1:
+            lines = path.read_text().splitlines(keepends=True)
+            del lines[rng.randrange(len(lines))]
+            path.write_text("".join(lines))
+        elif n % 4 == 2:
+            path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0])
+        else:
+            data = bytearray(path.read_bytes())
+            data[rng.randrange(len(data) - 1)] ^= 1
+            path.write_bytes(bytes(data))
+        found = list(verify(copy))
+        assert found, (name, n)
+        assert any(name in what or "tells of" in what or "cannot" in what for _, what in found)
+
+
 def test_any_change_is_found_and_the_step_named(run, tmp_path):
     """200 single changes of one byte, deletions of a byte or a line or a file, and swaps of lines, files and neighbouring bytes."""
     rng = random.Random(5)

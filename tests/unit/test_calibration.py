@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sppo.errors import RewardError
+from sppo.errors import RecipeError
 from sppo.evaluation.calibration import calibration, reliability, risk_coverage
 from sppo.evaluation.evaluate import calibrations
 from sppo.objective.diagnostics import expected_calibration_error
@@ -98,9 +98,12 @@ def test_it_is_a_proper_score():
         assert qs[np.argmax(p * right + (1 - p) * wrong)] == pytest.approx(100 * p)
 
 
-def test_alone_it_says_what_is_missing():
-    with pytest.raises(RewardError, match="write answer \\+ confidence"):
-        load_reward("confidence").judge([_rollout("C:80;A:4")])
+@pytest.mark.parametrize(
+    "use", ["confidence", "confidence + answer", "answer gate confidence", "answer and confidence", "0.5 * confidence"]
+)
+def test_out_of_its_place_it_says_where_it_belongs(use):
+    with pytest.raises(RecipeError, match="write answer \\+ confidence"):
+        load_reward(use)
 
 
 def test_chains_that_state_a_confidence():

@@ -63,7 +63,10 @@ class Reference(Verifying):
 
     name = "reference"
     what = "responses are rewarded whatever the reference says"
-    advice = "read them: the verifier has a hole; close it (a stricter extraction, hidden tests), or mask them: monitors.action = 'quarantine'"
+    advice = (
+        "read them: the verifier has a hole. What the policy can do, a stricter one tells: sppo eval RUN --reward …. Close the hole, or mask what uses it: "
+        "monitors.action = 'quarantine'"
+    )
 
     def __init__(self, reward: Reward) -> None:
         super().__init__(Rate(0.1, learn=0))

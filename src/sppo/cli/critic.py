@@ -35,6 +35,8 @@ def add(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from ..models.critic import Critic
+    from ..models.pretrained import pick_device
     from ..training.rundir import newest_policy, write_atomic
 
     source, out = newest_policy(Path(args.path)).parent / "critic", Path(args.out)
@@ -45,6 +47,7 @@ def _export(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; choose another folder for the critic")
     run = source.parent.parent.parent
+    Critic.load(str(source), dtype="auto", device=pick_device(), seed=0)  # what cannot be read must not be handed on
     shutil.copytree(source, out, dirs_exist_ok=True)
     write_atomic(out / "README.md", _card(run, source))
     emit(

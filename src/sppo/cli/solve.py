@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise UserError("--samples must be at least 1")
+    if any(0xD800 <= ord(c) < 0xE000 for c in args.question):
+        raise UserError("the question is no text: it holds bytes that are not UTF-8")
     if not args.question.strip():
         raise UserError("the question is empty")
     loaded = Loaded(args.model, with_critic=True)

@@ -34,6 +34,7 @@ PAGE = 50
 """Rollouts on a page."""
 KINDS = {"app.js": "text/javascript", "style.css": "text/css", "plotly.js": "text/javascript"}
 POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'none'"
+HEALTH_ALERTS = '{% for s in stories %}{% include "_alerts.html" %}{% endfor %}'
 FIELDS: dict[str, Callable[[str], Any]] = {
     "first": int, "last": int, "shortest": int, "longest": int, "lowest": float, "highest": float,
 }  # fmt: skip
@@ -133,9 +134,11 @@ class Site:
         if page not in ("overview", "health", "critic"):
             return JSONResponse({}, status_code=404)
         content = await run_in_threadpool(self._numbers, page, self._run(request))
+        content["alerts"] = self.env.from_string(HEALTH_ALERTS).render(content, live=True, **self._links(request))
         content["summary"] = self.env.get_template("_summary.html").render(content, live=True, **self._links(request))
         return Response(
-            script_json({k: content[k] for k in ("figures", "summary", "running")}), media_type="application/json"
+            script_json({k: content[k] for k in ("figures", "summary", "alerts", "running")}),
+            media_type="application/json",
         )
 
     async def file(self, request: Request) -> Response:
@@ -158,7 +161,8 @@ class Site:
             "health": lambda: panels.health([run]),
             "critic": lambda: panels.critic(run),
         }.get(page, list)()
-        stories = [panels.story(r) for r in (self.runs if page == "overview" else [run])]
+        shown = self.runs if page == "overview" else [run]
+        stories = [{**panels.story(r), "index": self.runs.index(r)} for r in shown]
         return {"figures": figures, "stories": stories, "running": any(s["running"] for s in stories), "page": page}
 
     async def _page(
@@ -244,7 +248,7 @@ def _filter(request: Request) -> tuple[Filter, str]:
                 raise ValueError(text)
         except ValueError:
             bounds.pop(name, None)
-            problem = f"“{text[:40]}” is no number, so “{LABELS[name]}” is left open."
+            problem += f"“{text[:40]}” is no number that could be meant, so “{LABELS[name]}” is left open. "
     outcome = given.get("outcome", "")
     order = given.get("order", "newest")
     return Filter(

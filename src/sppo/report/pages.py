@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters |= {
+        "quoted": lambda path: shlex.quote(visible(path)),
         "visible": visible,
         "shortened": shortened,
         "script_json": script_json,
@@ -82,7 +85,7 @@ def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
     ends = _step_ends(found["response"], evidence)
     tokens, at, step = [], 0, 0
     for i, piece in enumerate(pieces):
-        chance = 2.718281828459045 ** min(float(logps[i]), 0.0)
+        chance = math.exp(min(float(logps[i]), 0.0))
         log_ratio = float(ratios[i]) if ratios else 0.0
         tokens.append({"text": visible(piece).replace("\n", "⏎\n"), "p": chance, "log_ratio": log_ratio, "step": step})
         at += len(piece)
@@ -98,8 +101,39 @@ def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
     return {
         **found, "steps": [s for s in steps if s["tokens"]], "evidence_rows": _rows(evidence), "surprised": surprised,
         "shown_tokens": len(ids), "total_tokens": len(found["response_ids"]), "sequence_logp": sum(found["logps"]),
-        "sequence_ratio": sum(ratios) if ratios else None, "has_ratio": bool(ratios) and any(ratios),
+        "sequence_ratio": sum(ratios) if ratios else None, "ratio": math.exp(min(sum(ratios), 700.0)) if ratios else None,
+        "columns": _columns(found["task"]), "cited": _cited(run, found), "has_ratio": bool(ratios) and any(ratios),
     }  # fmt: skip
+
+
+def _columns(task: str | None) -> list[tuple[str, str]]:
+    """What the row gave to the rewards: its reference answer, its tests, whatever it has."""
+    try:
+        columns = json.loads(task or "{}").get("columns", {})
+    except (ValueError, AttributeError):
+        return []
+    return _rows(columns) if isinstance(columns, dict) else []
+
+
+WHY_HERE = {
+    "reference": "Judged as an answer to other problems with other references, it is right for those too.",
+    "hidden": "It passes the visible tests and fails a hidden one.",
+    "second": "The second verifier rejects it.",
+}
+
+
+def _cited(run: RunReader, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Alerts that point at this rollout."""
+    name = f"{found['step']}:{found['row']}"
+    alerts = [a for a in run.alerts() if isinstance(a.get("evidence"), list) and name in a["evidence"]]
+    return [
+        {
+            "what": a.get("what", "?"),
+            "monitor": a.get("monitor", "?"),
+            "why_here": WHY_HERE.get(str(a.get("monitor")), ""),
+        }
+        for a in alerts
+    ]
 
 
 def _step_ends(text: str, evidence: dict[str, Any]) -> list[int]:

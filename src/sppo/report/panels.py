@@ -35,8 +35,9 @@ CURVES = {
     "speed": ("tokens_per_second", "Speed", "tokens/s", "Generated tokens a second of sampling and update together."),
     "ess": ("ratio/ess", "Effective sample size", "share",
             "Of the importance weights: near 1 is on policy; below 0.1 the update hears a few samples only."),
-    "clip": ("ratio/clip_fraction", "Clipped", "share", "Share of ratios that the clip cut off, from the second minibatch on."),
-    "kl": ("policy/kl_step", "Movement of a step", "nats a token", "KL from the policy that sampled to the one that half the updates have made."),
+    "clip": ("ratio/clip_fraction", "Clipped", "share", "Share of ratios that the clip cut off. The first minibatch of a step has none: its ratio is 1."),
+    "kl": ("policy/kl_step", "How far a step moves the policy", "nats a token",
+           "KL between the policy that sampled and the policy half-way through the step's updates."),
     "entropy": ("policy/entropy", "Entropy", "nats a token",
                 "Of the next token. At 0 while the reward is far from its top, the policy has stopped exploring."),
     "gradient": ("update/grad_norm", "Gradient norm", "norm", "Before it is scaled down to training.max_grad_norm."),
@@ -79,18 +80,22 @@ def story(run: RunReader) -> dict[str, Any]:
     total, done = run.config.training.steps, len(metrics)
     now = _last_evaluation(metrics)
     spent = [_seconds(m) for m in metrics]
-    left = float(np.mean(spent[-RECENT:])) * (total - done) if spent else None
+    left = float(np.mean(spent[-RECENT:])) * max(total - done, 0) if spent else None
+    doubt = _doubt(run, alerts, done)
+    count, seen = ("0", "none raised") if watched(run) else ("–", "not watched in this run")
+    if alerts:
+        count, seen = str(len(alerts)), str(alerts[-1].get("what"))
     tiles = [
-        _tile("held-out accuracy", _percent(now.get("accuracy")), _interval(now), "accuracy"),
-        _tile("training reward", _number(recent_mean(metrics, "reward/mean")), f"mean of the last {min(RECENT, done)} steps", "reward"),
+        _tile("held-out accuracy", _percent(now.get("accuracy")), _interval(now), "accuracy" + (" bad" if doubt else "")),
+        _tile("training reward", _number(recent_mean(metrics, "reward/mean")), f"mean of the last {min(RECENT, done)} steps" if done else "", "reward"),
         _tile("response length", _number(recent_mean(metrics, "rollout/mean_tokens"), "{:.0f}"), "tokens each", "length"),
         _tile("speed", _number(recent_mean(metrics, "tokens_per_second"), "{:,.0f}"), "tokens a second, sampling and update", "speed"),
         _tile("step", f"{done:,}", f"of {total:,}" + (f", about {clock(left)} left" if going and left is not None else ""), "step"),
-        _tile("alerts", str(len(alerts)), "none raised" if not alerts else str(alerts[-1].get("what")), "alerts" + (" bad" if alerts else "")),
+        _tile("alerts", count, seen, "alerts" + (" bad" if alerts else "")),
     ]  # fmt: skip
     return {
         "sentence": _sentence(run, metrics, start, now, going),
-        "doubt": _doubt(alerts),
+        "doubt": doubt,
         "tiles": tiles,
         "alerts": [_up_to_date(a, metrics) for a in reversed(alerts)],
         "running": going,
@@ -102,13 +107,20 @@ OF_THE_VERIFIER = ("reference", "hidden", "second")
 """Alerts after which accuracy is the verifier's word against theirs."""
 
 
-def _doubt(alerts: list[dict[str, Any]]) -> str:
-    fooled = any(a.get("monitor") in OF_THE_VERIFIER for a in alerts)
-    return (
-        "Do not believe this accuracy before you have read the alert: the verifier may be fooled, in the evaluation too."
-        if fooled
-        else ""
-    )
+def watched(run: RunReader) -> bool:
+    """Whether monitors looked at the run: they may be off, or younger than it."""
+    on = run.config.monitors.action != "off"
+    return on and any(k.startswith(("monitor/", "text/")) for m in run.metrics()[-RECENT:] for k in m)
+
+
+def _doubt(run: RunReader, alerts: list[dict[str, Any]], done: int) -> str:
+    if not run.path.is_dir():
+        return "Its directory is gone; this is what was read before."
+    if any(a.get("monitor") in OF_THE_VERIFIER for a in alerts):
+        return "Do not believe this accuracy before you have read the alert: the verifier may be fooled, in the evaluation too."
+    if (there := len(run.steps())) > done + 1:
+        return f"metrics.jsonl tells of {done} steps, and there are rollouts of {there}: sppo audit verify says what is damaged."
+    return ""
 
 
 def _up_to_date(alert: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
@@ -122,7 +134,7 @@ def _up_to_date(alert: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
         if isinstance(alert.get("evidence"), list)
         else []
     )
-    return known | {"evidence": evidence, "now": f"now: {now:.0%} of those looked at" if isinstance(now, float) else ""}
+    return known | {"evidence": evidence, "now": f"now: {now:.0%} of those looked at" if now is not None else ""}
 
 
 def _sentence(run: RunReader, metrics: Metrics, start: dict[str, Any], now: dict[str, Any], going: bool) -> str:
@@ -309,7 +321,9 @@ def _several(metrics: Metrics, name: str, title: str, unit: str, named: dict[str
         for i, ((x, y), label) in enumerate(found)
         if x
     ]
-    return _figure(name, title, named["read"], traces, y=unit)
+    figure = _figure(name, title, named["read"], traces, y=unit)
+    figure["layout"]["yaxis"] |= {"tickformat": ".0%"} if unit == "share" else {}
+    return figure
 
 
 def _outcomes(metrics: Metrics) -> Figure:
@@ -376,11 +390,11 @@ def _figure(
     xpercent: bool = False,
     square: bool = False,
 ) -> Figure:
-    layout: dict[str, Any] = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    layout: dict[str, Any] = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y, "standoff": 10}}}
     if percent:
-        layout["yaxis"] |= {"tickformat": ".0%", "range": [0, 1.02]}
+        layout["yaxis"] |= {"tickformat": ".0%", "range": [-0.02, 1.04] if square else [0, 1.02]}
     if square or xpercent:
-        layout["xaxis"] |= {"tickformat": ".0%", "range": [-0.02, 1.02]}
+        layout["xaxis"] |= {"tickformat": ".0%", "range": [-0.04, 1.04]}
     shown = [t for t in traces if len(t.get("x", ())) and t.get("hoverinfo") != "skip"]
     layout["showlegend"] = len({t.get("name") for t in shown if t.get("name")}) > 1
     return {"id": name, "title": title, "read": read, "traces": traces if shown else [], "layout": layout}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +83,7 @@ class RunReader:
         self._recipe = (0, Config())
         self.config  # noqa: B018 - a recipe that cannot be read is said now
         self._lock, self._following = threading.RLock(), threading.Lock()  # numbers do not wait for rollouts
-        self._followed: dict[str, _Followed] = {name: _Followed() for name in ("metrics.jsonl", "alerts.jsonl")}
+        self._followed = {"metrics.jsonl": _Followed(_numbers), "alerts.jsonl": _Followed()}
         self._narrow: dict[int, tuple[Stamp, pa.Table]] = {}
         self._rows: dict[int, tuple[Stamp, int]] = {}
         self._joined: tuple[int, pa.Table] = (-1, pa.table({}))
@@ -91,15 +93,18 @@ class RunReader:
     @property
     def config(self) -> Config:
         """The recipe as it is now: a resumed run may have more steps."""
-        stamp = (self.path / "recipe.toml").stat().st_mtime_ns
-        if self._recipe[0] != stamp:
-            self._recipe = (stamp, Config.load(self.path / "recipe.toml"))
+        with (
+            contextlib.suppress(OSError) if self._recipe[0] else contextlib.nullcontext()
+        ):  # a run that is gone keeps the one it had
+            stamp = (self.path / "recipe.toml").stat().st_mtime_ns
+            if self._recipe[0] != stamp:
+                self._recipe = (stamp, Config.load(self.path / "recipe.toml"))
         return self._recipe[1]
 
     # -- numbers -----------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One object a step, as far as the run has come."""
+        """One object a step, as far as the run has come; what is no number is left out."""
         return self._follow("metrics.jsonl")
 
     def alerts(self) -> list[dict[str, Any]]:
@@ -116,13 +121,14 @@ class RunReader:
     def start(self) -> dict[str, Any]:
         """The held-out evaluation before the first step, or nothing before it was made."""
         with contextlib.suppress(OSError, ValueError):
-            found: dict[str, Any] = json.loads((self.path / "start.json").read_text())
-            return found
+            found = json.loads((self.path / "start.json").read_text())
+            if isinstance(found, dict) and isinstance(found.get("accuracy"), float):
+                return _numbers(found)
         s = self.summary()
         known = {
             key: s.get(f"accuracy_before{end}") for key, end in (("accuracy", ""), ("low", "_low"), ("high", "_high"))
         }
-        return known if known["accuracy"] is not None else {}
+        return known if isinstance(known["accuracy"], float) else {}
 
     def running(self) -> bool:
         """Whether a process owns the run now."""
@@ -182,15 +188,17 @@ class RunReader:
                 there[int(path.stem[5:])] = (stat.st_mtime_ns, stat.st_size)
         return there
 
-    def _counts(self) -> list[tuple[int, int]]:
+    def counts(self) -> list[tuple[int, int]]:
         """(step, rollouts) in order, from the files' footers."""
         with self._lock:
             there = self._stamps()
             for step, stamp in there.items():
                 if self._rows.get(step, (None, 0))[0] != stamp:
+                    rows = 0  # a damaged file
                     with contextlib.suppress(OSError, pa.ArrowException):
-                        self._rows[step] = (stamp, pq.read_metadata(self._file(step)).num_rows)
-            return [(s, self._rows[s][1]) for s in sorted(there) if s in self._rows]
+                        rows = pq.read_metadata(self._file(step)).num_rows
+                    self._rows[step] = (stamp, rows)
+            return [(s, self._rows[s][1]) for s in sorted(there) if self._rows[s][1]]
 
     def find(self, want: Filter, start: int = 0, count: int = 50) -> tuple[int, list[dict[str, Any]]]:
         """How many rollouts a filter lets through, and some of them with the beginnings of their texts."""
@@ -223,7 +231,7 @@ class RunReader:
 
     def _newest(self, want: Filter, start: int, count: int) -> tuple[int, list[dict[str, Any]]]:
         """Without a filter but on steps, only the steps that are shown are read."""
-        inside = [(s, n) for s, n in self._counts() if (want.first or 0) <= s and (want.last is None or s <= want.last)]
+        inside = [(s, n) for s, n in self.counts() if (want.first or 0) <= s and (want.last is None or s <= want.last)]
         shown, before = [], 0
         for step, n in reversed(inside):
             if before < start + count and before + n > start:
@@ -243,7 +251,7 @@ class RunReader:
 
     def beside(self, step: int, row: int) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         """The rollouts before and after one, over the ends of its step."""
-        counts = self._counts()
+        counts = self.counts()
         at = next((i for i, (s, n) in enumerate(counts) if s == step and row < n), None)
         if at is None:
             return None, None
@@ -284,7 +292,7 @@ class RunReader:
     def _texts(self, step: int) -> list[tuple[str, str]]:
         try:
             table = pq.read_table(self._file(step), columns=["prompt", "response"])
-        except (OSError, pa.ArrowException):
+        except (OSError, pa.ArrowException, KeyError):
             return []
         cut = [pc.utf8_slice_codeunits(table[name], 0, 400).to_pylist() for name in ("prompt", "response")]
         return list(zip(*cut, strict=True))
@@ -299,9 +307,9 @@ class RunReader:
                 table = table.append_column("tokens", lengths.cast(pa.int32()))
             if "clipped" not in names:
                 table = table.append_column("clipped", pa.nulls(table.num_rows, pa.float32()))
-        except (OSError, pa.ArrowException):
+            table = table.select(list(NARROW))
+        except (OSError, pa.ArrowException, KeyError):
             return None  # being replaced, or damaged: `sppo audit verify` says which
-        table = table.select(list(NARROW))
         surprise = pc.abs(pc.subtract(table["correct"], table["value"]))
         surprise = pc.if_else(table["masked"], pa.scalar(None, pa.float32()), surprise)
         table = table.append_column("surprise", surprise)
@@ -351,8 +359,8 @@ class RunReader:
 class _Followed:
     """A file of JSON lines that grows, and is made shorter when a run is resumed."""
 
-    def __init__(self) -> None:
-        self.at, self.inode, self.lines = 0, 0, list[dict[str, Any]]()
+    def __init__(self, keep: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
+        self.at, self.inode, self.lines, self.keep = 0, 0, list[dict[str, Any]](), keep
 
     def read(self, path: Path) -> list[dict[str, Any]]:
         try:
@@ -369,11 +377,17 @@ class _Followed:
         for line in whole.splitlines():
             with contextlib.suppress(ValueError):
                 found = json.loads(line)
-                if isinstance(found, dict):
-                    fresh.append(found)
+                if isinstance(found, dict) and isinstance(found.get("step"), int):
+                    fresh.append(self.keep(found))
         self.at += len(whole)
         self.lines = [*self.lines, *fresh]  # a new list: whoever holds the old one reads on undisturbed
         return self.lines
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    }
 
 
 def open_runs(paths: list[str]) -> list[RunReader]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,11 @@ from .pages import STATIC, environment, rollout_view, visible
 from .progress import clock
 from .reader import Filter, RunReader
 
+NAMES = {
+    "eval/right_by_wrong_steps": "right answers by a wrong step, of those whose steps can be judged",
+    "eval/steps_judged_share": "right answers whose steps can be judged",
+    "eval/mean_tokens": "tokens a response",
+}
 CHOSEN = 6
 """Rollouts of each kind in the file."""
 KINDS = (
@@ -31,7 +38,7 @@ def html(run: RunReader) -> str:
     figures = {"overview": panels.overview([run]), "critic": panels.critic(run), "health": panels.health([run])}
     scripts = {"plotly": plotly_script().decode(), "js": (STATIC / "app.js").read_text()}
     return environment().get_template("report.html").render(
-        page="overview", live=False, runs=[run], run=run, chosen=0, stories=[panels.story(run)], pages=figures,
+        page="overview", live=False, runs=[run], run=run, chosen=0, stories=[{**panels.story(run), "index": 0}], pages=figures,
         figures=[f for page in figures.values() for f in page], extremes=panels.extremes(run), chosen_rollouts=_chosen(run),
         facts=_facts(run), recipe=run.config.to_toml(), version=__version__, date=date.today().isoformat(),
         css=Markup((STATIC / "style.css").read_text()),
@@ -41,12 +48,16 @@ def html(run: RunReader) -> str:
 
 def _chosen(run: RunReader) -> list[dict[str, Any]]:
     steps = run.steps()
-    groups = []
+    groups: list[dict[str, Any]] = []
+    ids = dict.fromkeys(e for a in panels.story(run)["alerts"] for e in a["evidence"])
+    places = [tuple(map(int, e.split(":"))) for e in ids if re.fullmatch(r"\d{1,9}:\d{1,9}", e)]
+    if cited := [f for place in places if (f := run.rollout(*place)) is not None]:
+        groups.append({"title": "Cited by alerts", "cited": True, "rollouts": [rollout_view(run, f) for f in cited]})
     for title, want in KINDS:
         _, rows = run.find(Filter(first=steps[-1] - panels.RECENT + 1 if steps else None, **want), 0, CHOSEN)
         found = [f for row in rows if (f := run.rollout(row["step"], row["row"])) is not None]
         if found:
-            groups.append({"title": title, "rollouts": [rollout_view(run, f) for f in found]})
+            groups.append({"title": title, "cited": False, "rollouts": [rollout_view(run, f) for f in found]})
     return groups
 
 
@@ -55,13 +66,14 @@ def _facts(run: RunReader) -> list[tuple[str, str]]:
     facts = [
         ("policy", c.policy.model), ("algorithm", c.objective.algorithm), ("problems", c.task.train),
         ("held-out problems", c.task.eval or "the held-out share of these"), ("judged by", c.reward.use),
-        ("prompts × samples a step", f"{c.rollout.prompts} × {c.rollout.samples}"), ("seed", str(c.seed)), ("recipe (sha256)", c.sha256[:16]),
+        ("prompts × samples a step", f"{c.rollout.prompts} × {c.rollout.samples}"), ("seed", str(c.seed)),
+        ("recipe (sha256)", str(s.get("recipe_sha256", c.sha256))[:16]),
     ]  # fmt: skip
     if c.critic_reads:
         facts.insert(1, ("critic", c.critic.model))
     if s:
         facts += [
-            ("generated tokens", f"{s['generated_tokens']:,}"), ("training time", clock(s["seconds"])),
+            ("generated tokens", f"{s['generated_tokens']:,}"), ("training time, supervised start included", clock(s["seconds"])),
             ("peak memory", f"{s['peak_rss_bytes'] / 2**30:.2f} GiB"),
             ("masked", f"{s['masked']} samples"), ("weights (sha256)", str(s["policy_sha256"])[:16]),
         ]  # fmt: skip
@@ -77,13 +89,13 @@ def card(run: RunReader) -> str:
     rows = [("held-out accuracy", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
     start = run.start()
     rows.append(("… before training", _share(start, "accuracy", "low", "high")))
-    rows += [(key.removeprefix("eval/").replace("_", " "), f"{now[key]:.3f}") for key in sorted(now) if key.startswith("eval/") and now[key] is not None
-             and key not in ("eval/accuracy", "eval/low", "eval/high")]  # fmt: skip
+    measured = [k for k in sorted(now) if k.startswith("eval/") and k not in ("eval/accuracy", "eval/low", "eval/high")]
+    rows += [(NAMES.get(k, k.removeprefix("eval/").replace("_", " ")), f"{now[k]:.3f}") for k in measured]
     rows += [(name, f"{m:.3f}") for key, name in (("critic/ece", "critic: calibration error (ECE)"), ("critic/brier", "critic: Brier score"))
              if (m := panels.recent_mean(metrics, key)) is not None]  # fmt: skip
-    watched = c.monitors.action != "off" and any(k.startswith(("monitor/", "text/")) for m in metrics for k in m)
-    none = "Nothing." if watched else "They were off, or the run is older than they are."
+    none = "Nothing." if panels.watched(run) else "They were off, or the run is older than they are."
     quarantined = int(sum(m.get("monitor/quarantined", 0) for m in metrics))
+    path = shlex.quote(visible(run.path.resolve().name if str(run.path) == "." else run.path))
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sppo, reinforcement-learning, reasoning]",
         *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
@@ -93,12 +105,12 @@ def card(run: RunReader) -> str:
         "## What was measured", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
         "## How it was trained", "", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in _facts(run)), "",
         "## What the monitors raised", "",
-        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])})" for a in story["alerts"]] or [none]), "",
+        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])}{'; ' + a['now'] if a['now'] else ''})" for a in story["alerts"]] or [none]), "",
         "## Limits", "",
         f"The accuracy holds for problems like `{c.task.eval or c.task.train}`, judged by `{c.reward.use}`; nothing was measured on others. "
         f"One seed ({c.seed}) was run."
         + (f" {s['masked']} samples were masked and trained nothing, {quarantined} of them by the monitors." if s.get("masked") else ""), "",
-        "## Check it", "", "```", f"sppo audit verify {run.path}", f"sppo audit replay {run.path}", "```", "",
+        "## Check it", "", "```", f"sppo audit verify {path}", f"sppo audit replay {path}", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

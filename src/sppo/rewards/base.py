@@ -38,8 +38,17 @@ class Reward(Protocol):
 def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Reward:
     """The reward that `reward.use` names, or that a Python user passes (a callable or an object with `judge`).
 
-    `limit`: seconds that one call of a user's own may take.
+    `limit`: seconds that one call of a user's own may take. Raises RecipeError, also for one that is a part of a sum only.
     """
+    reward = _load(use, limit)
+    if getattr(reward, "beside", False):
+        raise RecipeError(
+            f"reward {use!r} is about what another part says is right: write answer + {use} (or math, code)"
+        )
+    return reward
+
+
+def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
     if not isinstance(use, str):
         return _adapt(use, getattr(use, "__name__", type(use).__name__), limit)
     if use == GIVEN:
@@ -49,9 +58,13 @@ def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT) ->
     from .combine import MixedReward, Part, is_mixture, parse_mixture
 
     if is_mixture(use):
-        return MixedReward(
-            [Part(spec, load_reward(spec, limit), role, weight) for role, weight, spec in parse_mixture(use)]
-        )
+        parts = [Part(spec, _load(spec, limit), role, weight) for role, weight, spec in parse_mixture(use)]
+        for i, part in enumerate(parts):
+            if getattr(part.reward, "beside", False) and (i == 0 or part.role != "+"):
+                raise RecipeError(
+                    f"reward {use!r}: {part.name} is added to a part that says what is right: write answer + {part.name}"
+                )
+        return MixedReward(parts)
     if is_import(use, "sppo.rewards"):
         found = resolve(use, "sppo.rewards", "build")
         return _adapt(found() if inspect.isclass(found) else found, use, limit)

@@ -51,6 +51,8 @@ def stated_confidence(text: str) -> float | None:
 class ConfidenceReward:
     """A part of a sum; it reads the first part's verdict."""
 
+    beside = True
+    """A part of a sum, and not its first."""
     reference_free = True
     """What it looks at is the first part's verdict, which asks for the reference."""
 

@@ -23,7 +23,7 @@ from ..audit.monitors import Monitors
 from ..audit.verifier import verifier_sha256
 from ..audit.work import without_work
 from ..config import Config, flattened
-from ..errors import DataError, RecipeError, RewardError
+from ..errors import DataError, RecipeError, RewardError, UserError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
 from ..evaluation.step_quality import step_checker
 from ..memory import keep_memory
@@ -70,6 +70,7 @@ class Run:
         self.state = State()
         self.interrupted = False
         self.fingerprint = ""  # of the weights at the last sync
+        self.fresh = False  # made by this process, with nothing in its folder that cannot be made again
         self._clock: dict[str, float] = {}
         for why in config.without_effect():
             observer.note(f"warning: {why}")
@@ -140,7 +141,9 @@ class Run:
         """A run from its beginning. Raises a UserError before anything expensive when the recipe cannot be obeyed."""
         directory = RunDirectory.create(Path(config.run.out), config)
         try:
-            return cls(config, directory, observer or Silent(), parts or Parts(), None)
+            job = cls(config, directory, observer or Silent(), parts or Parts(), None)
+            job.fresh = True
+            return job
         except BaseException:
             directory.discard()  # nothing has happened yet: the next try may use the same folder
             raise
@@ -241,7 +244,16 @@ class Run:
         self.state.seconds += self.state.seconds_bootstrap
 
     def begin(self) -> None:
-        """Before the first step: bootstrap, measure the start, set the critic to the base rate, save step 0."""
+        """Before the first step: bootstrap, measure the start, set the critic to the base rate, save step 0. A start that fails by the user's
+        mistake leaves no folder in the way of the next try."""
+        try:
+            self._begin()
+        except UserError:
+            if self.fresh and not self.directory.checkpoints():
+                self.directory.discard()
+            raise
+
+    def _begin(self) -> None:
         if self.resumed_from is None:
             self._bootstrap()
             if self.interrupted:  # a bootstrap is run again from its beginning, to the same result
@@ -359,11 +371,8 @@ class Run:
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
             self.learner.trace.log_ratio_BT.tolist(), self.learner.trace.clipped_B.tolist(),
-            {
-                "recipe_sha256": self.config.sha256, "seed": self.config.seed, "data_position": self.curriculum.position,
-                "policy_fingerprint": self.fingerprint, "verifier_sha256": self.verifier,
-            },
         )  # fmt: skip
+        position = self.curriculum.position
         last = step + 1 == self.config.training.steps
         every = self.config.evaluation.every
         if last or (every and (step + 1) % every == 0):
@@ -379,6 +388,13 @@ class Run:
                 "eval/mean_tokens": result.mean_tokens, "critic/ev_ceiling": self._ceiling(result),
             }  # fmt: skip
         self.directory.metrics(step, metrics)
+        self.directory.seal(
+            step,
+            {
+                "recipe_sha256": self.config.sha256, "seed": self.config.seed, "data_position": position,
+                "policy_fingerprint": self.fingerprint, "verifier_sha256": self.verifier,
+            },
+        )  # fmt: skip
         self.trackers.log(step, metrics)
         self.observer.step(step + 1, metrics)
         if last or self.interrupted or (step + 1) % self.config.run.checkpoint_every == 0:

@@ -24,7 +24,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..audit.chain import AuditChain, file_sha256
+from ..audit.chain import AuditChain, hashes
 from ..config import Config
 from ..errors import RecipeError, RunFailure, SPPOError, UserError
 from ..types import Rollout, Task
@@ -147,9 +147,8 @@ class RunDirectory:
         advantages: Sequence[float],
         log_ratios: Sequence[Sequence[float]],
         clipped: Sequence[float],
-        audit: dict[str, Any],
     ) -> None:
-        """Write a step's rollouts, then its line of the audit chain, which vouches for them."""
+        """Write a step's rollouts."""
         columns: dict[str, list[Any]] = {name: [] for name in ROLLOUT_SCHEMA.names}
         made = zip(rollouts, values or (None,) * len(rollouts), advantages, log_ratios, clipped, strict=True)
         for r, value, advantage, ratios, cut in made:
@@ -169,8 +168,12 @@ class RunDirectory:
             part = path.with_suffix(".tmp")
             pq.write_table(pa.table(columns, schema=ROLLOUT_SCHEMA), part, compression="zstd")
             os.replace(part, path)
+
+    def seal(self, step: int, audit: dict[str, Any]) -> None:
+        """Add the step's line to the audit chain, which vouches for its rollouts, its metrics, the alerts so far and the recipe."""
+        with no_space(self.path):
             self._chain = self._chain or AuditChain(self.path / "audit.jsonl")
-            self._chain.append({"step": step, "rollouts_sha256": file_sha256(path), **audit})
+            self._chain.append({"step": step, **hashes(self.path, step), **audit})
 
     def metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one step's object to metrics.jsonl; what is not finite is null, so that the file stays JSON."""

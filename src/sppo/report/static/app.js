@@ -88,6 +88,7 @@ if (live && figures.length && typeof Plotly === "undefined") {
 if (seen) document.querySelectorAll("[data-figure]").forEach((plot) => seen.observe(plot));
 else draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+addEventListener("beforeprint", () => { if (typeof Plotly !== "undefined") figures.forEach(drawOne); });
 
 // -- a run that is training -----------------------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ async function look() {
         figures = fresh.figures;
         const summary = document.getElementById("summary");
         if (summary && summary.innerHTML !== fresh.summary) summary.innerHTML = fresh.summary; // escaped where it was made
+        const alerts = document.getElementById("alerts");
+        if (alerts && alerts.innerHTML !== fresh.alerts) alerts.innerHTML = fresh.alerts;
         draw();
         document.body.dataset.stale = "no";
       }
@@ -137,13 +140,27 @@ document.querySelectorAll("tr[data-row]").forEach((row) => row.addEventListener(
   if (!event.target.closest("a") && !String(getSelection())) row.querySelector("a").click();
 }));
 
+// In the single file the menu leads to parts of one page; a link to a rollout opens it.
+function arrive() {
+  const here = location.hash.slice(1);
+  if (live || !here) return;
+  const target = document.getElementById(here);
+  if (target && target.tagName === "DETAILS") target.open = true;
+  document.querySelectorAll("nav a").forEach((a) => a.hash === location.hash ? a.setAttribute("aria-current", "page") : a.removeAttribute("aria-current"));
+}
+addEventListener("hashchange", arrive);
+arrive();
+const filters = document.querySelector("details.filters");
+if (filters && innerWidth <= 600 && !location.search.replace(/run=\d+/, "").slice(1)) filters.open = false;
+
 // -- keys -----------------------------------------------------------------------------------------------------------
 
 const keys = document.getElementById("keys");
 document.getElementById("theme").addEventListener("click", switchTheme);
 document.getElementById("help").addEventListener("click", () => keys.showModal());
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+  const typing = event.target.matches("select, textarea, input:not([type=radio]):not([type=checkbox])");
+  if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
   const link = document.querySelector(`nav a[data-key="${CSS.escape(event.key)}"]`);
   if (link) link.click();
   else if (event.key === "j" || event.key === "k") move(event.key === "j" ? 1 : -1);
