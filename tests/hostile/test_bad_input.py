@@ -275,3 +275,51 @@ def test_no_space_left(tmp_path):
 def test_json_errors_are_one_object_on_the_last_line(capsys):
     assert main(["eval", "/nowhere/model", "--tasks", "chain", "--json"]) == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["exit"] == 2
+
+
+def test_a_start_that_fails_leaves_its_folder_free(train, tmp_path, capsys):
+    """The reward raises at the first evaluation: mended, the same command works."""
+    message = train("--reward.use", "tests.hostile.test_bad_input:always_raises")
+    assert "always_raises" in message
+    assert not (tmp_path / "run").exists()
+    assert main(["train", *QUICK, "--data", "chain:steps=1", "--out", str(tmp_path / "run"), "--json"]) == 0
+
+
+def always_raises(prompts, completions, answer):
+    raise KeyError("nothing there")
+
+
+def test_a_resumed_start_that_fails_keeps_its_folder(tmp_path, capsys):
+    """Interrupted before its first step, then resumed with a reward that is gone: nothing is deleted."""
+    out = tmp_path / "run"
+    assert main(["train", *QUICK, "--data", "chain:steps=1", "--out", str(out), "--training.steps", "1"]) == 0
+    for folder in (out / "checkpoints").iterdir():
+        folder.rename(tmp_path / folder.name)
+    recipe = out / "recipe.toml"
+    recipe.write_text(
+        recipe.read_text().replace('use = "answer"', 'use = "tests.hostile.test_bad_input:always_raises"')
+    )
+    capsys.readouterr()
+    fails(capsys, "train", "--resume", out)
+    assert recipe.exists()
+
+
+def test_a_question_that_is_no_text(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *QUICK, "--data", "chain:steps=1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert "not UTF-8" in fails(capsys, "solve", out, "\udcff\udcfe")
+
+
+def test_a_critic_that_cannot_be_read_is_not_exported(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *QUICK, "--data", "chain:steps=1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    (newest / "critic" / "model.safetensors").write_bytes(b"\x00" * 100)
+    fails(capsys, "critic", "export", out, "--out", tmp_path / "critic")
+    assert not (tmp_path / "critic").exists()
+
+
+def test_a_module_of_ones_own_that_is_not_found_says_where_to_stand(train):
+    assert "PYTHONPATH" in train("--reward.use", "no_such_module_here:reward")
