@@ -129,6 +129,8 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
             "not used",
             f"{summary['masked']} samples that could not be graded, {summary['passed_over']} prompts over the limit",
         )
+    if summary["alerts"]:
+        table.add_row("alerts", f"{', '.join(summary['alerts'])}: read them before you believe the accuracy")
     table.add_row("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB")
     table.add_row("policy", str(summary["policy"]))
     console = Console(file=sys.stdout, highlight=False)
@@ -137,4 +139,7 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
 
     if summary["policy"] and is_control(summary["policy"]):
         return  # there is nothing to ask
-    console.print(f'Ask it something:  sppo solve {out} "…"      Measure it:  sppo eval {out} --tasks …', markup=False)
+    console.print(
+        f'Look at it:  sppo view {out}      Ask it something:  sppo solve {out} "…"      Measure it:  sppo eval {out} --tasks …',
+        markup=False,
+    )

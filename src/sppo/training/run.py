@@ -418,6 +418,7 @@ class Run:
             "seconds_evaluating": self.state.seconds_evaluating,
             "generated_tokens": self.state.generated_tokens,
             "masked": self.state.masked,
+            "alerts": sorted(self.monitors.raised, key=self.monitors.raised.__getitem__),
             "passed_over": self.curriculum.passed_over,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "seed": self.config.seed,
