@@ -14,7 +14,9 @@ import pytest
 
 from sppo.errors import UserError
 from sppo.report import panels
-from sppo.report.reader import Filter, RunReader, open_runs
+from sppo.report.reader import RunReader, open_runs
+from sppo.report.rollouts import Filter
+from sppo.report.story import story
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_filters_against_brute_force(run, want):
     expected.sort(key=lambda r: (-r["step"], r["row"]))
     reader = RunReader(run)
     for start, count in product((0, 7, 59, 60, 61), (5, 130)):
-        total, rows = reader.find(want, start, count)
+        total, rows = reader.rollouts.find(want, start, count)
         assert total == len(expected)
         assert [(r["step"], r["row"]) for r in rows] == [(r["step"], r["row"]) for r in expected[start : start + count]]
         assert [r["response"] for r in rows] == [r["response"][:400] for r in expected[start : start + count]]
@@ -58,12 +60,12 @@ def test_filters_against_brute_force(run, want):
 
 def test_beside_walks_over_the_ends_of_steps(run):
     reader = RunReader(run)
-    assert reader.beside(0, 0) == (None, (0, 1))
-    assert reader.beside(2, 0) == ((1, 59), (2, 1))
-    assert reader.beside(5, 59) == ((5, 58), None)
-    assert reader.beside(5, 60) == (None, None)
-    assert reader.rollout(5, 60) is None
-    assert reader.rollout(77, 0) is None
+    assert reader.rollouts.beside(0, 0) == (None, (0, 1))
+    assert reader.rollouts.beside(2, 0) == ((1, 59), (2, 1))
+    assert reader.rollouts.beside(5, 59) == ((5, 58), None)
+    assert reader.rollouts.beside(5, 60) == (None, None)
+    assert reader.rollouts.one(5, 60) is None
+    assert reader.rollouts.one(77, 0) is None
 
 
 def test_numbers_follow_a_file_that_grows_is_cut_and_written_anew(copy):
@@ -92,21 +94,24 @@ def test_a_recipe_that_changes_and_a_summary_of_before(copy):
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "reward/mean": 0.5}\n')
     assert reader.summary() == {}
-    assert "interrupted" in panels.story(reader)["sentence"]
+    assert "interrupted" in story(reader)["sentence"]
 
 
 def test_a_rollouts_file_that_is_made_again_or_damaged(copy):
     reader = RunReader(copy)
-    assert reader.find(Filter(outcome="correct", first=5))[0] == reader.find(Filter(outcome="correct", first=5))[0]
+    assert (
+        reader.rollouts.find(Filter(outcome="correct", first=5))[0]
+        == reader.rollouts.find(Filter(outcome="correct", first=5))[0]
+    )
     path = copy / "rollouts/step-000005.parquet"
     table = pq.read_table(path)
     pq.write_table(table.slice(0, 10), path)
-    assert reader.find(Filter(first=5))[0] == 10
-    assert reader.index().num_rows == 310
+    assert reader.rollouts.find(Filter(first=5))[0] == 10
+    assert reader.rollouts.index().num_rows == 310
     path.write_bytes(b"PAR1 nonsense")
-    assert reader.find(Filter(first=5))[0] == 0
-    assert reader.index().num_rows == 300
-    assert reader.rollout(5, 0) is None
+    assert reader.rollouts.find(Filter(first=5))[0] == 0
+    assert reader.rollouts.index().num_rows == 300
+    assert reader.rollouts.one(5, 0) is None
 
 
 @pytest.mark.parametrize(("before", "after", "says"), [
@@ -118,17 +123,17 @@ def test_the_sentence_does_not_claim_what_intervals_do_not(copy, before, after, 
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     lines[-1] |= dict(zip(("eval/accuracy", "eval/low", "eval/high"), after, strict=True))
     (copy / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
-    assert says in panels.story(RunReader(copy))["sentence"]
+    assert says in story(RunReader(copy))["sentence"]
 
 
 def test_an_alert_about_the_verifier_casts_doubt(copy):
-    assert panels.story(RunReader(copy))["doubt"] == ""
+    assert story(RunReader(copy))["doubt"] == ""
     (copy / "alerts.jsonl").write_text(
         '{"monitor": "reference", "what": "paid", "step": 3, "evidence": [1, "3:4"]}\n"no object"\n'
     )
-    story = panels.story(RunReader(copy))
-    assert "Do not believe" in story["doubt"]
-    [alert] = story["alerts"]
+    told = story(RunReader(copy))
+    assert "Do not believe" in told["doubt"]
+    [alert] = told["alerts"]
     assert alert["evidence"] == ["3:4"]
     assert alert["since"] == "?"
 

@@ -27,7 +27,9 @@ from starlette.routing import Route
 from ..types import OUTCOMES
 from . import panels
 from .pages import STATIC, environment, rollout_view, script_json
-from .reader import ORDERS, Filter, RunReader
+from .reader import RunReader
+from .rollouts import ORDERS, Filter
+from .story import story
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = 50
@@ -90,7 +92,7 @@ class Site:
         run = self._run(request)
         want, problem = _filter(request)
         start = _whole(request.query_params.get("start", ""))
-        total, rows = await run_in_threadpool(run.find, want, start, PAGE)
+        total, rows = await run_in_threadpool(run.rollouts.find, want, start, PAGE)
         kept = {k: v for k, v in request.query_params.items() if v and k != "start"}
 
         def page(at: int) -> str:
@@ -99,20 +101,22 @@ class Site:
         context = {
             "total": total, "rows": rows, "want": want, "problem": problem, "start": start, "outcomes": OUTCOMES, "orders": list(ORDERS),
             "labels": LABELS, "given": kept, "newer": page(max(0, start - PAGE)) if start else None,
-            "older": page(start + PAGE) if start + PAGE < total else None, "query": urlencode(kept), "steps": run.steps(),
+            "older": page(start + PAGE) if start + PAGE < total else None, "query": urlencode(kept), "steps": run.rollouts.steps(),
         }  # fmt: skip
         return await self._page(request, "rollouts.html", "rollouts", context)
 
     async def rollout(self, request: Request) -> Response:
         """One rollout whole."""
         run, (step, row) = self._run(request), (request.path_params["step"], request.path_params["row"])
-        found = await run_in_threadpool(run.rollout, step, row)
+        found = await run_in_threadpool(run.rollouts.one, step, row)
         if found is None:
+            unread = step in run.rollouts.steps() and step not in dict(run.rollouts.counts())
+            why = " Its file cannot be read; sppo audit verify says more." if unread else ""
             return self._render(
-                request, "missing.html", "rollouts", {"what": f"Step {step} has no rollout {row}."}, 404
+                request, "missing.html", "rollouts", {"what": f"Step {step} has no rollout {row}.{why}"}, 404
             )
         kept = {k: v for k, v in request.query_params.items() if v}
-        before, after = await run_in_threadpool(run.beside, step, row)
+        before, after = await run_in_threadpool(run.rollouts.beside, step, row)
         context = {
             "r": await run_in_threadpool(rollout_view, run, found),
             "query": urlencode(kept),
@@ -123,10 +127,9 @@ class Site:
 
     async def text(self, request: Request) -> Response:
         """A response as plain text, to the last character."""
-        found = await run_in_threadpool(
-            self._run(request).rollout, request.path_params["step"], request.path_params["row"]
-        )
-        return PlainTextResponse(found["response"] if found else "", status_code=200 if found else 404)
+        where = request.path_params["step"], request.path_params["row"]
+        found = await run_in_threadpool(self._run(request).rollouts.text, *where)
+        return PlainTextResponse(found or "", status_code=404 if found is None else 200)
 
     async def data(self, request: Request) -> Response:
         """What a page shows of numbers, for its next look."""
@@ -162,7 +165,7 @@ class Site:
             "critic": lambda: panels.critic(run),
         }.get(page, list)()
         shown = self.runs if page == "overview" else [run]
-        stories = [{**panels.story(r), "index": self.runs.index(r)} for r in shown]
+        stories = [{**story(r), "index": self.runs.index(r)} for r in shown]
         return {"figures": figures, "stories": stories, "running": any(s["running"] for s in stories), "page": page}
 
     async def _page(
@@ -193,7 +196,7 @@ def application(runs: list[RunReader], token: str | None = None, hosts: tuple[st
         middleware.append(Middleware(_Door, token=token))
     middleware += [Middleware(_Sealed), Middleware(GZipMiddleware, minimum_size=2000)]
     for run in runs:  # so that the first filter finds the index made
-        threading.Thread(target=run.index, daemon=True).start()
+        threading.Thread(target=run.rollouts.index, daemon=True).start()
     return Starlette(routes=Site(runs).routes(), middleware=middleware)
 
 

@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from ..rewards.steps import split_steps
 from .progress import clock
-from .reader import SURPRISED, RunReader
+from .reader import RunReader
+from .rollouts import SURPRISED
 
 STATIC = Path(__file__).parent / "static"
 MOST_TOKENS, MOST_TEXT = 4000, 100_000

@@ -16,7 +16,9 @@ from . import panels
 from .live import plotly_script
 from .pages import STATIC, environment, rollout_view, visible
 from .progress import clock
-from .reader import Filter, RunReader
+from .reader import RunReader
+from .rollouts import Filter
+from .story import RECENT, recent_mean, story, watched
 
 NAMES = {
     "eval/right_by_wrong_steps": "right answers by a wrong step, of those whose steps can be judged",
@@ -38,7 +40,7 @@ def html(run: RunReader) -> str:
     figures = {"overview": panels.overview([run]), "critic": panels.critic(run), "health": panels.health([run])}
     scripts = {"plotly": plotly_script().decode(), "js": (STATIC / "app.js").read_text()}
     return environment().get_template("report.html").render(
-        page="overview", live=False, runs=[run], run=run, chosen=0, stories=[{**panels.story(run), "index": 0}], pages=figures,
+        page="overview", live=False, runs=[run], run=run, chosen=0, stories=[{**story(run), "index": 0}], pages=figures,
         figures=[f for page in figures.values() for f in page], extremes=panels.extremes(run), chosen_rollouts=_chosen(run),
         facts=_facts(run), recipe=run.config.to_toml(), version=__version__, date=date.today().isoformat(),
         css=Markup((STATIC / "style.css").read_text()),
@@ -47,15 +49,15 @@ def html(run: RunReader) -> str:
 
 
 def _chosen(run: RunReader) -> list[dict[str, Any]]:
-    steps = run.steps()
+    steps = run.rollouts.steps()
     groups: list[dict[str, Any]] = []
-    ids = dict.fromkeys(e for a in panels.story(run)["alerts"] for e in a["evidence"])
+    ids = dict.fromkeys(e for a in story(run)["alerts"] for e in a["evidence"])
     places = [tuple(map(int, e.split(":"))) for e in ids if re.fullmatch(r"\d{1,9}:\d{1,9}", e)]
-    if cited := [f for place in places if (f := run.rollout(*place)) is not None]:
+    if cited := [f for place in places if (f := run.rollouts.one(*place)) is not None]:
         groups.append({"title": "Cited by alerts", "cited": True, "rollouts": [rollout_view(run, f) for f in cited]})
     for title, want in KINDS:
-        _, rows = run.find(Filter(first=steps[-1] - panels.RECENT + 1 if steps else None, **want), 0, CHOSEN)
-        found = [f for row in rows if (f := run.rollout(row["step"], row["row"])) is not None]
+        _, rows = run.rollouts.find(Filter(first=steps[-1] - RECENT + 1 if steps else None, **want), 0, CHOSEN)
+        found = [f for row in rows if (f := run.rollouts.one(row["step"], row["row"])) is not None]
         if found:
             groups.append({"title": title, "cited": False, "rollouts": [rollout_view(run, f) for f in found]})
     return groups
@@ -83,7 +85,7 @@ def _facts(run: RunReader) -> list[tuple[str, str]]:
 def card(run: RunReader) -> str:
     """The model card: what was trained, on what, how well it does, what was looked at and what is not known."""
     c, s = run.config, run.summary()
-    story = panels.story(run)
+    told = story(run)
     metrics = run.metrics()
     now: dict[str, Any] = next((m for m in reversed(metrics) if m.get("eval/accuracy") is not None), {})
     rows = [("held-out accuracy", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
@@ -92,8 +94,8 @@ def card(run: RunReader) -> str:
     measured = [k for k in sorted(now) if k.startswith("eval/") and k not in ("eval/accuracy", "eval/low", "eval/high")]
     rows += [(NAMES.get(k, k.removeprefix("eval/").replace("_", " ")), f"{now[k]:.3f}") for k in measured]
     rows += [(name, f"{m:.3f}") for key, name in (("critic/ece", "critic: calibration error (ECE)"), ("critic/brier", "critic: Brier score"))
-             if (m := panels.recent_mean(metrics, key)) is not None]  # fmt: skip
-    none = "Nothing." if panels.watched(run) else "They were off, or the run is older than they are."
+             if (m := recent_mean(metrics, key)) is not None]  # fmt: skip
+    none = "Nothing." if watched(run) else "They were off, or the run is older than they are."
     quarantined = int(sum(m.get("monitor/quarantined", 0) for m in metrics))
     path = shlex.quote(visible(run.path.resolve().name if str(run.path) == "." else run.path))
     lines = [
@@ -101,11 +103,11 @@ def card(run: RunReader) -> str:
         *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
         f"# {_cell(run.name)}", "",
         f"`{c.policy.model}`, trained with `{c.objective.algorithm}` (sppo {__version__}) to solve `{c.task.train}`. "
-        f"{story['sentence']} {story['doubt']}".rstrip(), "",
+        f"{told['sentence']} {told['doubt']}".rstrip(), "",
         "## What was measured", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
         "## How it was trained", "", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in _facts(run)), "",
         "## What the monitors raised", "",
-        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])}{'; ' + a['now'] if a['now'] else ''})" for a in story["alerts"]] or [none]), "",
+        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])}{'; ' + a['now'] if a['now'] else ''})" for a in told["alerts"]] or [none]), "",
         "## Limits", "",
         f"The accuracy holds for problems like `{c.task.eval or c.task.train}`, judged by `{c.reward.use}`; nothing was measured on others. "
         f"One seed ({c.seed}) was run."
