@@ -14,10 +14,11 @@ from sppo.errors import RecipeError, RewardError
 from sppo.rewards.base import load_reward
 from sppo.rollout.mcts import Judged, Node, hang, search, walk
 from sppo.training.batch import pack
-from sppo.training.learner import Learner, _Tally
+from sppo.training.learner import Learner
 from sppo.training.loop import train
 from sppo.training.run import Run
 from sppo.training.search import Lessons, _correct, _solution, _task
+from sppo.training.tally import Tally
 from sppo.types import Task, Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
@@ -180,7 +181,7 @@ def test_the_lessons_gradient_is_the_weighted_likelihood():
     rollouts = small_rollouts(policy, 3)
     batch, weights = pack(rollouts, policy.pad_id), [0.5, 1.0, 0.25]
     learner = Learner(policy, small_critic(), None, small_config())
-    learner._teach(Lessons(batch, weights, 4), 0, 1, _Tally())  # there could have been four
+    learner._teach(Lessons(batch, weights, 4), 0, 1, Tally())  # there could have been four
     mine = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     policy.model.zero_grad()
     loss = 0.0

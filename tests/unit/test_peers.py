@@ -24,11 +24,12 @@ from sppo.objective.advantage import (
 from sppo.training.batch import pack
 from sppo.training.gather import _sorted_out
 from sppo.training.history import History
-from sppo.training.learner import Learner, _Tally
+from sppo.training.learner import Learner
 from sppo.training.loop import train
 from sppo.training.observer import Silent
 from sppo.training.parts import Parts
 from sppo.training.run import Run
+from sppo.training.tally import Tally
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
@@ -208,7 +209,7 @@ def gradients(policy):
 
 def ours(policy, name, batch, advantage, old_BT, **changes):
     """Loss and gradient of the learner's own path, in two micro-batches."""
-    learner, tally = a_learner(policy, name, training__micro_tokens=150, **changes), _Tally()
+    learner, tally = a_learner(policy, name, training__micro_tokens=150, **changes), Tally()
     plan = learner._plan(batch, torch.arange(len(batch)), 0, 0)
     minibatch = [part for each in plan for part in each]
     assert len(minibatch) > 1

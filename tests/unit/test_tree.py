@@ -16,9 +16,10 @@ from sppo.rollout.local import LocalEngine
 from sppo.tasks.base import load_tasks
 from sppo.training.batch import pack
 from sppo.training.credit import credit
-from sppo.training.learner import Learner, _Tally
+from sppo.training.learner import Learner
 from sppo.training.loop import train
 from sppo.training.run import Run
+from sppo.training.tally import Tally
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
@@ -133,7 +134,7 @@ def test_what_leaves_share_is_in_the_gradient_once():
     learner.ratio_checked = True
     parts = learner._plan(batch, batch.keep_B.nonzero()[:, 0], 0, 0)[0]
     learner._policy_gradient(
-        batch, advantage_BT, parts, torch.full_like(batch.behaviour_logp_BT, float("nan")), None, 0, _Tally()
+        batch, advantage_BT, parts, torch.full_like(batch.behaviour_logp_BT, float("nan")), None, 0, Tally()
     )
     mine = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     policy.model.zero_grad()

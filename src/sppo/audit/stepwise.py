@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,22 +17,24 @@ Finding = tuple[str, str, int, str, str, Sequence[int]]
 """(monitor, what, since, why, advice, rows of this step)."""
 
 
-class Stepwise:
+class Stepwise(ABC):
     """Looks at a step as a whole."""
 
     name = ""
 
+    @abstractmethod
     def look(
         self, step: int, rollouts: Sequence[Rollout], metrics: dict[str, Any], out: dict[str, float]
     ) -> list[Finding]:
         """What it found; it may add metrics to `out`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a resumed run needs."""
 
+    @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Take it back."""
 
 
 WATCHED = {

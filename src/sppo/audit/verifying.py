@@ -5,6 +5,7 @@ The trials of a test are problems, not responses: samples of one problem tell th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ OTHERS = 2
 """References of other problems that a response is held against (fewer where there are fewer); it is objected to if it passes them all."""
 
 
-class Verifying:
+class Verifying(ABC):
     """Objects to some responses. `rate` decides when objections are too many; `free`: looking costs nothing, so every response is looked at."""
 
     name, what, advice, free = "", "", "", False
@@ -33,9 +34,9 @@ class Verifying:
         """Whether this rollout can be looked at."""
         return rewarded(rollout)
 
+    @abstractmethod
     def object_to(self, rollouts: Sequence[Rollout], chosen: Sequence[int]) -> list[int] | None:
         """Those of the chosen rows that it objects to; None where it could not look. Raises RewardError."""
-        raise NotImplementedError
 
     def feed(self, step: int, rollouts: Sequence[Rollout], flagged: Sequence[int], chosen: Sequence[int]) -> bool:
         """Give the test what was found: each problem is a trial, its event the share of its responses that were objected to."""
@@ -45,8 +46,8 @@ class Verifying:
             of.setdefault(rollouts[i].task.id, []).append(i in bad)
         return self.rate.feed(step, sum(sum(v) / len(v) for v in of.values()), len(of))
 
-    def close(self) -> None:
-        """Nothing to end."""
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """End what it started."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -31,8 +31,7 @@ class RunReader:
         if not (path / "recipe.toml").is_file() or not (path / "rollouts").is_dir():
             raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
-        self._recipe = (0, Config())
-        self.config  # noqa: B018 - a recipe that cannot be read is said now
+        self._recipe = (0, Config.load(path / "recipe.toml"))  # one that cannot be read is said now
         self.rollouts = Rollouts(path / "rollouts")
         self._following = threading.Lock()
         self._followed = {"metrics.jsonl": _Followed(_numbers), "alerts.jsonl": _Followed()}
@@ -41,9 +40,9 @@ class RunReader:
     @property
     def config(self) -> Config:
         """The recipe as it is now: a resumed run may have more steps."""
-        with (
-            contextlib.suppress(OSError) if self._recipe[0] else contextlib.nullcontext()
-        ):  # a run that is gone keeps the one it had
+        with contextlib.suppress(
+            OSError, SPPOError
+        ):  # a run that is gone, or a recipe half written, keeps the one it had
             stamp = (self.path / "recipe.toml").stat().st_mtime_ns
             if self._recipe[0] != stamp:
                 self._recipe = (stamp, Config.load(self.path / "recipe.toml"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +20,13 @@ from ..config import Config
 from ..errors import EngineMismatch, NonFinite, RunFailure
 from ..models.critic import Critic
 from ..models.policy import Policy
-from ..objective.diagnostics import effective_sample_size
 from ..objective.kl import kl_in_reward, sequence_kl
 from ..objective.ratio import log_ratio
 from ..objective.surrogate import cispo, normalised_sum, plain, response_means, surrogate
 from .batch import Batch, micro_batches
 from .credit import credit
 from .optim import MasterAdamW, learning_rate
+from .tally import Tally, Trace
 
 if TYPE_CHECKING:
     from .search import Lessons
@@ -35,21 +34,6 @@ if TYPE_CHECKING:
 NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 """The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by
 more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What the last step's updates saw of each rollout, for anyone who looks at it later; of the last epoch, where there are several."""
-
-    log_ratio_BT: Tensor
-    """log π_θ/π_old of each token as it was trained on: 0 in a step's first minibatch."""
-    clipped_B: Tensor
-    """The share of a response's ratios that the clip cut off: 0 or 1 where the ratio is the sequence's."""
-
-    @classmethod
-    def empty(cls, batch: Batch) -> Trace:
-        """Of updates that have not been made."""
-        return cls(torch.zeros_like(batch.behaviour_logp_BT), torch.zeros(len(batch)))
 
 
 class Learner:
@@ -113,7 +97,7 @@ class Learner:
         if not self.ratio_checked:
             self._fill_old(old_BT, batch, plans[0][:1])
         reference_BT = self._all_logps(self._reference(), batch) if self._loss_reads_reference() else None
-        tally = _Tally()
+        tally = Tally()
         updates = [minibatch for plan in plans for minibatch in plan]
         for number, minibatch in enumerate(updates):
             rows = torch.cat(minibatch)
@@ -160,7 +144,7 @@ class Learner:
         old_BT: Tensor,
         reference_BT: Tensor | None,
         number: int,
-        tally: _Tally,
+        tally: Tally,
     ) -> None:
         """Add up the gradient of one minibatch's loss over its micro-batches."""
         o = self.config.objective
@@ -227,7 +211,7 @@ class Learner:
                 logp_bT.detach(),
             )
 
-    def _teach(self, lessons: Lessons, number: int, updates: int, tally: _Tally) -> None:
+    def _teach(self, lessons: Lessons, number: int, updates: int, tally: Tally) -> None:
         """Add the gradient of every updates-th lesson from `number` on: weight times the mean negative log-probability of a token, over as
         many lessons as there could be, so that a single one is not learnt with the weight of all."""
         batch = lessons.batch
@@ -243,7 +227,7 @@ class Learner:
         if len(rows):
             tally.add("search/loss", total)
 
-    def _teach_critic(self, batch: Batch, rows: Tensor, lr: float, tally: _Tally) -> None:
+    def _teach_critic(self, batch: Batch, rows: Tensor, lr: float, tally: Tally) -> None:
         began = time.perf_counter()
         learnt = self.credit.learn(batch, rows, lr)
         if learnt is not None:
@@ -275,7 +259,7 @@ class Learner:
             logp = self._logps(self.policy, batch, part).logp_BT
             old_BT[part, : logp.size(1)] = logp.to(old_BT.dtype).cpu()
 
-    def _settle_rest(self, old_BT: Tensor, batch: Batch, plan: list[list[Tensor]], tally: _Tally) -> None:
+    def _settle_rest(self, old_BT: Tensor, batch: Batch, plan: list[list[Tensor]], tally: Tally) -> None:
         """log π_old of all minibatches but the first: the engine's where the first shows that they are the learner's, else computed."""
         o, first = self.config.objective, torch.cat(plan[0])
         engine_BT = batch.behaviour_logp_BT + batch.kept_BT
@@ -334,7 +318,7 @@ class Learner:
                 "lower training.lr, or look for infinite log-probabilities in the last rollouts file"
             )
 
-    def _check_gap(self, tally: _Tally) -> None:
+    def _check_gap(self, tally: Tally) -> None:
         gap, limit = tally.engine_gap(), self.config.objective.engine_gap_limit
         if gap is not None and gap > limit:
             raise EngineMismatch(
@@ -363,96 +347,3 @@ class Learner:
         self.policy_optimiser.load_state_dict(state["policy_optimiser"])
         self.credit.load_state_dict(state["credit"])
         self.bad_in_a_row, self.bad_total = state["bad_in_a_row"], state["bad_total"]
-
-
-class _Tally:
-    """Sums over the micro-batches of one step, and the metrics they make."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-        self.log_ratio: list[Tensor] = []
-        self.correction: list[Tensor] = []  # log weights from the engine's distribution to the learner's
-        self.served = False  # whether the engine's numbers are `old` in all minibatches but the first
-        self.drift = 0.0  # the largest mean distance of such a minibatch to the current policy
-        self.clipped = self.elements = 0
-        self.entropy = self.tokens = self.kl = self.kl_tokens = 0.0
-        self.gap_sum = self.gap_tokens = self.gap_max = 0.0
-        self.traced: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, their log ratios, the clipped share of each
-        self.gradients: list[Tensor] = []  # of the first two minibatches, where the recipe asks for their noise
-
-    def add(self, name: str, value: float) -> None:
-        self.values.setdefault(name, []).append(value)
-
-    def observe(
-        self,
-        number: int,
-        part: Tensor,
-        loss: Tensor,
-        log_r: Tensor,
-        clipped: Tensor,
-        element_mask: Tensor,
-        entropy_bT: Tensor,
-        mask_bT: Tensor,
-        old_bT: Tensor,
-        behaviour_bT: Tensor,
-        logp_bT: Tensor,
-    ) -> None:
-        self.add(f"loss/{number}", float(loss))
-        tokens = float(mask_bT.sum())
-        self.entropy += float(entropy_bT.sum())
-        self.tokens += tokens
-        if number == 0 or not self.served:
-            gap = torch.where(mask_bT, (old_bT - behaviour_bT).abs(), 0.0)
-            self.gap_sum += float(gap.sum())
-            self.gap_max = max(self.gap_max, float(gap.max()))
-            self.gap_tokens += tokens
-        else:
-            self.drift = max(
-                self.drift, float(torch.where(mask_bT, (logp_bT - old_bT).abs(), 0.0).sum()) / max(tokens, 1)
-            )
-        cut, of = (clipped & element_mask).float(), element_mask.float()
-        if cut.dim() == 2:
-            cut, of = cut.sum(1), of.sum(1)
-        log_ratio_bT = torch.where(mask_bT, logp_bT - old_bT, 0.0)
-        self.traced.append((part, log_ratio_bT.float().cpu(), (cut / of.clamp(min=1)).cpu()))
-        if number > 0:  # before the first update every ratio is 1, and says nothing about health
-            self.kl += float((torch.expm1(log_ratio_bT) - log_ratio_bT).sum())  # k3 of KL(old‖new), a token
-            self.kl_tokens += tokens
-            self.log_ratio.append(log_r[element_mask].cpu())
-            self.clipped += int((clipped & element_mask).sum())
-            self.elements += int(element_mask.sum())
-
-    def engine_gap(self) -> float | None:
-        return self.gap_sum / self.gap_tokens if self.gap_tokens else None
-
-    def trace(self, batch: Batch) -> Trace:
-        out = Trace.empty(batch)
-        for part, log_ratio_bT, clipped_b in self.traced:
-            out.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT
-            out.clipped_B[part] = clipped_b
-        return out
-
-    def metrics(self, updates: int) -> dict[str, Any]:
-        losses = [sum(v) for k, v in self.values.items() if k.startswith("loss/")]
-        out: dict[str, Any] = {
-            "loss/policy": sum(losses) / updates,
-            "policy/entropy": self.entropy / max(self.tokens, 1.0),
-            "engine/gap_mean": self.engine_gap(),
-            "engine/gap_max": self.gap_max,
-        }
-        out |= {name: sum(v) / len(v) for name, v in self.values.items() if not name.startswith("loss/")}
-        out["engine/correction_ess"] = effective_sample_size(torch.cat(self.correction)) if self.correction else None
-        log_r = torch.cat(self.log_ratio) if self.log_ratio else None
-        out["ratio/ess"] = None if log_r is None else effective_sample_size(log_r)
-        out["ratio/mean"] = None if log_r is None else float(log_r.clamp(max=60).exp().mean())
-        out["ratio/max_log"] = None if log_r is None else float(log_r.abs().max())
-        out["ratio/clip_fraction"] = None if log_r is None else self.clipped / max(self.elements, 1)
-        if len(self.gradients) == 2:
-            first, second = self.gradients
-            signal = float(
-                first @ second
-            )  # of two independent samples: ‖E g‖², without bias but for one small update between them
-            out["update/grad_signal"] = signal
-            out["update/grad_variance"] = float(first @ first + second @ second) / 2 - signal
-        out["policy/kl_step"] = self.kl / self.kl_tokens if self.kl_tokens else None
-        return out

@@ -36,11 +36,12 @@ from ..rewards.combine import MixedReward, adds
 from ..rollout.canary import Canary
 from ..rollout.engine import Engine, Sampling, TreeEngine
 from ..spec import call, parse_spec, resolve
-from ..tasks.base import GIVEN, load_pair, load_tasks
+from ..tasks.base import GIVEN, load_pair
 from ..trackers.base import TrackedRun, Trackers
 from ..types import Task
 from . import checkpoint
 from .batch import Batch
+from .bootstrap import bootstrap
 from .checkpoint import State
 from .curriculum import curriculum
 from .gather import Gathered
@@ -51,10 +52,6 @@ from .optim import optimiser_class
 from .parts import Parts, PromptLimit, load_critic, load_policy, one_control_task
 from .rundir import RunDirectory
 from .search import Search
-from .sft import supervised
-
-UNTIL_EVERY, UNTIL_PROBLEMS = 10, 256
-"""`bootstrap.until` is looked at every so many updates, on so many problems."""
 
 
 class Run:
@@ -207,42 +204,6 @@ class Run:
 
     # -- around the loop ---------------------------------------------------------------------------------------------
 
-    def _bootstrap(self) -> None:
-        section = self.config.bootstrap
-        if section is None:
-            return
-        source = self.train_tasks
-        if section.task is not None:
-            source = load_tasks(section.task, instruction=self.config.task.instruction, default_split="train")
-        self.observer.stage("bootstrap", section.steps)
-        began = time.monotonic()
-
-        probe = [
-            t for t in held_out_tasks(self.train_tasks, UNTIL_PROBLEMS) if self.too_long(t) is None
-        ]  # training problems: held-out ones must not steer anything
-
-        def on_step(done: int, metrics: dict[str, float]) -> bool:
-            self.observer.step(done, dict(metrics))
-            if section.until is None or done % UNTIL_EVERY:
-                return not self.interrupted
-            self.sync()
-            quarter = probe[: len(probe) // 4]
-            if len(quarter) >= 32 and self.evaluate(quarter).accuracy < section.until / 2:
-                return not self.interrupted  # so far from it that a quarter tells
-            solved = self.evaluate(probe).accuracy
-            if solved >= section.until:
-                self.observer.note(
-                    f"bootstrap: {solved:.0%} of {len(probe)} training problems solved after {done} updates; that is enough"
-                )
-            return not self.interrupted and solved < section.until
-
-        supervised(
-            self.policy, source, section, seed=self.config.seed, micro_tokens=self.config.training.micro_tokens,
-            limit=self.policy.context, on_step=on_step,
-        )  # fmt: skip
-        self.state.seconds_bootstrap = time.monotonic() - began - self.state.seconds_evaluating
-        self.state.seconds += self.state.seconds_bootstrap
-
     def begin(self) -> None:
         """Before the first step: bootstrap, measure the start, set the critic to the base rate, save step 0. A start that fails by the user's
         mistake leaves no folder in the way of the next try."""
@@ -255,7 +216,7 @@ class Run:
 
     def _begin(self) -> None:
         if self.resumed_from is None:
-            self._bootstrap()
+            bootstrap(self)
             if self.interrupted:  # a bootstrap is run again from its beginning, to the same result
                 return
             self._make_learner()
