@@ -423,6 +423,8 @@ def test_forced_answers_are_sampled_and_judged():
     assert len({r.task.id for r in rollouts}) == 16
     again = [*rollouts, *rollouts]  # further samples of the same problems tell nothing more
     assert without_work(LocalEngine(policy), policy, reward, again, Sampling(12, 1.0), 1, 0)[0.0] == (16, 16)
+    short = without_work(LocalEngine(policy), policy, reward, rollouts, Sampling(6, 1.0), 1, 0)
+    assert short == {0.0: (16, 16), 0.25: (16, 16)}  # half of the work would leave no room in a response of six tokens
     kept = without_work(LocalEngine(policy), policy, reward, rollouts, Sampling(12, 1.0), 1, 0)
     assert kept == {0.0: (16, 16), 0.25: (16, 16), 0.5: (16, 16)}
     monitors = _monitors(reward)

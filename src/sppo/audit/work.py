@@ -43,17 +43,25 @@ def without_work(
     whole = [(r, cut) for r in list(first.values())[::-1][:MOST] if (cut := cut_at(r)) is not None]
     if not whole:
         return {}
-    forced = [(r, share, _prefix(cut, share), cut[1]) for r, cut in whole for share in SHARES]
-    prefixes = [_ids(policy, prefix) for _, _, prefix, _ in forced]
-    limits = [len(_ids(policy, answer)) + ROOM for _, _, _, answer in forced]
+    forced, prefixes, limits = [], [], []
+    for r, cut in whole:
+        for share in SHARES:
+            prefix = _ids(policy, _prefix(cut, share))
+            room = min(len(_ids(policy, cut[1])) + ROOM, sampling.max_tokens - len(prefix))
+            if room >= 1:  # within what a response may take, which is what fits into the model
+                forced.append((r, share))
+                prefixes.append(prefix)
+                limits.append(room)
+    if not forced:
+        return {}
     samples = engine.generate(
-        [[*r.prompt_ids, *ids] for (r, _, _, _), ids in zip(forced, prefixes, strict=True)],
+        [[*r.prompt_ids, *ids] for (r, _), ids in zip(forced, prefixes, strict=True)],
         [sample_seed(seed, "work", step, i) for i in range(len(forced))],
         replace(sampling, max_tokens=max(limits), temperature=0.0),
         limits=limits,
     )
     made = []
-    for (r, _, _, _), prefix, sample in zip(forced, prefixes, samples, strict=True):
+    for (r, _), prefix, sample in zip(forced, prefixes, samples, strict=True):
         ids = [*prefix, *sample.ids]
         made.append(
             replace(
@@ -61,7 +69,7 @@ def without_work(
             )
         )
     out: dict[float, tuple[int, int]] = {}
-    for (_, share, _, _), verdict in zip(forced, reward.judge(made), strict=True):
+    for (_, share), verdict in zip(forced, reward.judge(made), strict=True):
         right, tried = out.get(share, (0, 0))
         if not verdict.masked:
             out[share] = (right + (verdict.correct >= 0.5), tried + 1)
