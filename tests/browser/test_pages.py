@@ -1,9 +1,13 @@
-"""Every page on a real run in a real browser: what a person does with it, on a laptop and on a phone, while a run trains, and from a file."""
+"""Every page on a real run in a real browser: what a person does with it, on a laptop and on a phone, while a run trains, and from a file.
+
+What a click or a key brings about comes later than the click: it is waited for (`expect`), never read at once.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from sppo.cli.main import main
 from sppo.report.reader import open_runs
@@ -25,7 +30,7 @@ SCROLL = """async () => {
 }"""
 
 
-def until(tab, expression: str, seconds: float = 30.0) -> None:
+def until(tab, expression: str, seconds: float = 60.0) -> None:
     """Wait for what a script says (Playwright's own way needs `eval`, which the pages forbid)."""
     end = time.monotonic() + seconds
     while not tab.evaluate(expression):
@@ -33,12 +38,10 @@ def until(tab, expression: str, seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
-def drawn(tab) -> int:
-    """Figures that have curves in them."""
+def drawn(tab, at_least: int = 1) -> None:
+    """Wait for that many figures with curves in them."""
     tab.evaluate(SCROLL)
-    until(tab, "document.querySelectorAll('[data-drawn] .main-svg').length > 0")
-    tab.wait_for_timeout(300)
-    return tab.locator("[data-drawn] .main-svg").count()
+    until(tab, f"document.querySelectorAll('[data-drawn] .main-svg').length >= {at_least}")
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +56,14 @@ def test_the_overview_says_how_it_went(site, tab):
     assert tab.locator(".tile.is-accuracy .value").inner_text().endswith("%")
     assert tab.locator(".tile.is-step .value").inner_text() == "6"
     assert tab.locator(".tile.is-alerts .value").inner_text() == "0"
-    assert drawn(tab) >= 4
+    drawn(tab, 4)
     assert not tab.problems
 
 
 @pytest.mark.parametrize(("page", "figures"), [("critic", 4), ("health", 10)])
 def test_figures(site, tab, page, figures):
     tab.goto(f"{site}/{page}")
-    assert drawn(tab) >= figures
+    drawn(tab, figures)
     assert tab.locator("h1").inner_text().lower() == page
     assert not tab.problems
 
@@ -68,7 +71,7 @@ def test_figures(site, tab, page, figures):
 def test_the_critic_page_leads_to_the_hardest_prompts(site, tab):
     tab.goto(f"{site}/critic")
     tab.locator(".extremes a").first.click()
-    assert tab.locator("h1").inner_text().startswith("Rollout ")
+    expect(tab.locator("h1")).to_have_text(re.compile("^Rollout "))
 
 
 def test_rollouts_are_filtered_and_opened(site, run, tab):
@@ -86,17 +89,20 @@ def test_rollouts_are_filtered_and_opened(site, run, tab):
 
     rows = [r for s in (2, 3) for r in pq.read_table(run / f"rollouts/step-{s:06d}.parquet").to_pylist()]
     want = [r for r in rows if r["outcome"] == "wrong" and r["tokens"] <= 15]
-    assert int(tab.locator("#total").inner_text()) == len(want) > 0
+    assert want
+    expect(tab.locator("#total")).to_have_text(str(len(want)))
     shown = [float(t) for t in tab.locator("tr[data-row] td:nth-child(4)").all_inner_texts()]
     assert shown == sorted(shown, reverse=True)
     assert shown[0] == pytest.approx(max(r["advantage"] for r in want), abs=0.006)
     tab.locator("tr[data-row]").first.click()
     best = max(want, key=lambda r: r["advantage"])
+    expect(tab.locator("h1")).to_have_text(re.compile("^Rollout "))
     assert tab.locator("pre.text").first.inner_text() == best["prompt"]
     tab.go_back()
+    expect(tab.locator("#total")).to_have_text(str(len(want)))
     tab.fill("input[name=first]", "many")
     tab.click("form.filter button")
-    assert "no number" in tab.locator(".problem").inner_text()
+    expect(tab.locator(".problem")).to_contain_text("no number")
     tab.goto(f"{site}/rollouts?task=no-such-task")
     assert "No rollout is like that" in tab.locator("main").inner_text()
     assert not tab.problems
@@ -110,6 +116,7 @@ def test_pages_of_rollouts_hold_each_once(site, tab):
         if not tab.locator("a[rel=next]").count():
             break
         tab.click("a[rel=next]")
+        expect(tab.locator("tr[data-row] td:first-child").first).not_to_have_text(seen[-50])
     assert seen == [f"{s}:{r}" for s in reversed(range(6)) for r in range(60)]
 
 
@@ -133,9 +140,10 @@ def test_one_rollout_whole(site, run, tab):
     assert json.loads(r["task"])["columns"]["answer"] in tab.locator("table.evidence").first.inner_text()
     before = tab.locator(".t").first.evaluate("e => getComputedStyle(e).backgroundColor")
     tab.locator("input[value=r]").check()
-    assert tab.locator(".tokens.by-r").count() == 1
+    expect(tab.locator(".tokens.by-r")).to_have_count(1)
     tab.locator("input[value=n]").check()
-    assert tab.locator(".t").first.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)" != before
+    assert before != "rgba(0, 0, 0, 0)"
+    expect(tab.locator(".t").first).to_have_css("background-color", "rgba(0, 0, 0, 0)")
     tab.goto(f"{site}/rollouts/4/999")
     assert "has no rollout 999" in tab.locator("main").inner_text()
 
@@ -146,7 +154,7 @@ def test_by_keyboard_alone(site, tab):
     tab.wait_for_url("**/rollouts")
     tab.keyboard.press("j")
     tab.keyboard.press("j")
-    assert tab.locator("tr.marked").count() == 1
+    expect(tab.locator("tr.marked td").first).to_have_text("5:1")
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/rollouts/5/1")
     tab.keyboard.press("j")
@@ -156,15 +164,16 @@ def test_by_keyboard_alone(site, tab):
     tab.keyboard.press("h")
     tab.wait_for_url("**/health")
     tab.keyboard.press("?")
-    assert tab.locator("dialog#keys").is_visible()
+    expect(tab.locator("dialog#keys")).to_be_visible()
     tab.keyboard.press("Escape")
+    expect(tab.locator("dialog#keys")).to_be_hidden()
     dark = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     tab.keyboard.press("t")
-    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+    expect(tab.locator("body")).not_to_have_css("background-color", dark)
     tab.keyboard.press("r")
     tab.wait_for_url("**/rollouts")
     tab.keyboard.press("/")
-    assert tab.evaluate("document.activeElement.id") == "find"
+    expect(tab.locator("#find")).to_be_focused()
 
 
 @pytest.mark.parametrize("page", ["", "rollouts", "rollouts/3/1", "critic", "health"])
@@ -207,7 +216,7 @@ def test_a_page_lives_while_the_run_trains(serve, tab, tmp_path):
         assert tab.locator(".dot").count() == 1
         assert "left" in tab.locator(".tile.is-step").inner_text()
         until(tab, f"parseInt(document.querySelector('.is-step .value').textContent.replace(',', '')) > {first + 3}")
-        assert drawn(tab) >= 1
+        drawn(tab)
         before = tab.evaluate("figures.find(f => f.id === 'reward').traces.at(-1).x.length")
         until(tab, f"figures.find(f => f.id === 'reward').traces.at(-1).x.length > {before}")
         training.send_signal(signal.SIGINT)
@@ -233,9 +242,9 @@ def test_several_runs_are_overlaid(run, serve, tab, tmp_path_factory):
     tab.wait_for_url("**/rollouts")
     tab.select_option("select[name=run]", "1")
     tab.wait_for_url("**/rollouts?run=1")
-    assert tab.locator("#total").inner_text() == "180"
+    expect(tab.locator("#total")).to_have_text("180")
     tab.locator("tr[data-row] a").first.click()
-    assert tab.locator("h1").inner_text().startswith("Rollout 2:0")
+    expect(tab.locator("h1")).to_have_text(re.compile("^Rollout 2:0"))
 
 
 def test_an_alert_leads_to_its_own_runs_rollouts(run, serve, tab, tmp_path):
@@ -252,7 +261,7 @@ def test_an_alert_leads_to_its_own_runs_rollouts(run, serve, tab, tmp_path):
     assert "raised at step 2, probably since step 1" in tab.locator(".alert").inner_text()
     tab.locator(".alert a").first.click()
     tab.wait_for_url("**/rollouts/2/7?run=1")
-    assert "An alert points at this response" in tab.locator("main").inner_text()
+    expect(tab.locator("main")).to_contain_text("An alert points at this response")
     tab.goto(f"{site}/rollouts/2/7")
     assert "An alert points" not in tab.locator("main").inner_text()
     tab.goto(f"{site}/health?run=1")
@@ -260,7 +269,7 @@ def test_an_alert_leads_to_its_own_runs_rollouts(run, serve, tab, tmp_path):
     page, card = write(open_runs([str(fooled)])[0], tmp_path / "report")
     tab.goto(page.as_uri())
     tab.locator(".alert a").first.click()
-    assert tab.locator("#r-2-7[open] .t").count() > 0
+    expect(tab.locator("#r-2-7[open] .t").first).to_be_visible()
     assert "Do not believe" in card.read_text()
 
 
@@ -288,11 +297,11 @@ def test_the_report_needs_no_network(run, browser, tmp_path, capsys):
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(Path(said["report"]).as_uri())
     assert "It finished after 6 steps" in tab.locator(".sentence").inner_text()
-    assert drawn(tab) >= 14
+    drawn(tab, 14)
     tab.locator("details.one summary").first.click()
-    assert tab.locator("details.one[open] .t").count() > 0
+    expect(tab.locator("details.one[open] .t").first).to_be_visible()
     tab.keyboard.press("c")
-    assert tab.evaluate("location.hash") == "#critic"
+    tab.wait_for_url("**#critic")
     assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
     assert not problems
     context.close()
