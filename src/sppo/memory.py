@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
+
+import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -19,3 +23,9 @@ def keep_memory() -> bool:
         return False
     settings = ((M_TRIM_THRESHOLD, 2**29), (M_MMAP_THRESHOLD, 2**26), (M_TOP_PAD, 2**24))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def lazy_zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the CPU that take memory, and time, only where they are touched."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=dtype, count=math.prod(shape)).view(shape)

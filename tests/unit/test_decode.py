@@ -91,7 +91,8 @@ def stepped(model: Any, rows: list[int], threads: int | None = None) -> torch.Te
     ids_B = torch.tensor([(31 * row) % 100 for row in rows])
     decoder = decode.Decoder(model, slots)
     decoder.threads = threads or decoder.threads
-    return decoder.next_logits(ids_B, torch.tensor(lengths), max(lengths) + 1)
+    slots.write_next(torch.tensor(lengths), max(lengths) + 1)
+    return decoder.next_logits(ids_B)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,29 +1,59 @@
-/* One decoding step of a Llama-like model for a batch of sequences, from their newest tokens to their logits.
+/* A pass of a Llama-like model over new tokens of many sequences: whole prompts, or the newest token of each; from ids to logits.
  *
  * Compiled for this processor by decode.py, once with T = float and once with T = bfloat16. Between its operations a layer is rounded
  * where transformers rounds it; attention is in float32 until its result. What a row comes to does not depend on the other rows, nor on
  * how many threads there are: each number is summed by one thread in one order.
  *
- * Axes as elsewhere: B rows (sequences), D hidden, V vocabulary. All matrices are row-major, weights [out, in] as nn.Linear has
- * them, read where the model keeps them.
+ * Axes as elsewhere: N rows (tokens), D hidden, V vocabulary. Matrices are row-major; weights lie as decode.py packs them.
  */
 #include "vectors.h"
 
-enum { COLS = 4, NEAR = 24 << 10, AHEAD = 2 << 10 };
-/* NEAR: bytes of weights that stay in the first cache while rows pass by; AHEAD: how far in advance keys and values are asked for */
-
-/* What a step of a product multiplies: STEP numbers of a row with STEP of another, summed into a register in float32. */
+/* What a step of a product multiplies: PAIR numbers of a row with as many of each of L columns, summed into a register in float32. */
 #if BF16 && defined(__AVX512BF16__)
-enum { STEP = 2 * L };
+enum { PAIR = 2 };
 typedef __m512bh word;
+typedef int32_t two __attribute__((aligned(2), may_alias));
 INLINE word word_at(const T *p) { return (word)_mm512_loadu_si512(p); }
+INLINE word repeated(const T *p) { return (word)_mm512_set1_epi32(*(const two *)p); }
 INLINE vf fused(vf sum, word a, word b) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
 #else
-enum { STEP = L };
+enum { PAIR = 1 };
 typedef vf word;
 INLINE word word_at(const T *p) { return load(p); }
+INLINE word repeated(const T *p) { return (vf){} + wide(*p); }
 INLINE vf fused(vf sum, word a, word b) { return sum + a * b; }
 #endif
+
+/* A tile of a product: TALL rows by WIDE registers of columns, so that all its sums stay in registers. */
+#if defined(__AVX512F__)
+enum { TALL = 6, WIDE = 4 };
+#elif defined(__AVX2__)
+enum { TALL = 6, WIDE = 2 };
+#else
+enum { TALL = 4, WIDE = 2 };
+#endif
+enum { STEP = PAIR * L, BLOCK = 4, AHEAD = 2 << 10 }; /* AHEAD: how many bytes in advance keys and values are asked for */
+
+/* What decode.py packs weights for: a matrix [N, K] is kept as panels of L columns, [N / L, K / PAIR, L, PAIR], filled up with zeros. */
+long lanes(void) { return L; }
+long pair(void) { return PAIR; }
+
+INLINE long filled(long n) { return (n + L - 1) / L * L; } /* rows of activations are whole registers, with zeros at their end */
+
+/* w [N, K] as panels; between two of them is room for `every` - 1 others. */
+void pack(const T *w, long N, long K, long every, long threads, T *packed) {
+    long steps = (K + PAIR - 1) / PAIR;
+#pragma omp parallel for num_threads(threads)
+    for (long p = 0; p < filled(N) / L; p++) {
+        T *to = packed + p * every * steps * L * PAIR;
+        long rows = N - p * L < L ? N - p * L : L;
+        if (rows < L || K % PAIR) memset(to, 0, steps * L * PAIR * sizeof(T));
+        for (long k = 0; k + PAIR <= K; k += PAIR)
+            for (long j = 0; j < rows; j++) memcpy(to + k * L + j * PAIR, w + (p * L + j) * K + k, PAIR * sizeof(T));
+        if (K % PAIR)
+            for (long j = 0; j < rows; j++) to[(K - 1) * L + j * PAIR] = w[(p * L + j) * K + K - 1];
+    }
+}
 
 /* Ask for `count` numbers a little beyond p: memory is slower than the sums unless it is asked in time. */
 INLINE void soon(const T *p, long count) {
@@ -46,82 +76,63 @@ INLINE void totals(const vf x[4], float out[4]) {
 #endif
 }
 
-/* rows x cols numbers of x . w^T: sums of k products each. */
-INLINE void tile(const int rows, const int cols, const T *x, const T *w, long k, float out[ROWS][COLS]) {
-    vf sum[ROWS][COLS];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < COLS; c++) sum[r][c] = (vf){};
-    long i = 0;
-    for (; i + STEP <= k; i += STEP) {
-        word b[COLS];
-        for (int c = 0; c < cols; c++) b[c] = word_at(w + c * k + i);
-        for (int r = 0; r < rows; r++) {
-            word a = word_at(x + r * k + i);
-            for (int c = 0; c < cols; c++) sum[r][c] = fused(sum[r][c], a, b[c]);
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        totals(sum[r], out[r]);
-        for (long j = i; j < k; j++)
-            for (int c = 0; c < cols; c++) out[r][c] += wide(x[r * k + j]) * wide(w[c * k + j]);
-    }
+/* Where the results of a product go: rounded to `out`, which keeps its own value besides if `add`; or in float32 to `logits`.
+ * Rows are `width` apart; `bias` may be null. */
+typedef struct { T *out; float *logits; const T *bias; long width; int add; } Target;
+
+INLINE void finish(vf sum, const Target *to, long row, long column) {
+    long at = row * to->width + column;
+    if (to->bias) sum += load(to->bias + column);
+    if (to->logits) { *(vfu *)(to->logits + at) = sum; return; }
+    store(to->out + at, to->add ? load(to->out + at) + rounded(sum) : sum);
 }
 
-static void tiled(int rows, int cols, const T *x, const T *w, long k, float out[ROWS][COLS]) {
-#define CASE(r) case r: if (cols == COLS) tile(r, COLS, x, w, k, out); else tile(r, 1, x, w, k, out); break;
+/* rows x (many panels) of x . w^T: each number is summed over k in order, in one lane. Meanwhile `lines` lines from `ahead` on are asked for in each BLOCK of steps. */
+INLINE void tile(const int rows, const int many, const T *x, long stride, const T *w, long steps, const char *ahead, long lines, const Target *to, long row, long column) {
+    vf sum[TALL][WIDE];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < many; c++) sum[r][c] = (vf){};
+    for (long i = 0; i < steps; i++) {
+        if (i % BLOCK == 0)
+            for (long n = 0; n < lines; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+        word b[WIDE];
+        for (int c = 0; c < many; c++) b[c] = word_at(w + (c * steps + i) * STEP);
+        for (int r = 0; r < rows; r++) {
+            word a = repeated(x + r * stride + i * PAIR);
+            for (int c = 0; c < many; c++) sum[r][c] = fused(sum[r][c], a, b[c]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < many; c++) finish(sum[r][c], to, row + r, column + c * L);
+}
+
+static void tiled(int rows, int many, const T *x, long stride, const T *w, long steps, const char *ahead, long lines, const Target *to, long row, long column) {
+#define TILE(r, c) tile(r, c, x, stride, w, steps, ahead, lines, to, row, column)
+#define CASE(r) case r: if (many == WIDE) TILE(r, WIDE); else if (many == 2) TILE(r, 2); else TILE(r, 1); break;
     switch (rows) {
-        CASE(1) CASE(2) CASE(3)
-#if !defined(__AVX2__) || defined(__AVX512F__)
-        CASE(4)
-#endif
-#if defined(__AVX512F__)
+        CASE(1) CASE(2) CASE(3) CASE(4)
+#if defined(__AVX2__)
         CASE(5) CASE(6)
 #endif
     }
 #undef CASE
+#undef TILE
 }
 
-/* Where sums go, one or four at a time: see product. */
-INLINE void finish(float sum, const T *bias, T *out, float *logits, int add) {
-    if (bias) sum += wide(*bias);
-    if (add) sum = wide(*out) + rounded1(sum);
-    if (logits) *logits = sum;
-    else *out = narrow(sum);
-}
-
-INLINE void finish4(const float *sums, const T *bias, T *out, float *logits, int add) {
-    v4 sum = *(const v4 *)sums;
-    if (bias) sum += load4(bias);
-    if (add) sum = load4(out) + rounded4(sum);
-    if (logits) *(v4 *)logits = sum;
-    else store4(out, sum);
-}
-
-/* Columns [from, to) of x [B, k] . w^T + bias. They go to `logits` in float32 if that is given; else rounded to `out`, which keeps
- * its own value besides if `add`. Rows of the result are `width` apart. */
-static void product(long B, const T *x, const T *w, const T *bias, long k, long from, long to, T *out, float *logits, long width, int add) {
-    long block = NEAR / (k * (long)sizeof(T)) / COLS * COLS;
-    if (block < COLS) block = COLS;
-    for (long n = from; n < to; n += block) {
-        long end = n + block < to ? n + block : to;
-        for (long r = 0; r < B; r += ROWS) {
-            int rows = B - r < ROWS ? B - r : ROWS;
-            for (long c = n; c < end;) {
-                float found[ROWS][COLS];
-                int cols = end - c < COLS ? 1 : COLS;
-                /* a share of what the next block will need: memory is slower than the sums unless it is asked in time */
-                const char *ahead = (const char *)(w + (c + block) * k);
-                for (long line = cols * k * (long)sizeof(T) * r / B; line < cols * k * (long)sizeof(T) * (r + rows) / B; line += LINE)
-                    __builtin_prefetch(ahead + line, 0, 2);
-                tiled(rows, cols, x + r * k, w + c * k, k, found);
-                for (int i = 0; i < rows; i++) {
-                    long at = (r + i) * width + c;
-                    if (cols == COLS) finish4(found[i], bias ? bias + c : 0, out ? out + at : 0, logits ? logits + at : 0, add);
-                    else finish(found[i][0], bias ? bias + c : 0, out ? out + at : 0, logits ? logits + at : 0, add);
-                }
-                c += cols;
-            }
+/* Panels [from, to) of x [N, k] . w^T; rows of x are `filled(k)` apart. */
+static void product(long N, const T *x, const T *w, long k, long from, long end, Target to) {
+    long stride = filled(k), steps = (k + PAIR - 1) / PAIR, panel = steps * STEP;
+    for (long n = from; n < end;) {
+        int many = end - n >= WIDE ? WIDE : end - n >= 2 ? 2 : 1;
+        /* What comes next is asked for while this is computed, a share with every tile: memory is slower than the sums. */
+        const char *ahead = (const char *)(w + (n + many) * panel);
+        long next = (end - n - many < WIDE ? end - n - many : WIDE) * panel * (long)sizeof(T) / LINE, blocks = (steps + BLOCK - 1) / BLOCK;
+        for (long r = 0; r < N; r += TALL) {
+            int rows = N - r < TALL ? N - r : TALL;
+            long share = next * rows / N, lines = (share + blocks - 1) / blocks;
+            tiled(rows, many, x + r * stride, stride, w + n * panel, steps, ahead + next * r / N * LINE, lines, &to, r, n * L);
         }
+        n += many;
     }
 }
 
@@ -225,7 +236,7 @@ static void mixed(long heads, const float *weight, long stride, const T *values,
 }
 
 typedef struct { /* decode.py fills it; absent tensors are null */
-    const T *norm, *q, *k, *v, *o, *q_bias, *k_bias, *v_bias, *o_bias, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
+    const T *norm, *qkv, *o, *qkv_bias, *o_bias, *q_norm, *k_norm, *mlp_norm, *gate_up, *down;
     T *keys, *values; /* [slots, groups, columns, size] */
 } Layer;
 
@@ -236,97 +247,115 @@ typedef struct {
     const Layer *layer;
 } Model;
 
-typedef struct { T *h, *x, *qkv, *seen, *gate, *up; float *score; } Room;
+typedef struct { T *h, *x, *qkv, *seen, *gate_up, *gated; float *score; } Room;
 
-/* Where things lie in the memory lent for a step; returns its size in bytes. */
-static long laid(const Model *m, long B, long columns, long threads, char *base, Room *room) {
+/* Where things lie in the memory lent for a pass; returns its size in bytes. */
+static long laid(const Model *m, long N, long columns, long threads, char *base, Room *room) {
     long at = 0, a_group = m->heads / m->groups;
 #define PLACE(field, count) room->field = (void *)(base + at); at += ((count) * (long)sizeof(*room->field) + LINE - 1) / LINE * LINE;
-    PLACE(h, B * m->hidden)
-    PLACE(x, B * m->hidden)
-    PLACE(qkv, B * (m->heads + 2 * m->groups) * m->size)
-    PLACE(seen, B * m->heads * m->size)
-    PLACE(gate, B * m->inner)
-    PLACE(up, B * m->inner)
+    PLACE(h, N * filled(m->hidden))
+    PLACE(x, N * filled(m->hidden))
+    PLACE(qkv, N * filled((m->heads + 2 * m->groups) * m->size))
+    PLACE(seen, N * filled(m->heads * m->size))
+    PLACE(gate_up, N * 2 * filled(m->inner))
+    PLACE(gated, N * filled(m->inner))
     PLACE(score, threads * a_group * columns)
 #undef PLACE
     return at + LINE;
 }
 
-long room_bytes(const Model *m, long B, long columns, long threads) {
+long room_bytes(const Model *m, long N, long columns, long threads) {
     Room room;
-    return laid(m, B, columns, threads, 0, &room);
+    return laid(m, N, columns, threads, 0, &room);
 }
 
-/* One sequence's heads of one group: rotate, write key and value into the slot, look at all that is there. */
-static void attend(const Model *m, const Layer *l, const Room *room, long b, long g, long length, long slot_columns, long most, int me, const T *cos, const T *sin) {
-    long size = m->size, a_group = m->heads / m->groups, columns = length + 1;
-    T *row = room->qkv + b * (m->heads + 2 * m->groups) * size;
-    T *q = row + g * a_group * size, *k = row + (m->heads + g) * size, *v = k + m->groups * size;
-    T *keys = l->keys + (b * m->groups + g) * slot_columns * size, *values = l->values + (b * m->groups + g) * slot_columns * size;
-    if (l->k_norm) normed(k, l->k_norm, size, m->epsilon, k);
-    turned(k, cos, sin, size);
-    memcpy(keys + length * size, k, size * sizeof(T));
-    memcpy(values + length * size, v, size * sizeof(T));
-    float *score = room->score + me * a_group * most, peak[a_group], sum[a_group];
+/* One token's heads of one group, and where that group's keys and values are in its sequence's slot. */
+typedef struct { T *q, *k, *v, *keys, *values; const T *cos, *sin; long position; } Unit;
+
+/* The tokens of a pass: which slot each belongs to, at which position; cosine, sine [positions, size / 2]; columns of a slot. */
+typedef struct { const int64_t *ids, *slots, *positions; const T *cosine, *sine; long columns; } Tokens;
+
+static Unit unit_at(const Model *m, const Layer *l, const Room *room, const Tokens *tokens, long n, long g) {
+    long size = m->size, a_group = m->heads / m->groups, position = tokens->positions[n], half = size / 2;
+    long slot = (tokens->slots[n] * m->groups + g) * tokens->columns * size;
+    T *row = room->qkv + n * filled((m->heads + 2 * m->groups) * size), *k = row + (m->heads + g) * size;
+    return (Unit){row + g * a_group * size, k, k + m->groups * size, l->keys + slot, l->values + slot,
+                  tokens->cosine + position * half, tokens->sine + position * half, position};
+}
+
+/* Rotate the key; write key and value into the slot. */
+static void placed(const Model *m, const Layer *l, Unit u) {
+    if (l->k_norm) normed(u.k, l->k_norm, m->size, m->epsilon, u.k);
+    turned(u.k, u.cos, u.sin, m->size);
+    memcpy(u.keys + u.position * m->size, u.k, m->size * sizeof(T));
+    memcpy(u.values + u.position * m->size, u.v, m->size * sizeof(T));
+}
+
+/* Rotate the queries; look at all that is in the slot up to this token. score: room for heads x columns. */
+static void attended(const Model *m, const Layer *l, Unit u, float *score, T *out) {
+    long size = m->size, a_group = m->heads / m->groups, columns = u.position + 1;
+    float peak[a_group], sum[a_group];
     for (long h = 0; h < a_group; h++) {
-        if (l->q_norm) normed(q + h * size, l->q_norm, size, m->epsilon, q + h * size);
-        turned(q + h * size, cos, sin, size);
+        if (l->q_norm) normed(u.q + h * size, l->q_norm, size, m->epsilon, u.q + h * size);
+        turned(u.q + h * size, u.cos, u.sin, size);
     }
-    scores(a_group, q, keys, columns, size, m->scale, score, most, peak);
-    for (long h = 0; h < a_group; h++) sum[h] = weights(score + h * most, columns, peak[h]);
-    mixed(a_group, score, most, values, columns, size, sum, room->seen + (b * m->heads + g * a_group) * size);
+    scores(a_group, u.q, u.keys, columns, size, m->scale, score, columns, peak);
+    for (long h = 0; h < a_group; h++) sum[h] = weights(score + h * columns, columns, peak[h]);
+    mixed(a_group, score, columns, u.values, columns, size, sum, out);
 }
 
-/* gate := silu(gate) * up */
-static void gated(T *gate, const T *up, long n) {
-    long i = 0;
-    for (; i + L <= n; i += L) { vf a = load(gate + i); store(gate + i, rounded(a / (1.0f + vexp(-a))) * load(up + i)); }
-    for (; i < n; i++) { vf e = vexp((vf){} - wide(gate[i])); gate[i] = narrow(rounded1(wide(gate[i]) / (1.0f + e[0])) * wide(up[i])); }
+/* out := silu(gate) * up, of panels [from, to): gate_up holds a register of one, then one of the other. */
+static void gated(const T *gate_up, T *out, long from, long to) {
+    for (long n = from; n < to; n++) {
+        vf a = load(gate_up + 2 * n * L), b = load(gate_up + (2 * n + 1) * L);
+        store(out + n * L, rounded(a / (1.0f + vexp(-a))) * b);
+    }
 }
 
-/* Float32 logits, [B, V], after one more token of each sequence.
+/* Float32 logits, [W, filled(V)], after the tokens at the `wanted` rows, when N new tokens have been read.
  *
- * ids, lengths: [B], the new tokens and how many are in their slots already. cosine, sine: [positions, size / 2].
- * slot_columns: how many columns a slot has room for. memory: room_bytes(B, columns of the longest with its new token, threads). */
-void step(const Model *m, long B, const int64_t *ids, const int64_t *lengths, const T *cosine, const T *sine, long slot_columns, long threads, char *memory, float *logits) {
-    long most = 0, hidden = m->hidden, q = m->heads * m->size, kv = m->groups * m->size, width = q + 2 * kv;
-    for (long b = 0; b < B; b++) most = lengths[b] + 1 > most ? lengths[b] + 1 : most;
+ * The tokens of a sequence stand in order of their positions, and those before them are in its slot. memory: room_bytes(N, columns of
+ * the longest with its new tokens, threads). */
+void read_tokens(const Model *m, const Tokens *tokens, long N, const int64_t *wanted, long W, long threads, char *memory, float *logits) {
+    long q = m->heads * m->size, qkv = q + 2 * m->groups * m->size, hidden = m->hidden;
+    long h_row = filled(hidden), q_row = filled(q), i_row = filled(m->inner), most = 0;
+    for (long n = 0; n < N; n++) most = tokens->positions[n] + 1 > most ? tokens->positions[n] + 1 : most;
     Room room;
-    laid(m, B, most, threads, (char *)(((uintptr_t)memory + LINE - 1) / LINE * LINE), &room);
+    laid(m, N, most, threads, (char *)(((uintptr_t)memory + LINE - 1) / LINE * LINE), &room);
+    memset(room.h, 0, (char *)room.score - (char *)room.h); /* what fills up the rows must be 0 */
 #pragma omp parallel num_threads(threads)
     {
-        long me = omp_get_thread_num(), all = omp_get_num_threads();
-#define SHARE(n, from, to) long from = ((n) / COLS * me / all) * COLS, to = me + 1 == all ? (n) : ((n) / COLS * (me + 1) / all) * COLS;
-        SHARE(q, q0, q1) SHARE(kv, kv0, kv1) SHARE(hidden, d0, d1) SHARE(m->inner, i0, i1) SHARE(m->vocabulary, v0, v1)
-        for (long b = me; b < B; b += all) memcpy(room.h + b * hidden, m->embedding + ids[b] * hidden, hidden * sizeof(T));
-        for (long n = 0; n < m->layers; n++) {
-            const Layer *l = m->layer + n;
-            for (long b = me; b < B; b += all) normed(room.h + b * hidden, l->norm, hidden, m->epsilon, room.x + b * hidden);
+        long me = omp_get_thread_num(), all = omp_get_num_threads(), units = N * m->groups, some = units / (32 * all) + 1;
+        float *score = room.score + me * (m->heads / m->groups) * most;
+#define SHARE(n, from, to) long from = filled(n) / L * me / all, to = filled(n) / L * (me + 1) / all;
+        SHARE(qkv, q0, q1) SHARE(hidden, d0, d1) SHARE(m->inner, i0, i1) SHARE(m->vocabulary, v0, v1)
+        for (long n = me; n < N; n += all) memcpy(room.h + n * h_row, m->embedding + tokens->ids[n] * hidden, hidden * sizeof(T));
+        for (long i = 0; i < m->layers; i++) {
+            const Layer *l = m->layer + i;
+            for (long n = me; n < N; n += all) normed(room.h + n * h_row, l->norm, hidden, m->epsilon, room.x + n * h_row);
 #pragma omp barrier
-            product(B, room.x, l->q, l->q_bias, hidden, q0, q1, room.qkv, 0, width, 0);
-            product(B, room.x, l->k, l->k_bias, hidden, kv0, kv1, room.qkv + q, 0, width, 0);
-            product(B, room.x, l->v, l->v_bias, hidden, kv0, kv1, room.qkv + q + kv, 0, width, 0);
+            product(N, room.x, l->qkv, hidden, q0, q1, (Target){room.qkv, 0, l->qkv_bias, filled(qkv), 0});
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-            for (long unit = 0; unit < B * m->groups; unit++) {
-                long b = unit / m->groups, half = m->size / 2;
-                attend(m, l, &room, b, unit % m->groups, lengths[b], slot_columns, most, me, cosine + lengths[b] * half, sine + lengths[b] * half);
+#pragma omp for
+            for (long u = 0; u < units; u++) placed(m, l, unit_at(m, l, &room, tokens, u / m->groups, u % m->groups));
+#pragma omp for schedule(dynamic, some)
+            for (long u = 0; u < units; u++) {
+                long n = u / m->groups, g = u % m->groups;
+                attended(m, l, unit_at(m, l, &room, tokens, n, g), score, room.seen + n * q_row + g * (q / m->groups));
             }
-            product(B, room.seen, l->o, l->o_bias, q, d0, d1, room.h, 0, hidden, 1);
+            product(N, room.seen, l->o, q, d0, d1, (Target){room.h, 0, l->o_bias, h_row, 1});
 #pragma omp barrier
-            for (long b = me; b < B; b += all) normed(room.h + b * hidden, l->mlp_norm, hidden, m->epsilon, room.x + b * hidden);
+            for (long n = me; n < N; n += all) normed(room.h + n * h_row, l->mlp_norm, hidden, m->epsilon, room.x + n * h_row);
 #pragma omp barrier
-            product(B, room.x, l->gate, 0, hidden, i0, i1, room.gate, 0, m->inner, 0);
-            product(B, room.x, l->up, 0, hidden, i0, i1, room.up, 0, m->inner, 0);
-            for (long b = 0; b < B; b++) gated(room.gate + b * m->inner + i0, room.up + b * m->inner + i0, i1 - i0);
+            product(N, room.x, l->gate_up, hidden, 2 * i0, 2 * i1, (Target){room.gate_up, 0, 0, 2 * i_row, 0});
+            for (long n = 0; n < N; n++) gated(room.gate_up + n * 2 * i_row, room.gated + n * i_row, i0, i1);
 #pragma omp barrier
-            product(B, room.gate, l->down, 0, m->inner, d0, d1, room.h, 0, hidden, 1);
+            product(N, room.gated, l->down, m->inner, d0, d1, (Target){room.h, 0, 0, h_row, 1});
 #pragma omp barrier
         }
-        for (long b = me; b < B; b += all) normed(room.h + b * hidden, m->norm, hidden, m->epsilon, room.x + b * hidden);
+        for (long n = me; n < W; n += all) normed(room.h + wanted[n] * h_row, m->norm, hidden, m->epsilon, room.x + n * h_row);
 #pragma omp barrier
-        product(B, room.x, m->head, 0, hidden, v0, v1, 0, logits, m->vocabulary, 0);
+        product(W, room.x, m->head, hidden, v0, v1, (Target){0, logits, 0, filled(m->vocabulary), 0});
 #undef SHARE
     }
 }

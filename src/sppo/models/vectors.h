@@ -25,8 +25,6 @@ typedef float vf __attribute__((vector_size(4 * L)));
 typedef float vfu __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * L)));
 typedef int32_t vi __attribute__((vector_size(4 * L)));
-typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t u4 __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 
 #if BF16
@@ -37,15 +35,8 @@ INLINE T narrow(float x) { union { float f; uint32_t u; } c = {x}; return (c.u +
 INLINE vf load(const T *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
 INLINE vf rounded(vf x) { vu u = (vu)x; return (vf)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
 INLINE void store(T *p, vf x) { vu u = (vu)x; *(vh *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, vh); }
-typedef uint16_t h4 __attribute__((vector_size(8), aligned(2), may_alias));
-INLINE v4 load4(const T *p) { return (v4)(__builtin_convertvector(*(const h4 *)p, u4) << 16); }
-INLINE v4 rounded4(v4 x) { u4 u = (u4)x; return (v4)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u); }
-INLINE void store4(T *p, v4 x) { u4 u = (u4)x; *(h4 *)p = __builtin_convertvector((u + 0x7fff + (u >> 16 & 1)) >> 16, h4); }
 #else
 typedef float T;
-INLINE v4 load4(const T *p) { return *(const v4 *)p; }
-INLINE v4 rounded4(v4 x) { return x; }
-INLINE void store4(T *p, v4 x) { *(v4 *)p = x; }
 INLINE float wide(T x) { return x; }
 INLINE T narrow(float x) { return x; }
 INLINE vf load(const T *p) { return *(const vfu *)p; }

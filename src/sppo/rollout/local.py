@@ -139,7 +139,7 @@ def _decode(
             if waiting.order and free * REFILL >= slots.count:
                 admitted = waiting.take(free)
                 first, rows = len(live), [i for same in admitted.values() for i in same]
-                logits_BV = _prefill(policy, slots, waiting, admitted, first)
+                logits_BV = _prefill(policy, slots, waiting, admitted, first, decoder)
                 live += rows
             else:
                 rows = live
@@ -153,7 +153,7 @@ def _decode(
                 waiting.forked.extend((child, prefix) for child in children)
                 lengths |= dict.fromkeys(children, length)
             if finished:
-                _close_ranks(slots, live, finished)
+                _close_ranks(slots, live, finished, lengths, responses)
                 done += len(finished)
                 if progress:
                     progress(done)
@@ -171,9 +171,9 @@ def _next(
     last_B1, before = next_inputs(lengths, responses, live)
     columns = max(before) + 1
     length_B = torch.tensor(before, device=policy.device)
-    if decoder is not None:
-        return decoder.next_logits(last_B1[:, 0], length_B, columns)
     slots.write_next(length_B, columns)
+    if decoder is not None:
+        return decoder.next_logits(last_B1[:, 0])
     beyond_BS = torch.arange(columns, device=policy.device) > length_B[:, None]
     mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)
     return policy.next_logits(
@@ -210,7 +210,14 @@ class _Waiting:
         return rows
 
 
-def _prefill(policy: Policy, slots: Slots, waiting: _Waiting, rows: dict[Key, list[int]], first: int) -> Tensor:
+def _prefill(
+    policy: Policy,
+    slots: Slots,
+    waiting: _Waiting,
+    rows: dict[Key, list[int]],
+    first: int,
+    decoder: decode.Decoder | None,
+) -> Tensor:
     """Read prompts into the slots from `first` on, each different one once and then copied; the logits after each row's, [B, V]."""
     slot = {key: first + sum(map(len, list(rows.values())[:n])) for n, key in enumerate(rows)}
     logits: dict[Key, Tensor] = {}
@@ -221,31 +228,33 @@ def _prefill(policy: Policy, slots: Slots, waiting: _Waiting, rows: dict[Key, li
     if unread:
         lengths = [len(key) for key in unread]
         slots.write_prompts([slot[key] for key in unread], lengths, policy.device)
-        logits_NV = policy.next_logits(
-            torch.tensor(lengths, device=policy.device).cumsum(0) - 1,
-            input_ids=torch.tensor([i for key in unread for i in key], device=policy.device)[None],
-            position_ids=torch.cat([torch.arange(n) for n in lengths]).to(policy.device)[None],
-            past_key_values=slots, **packed.boundaries(lengths),
-        )  # fmt: skip
-        logits |= dict(zip(unread, logits_NV, strict=True))
+        ids_N = torch.tensor([i for key in unread for i in key], device=policy.device)
+        last_B = torch.tensor(lengths, device=policy.device).cumsum(0) - 1
+        if decoder is not None:
+            logits_BV = decoder.next_logits(ids_N, last_B)
+        else:
+            logits_BV = policy.next_logits(
+                last_B, input_ids=ids_N[None], position_ids=slots.column_N[None], past_key_values=slots, **packed.boundaries(lengths)
+            )  # fmt: skip
+        logits |= dict(zip(unread, logits_BV, strict=True))
     for key, same in rows.items():
-        copies = list(range(slot[key] + 1, slot[key] + len(same)))
-        if copies:
-            slots.copy([slot[key]] * len(copies), copies, len(key))
+        for copy in range(slot[key] + 1, slot[key] + len(same)):
+            slots.copy(slot[key], copy, len(key))
     last = next(reversed(rows))
     goes_on = waiting.order and waiting.keys[waiting.order[-1]] == last
-    waiting.begun = (last, slots.read(slot[last], len(last)), logits[last]) if goes_on else None
+    waiting.begun = (last, slots.read(slot[last], len(last)), logits[last].clone()) if goes_on else None
     return torch.stack([logits[key] for key, same in rows.items() for _ in same])
 
 
-def _close_ranks(slots: Slots, live: list[int], finished: Sequence[int]) -> None:
+def _close_ranks(
+    slots: Slots, live: list[int], finished: Sequence[int], lengths: dict[int, int], responses: Responses
+) -> None:
     """Take the finished rows out; the last ones move into their slots."""
     gone, remaining = set(finished), len(live) - len(finished)
     holes = [b for b in finished if b < remaining]
     movers = [b for b in range(remaining, len(live)) if b not in gone]
-    if holes:
-        slots.copy(movers, holes, slots.columns)
     for hole, mover in zip(holes, movers, strict=True):
+        slots.copy(mover, hole, lengths[live[mover]] + len(responses.ids[live[mover]]))
         live[hole] = live[mover]
     del live[remaining:]
 

@@ -15,8 +15,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..memory import lazy_zeros
+
 FIRST = 256
-"""Columns to begin with, if the sequences may get longer at all; doubled whenever one does."""
+"""Columns to begin with on an accelerator, if the sequences may get longer at all; doubled whenever one does. On a CPU, memory that no
+sequence has reached costs nothing."""
 
 Prefix = list[tuple[Tensor, Tensor]]
 """A sequence's keys and values, [heads, columns, D] each, layer by layer."""
@@ -46,11 +49,11 @@ class Slots(Cache):
         self._reach(columns)
         self.seen = (len(length_B), columns)
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int], columns: int) -> None:
-        """Copy the first columns of slots into others."""
+    def copy(self, source: int, target: int, columns: int) -> None:
+        """Copy a slot's first columns into another."""
         for layer in self.layers:
             for store in (layer.key_store, layer.value_store):
-                store[targets, :, :columns] = store[sources, :, :columns]
+                store[target, :, :columns] = store[source, :, :columns]
 
     def read(self, slot: int, columns: int) -> Prefix:
         """A copy of a slot's first columns, to be written into others later."""
@@ -80,9 +83,13 @@ class _SlotLayer(CacheLayerMixin):
         self.table = table
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.table.count, self.table.columns
+        table = self.table
+        if lazy := key_states.device.type == "cpu":
+            table.columns = table.longest
         self.key_store, self.value_store = (
-            x.new_zeros(rows, x.size(1), columns, x.size(-1)) for x in (key_states, value_states)
+            lazy_zeros(*shape, dtype=x.dtype) if lazy else x.new_zeros(shape)
+            for x in (key_states, value_states)
+            for shape in [(table.count, x.size(1), table.columns, x.size(-1))]
         )
         self.is_initialized = True
 
