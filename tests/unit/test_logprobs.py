@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sppo.memory import keep_memory
+from sppo.models import head, logprobs
 from sppo.models.logprobs import chunk_size, exact_products, token_logps, token_logps_from_logits
 
 
@@ -39,6 +40,32 @@ def test_chunked_log_probabilities_and_gradients_are_the_plain_ones(dtype: torch
             assert theirs.grad is not None
             error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
             assert float(error) < tolerance
+
+
+def test_the_compiled_head_is_taken_where_it_is_the_faster_way(monkeypatch) -> None:
+    """And in parts, whose gradients add up to the plain way's."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 64).bfloat16(), torch.randn(333, 64).bfloat16()
+    target, scale = torch.randint(333, (50,)), torch.randn(50)
+    if not head.fits(hidden, weight, None):
+        pytest.skip("this processor does not multiply bfloat16")
+    assert not head.fits(hidden.float(), weight.float(), None)
+    assert not head.fits(hidden, weight, torch.zeros(333))
+    assert not head.fits(hidden[:, :40], weight[:, :40], None)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 16 * 333)
+    found = []
+    for fits in (True, False):
+        monkeypatch.setattr(head, "fits", lambda *a, fits=fits: fits)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, entropy = token_logps(h, w, None, target, 0.7)
+        assert not entropy.requires_grad
+        logp.backward(scale)
+        found.append((logp.detach(), entropy, h.grad, w.grad))
+    for a, b in zip(*found, strict=True):
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < 2**-7
+    h = hidden.clone().requires_grad_()
+    token_logps(h, weight, None, target, 0.7)[0].backward(scale)  # a head that is not trained
+    assert torch.allclose(h.grad.float(), found[0][2].float(), rtol=2**-7)
 
 
 def test_exact_products_are_exact_and_the_setting_is_given_back() -> None:

@@ -1,7 +1,7 @@
 """The C files of this folder, compiled for this processor when they are first needed (two or three seconds), and kept in the user's cache.
 
 They are what PyTorch's CPU kernels are not made for: a decoding step of few rows (decode.c), attention of many short sequences
-(attention.c). Whoever calls them has another way where there is no compiler.
+(attention.c), log-probabilities over a large vocabulary (head.c). Whoever calls them has another way where there is no compiler.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL:
         flags = [*COMPILE, f"-DBF16={int(dtype == torch.bfloat16)}"]
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
         source = FOLDER / f"{name}.c"
-        told = "\n".join([source.read_text(), (FOLDER / "vectors.h").read_text(), *flags, version, _processor()])
+        headers = [path.read_text() for path in sorted(FOLDER.glob("*.h"))]
+        told = "\n".join([source.read_text(), *headers, *flags, version, _processor()])
         path = _cache() / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
         if not path.exists():
             _compile(compiler, flags, source, path)

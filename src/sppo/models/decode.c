@@ -4,56 +4,11 @@
  * where transformers rounds it; attention is in float32 until its result. What a row comes to does not depend on the other rows, nor on
  * how many threads there are: each number is summed by one thread in one order.
  *
- * Axes as elsewhere: N rows (tokens), D hidden, V vocabulary. Matrices are row-major; weights lie as decode.py packs them.
+ * Axes as elsewhere: N rows (tokens), D hidden, V vocabulary. Matrices are row-major; weights are packed (products.h).
  */
-#include "vectors.h"
+#include "products.h"
 
-/* What a step of a product multiplies: PAIR numbers of a row with as many of each of L columns, summed into a register in float32. */
-#if BF16 && defined(__AVX512BF16__)
-enum { PAIR = 2 };
-typedef __m512bh word;
-typedef int32_t two __attribute__((aligned(2), may_alias));
-INLINE word word_at(const T *p) { return (word)_mm512_loadu_si512(p); }
-INLINE word repeated(const T *p) { return (word)_mm512_set1_epi32(*(const two *)p); }
-INLINE vf fused(vf sum, word a, word b) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
-#else
-enum { PAIR = 1 };
-typedef vf word;
-INLINE word word_at(const T *p) { return load(p); }
-INLINE word repeated(const T *p) { return (vf){} + wide(*p); }
-INLINE vf fused(vf sum, word a, word b) { return sum + a * b; }
-#endif
-
-/* A tile of a product: TALL rows by WIDE registers of columns, so that all its sums stay in registers. */
-#if defined(__AVX512F__)
-enum { TALL = 6, WIDE = 4 };
-#elif defined(__AVX2__)
-enum { TALL = 6, WIDE = 2 };
-#else
-enum { TALL = 4, WIDE = 2 };
-#endif
-enum { STEP = PAIR * L, BLOCK = 4, AHEAD = 2 << 10 }; /* AHEAD: how many bytes in advance keys and values are asked for */
-
-/* What decode.py packs weights for: a matrix [N, K] is kept as panels of L columns, [N / L, K / PAIR, L, PAIR], filled up with zeros. */
-long lanes(void) { return L; }
-long pair(void) { return PAIR; }
-
-INLINE long filled(long n) { return (n + L - 1) / L * L; } /* rows of activations are whole registers, with zeros at their end */
-
-/* w [N, K] as panels; between two of them is room for `every` - 1 others. */
-void pack(const T *w, long N, long K, long every, long threads, T *packed) {
-    long steps = (K + PAIR - 1) / PAIR;
-#pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < filled(N) / L; p++) {
-        T *to = packed + p * every * steps * L * PAIR;
-        long rows = N - p * L < L ? N - p * L : L;
-        if (rows < L || K % PAIR) memset(to, 0, steps * L * PAIR * sizeof(T));
-        for (long k = 0; k + PAIR <= K; k += PAIR)
-            for (long j = 0; j < rows; j++) memcpy(to + k * L + j * PAIR, w + (p * L + j) * K + k, PAIR * sizeof(T));
-        if (K % PAIR)
-            for (long j = 0; j < rows; j++) to[(K - 1) * L + j * PAIR] = w[(p * L + j) * K + K - 1];
-    }
-}
+enum { AHEAD = 2 << 10 }; /* how many bytes in advance keys and values are asked for */
 
 /* Ask for `count` numbers a little beyond p: memory is slower than the sums unless it is asked in time. */
 INLINE void soon(const T *p, long count) {
@@ -87,50 +42,23 @@ INLINE void finish(vf sum, const Target *to, long row, long column) {
     store(to->out + at, to->add ? load(to->out + at) + rounded(sum) : sum);
 }
 
-/* rows x (many panels) of x . w^T: each number is summed over k in order, in one lane. Meanwhile `lines` lines from `ahead` on are asked for in each BLOCK of steps. */
-INLINE void tile(const int rows, const int many, const T *x, long stride, const T *w, long steps, const char *ahead, long lines, const Target *to, long row, long column) {
+static void tiled(int rows, int many, Rows x, const T *w, long steps, Ahead ahead, const Target *to, long row, long column) {
     vf sum[TALL][WIDE];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < many; c++) sum[r][c] = (vf){};
-    for (long i = 0; i < steps; i++) {
-        if (i % BLOCK == 0)
-            for (long n = 0; n < lines; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-        word b[WIDE];
-        for (int c = 0; c < many; c++) b[c] = word_at(w + (c * steps + i) * STEP);
-        for (int r = 0; r < rows; r++) {
-            word a = repeated(x + r * stride + i * PAIR);
-            for (int c = 0; c < many; c++) sum[r][c] = fused(sum[r][c], a, b[c]);
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < many; c++) finish(sum[r][c], to, row + r, column + c * L);
-}
-
-static void tiled(int rows, int many, const T *x, long stride, const T *w, long steps, const char *ahead, long lines, const Target *to, long row, long column) {
-#define TILE(r, c) tile(r, c, x, stride, w, steps, ahead, lines, to, row, column)
-#define CASE(r) case r: if (many == WIDE) TILE(r, WIDE); else if (many == 2) TILE(r, 2); else TILE(r, 1); break;
-    switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if defined(__AVX2__)
-        CASE(5) CASE(6)
-#endif
-    }
-#undef CASE
+#define TILE(height, width) summed(height, width, x, w, steps, ahead, sum); \
+        for (int r = 0; r < height; r++) for (int c = 0; c < width; c++) finish(sum[r][c], to, row + r, column + c * L);
+    EVERY_TILE(rows, many)
 #undef TILE
 }
 
-/* Panels [from, to) of x [N, k] . w^T; rows of x are `filled(k)` apart. */
+/* Panels [from, end) of x [N, k] . w^T; rows of x are `filled(k)` apart, with zeros after the last number. */
 static void product(long N, const T *x, const T *w, long k, long from, long end, Target to) {
-    long stride = filled(k), steps = (k + PAIR - 1) / PAIR, panel = steps * STEP;
+    long stride = filled(k), steps = (k + PAIR - 1) / PAIR;
     for (long n = from; n < end;) {
-        int many = end - n >= WIDE ? WIDE : end - n >= 2 ? 2 : 1;
-        /* What comes next is asked for while this is computed, a share with every tile: memory is slower than the sums. */
-        const char *ahead = (const char *)(w + (n + many) * panel);
-        long next = (end - n - many < WIDE ? end - n - many : WIDE) * panel * (long)sizeof(T) / LINE, blocks = (steps + BLOCK - 1) / BLOCK;
+        int many = next_panels(end - n);
+        const T *panels = w + n * steps * STEP, *next = panels + many * steps * STEP;
         for (long r = 0; r < N; r += TALL) {
             int rows = N - r < TALL ? N - r : TALL;
-            long share = next * rows / N, lines = (share + blocks - 1) / blocks;
-            tiled(rows, many, x + r * stride, stride, w + n * panel, steps, ahead + next * r / N * LINE, lines, &to, r, n * L);
+            tiled(rows, many, (Rows){x + r * stride, stride, PAIR}, panels, steps, share_of(next, end - n - many, steps, r, rows, N), &to, r, n * L);
         }
         n += many;
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..objective.ratio import wide
+from . import head
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits a chunk, 32 MiB in float32: enough tokens for full matmul speed, small enough to stay near the cache."""
@@ -108,6 +109,37 @@ class _TokenLogProbs(torch.autograd.Function):
         )
 
 
+class _CompiledTokenLogProbs(torch.autograd.Function):
+    """The same in head.c, which `head.fits`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logp_N, entropy_N, normaliser_N = head.Head(weight_VD, temperature).forward(hidden_ND, target_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, normaliser_N)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        hidden_ND, weight_VD, target_N, normaliser_N = ctx.saved_tensors
+        compiled = head.Head(weight_VD, ctx.temperature)
+        grad_hidden = torch.empty_like(hidden_ND)
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        size = 2 * chunk_size(
+            weight_VD.size(0)
+        )  # two copies of the logits' gradient in bfloat16: as many bytes as one chunk's logits, twice
+        for start in range(0, hidden_ND.size(0), size):
+            part = slice(start, start + size)
+            grad_logits = compiled.grad_logits(
+                hidden_ND[part], target_N[part], normaliser_N[part], gradients[0][part], grad_weight
+            )
+            torch.mm(grad_logits, weight_VD, out=grad_hidden[part])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
+
+
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor, size: int, count: int) -> Tensor:
     """Room for `count` chunks of logits, held from the first chunk to the last: malloc finds an aligned block's old place too small
     for its successor, so a block for each chunk made the heap grow with the response (1.3 GiB at 4,096 tokens)."""
@@ -138,6 +170,8 @@ def token_logps(
     if hidden_ND.size(0) == 0:
         empty = wide(hidden_ND).sum(1)
         return empty, empty.detach()
+    if head.fits(hidden_ND, weight_VD, bias_V):
+        return _CompiledTokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature)
     return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, temperature)
 
 

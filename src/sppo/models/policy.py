@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import ModelError
 from ..types import Task
 from . import packed as packing
+from .elementwise import fusable, fused
 from .logprobs import exact_products, token_logps, token_logps_from_logits
 from .narrow import narrow_linear
 from .pretrained import choose_dtype, ensure_pad, first_line, load, render_chat
@@ -51,6 +52,7 @@ class Policy:
         self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
         self.direct_head = self._head_is_a_projection()
         self._checkpointed: list[Any] = []
+        self._fused: tuple[Any, list[Any]] | None = None
         self.unpacked_why = ""
         self.packs = self._packing_holds()
 
@@ -149,7 +151,7 @@ class Policy:
         # the last token is scored, but nothing follows that it could predict
         inputs = self._packed_inputs if self.packs else self._padded_inputs
         inputs_1, state_N = inputs(ids_BL, prompt_len_B + response_len_B - 1, row_N, position_N - 1)
-        with self._checkpointing():
+        with fused(self._fusable()), self._checkpointing():
             if self.direct_head:
                 hidden_ND = self._backbone()(use_cache=False, **inputs_1).last_hidden_state.flatten(0, 1)[state_N]
                 head = self.model.get_output_embeddings()
@@ -175,12 +177,24 @@ class Policy:
         gradients are wanted."""
         layers = self._checkpointed if torch.is_grad_enabled() else []
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpoint, partial(self._again, layer.forward), use_reentrant=False)
         try:
             yield
         finally:
             for layer in layers:
                 del layer.forward
+
+    def _again(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layer as it was computed the first time: the backward pass comes when nothing is lent any more."""
+        with fused(self._fusable()):
+            return forward(*args, **kwargs)
+
+    def _fusable(self) -> list[Any]:
+        """What `fused` takes, asked once for the model as it is."""
+        now = (self.model, self.dtype, self.device)
+        if self._fused is None or self._fused[0] != now:
+            self._fused = (now, fusable(self.model))
+        return self._fused[1]
 
     @torch.no_grad()
     def given_logps(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:

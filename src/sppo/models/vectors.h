@@ -52,6 +52,19 @@ INLINE float total(vf x) {
     return sum;
 }
 
+/* 0, 1, 2, ... */
+INLINE vi lane_numbers(void) {
+    vi x = {};
+    for (int j = 0; j < L; j++) x[j] = j;
+    return x;
+}
+
+/* The larger, lane by lane; b where one is not a number. */
+INLINE vf larger(vf a, vf b) {
+    vi first = a > b;
+    return (vf)(((vi)a & first) | ((vi)b & ~first));
+}
+
 /* exp, to 2e-7 of its value; below -87 what is left of it. NaN stays NaN. */
 INLINE vf vexp(vf x) {
     const vf low = (vf){} - 87.0f, high = (vf){} + 88.0f;

@@ -1,0 +1,109 @@
+"""The output projection and its log-softmax on a CPU with native bfloat16, in compiled code (head.c): logits are used in the registers in which they
+are summed, and never written.
+
+PyTorch's products of bfloat16 numbers with a float32 result run at half the speed of those with a bfloat16 one, and a logit in bfloat16 would be wrong by
+up to 0.4 (docs/performance.md). The arithmetic is logprobs.py's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compiled import NoCompiler, library
+
+PANEL = 64
+"""Hidden sizes must be a multiple of it, so that every row is whole registers."""
+
+
+class _Head(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "head", "target")),
+        *((name, ctypes.c_long) for name in ("N", "D", "V", "threads")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("logp", "entropy", "normaliser", "grad", "grad_logits", "grad_packed")),
+    ]
+
+
+@functools.cache
+def _compiled() -> ctypes.CDLL | None:
+    try:
+        lib = library("head", torch.bfloat16)
+    except NoCompiler:
+        return None
+    long, pointer, head = ctypes.c_long, ctypes.c_void_p, ctypes.POINTER(_Head)
+    lib.pack.argtypes, lib.pack.restype = [pointer, long, long, long, long, pointer], None
+    lib.head_forward.argtypes, lib.head_forward.restype = [head, pointer], None
+    lib.head_backward.argtypes, lib.head_backward.restype = [head], None
+    lib.head_weight_gradient.argtypes, lib.head_weight_gradient.restype = [head, pointer, pointer], None
+    lib.lanes.restype = lib.pair.restype = long
+    return lib
+
+
+def fits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
+    """Whether the compiled code can take these and is the faster way: bfloat16 on a processor that multiplies it."""
+    return (
+        bias_V is None
+        and all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (hidden_ND, weight_VD))
+        and hidden_ND.size(1) % PANEL == 0
+        and (lib := _compiled()) is not None
+        and lib.pair() == 2
+    )
+
+
+class Head:
+    """One projection [V, D] as it is now, at a temperature."""
+
+    def __init__(self, weight_VD: Tensor, temperature: float) -> None:
+        lib = _compiled()
+        assert lib is not None
+        self._library, self.threads, self.temperature = lib, torch.get_num_threads(), temperature
+        self.size, self.hidden = weight_VD.shape
+        self._packed = self._pack(weight_VD.detach().contiguous())
+
+    def forward(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log π of the targets, entropy, and log Σ exp(logits), float32 [N] each."""
+        hidden_ND, target_N = hidden_ND.contiguous(), target_N.contiguous()
+        count = len(hidden_ND)
+        found = torch.empty(3, count, dtype=torch.float32)
+        room = torch.empty(self.threads * count, 3, self._library.lanes(), dtype=torch.float32)
+        job = self._job(hidden_ND, target_N, **dict(zip(("logp", "entropy", "normaliser"), found, strict=True)))
+        self._library.head_forward(job, room.data_ptr())
+        logp_N, entropy_N, normaliser_N = found.unbind()
+        return logp_N, entropy_N, normaliser_N
+
+    def grad_logits(
+        self, hidden_ND: Tensor, target_N: Tensor, normaliser_N: Tensor, grad_N: Tensor, grad_weight_VD: Tensor | None
+    ) -> Tensor:
+        """The gradient of the logits in bfloat16, [N, V]; that of the weights is added to `grad_weight_VD`, float32."""
+        hidden_ND, target_N, grad_N = hidden_ND.contiguous(), target_N.contiguous(), grad_N.float().contiguous()
+        normaliser_N = normaliser_N.contiguous()
+        count, lanes, pair = len(hidden_ND), self._library.lanes(), self._library.pair()
+        grad_NV = hidden_ND.new_empty(count, self.size)
+        packed = hidden_ND.new_empty(-(-self.size // lanes), -(-count // pair), lanes, pair)
+        job = self._job(
+            hidden_ND, target_N, normaliser=normaliser_N, grad=grad_N, grad_logits=grad_NV, grad_packed=packed
+        )
+        self._library.head_backward(job)
+        if grad_weight_VD is not None:
+            by_token = self._pack(hidden_ND.t().contiguous())
+            self._library.head_weight_gradient(job, by_token.data_ptr(), grad_weight_VD.data_ptr())
+        return grad_NV
+
+    def _job(self, hidden_ND: Tensor, target_N: Tensor, **tensors: Tensor) -> Any:
+        return _Head(
+            hidden_ND.data_ptr(), self._packed.data_ptr(), target_N.data_ptr(), len(hidden_ND), self.hidden, self.size, self.threads,
+            1.0 / self.temperature, **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )  # fmt: skip
+
+    def _pack(self, x_NK: Tensor) -> Tensor:
+        """A matrix as products.h multiplies with it."""
+        lanes, pair = self._library.lanes(), self._library.pair()
+        count, k = x_NK.shape
+        packed = x_NK.new_empty(-(-count // lanes), -(-k // pair), lanes, pair)
+        self._library.pack(x_NK.data_ptr(), count, k, 1, self.threads, packed.data_ptr())
+        return packed
