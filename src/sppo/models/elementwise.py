@@ -150,7 +150,7 @@ def fused(modules: list[tuple[nn.Module, Any]]) -> Iterator[None]:
     lent = [module for module, _ in modules if "forward" not in module.__dict__]
     for module, forward in modules:
         if "forward" not in module.__dict__:
-            module.forward = partial(forward, module)  # type: ignore[method-assign]
+            module.forward = partial(forward, module)
     try:
         yield
     finally:

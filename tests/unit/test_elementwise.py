@@ -1,0 +1,116 @@
+"""Norms and gated units in compiled code against PyTorch's own, and where they are lent."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import silu
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from sppo.models import elementwise, tiny
+from sppo.models.elementwise import fusable, fused, gated_unit, rms_norm
+from sppo.models.policy import Policy
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture
+def compiled_parts(compiled_for):
+    elementwise._compiled.cache_clear()
+    yield
+    elementwise._compiled.cache_clear()
+
+
+def off(mine: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((mine.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 48), (2, 5, 3, 64)])
+def test_a_norm_and_its_gradients(compiled_parts, dtype, shape):
+    torch.manual_seed(0)
+    x, weight = (3 * torch.randn(shape)).to(dtype).requires_grad_(), torch.randn(shape[-1]).to(dtype).requires_grad_()
+    grad = torch.randn(shape).to(dtype)
+    y = rms_norm(x, weight, 1e-5)
+    y.backward(grad)
+    a, w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = w * a * torch.rsqrt(a.square().mean(-1, keepdim=True) + 1e-5)
+    exact.backward(grad.double())
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    for mine, theirs in ((y, exact), (x.grad, a.grad), (weight.grad, w.grad)):
+        assert off(mine.detach(), theirs.detach()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_unit_and_its_gradients(compiled_parts, dtype):
+    torch.manual_seed(0)
+    gate, up, grad = ((4 * torch.randn(5, 48)).to(dtype) for _ in range(3))
+    gate[0, :3] = torch.tensor([90.0, -90.0, 0.0])
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    gated_unit(gate, up).backward(grad)
+    a, b = gate.detach().double().requires_grad_(), up.detach().double().requires_grad_()
+    exact = silu(a) * b
+    exact.backward(grad.double())
+    assert off(gated_unit(gate, up).detach(), exact.detach()) < TOLERANCE[dtype]
+    assert off(gate.grad, a.grad) < TOLERANCE[dtype]
+    assert off(up.grad, b.grad) < TOLERANCE[dtype]
+
+
+SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+
+
+def test_lent_to_a_model_they_change_neither_it_nor_what_it_finds():
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
+    lent = fusable(model)
+    assert len(lent) == 2 * 5 + 1  # two norms, two of queries and keys, and a gated unit in each layer; the last norm
+    ids = torch.arange(12)[None]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return tuple(p.grad.clone() for p in model.parameters() if p.grad is not None)
+
+    plain = gradients()
+    with fused(lent), fused(lent):
+        assert all("forward" in module.__dict__ for module, _ in lent)
+        mine = gradients()
+    assert not any("forward" in module.__dict__ for module, _ in lent)
+    for a, b in zip(mine, plain, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_module_that_does_something_else_is_left_alone(monkeypatch):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    assert len(fusable(model)) == 2 * 3 + 1
+    assert fusable(model.double()) == []
+    model = model.float()
+    right = LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: right(self, x) + x * self.weight)
+    assert len(fusable(model)) == 2
+    monkeypatch.undo()
+    assert len(fusable(LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_act": "gelu"})))) == 2 * 2 + 1
+    assert len(fusable(LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 75})))) == 2 * 2 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_layers_are_computed_again_in_the_same_way(dtype):
+    torch.manual_seed(0)
+    policy = Policy(LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype), tiny.character_tokenizer())
+    ids, prompt, response = torch.arange(24).view(2, 12), torch.tensor([4, 5]), torch.tensor([8, 6])
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            policy.checkpoint_activations()
+        policy.model.zero_grad()
+        policy.response_logps(ids, prompt, response, 1.0).logp_BT.sum().backward()
+        found.append([p.grad.clone() for p in policy.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert policy.reference()._fusable()[0][0] is not policy._fusable()[0][0]
