@@ -28,4 +28,6 @@ def keep_memory() -> bool:
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros on the CPU that take memory, and time, only where they are touched."""
     size = math.prod(shape) * dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=dtype, count=math.prod(shape)).view(shape)
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)

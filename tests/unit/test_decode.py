@@ -202,3 +202,12 @@ def test_not_a_number_is_not_hidden(dtype):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
     assert stepped(model, [1, 2]).isnan().all()
+
+
+def test_a_token_that_the_model_does_not_have_is_refused():
+    policy = policy_of(model_of("whole registers"))
+    engine = LocalEngine(policy)
+    assert engine.compiled
+    for wrong in (101, -1):
+        with pytest.raises(IndexError, match="101 rows"):
+            engine.generate([[1, wrong]], [0], Sampling(2))

@@ -114,3 +114,21 @@ def test_checkpointed_layers_are_computed_again_in_the_same_way(dtype):
         found.append([p.grad.clone() for p in policy.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert policy.reference()._fusable()[0][0] is not policy._fusable()[0][0]
+
+
+def test_numbers_of_another_kind_are_left_to_the_module():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    lent = fusable(model)
+    x = torch.randn(3, 64).bfloat16()
+    own = model.model.norm(x)
+    with fused(lent):
+        assert torch.equal(model.model.norm(x), own)
+    model.model.norm.bfloat16()
+    assert fusable(model) == []
+
+
+def test_a_second_derivative_is_refused():
+    x, weight = torch.randn(2, 16, requires_grad=True), torch.ones(16, requires_grad=True)
+    (first,) = torch.autograd.grad(rms_norm(x, weight, 1e-5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

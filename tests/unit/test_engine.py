@@ -29,6 +29,7 @@ from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.plain import PlainEngine
 from sppo.rollout.sampler import Cut, draw
+from sppo.rollout.slots import _SlotLayer
 
 SIZES = {
     "vocab_size": 33, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -148,9 +149,19 @@ def test_no_pass_computes_padding_and_no_prompt_is_read_twice(policy, batch):
     assert count.total == sum(map(len, distinct)) + sum(len(s.ids) - 1 for s in samples)
 
 
-def test_slots_grow_beyond_their_first_columns(policy, monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_slots_grow_beyond_their_first_columns(policy, monkeypatch, compiled):
+    """Where memory is taken at once, as on an accelerator."""
+    grown = []
+    grow = _SlotLayer.grow
     monkeypatch.setattr("sppo.rollout.slots.FIRST", 4)
-    mine = LocalEngine(policy).generate(PROMPTS, range(24), Sampling(20, 1.0, 5))
+    monkeypatch.setattr("sppo.rollout.slots._lazily", lambda states: False)
+    monkeypatch.setattr(_SlotLayer, "grow", lambda self, columns: (grown.append(columns), grow(self, columns))[1])
+    engine = LocalEngine(policy)
+    grown.clear()
+    engine.compiled = engine.compiled and compiled
+    mine = engine.generate(PROMPTS, range(24), Sampling(20, 1.0, 5))
+    assert len(set(grown)) > 1
     assert [s.ids for s in mine] == [s.ids for s in plain(policy).generate(PROMPTS, range(24), Sampling(20))]
 
 

@@ -71,3 +71,18 @@ def test_what_is_far_apart_or_not_a_number(compiled_head):
     hidden[3, 5] = float("nan")
     logp, entropy, _ = head.Head(weight, 1.0).forward(hidden, target)
     assert logp.isnan().tolist() == entropy.isnan().tolist() == [n == 3 for n in range(7)]
+
+
+def test_a_target_that_the_head_does_not_have_is_refused():
+    hidden, weight, target, _ = case(7, 64, 333)
+    for wrong in (333, -1):
+        target[2] = wrong
+        with pytest.raises(IndexError, match="333 rows"):
+            head.Head(weight, 1.0).forward(hidden, target)
+
+
+def test_many_tokens_are_taken_in_parts(compiled_head, monkeypatch):
+    hidden, weight, target, _ = case(23, 64, 333)
+    whole = head.Head(weight, 1.0).forward(hidden, target)
+    monkeypatch.setattr(head, "PART", 5)
+    assert all(torch.equal(a, b) for a, b in zip(head.Head(weight, 1.0).forward(hidden, target), whole, strict=True))

@@ -1,7 +1,8 @@
 """The C files of this folder, compiled for this processor when they are first needed (two or three seconds), and kept in the user's cache.
 
 They are what PyTorch's CPU kernels are not made for: a decoding step of few rows (decode.c), attention of many short sequences
-(attention.c), log-probabilities over a large vocabulary (head.c). Whoever calls them has another way where there is no compiler.
+(attention.c), log-probabilities over a large vocabulary (head.c), what lies between the products of an update (elementwise.c).
+Whoever calls them has another way where there is no compiler.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ void read_tokens(const Model *m, const Tokens *tokens, long N, const int64_t *wa
     for (long n = 0; n < N; n++) most = tokens->positions[n] + 1 > most ? tokens->positions[n] + 1 : most;
     Room room;
     laid(m, N, most, threads, (char *)(((uintptr_t)memory + LINE - 1) / LINE * LINE), &room);
-    memset(room.h, 0, (char *)room.score - (char *)room.h); /* what fills up the rows must be 0 */
+    if (hidden % L || q % L) memset(room.h, 0, (char *)room.score - (char *)room.h); /* what fills up a product's rows must be 0 */
 #pragma omp parallel num_threads(threads)
     {
         long me = omp_get_thread_num(), all = omp_get_num_threads(), units = N * m->groups, some = units / (32 * all) + 1;

@@ -110,6 +110,7 @@ class Decoder:
             config.rms_norm_eps, layers[0].self_attn.scaling, self._at(model.get_input_embeddings().weight),
             self._at(model.model.norm.weight), self._at(self._packed(head)), self._layers,
         )  # fmt: skip
+        self._rows = len(model.get_input_embeddings().weight)
         filled = len(head) + -len(head) % self._library.lanes()
         self._logits_BV = torch.empty(slots.count, filled, dtype=torch.float32, device="cpu")[:, : len(head)]
         self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -126,6 +127,8 @@ class Decoder:
         ids_N, slot_N, position_N = (
             x.to("cpu", torch.int64).contiguous() for x in (ids_N, slots.slot_N, slots.column_N)
         )
+        if not 0 <= int(ids_N.min()) <= int(ids_N.max()) < self._rows:
+            raise IndexError(f"a token id is beyond the embedding's {self._rows} rows")
         last_W = torch.arange(len(ids_N)) if last_W is None else last_W.to("cpu", torch.int64).contiguous()
         for mine, theirs in zip(self._layers, slots.layers, strict=True):
             if not theirs.is_initialized:

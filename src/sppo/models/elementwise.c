@@ -16,12 +16,11 @@ void norm_forward(const T *x, const T *weight, long N, long D, float epsilon, T 
     }
 }
 
-/* grad_x [N, D], and each thread's part of the weight's gradient, grad_weight [threads, D]. */
+/* grad_x [N, D]; to grad_weight [threads, D], each thread adds its part of the weight's gradient. */
 void norm_backward(const T *x, const T *weight, const T *grad, const float *scale, long N, long D, T *grad_x, float *grad_weight, long threads) {
 #pragma omp parallel num_threads(threads)
     {
         float *mine = grad_weight + omp_get_thread_num() * D;
-        memset(mine, 0, D * sizeof(float));
 #pragma omp for schedule(static)
         for (long n = 0; n < N; n++) {
             const T *in = x + n * D, *g = grad + n * D;

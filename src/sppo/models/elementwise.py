@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .compiled import NoCompiler, library
 
@@ -59,6 +60,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight_D, scale_N = ctx.saved_tensors
         grad, threads = gradients[0].contiguous(), torch.get_num_threads()
@@ -82,6 +84,7 @@ class _Gated(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         gate, up = ctx.saved_tensors
         grad = gradients[0].contiguous()
@@ -103,6 +106,8 @@ def gated_unit(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _norm_forward(module: Any, x: Tensor) -> Tensor:
+    if x.dtype != module.weight.dtype:
+        return type(module).forward(module, x)
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
@@ -110,49 +115,51 @@ def _mlp_forward(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(gated_unit(module.gate_proj(x), module.up_proj(x)))
 
 
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_FORWARDS = {f"{family}RMSNorm": _norm_forward for family in _FAMILIES} | {
+    f"{family}MLP": _mlp_forward for family in _FAMILIES
+}
+
+
 def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
-    """The norms and gated units of a model that this file computes as they do themselves, each with its forward."""
+    """The norms and gated units of a model that this file computes as they do themselves, each with its forward. None unless all
+    weights are on the CPU in one dtype, float32 or bfloat16."""
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}) or _compiled(model.dtype) is None:
+        return []
     found: list[tuple[nn.Module, Any]] = []
-    known: dict[type, bool] = {}
     for module in model.modules():
-        kind, has = type(module), set(dict(module.named_children())) | set(dict(module.named_parameters(recurse=False)))
-        if not kind.__module__.startswith("transformers.models."):
+        kind, forward = type(module), _FORWARDS.get(type(module).__name__)
+        if forward is None or not kind.__module__.startswith("transformers.models."):
             continue
-        if kind.__name__.endswith("RMSNorm") and has == {"weight"} and hasattr(module, "variance_epsilon"):
-            forward, width = _norm_forward, module.weight.numel()
-        elif kind.__name__.endswith("MLP") and has == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            forward, width = _mlp_forward, getattr(module.up_proj, "out_features", 1)
-        else:
-            continue
-        weights = list(module.parameters())
-        plain = all(p.device.type == "cpu" and p.dtype == weights[0].dtype for p in weights)
-        if plain and width % REGISTER == 0 and _compiled(weights[0].dtype) is not None:
-            if kind not in known:
-                known[kind] = _same(module, forward)
-            if known[kind]:
-                found.append((module, forward))
+        width = module.weight.numel() if forward is _norm_forward else getattr(module.up_proj, "out_features", 1)
+        if width % REGISTER == 0 and _same(module, forward):
+            found.append((module, forward))
     return found
 
 
 @torch.no_grad()
 def _same(module: Any, forward: Any) -> bool:
-    """Whether a module's own forward finds the same: what it is called says little about what it does."""
-    first = module.weight if hasattr(module, "weight") else module.gate_proj.weight
-    made = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(5, first.size(-1), generator=made)).to(first.dtype)
-    mine, own = forward(module, x).float(), module(x).float()
-    return bool(((mine - own).norm() <= (1e-5 if first.dtype == torch.float32 else 2**-7) * own.norm()).all())
+    """Whether a module's own forward finds the same, of small numbers and of large ones: a name says little about what another version of
+    transformers does."""
+    first = module.weight if forward is _norm_forward else module.gate_proj.weight
+    x = torch.randn(4, first.size(-1), generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, 100.0):
+        given = (scale * x).to(first.dtype)
+        mine, own = forward(module, given).float(), type(module).forward(module, given).float()
+        if not float((mine - own).norm()) < (1e-5 if first.dtype == torch.float32 else 2**-7) * float(own.norm()):
+            return False
+    return True
 
 
 @contextlib.contextmanager
 def fused(modules: list[tuple[nn.Module, Any]]) -> Iterator[None]:
     """Let these (`fusable`) compute so until the block ends."""
-    lent = [module for module, _ in modules if "forward" not in module.__dict__]
-    for module, forward in modules:
-        if "forward" not in module.__dict__:
-            module.forward = partial(forward, module)
+    lent = [(module, forward) for module, forward in modules if "forward" not in module.__dict__]
     try:
+        for module, forward in lent:
+            module.forward = partial(forward, module)
         yield
     finally:
-        for module in lent:
-            del module.forward
+        for module, _ in lent:
+            module.__dict__.pop("forward", None)

@@ -1,11 +1,11 @@
 /* The output projection and the log-softmax of given tokens, forward and backward, without the logits: logprobs.py.
  *
- * Axes: N tokens, D hidden, V vocabulary. Logits are bfloat16 products summed in float32, and are used where they are made, in registers.
+ * Called by head.py. Axes: N tokens, D hidden, V vocabulary. Logits are bfloat16 products summed in float32, and are used where they are made, in registers.
  * The weights are packed (products.h).
  */
 #include "products.h"
 
-typedef struct { /* logprobs.py fills it */
+typedef struct { /* head.py fills it */
     const T *hidden, *head; /* [N, D], and the weights [V, D] packed */
     const int64_t *target;  /* [N] */
     long N, D, V, threads;
@@ -13,10 +13,10 @@ typedef struct { /* logprobs.py fills it */
     float *logp, *entropy, *normaliser; /* [N]: what forward finds; backward reads the last */
     const float *grad;                  /* [N] */
     T *grad_logits;  /* [N, V]: (onehot - softmax) . grad */
-    T *grad_packed;  /* the same as [V / L, (N + 1) / 2, L, 2]: pairs of tokens */
+    T *grad_packed;  /* its transpose packed, [V / L, N / PAIR, L, PAIR] */
 } Head;
 
-enum { LOW = -1000000000 }; /* below any logit; its exp is 0, and times it still 0 */
+enum { LOW = -1000000000 }; /* below any logit: what it adds is below 1e-28 */
 
 /* What a thread has seen of a token's logits in each lane: the largest, sum of exp(x - largest), sum of x . exp(x - largest). */
 typedef struct { vf top, sum, mean; } Seen;
@@ -139,7 +139,7 @@ void head_backward(const Head *h) {
     }
 }
 
-/* grad_weight [V, D] += grad_logits^T . hidden; `hidden` is packed by pairs of tokens, as [D, N]. D is a whole number of registers. */
+/* grad_weight [V, D] += grad_logits^T . hidden, whose transpose [D, N] is packed. D is a whole number of registers. */
 void head_weight_gradient(const Head *h, const T *hidden, float *grad_weight) {
     long D = h->D, steps = (h->N + PAIR - 1) / PAIR, panels = filled(h->V) / L, end = D / L;
 #pragma omp parallel for num_threads(h->threads) schedule(static)

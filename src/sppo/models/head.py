@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .compiled import NoCompiler, library
 
+PART = 2048
+"""Tokens of a forward pass, at most: memory only."""
 PANEL = 64
 """Hidden sizes must be a multiple of it, so that every row is whole registers."""
 
@@ -51,7 +53,7 @@ def fits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
         and all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (hidden_ND, weight_VD))
         and hidden_ND.size(1) % PANEL == 0
         and (lib := _compiled()) is not None
-        and lib.pair() == 2
+        and lib.pair() == 2  # numbers of bfloat16 that one instruction multiplies
     )
 
 
@@ -67,20 +69,25 @@ class Head:
 
     def forward(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log π of the targets, entropy, and log Σ exp(logits), float32 [N] each."""
-        hidden_ND, target_N = hidden_ND.contiguous(), target_N.contiguous()
-        count = len(hidden_ND)
-        found = torch.empty(3, count, dtype=torch.float32)
-        room = torch.empty(self.threads * count, 3, self._library.lanes(), dtype=torch.float32)
-        job = self._job(hidden_ND, target_N, **dict(zip(("logp", "entropy", "normaliser"), found, strict=True)))
-        self._library.head_forward(job, room.data_ptr())
-        logp_N, entropy_N, normaliser_N = found.unbind()
+        if not 0 <= int(target_N.min()) <= int(target_N.max()) < self.size:
+            raise IndexError(f"a target is beyond the head's {self.size} rows")
+        hidden_ND, target_N = hidden_ND.contiguous(), target_N.to(torch.int64).contiguous()
+        found = [torch.empty(len(hidden_ND), dtype=torch.float32) for _ in range(3)]
+        room = torch.empty(self.threads * min(PART, len(hidden_ND)), 3, self._library.lanes(), dtype=torch.float32)
+        for start in range(0, len(hidden_ND), PART):
+            part = slice(start, start + PART)
+            logp, entropy, normaliser = (x[part] for x in found)
+            job = self._job(hidden_ND[part], target_N[part], logp=logp, entropy=entropy, normaliser=normaliser)
+            self._library.head_forward(job, room.data_ptr())
+        logp_N, entropy_N, normaliser_N = found
         return logp_N, entropy_N, normaliser_N
 
     def grad_logits(
         self, hidden_ND: Tensor, target_N: Tensor, normaliser_N: Tensor, grad_N: Tensor, grad_weight_VD: Tensor | None
     ) -> Tensor:
         """The gradient of the logits in bfloat16, [N, V]; that of the weights is added to `grad_weight_VD`, float32."""
-        hidden_ND, target_N, grad_N = hidden_ND.contiguous(), target_N.contiguous(), grad_N.float().contiguous()
+        hidden_ND, target_N = hidden_ND.contiguous(), target_N.to(torch.int64).contiguous()
+        grad_N = grad_N.float().contiguous()
         normaliser_N = normaliser_N.contiguous()
         count, lanes, pair = len(hidden_ND), self._library.lanes(), self._library.pair()
         grad_NV = hidden_ND.new_empty(count, self.size)

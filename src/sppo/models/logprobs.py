@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..objective.ratio import wide
 from . import head
@@ -123,11 +124,12 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
         return logp_N, entropy_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         hidden_ND, weight_VD, target_N, normaliser_N = ctx.saved_tensors
         compiled = head.Head(weight_VD, ctx.temperature)
         grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = 2 * chunk_size(
             weight_VD.size(0)
         )  # two copies of the logits' gradient in bfloat16: as many bytes as one chunk's logits, twice

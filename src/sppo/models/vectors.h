@@ -1,4 +1,4 @@
-/* Registers of floats, as wide as this processor has them, for the compiled code of this folder: decode.c, attention.c.
+/* Registers of floats, as wide as this processor has them, for the compiled code of this folder.
  *
  * T is what weights and activations are kept in: float, or bfloat16 with -DBF16=1. Sums are in float32.
  */
@@ -13,7 +13,7 @@
 #endif
 
 #if defined(__AVX512F__)
-enum { L = 16, ROWS = 6 }; /* floats in a register; rows of a tile, so that ROWS x COLS sums stay in registers */
+enum { L = 16, ROWS = 6 }; /* floats in a register; rows of attention.c's tiles, so that ROWS x WIDE sums stay in registers */
 #elif defined(__AVX2__)
 enum { L = 8, ROWS = 3 };
 #else

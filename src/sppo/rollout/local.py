@@ -238,8 +238,8 @@ def _prefill(
             )  # fmt: skip
         logits |= dict(zip(unread, logits_BV, strict=True))
     for key, same in rows.items():
-        for copy in range(slot[key] + 1, slot[key] + len(same)):
-            slots.copy(slot[key], copy, len(key))
+        if len(same) > 1:
+            slots.copy(slot[key], range(slot[key] + 1, slot[key] + len(same)), len(key))
     last = next(reversed(rows))
     goes_on = waiting.order and waiting.keys[waiting.order[-1]] == last
     waiting.begun = (last, slots.read(slot[last], len(last)), logits[last].clone()) if goes_on else None
@@ -254,7 +254,7 @@ def _close_ranks(
     holes = [b for b in finished if b < remaining]
     movers = [b for b in range(remaining, len(live)) if b not in gone]
     for hole, mover in zip(holes, movers, strict=True):
-        slots.copy(mover, hole, lengths[live[mover]] + len(responses.ids[live[mover]]))
+        slots.copy(mover, [hole], lengths[live[mover]] + len(responses.ids[live[mover]]) - 1)
         live[hole] = live[mover]
     del live[remaining:]
 

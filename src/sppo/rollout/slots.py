@@ -26,7 +26,7 @@ Prefix = list[tuple[Tensor, Tensor]]
 
 
 class Slots(Cache):
-    """A cache of `count` slots that grows to `longest` columns."""
+    """A cache of `count` slots of up to `longest` columns."""
 
     def __init__(self, config: Any, count: int, longest: int) -> None:
         self.count, self.longest = count, longest
@@ -49,11 +49,12 @@ class Slots(Cache):
         self._reach(columns)
         self.seen = (len(length_B), columns)
 
-    def copy(self, source: int, target: int, columns: int) -> None:
-        """Copy a slot's first columns into another."""
+    def copy(self, source: int, targets: Sequence[int], columns: int) -> None:
+        """Copy a slot's first columns into others."""
+        where = targets[0] if len(targets) == 1 else list(targets)  # a copy of memory, where it can be
         for layer in self.layers:
             for store in (layer.key_store, layer.value_store):
-                store[target, :, :columns] = store[source, :, :columns]
+                store[where, :, :columns] = store[source, :, :columns]
 
     def read(self, slot: int, columns: int) -> Prefix:
         """A copy of a slot's first columns, to be written into others later."""
@@ -75,6 +76,11 @@ class Slots(Cache):
                 layer.grow(self.columns)
 
 
+def _lazily(states: Tensor) -> bool:
+    """Whether memory costs nothing until it is written."""
+    return states.device.type == "cpu"
+
+
 class _SlotLayer(CacheLayerMixin):
     """One layer's slots. Unwritten columns are zeros: attention weighs them with 0, and 0 × NaN would be NaN."""
 
@@ -84,7 +90,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         table = self.table
-        if lazy := key_states.device.type == "cpu":
+        if lazy := _lazily(key_states):
             table.columns = table.longest
         self.key_store, self.value_store = (
             lazy_zeros(*shape, dtype=x.dtype) if lazy else x.new_zeros(shape)
