@@ -73,7 +73,7 @@ def test_what_is_far_apart_or_not_a_number(compiled_head):
     assert logp.isnan().tolist() == entropy.isnan().tolist() == [n == 3 for n in range(7)]
 
 
-def test_a_target_that_the_head_does_not_have_is_refused():
+def test_a_target_that_the_head_does_not_have_is_refused(compiled_head):
     hidden, weight, target, _ = case(7, 64, 333)
     for wrong in (333, -1):
         target[2] = wrong
