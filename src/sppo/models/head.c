@@ -106,11 +106,6 @@ INLINE void paired(T *to, vf one, vf other) {
 #endif
 }
 
-/* So many numbers will be written here: fetch their lines meanwhile. */
-INLINE void written(const T *p, long count) {
-    for (long at = 0; at < count * (long)sizeof(T); at += LINE) __builtin_prefetch((const char *)p + at, 1);
-}
-
 /* grad_logits, and the same packed by pairs of tokens. */
 void head_backward(const Head *h) {
     long N = h->N, D = h->D, steps = (D + PAIR - 1) / PAIR, panels = filled(h->V) / L, pairs = (N + PAIR - 1) / PAIR;
@@ -124,8 +119,6 @@ void head_backward(const Head *h) {
                 int rows = N - r < TALL ? N - r : TALL;
                 Rows x = {h->hidden + r * D, D, PAIR};
                 Ahead ahead = share_of(w + many * steps * STEP, end - p - many, steps, r, rows, N);
-                for (int i = 0; i < rows; i++) written(h->grad_logits + (r + i) * h->V + p * L, many * L);
-                for (int c = 0; c < many; c++) written(h->grad_packed + ((p + c) * pairs + r / PAIR) * STEP, (rows + 1) / PAIR * STEP);
                 vf sum[TALL][WIDE];
 #define TILE(height, width) summed(height, width, x, w, steps, ahead, sum); \
                 for (int i = 0; i < height; i++) graded(h, width, sum[i], r + i, p * L); \
