@@ -6,6 +6,9 @@ The critic's value V(x) = σ(c(x)) reads the prompt only, and is computed *befor
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +46,27 @@ def group_mean(reward_B: Tensor, mask_B: Tensor, group_B: Tensor) -> Tensor:
     """The mean of each sample's group, the sample itself included (GRPO, arXiv 2402.03300): scales the gradient by 1 − 1/N."""
     sum_B, count_B = group_sums(reward_B, mask_B, group_B)
     return sum_B / count_B.clamp(min=1)
+
+
+STRATUM = 16
+"""Problems of one difficulty are a stratum of their own where a step has at least so many of them."""
+
+
+def strata(difficulty_B: Sequence[float | None]) -> Tensor:
+    """A number for each sample: that of its difficulty, or 0 for all whose difficulty is rare in this step or unknown. → [B]."""
+    number = Counter(difficulty_B)
+    common = {d: k for k, d in enumerate((d for d in number if d is not None and number[d] >= STRATUM), 1)}
+    return torch.tensor([common.get(d, 0) for d in difficulty_B])
+
+
+def centred_advantage(reward_B: Tensor, critic_logit_B: Tensor, mask_B: Tensor, stratum_B: Tensor) -> Tensor:
+    """R − V(x) less its mean over the *other* samples of the stratum, without gradient: what the critic missed there. [B] × 4 → [B].
+
+    A critic lags where the success rate moves, or problems of a new kind come in: V is then wrong by about as much for all of them. The
+    others' rewards and values do not know this response, so the gradient stays unbiased.
+    """
+    rest_B = critic_advantage(reward_B, critic_logit_B)
+    return rest_B - leave_one_out_mean(rest_B, mask_B, stratum_B)
 
 
 GROUP_EPSILON = 1e-4

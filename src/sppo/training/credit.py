@@ -1,6 +1,6 @@
 """Where a response's credit comes from: its reward less a baseline. One class for each kind of knowledge that a baseline has.
 
-    PromptCritic   V(x), a prediction from the prompt alone                 critic, beta, regressed
+    PromptCritic   V(x), a prediction from the prompt alone                 critic, centred, beta, regressed
     TokenCritic    a value for every token, and GAE                         token-critic
     hybrid.py      V(x), and what the steps written so far tell            hybrid
     Samples        other rewards of the same step, no critic                batch, others, group, greedy
@@ -23,6 +23,7 @@ from ..models.critic import Critic
 from ..models.policy import Policy
 from ..objective.advantage import (
     GROUP_EPSILON,
+    centred_advantage,
     critic_advantage,
     gae,
     gated_advantage,
@@ -31,6 +32,7 @@ from ..objective.advantage import (
     group_sums,
     leave_one_out_mean,
     shrunk_value,
+    strata,
     whitened,
 )
 from ..objective.diagnostics import critic_quality, explained_variance
@@ -160,7 +162,7 @@ class _Trained:
 
 
 class PromptCritic(_Trained):
-    """R − b(x), b from V(x) = σ(c(x)): as it is, shrunk towards what was seen of the prompt, or as a control variate."""
+    """R − b(x), b from V(x) = σ(c(x)): as it is, with what it missed on the others, shrunk towards what was seen of the prompt, or as a control variate."""
 
     def __init__(self, config: Config, critic: Critic) -> None:
         super().__init__(config, critic)
@@ -181,6 +183,9 @@ class PromptCritic(_Trained):
             metrics["critic/slope"] = slope
             advantage_B = reward_B - (offset + slope * value_B)
             self._remember(reward_B[keep_B], value_B[keep_B])
+        elif o.baseline == "centred":
+            stratum_B = strata([r.task.difficulty for r in batch.rollouts])
+            advantage_B = centred_advantage(reward_B, logit_B, keep_B, stratum_B)
         elif o.ev_gate:
             advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
         else:
