@@ -55,7 +55,9 @@ STRATUM = 16
 def strata(difficulty_B: Sequence[float | None]) -> Tensor:
     """A number for each sample: that of its difficulty, or 0 for all whose difficulty is rare in this step or unknown. → [B]."""
     number = Counter(difficulty_B)
-    common = {d: k for k, d in enumerate((d for d in number if d is not None and number[d] >= STRATUM), 1)}
+    common: dict[float | None, int] = {
+        d: k for k, d in enumerate((d for d in number if d is not None and number[d] >= STRATUM), 1)
+    }
     return torch.tensor([common.get(d, 0) for d in difficulty_B])
 
 
