@@ -38,7 +38,7 @@ def _compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     long, pointer = ctypes.c_long, ctypes.c_void_p
     lib.attention.argtypes, lib.attention.restype = [ctypes.POINTER(_Job), long, long, long, pointer], None
-    lib.attention_floats.argtypes, lib.attention_floats.restype = [long, long], long
+    lib.attention_bytes.argtypes, lib.attention_bytes.restype = [long, long], long
     return lib
 
 
@@ -103,5 +103,5 @@ def _run(
         query.size(0), key.size(0), query.size(2), len(starts) - 1, starts.data_ptr(), scale, *views, out.data_ptr(), normaliser.data_ptr(), *pointers
     )  # fmt: skip
     longest, threads = int(starts.diff().max()), torch.get_num_threads()
-    room = torch.empty(threads * lib.attention_floats(longest, query.size(2)) + 16, dtype=torch.float32)
+    room = torch.empty(threads * lib.attention_bytes(longest, query.size(2)), dtype=torch.uint8)
     lib.attention(job, grad is not None, longest, threads, room.data_ptr())

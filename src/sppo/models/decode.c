@@ -44,7 +44,7 @@ INLINE void finish(vf sum, const Target *to, long row, long column) {
 
 static void tiled(int rows, int many, Rows x, const T *w, long steps, Ahead ahead, const Target *to, long row, long column) {
     vf sum[TALL][WIDE];
-#define TILE(height, width) summed(height, width, x, w, steps, ahead, sum); \
+#define TILE(height, width) summed(height, width, x, w, steps * STEP, steps, ahead, sum); \
         for (int r = 0; r < height; r++) for (int c = 0; c < width; c++) finish(sum[r][c], to, row + r, column + c * L);
     EVERY_TILE(rows, many)
 #undef TILE

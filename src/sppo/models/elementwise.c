@@ -1,4 +1,4 @@
-/* What lies between a Llama-like layer's products, forward and backward: RMS norms and gated units. Called by elementwise.py.
+/* What lies between a Llama-like layer's products, forward and backward: RMS norms, gated units, rotations. Called by elementwise.py.
  *
  * In float32 from T, rounded where transformers rounds it on the way forward, and once on the way back. Rows are whole registers.
  */
@@ -52,4 +52,23 @@ void gated_backward(const T *gate, const T *up, const T *grad, long count, T *gr
         store(grad_up + i, g * a * share);
         store(grad_gate + i, g * load(up + i) * share * (1.0f + a * (1.0f - share)));
     }
+}
+
+/* out [N, heads, D] = x turned by its token's angles, whose cosines and sines, [N, D], are those of D / 2 planes, twice; if `back`, the
+ * gradient of what was turned. Halves of D are whole registers. */
+void turned(const T *x, const T *cosine, const T *sine, long N, long heads, long D, long back, T *out, long threads) {
+    long half = D / 2;
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < N; n++)
+        for (long at = n * heads * D; at < (n + 1) * heads * D; at += D)
+            for (long d = 0; d < half; d += L) {
+                vf a = load(x + at + d), b = load(x + at + half + d), c = load(cosine + n * D + d), s = load(sine + n * D + d);
+                if (back) {
+                    store(out + at + d, a * c + b * s);
+                    store(out + at + half + d, b * c - a * s);
+                } else {
+                    store(out + at + d, rounded(a * c) - rounded(b * s));
+                    store(out + at + half + d, rounded(b * c) + rounded(a * s));
+                }
+            }
 }

@@ -1,4 +1,4 @@
-"""RMS norms and gated units (SwiGLU) of an update on a CPU, one call each way in compiled code (elementwise.c).
+"""RMS norms, gated units (SwiGLU) and rotations (RoPE) of an update on a CPU, one call each way in compiled code (elementwise.c).
 
 In PyTorch each is several operations forward and more backward, all of which write what the next one reads; a tenth of an update in bfloat16
 (docs/performance.md). `fused(model)` lends them to the layers whose own arithmetic they reproduce, which is tried before they are used.
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
 
 from .compiled import NoCompiler, library
+from .packed import NAME
 
 REGISTER = 16
 """Floats of the widest register: rows are whole ones."""
@@ -36,7 +38,8 @@ def _compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
     lib.norm_backward.argtypes = [*[pointer] * 4, long, long, pointer, pointer, long]
     lib.gated_forward.argtypes = [pointer, pointer, long, pointer, long]
     lib.gated_backward.argtypes = [*[pointer] * 3, long, pointer, pointer, long]
-    for function in (lib.norm_forward, lib.norm_backward, lib.gated_forward, lib.gated_backward):
+    lib.turned.argtypes = [*[pointer] * 3, *[long] * 4, pointer, long]
+    for function in (lib.norm_forward, lib.norm_backward, lib.gated_forward, lib.gated_backward, lib.turned):
         function.restype = None
     return lib
 
@@ -95,6 +98,29 @@ class _Gated(torch.autograd.Function):
         return grad_gate, grad_up
 
 
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _run_turned(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _run_turned(gradients[0], cos, sin, True), None, None
+
+
+def _run_turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    x = x.contiguous()
+    out, (heads, size) = torch.empty_like(x), x.shape[-2:]
+    _library(x.dtype).turned(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel() // size, heads, size, back, out.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return out
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """weight · x / √(mean x² + ε) over the last axis, whose size is a multiple of `REGISTER`; float32 or bfloat16 on the CPU."""
     return _Norm.apply(x, weight_D, epsilon)
@@ -103,6 +129,12 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 def gated_unit(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of two tensors of one shape, a multiple of `REGISTER` numbers."""
     return _Gated.apply(gate, up)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x, [1, N, heads, D], turned by its token's angles (RoPE, arXiv 2104.09864), as transformers' `apply_rotary_pos_emb` does; D is a
+    multiple of twice `REGISTER`. cos, sin: [1, N, D], without gradient."""
+    return _Turned.apply(x, cos, sin)
 
 
 def _norm_forward(module: Any, x: Tensor) -> Tensor:
@@ -115,14 +147,40 @@ def _mlp_forward(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(gated_unit(module.gate_proj(x), module.up_proj(x)))
 
 
+def _attention_forward(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    cos, sin = position_embeddings
+    if past_key_values is not None or cos.dtype != hidden_states.dtype or cos.shape[:2] != hidden_states.shape[:2]:
+        return type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+        )
+    shape = *hidden_states.shape[:-1], -1, module.head_dim
+    query, key, value = (part(hidden_states).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
+    if hasattr(module, "q_norm"):
+        query, key = module.q_norm(query), module.k_norm(key)
+    parts = (x.transpose(1, 2) for x in (turned(query, cos, sin), turned(key, cos, sin), value))
+    interface = AttentionInterface().get_interface(module.config._attn_implementation, None)
+    dropout = module.attention_dropout if module.training else 0.0
+    seen, weights = interface(module, *parts, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs)
+    return module.o_proj(seen.reshape(*shape[:-2], -1)), weights
+
+
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-_FORWARDS = {f"{family}RMSNorm": _norm_forward for family in _FAMILIES} | {
-    f"{family}MLP": _mlp_forward for family in _FAMILIES
+_FORWARDS = {
+    f"{family}{kind}": forward
+    for family in _FAMILIES
+    for kind, forward in (("RMSNorm", _norm_forward), ("MLP", _mlp_forward), ("Attention", _attention_forward))
 }
 
 
 def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
-    """The norms and gated units of a model that this file computes as they do themselves, each with its forward. None unless all
+    """The norms, gated units and attentions of a model that this file computes as they do themselves, each with its forward. None unless all
     weights are on the CPU in one dtype, float32 or bfloat16."""
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}) or _compiled(model.dtype) is None:
@@ -132,22 +190,40 @@ def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
         kind, forward = type(module), _FORWARDS.get(type(module).__name__)
         if forward is None or not kind.__module__.startswith("transformers.models."):
             continue
-        width = module.weight.numel() if forward is _norm_forward else getattr(module.up_proj, "out_features", 1)
-        if width % REGISTER == 0 and _same(module, forward):
+        if _whole_registers(module, forward) and _same(module, forward):
             found.append((module, forward))
     return found
+
+
+def _whole_registers(module: Any, forward: Any) -> bool:
+    if forward is _norm_forward:
+        return module.weight.numel() % REGISTER == 0
+    if forward is _mlp_forward:
+        return getattr(module.up_proj, "out_features", 1) % REGISTER == 0
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    return module.head_dim % (2 * REGISTER) == 0 and window is None and module.config._attn_implementation == NAME
 
 
 @torch.no_grad()
 def _same(module: Any, forward: Any) -> bool:
     """Whether a module's own forward finds the same, of small numbers and of large ones: a name says little about what another version of
     transformers does."""
-    first = module.weight if forward is _norm_forward else module.gate_proj.weight
-    x = torch.randn(4, first.size(-1), generator=torch.Generator().manual_seed(0))
+    first = next(module.parameters(), None)
+    if first is None:
+        return False
+    made = torch.Generator().manual_seed(0)
+    rest: tuple[Any, ...] = ()
+    if forward is _attention_forward:
+        angle = torch.randn(1, 4, module.head_dim // 2, generator=made).repeat(1, 1, 2)
+        rest = ((angle.cos().to(first.dtype), angle.sin().to(first.dtype)), None)
+    x = torch.randn(1, 4, first.size(-1), generator=made)
     for scale in (1.0, 100.0):
         given = (scale * x).to(first.dtype)
-        mine, own = forward(module, given).float(), type(module).forward(module, given).float()
-        if not float((mine - own).norm()) < (1e-5 if first.dtype == torch.float32 else 2**-7) * float(own.norm()):
+        mine, own = (f(module, given, *rest) for f in (forward, type(module).forward))
+        if rest:
+            mine, own = mine[0], own[0]
+        error = float((mine.float() - own.float()).norm())
+        if not error < (1e-5 if first.dtype == torch.float32 else 2**-7) * float(own.float().norm()):
             return False
     return True
 

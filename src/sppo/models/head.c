@@ -6,14 +6,14 @@
 #include "products.h"
 
 typedef struct { /* head.py fills it */
-    const T *hidden, *head; /* [N, D], and the weights [V, D] packed */
+    const T *hidden, *head, *weight; /* [N, D], and the weights, packed and, for backward, as they are, [V, D] */
     const int64_t *target;  /* [N] */
     long N, D, V, threads;
     float scale; /* 1 / temperature */
     float *logp, *entropy, *normaliser; /* [N]: what forward finds; backward reads the last */
     const float *grad;                  /* [N] */
-    T *grad_logits;  /* [N, V]: (onehot - softmax) . grad */
-    T *grad_packed;  /* its transpose packed, [V / L, N / PAIR, L, PAIR] */
+    float *grad_hidden;                 /* [N, D] */
+    T *grad_weight;                     /* [V, D], or null */
 } Head;
 
 enum { LOW = -1000000000 }; /* below any logit: what it adds is below 1e-28 */
@@ -57,7 +57,7 @@ void head_forward(const Head *h, Seen *room) {
                 Rows x = {h->hidden + r * D, D, PAIR};
                 Ahead ahead = share_of(w + many * steps * STEP, end - p - many, steps, r, rows, N);
                 vf sum[TALL][WIDE];
-#define TILE(height, width) summed(height, width, x, w, steps, ahead, sum); \
+#define TILE(height, width) summed(height, width, x, w, steps * STEP, steps, ahead, sum); \
                 for (int i = 0; i < height; i++) looked(h, width, sum[i], r + i, p * L, seen + r + i);
                 EVERY_TILE(rows, many)
 #undef TILE
@@ -82,74 +82,104 @@ void head_forward(const Head *h, Seen *room) {
     }
 }
 
-/* The gradient of the logits of token n, d logp / d logit = onehot - softmax, rounded as it is multiplied later. */
-INLINE void graded(const Head *h, const int many, vf x[WIDE], long n, long column) {
-    float g = h->grad[n] * h->scale;
-    for (int c = 0; c < many; c++) {
-        long from = column + c * L, left = h->V - from, at = h->target[n] - from;
-        x[c] = vexp(x[c] * h->scale - h->normaliser[n]) * -g;
-        if (at >= 0 && at < L) x[c] += (vf)((vi)((vf){} + g) & (lane_numbers() == (int32_t)at));
-        x[c] = rounded(first(x[c], left, 0));
-        T *out = h->grad_logits + n * h->V + from;
-        if (left >= L) store(out, x[c]);
-        else { T last[L]; store(last, x[c]); memcpy(out, last, left * sizeof(T)); }
+/* The gradient of a tile of logits, of `rows` tokens from n on: d logp / d logit = onehot - softmax, rounded as it is multiplied later. To
+ * `by_token`, whose rows are a token's, and to `by_column`, whose panels are `apart`.
+ *
+ * Not inlined: the exponential's constants would take the registers that the product's sums need. */
+static __attribute__((noinline)) void graded(const Head *h, int rows, int many, vf (*x)[WIDE], long n, long column, T *by_token, long row, T *by_column, long apart) {
+    for (int r = 0; r < rows; r++) {
+        float g = h->grad[n + r] * h->scale, normaliser = h->normaliser[n + r];
+        long at = h->target[n + r] - column;
+        for (int c = 0; c < many; c++) x[r][c] = vexp(x[r][c] * h->scale - normaliser) * -g;
+        if (at >= 0 && at < many * L) x[r][at / L][at % L] += g;
+        for (int c = 0; c < many; c++) {
+            x[r][c] = first(x[r][c], h->V - column - c * L, 0);
+            store(by_token + r * row + c * L, x[r][c]);
+        }
     }
+    for (int r = 0; r < rows; r += PAIR)
+        for (int c = 0; c < many; c++) {
+            vf pair[2] = {x[r][c], r + 1 < rows ? x[r + 1][c] : (vf){}};
+            store_pairs(by_column + c * apart + r / PAIR * STEP, pair);
+        }
 }
 
-/* The gradients of one column in two tokens, or one without a second (PAIR = 1: of one), as a product over tokens multiplies them. */
-INLINE void paired(T *to, vf one, vf other) {
-#if BF16 && defined(__AVX512BF16__)
-    *(vu *)to = (vu)one >> 16 | (vu)other;
-#else
-    store(to, one);
-    (void)other;
-#endif
+/* What a backward pass holds at once: the gradient of the logits of so many tokens, in so many panels of the vocabulary. */
+enum { TOKENS = 336 * TALL, SLICE = 2048 / L };
+/* Rows and panels are a line more than a power of two apart: at such a distance all of a tile's would want the same few lines of the cache. */
+enum { BY_TOKEN = SLICE * L + LINE, BY_ROW = SLICE * L * L + STEP };
+
+typedef struct {
+    T *hidden_by_row, *weight_by_row; /* the right sides of the last two products; the second of a slice */
+    T *by_token, *by_column; /* the gradient of the logits, left side of either: [TOKENS, BY_TOKEN], and [SLICE, TOKENS / PAIR, L, PAIR] */
+    float *weight_sum; /* [SLICE x L, D] */
+} Room;
+
+static long laid(const Head *h, char *base, Room *room) {
+    long at = 0, tokens = h->N < TOKENS ? h->N + PAIR : TOKENS;
+#define PLACE(field, count) room->field = (void *)(base + at); at += ((count) * (long)sizeof(*room->field) + LINE - 1) / LINE * LINE;
+    PLACE(hidden_by_row, (h->N + PAIR) * h->D) PLACE(weight_by_row, BY_ROW * (h->D / L))
+    PLACE(by_token, tokens * BY_TOKEN) PLACE(by_column, tokens * SLICE * L)
+    PLACE(weight_sum, h->grad_weight ? SLICE * L * h->D : 0)
+#undef PLACE
+    return at + LINE;
 }
 
-/* grad_logits, and the same packed by pairs of tokens. */
-void head_backward(const Head *h) {
-    long N = h->N, D = h->D, steps = (D + PAIR - 1) / PAIR, panels = filled(h->V) / L, pairs = (N + PAIR - 1) / PAIR;
+long head_bytes(const Head *h) {
+    Room room;
+    return laid(h, 0, &room);
+}
+
+/* grad_hidden and grad_weight, a slice of the vocabulary after the other: in each the logits again, their gradient, and what it is multiplied
+ * with. A thread has its panels and its tokens; D is a whole number of registers. */
+void head_backward(const Head *h, char *memory) {
+    long N = h->N, D = h->D, steps = (D + PAIR - 1) / PAIR, panels = filled(h->V) / L, apart = pairs(N) * STEP;
+    Room room;
+    laid(h, (char *)(((uintptr_t)memory + LINE - 1) / LINE * LINE), &room);
 #pragma omp parallel num_threads(h->threads)
     {
-        long me = omp_get_thread_num(), all = omp_get_num_threads(), end = panels * (me + 1) / all;
-        for (long p = panels * me / all; p < end;) {
-            int many = next_panels(end - p);
-            const T *w = h->head + p * steps * STEP;
-            for (long r = 0; r < N; r += TALL) {
-                int rows = N - r < TALL ? N - r : TALL;
-                Rows x = {h->hidden + r * D, D, PAIR};
-                Ahead ahead = share_of(w + many * steps * STEP, end - p - many, steps, r, rows, N);
-                vf sum[TALL][WIDE];
-#define TILE(height, width) summed(height, width, x, w, steps, ahead, sum); \
-                for (int i = 0; i < height; i++) graded(h, width, sum[i], r + i, p * L); \
-                for (int i = 0; i < height; i += PAIR) for (int c = 0; c < width; c++) \
-                    paired(h->grad_packed + ((p + c) * pairs + (r + i) / PAIR) * STEP, sum[i][c], i + 1 < height ? sum[i + 1][c] : (vf){});
-                EVERY_TILE(rows, many)
+        long me = omp_get_thread_num(), all = omp_get_num_threads();
+#define SHARE(count, unit) (((count) + (unit) - 1) / (unit) * me / all * (unit))
+#define UNTIL(count, unit) (me + 1 == all ? (count) : ((count) + (unit) - 1) / (unit) * (me + 1) / all * (unit))
+        long own = SHARE(N, PAIR), rest = UNTIL(N, PAIR) - own;
+        by_row(h->hidden + own * D, D, rest, pairs(rest), apart, D, room.hidden_by_row + own / PAIR * STEP);
+#pragma omp barrier
+        for (long s = 0; s < panels; s += SLICE) {
+            long slice = panels - s < SLICE ? panels - s : SLICE, from = s + SHARE(slice, 1), end = s + UNTIL(slice, 1);
+            by_row(h->weight + from * L * D, D, h->V - from * L, (end - from) * L / PAIR, BY_ROW, D, room.weight_by_row + (from - s) * L / PAIR * STEP);
+            for (long t = 0; t < N; t += TOKENS) {
+                long tokens = N - t < TOKENS ? N - t : TOKENS, column = pairs(tokens) * STEP;
+                for (long p = from; p < end;) {
+                    int many = next_panels(end - p);
+                    const T *w = h->head + p * steps * STEP;
+                    for (long r = 0; r < tokens; r += TALL) {
+                        int rows = tokens - r < TALL ? tokens - r : TALL;
+                        Rows x = {h->hidden + (t + r) * D, D, PAIR};
+                        Ahead ahead = share_of(w + many * steps * STEP, end - p - many, steps, r, rows, tokens);
+                        vf sum[TALL][WIDE];
+#define TILE(height, width) summed(height, width, x, w, steps * STEP, steps, ahead, sum);
+                        EVERY_TILE(rows, many)
 #undef TILE
+                        graded(h, rows, many, sum, t + r, p * L, room.by_token + r * BY_TOKEN + (p - s) * L, BY_TOKEN,
+                               room.by_column + (p - s) * column + r / PAIR * STEP, column);
+                    }
+                    p += many;
+                }
+                for (long d = 0; d < D && h->grad_weight; d += WIDE * L)
+                    for (long v = (from - s) * L; v < (end - s) * L; v += 4)
+                        multiplied(4, (Rows){room.by_column + v / L * column + v % L * PAIR, PAIR, STEP}, room.hidden_by_row + d / L * apart + t / PAIR * STEP, apart,
+                                   pairs(tokens), D - d < WIDE * L ? D - d : WIDE * L, room.weight_sum + v * D + d, D, t > 0);
+                for (long v = from * L; v < end * L && v < h->V && h->grad_weight && t + tokens == N; v++) /* before another has this room, in the next slice */
+                    for (long d = 0; d < D; d += L) store(h->grad_weight + v * D + d, loadf(room.weight_sum + (v - s * L) * D + d));
+#pragma omp barrier
+                for (long d = 0; d < D; d += WIDE * L)
+                    for (long r = SHARE(tokens, TALL); r < UNTIL(tokens, TALL); r += TALL)
+                        multiplied(tokens - r < TALL ? tokens - r : TALL, (Rows){room.by_token + r * BY_TOKEN, BY_TOKEN, PAIR}, room.weight_by_row + d / L * BY_ROW, BY_ROW,
+                                   slice * L / PAIR, D - d < WIDE * L ? D - d : WIDE * L, h->grad_hidden + (t + r) * D + d, D, s > 0);
+#pragma omp barrier
             }
-            p += many;
         }
+#undef SHARE
+#undef UNTIL
     }
-}
-
-/* grad_weight [V, D] += grad_logits^T . hidden, whose transpose [D, N] is packed. D is a whole number of registers. */
-void head_weight_gradient(const Head *h, const T *hidden, float *grad_weight) {
-    long D = h->D, steps = (h->N + PAIR - 1) / PAIR, panels = filled(h->V) / L, end = D / L;
-#pragma omp parallel for num_threads(h->threads) schedule(static)
-    for (long p = 0; p < panels; p++)
-        for (long d = 0; d < end;) {
-            int many = next_panels(end - d);
-            for (int v = 0; v < L && p * L + v < h->V; v += 4) {
-                int rows = h->V - p * L - v < 4 ? h->V - p * L - v : 4;
-                float *out = grad_weight + (p * L + v) * D + d * L;
-                for (int r = 0; r < rows; r++)
-                    for (int c = 0; c < many; c++) __builtin_prefetch(out + r * D + c * L, 1);
-                vf sum[TALL][WIDE];
-#define TILE(height, width) summed(height, width, (Rows){h->grad_packed + p * steps * STEP + v * PAIR, PAIR, STEP}, hidden + d * steps * STEP, steps, (Ahead){0}, sum); \
-                for (int r = 0; r < height; r++) for (int c = 0; c < width; c++) { vfu *to = (vfu *)(out + r * D + c * L); *to += sum[r][c]; }
-                EVERY_TILE(rows, many)
-#undef TILE
-            }
-            d += many;
-        }
 }

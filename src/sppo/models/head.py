@@ -24,10 +24,10 @@ PANEL = 64
 
 class _Head(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "head", "target")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "head", "weight", "target")),
         *((name, ctypes.c_long) for name in ("N", "D", "V", "threads")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("logp", "entropy", "normaliser", "grad", "grad_logits", "grad_packed")),
+        *((name, ctypes.c_void_p) for name in ("logp", "entropy", "normaliser", "grad", "grad_hidden", "grad_weight")),
     ]
 
 
@@ -40,8 +40,8 @@ def _compiled() -> ctypes.CDLL | None:
     long, pointer, head = ctypes.c_long, ctypes.c_void_p, ctypes.POINTER(_Head)
     lib.pack.argtypes, lib.pack.restype = [pointer, long, long, long, long, pointer], None
     lib.head_forward.argtypes, lib.head_forward.restype = [head, pointer], None
-    lib.head_backward.argtypes, lib.head_backward.restype = [head], None
-    lib.head_weight_gradient.argtypes, lib.head_weight_gradient.restype = [head, pointer, pointer], None
+    lib.head_backward.argtypes, lib.head_backward.restype = [head, pointer], None
+    lib.head_bytes.argtypes, lib.head_bytes.restype = [head], long
     lib.lanes.restype = lib.pair.restype = long
     return lib
 
@@ -65,7 +65,8 @@ class Head:
         assert lib is not None
         self._library, self.threads, self.temperature = lib, torch.get_num_threads(), temperature
         self.size, self.hidden = weight_VD.shape
-        self._packed = self._pack(weight_VD.detach().contiguous())
+        self._weight = weight_VD.detach().contiguous()
+        self._packed = self._pack(self._weight)
 
     def forward(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log π of the targets, entropy, and log Σ exp(logits), float32 [N] each."""
@@ -82,28 +83,24 @@ class Head:
         logp_N, entropy_N, normaliser_N = found
         return logp_N, entropy_N, normaliser_N
 
-    def grad_logits(
-        self, hidden_ND: Tensor, target_N: Tensor, normaliser_N: Tensor, grad_N: Tensor, grad_weight_VD: Tensor | None
-    ) -> Tensor:
-        """The gradient of the logits in bfloat16, [N, V]; that of the weights is added to `grad_weight_VD`, float32."""
+    def backward(
+        self, hidden_ND: Tensor, target_N: Tensor, normaliser_N: Tensor, grad_N: Tensor, with_weight: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the hidden states and of the weights, in bfloat16, from that of log π."""
         hidden_ND, target_N = hidden_ND.contiguous(), target_N.to(torch.int64).contiguous()
-        grad_N = grad_N.float().contiguous()
-        normaliser_N = normaliser_N.contiguous()
-        count, lanes, pair = len(hidden_ND), self._library.lanes(), self._library.pair()
-        grad_NV = hidden_ND.new_empty(count, self.size)
-        packed = hidden_ND.new_empty(-(-self.size // lanes), -(-count // pair), lanes, pair)
-        job = self._job(
-            hidden_ND, target_N, normaliser=normaliser_N, grad=grad_N, grad_logits=grad_NV, grad_packed=packed
-        )
-        self._library.head_backward(job)
-        if grad_weight_VD is not None:
-            by_token = self._pack(hidden_ND.t().contiguous())
-            self._library.head_weight_gradient(job, by_token.data_ptr(), grad_weight_VD.data_ptr())
-        return grad_NV
+        grad_N, normaliser_N = grad_N.float().contiguous(), normaliser_N.contiguous()
+        grad_hidden = torch.empty(hidden_ND.shape, dtype=torch.float32)
+        outputs = {"grad_hidden": grad_hidden}
+        if with_weight:
+            outputs["grad_weight"] = torch.empty_like(self._weight)
+        job = self._job(hidden_ND, target_N, normaliser=normaliser_N, grad=grad_N, **outputs)
+        memory = torch.empty(self._library.head_bytes(job), dtype=torch.uint8)
+        self._library.head_backward(job, memory.data_ptr())
+        return grad_hidden.to(hidden_ND.dtype), outputs.get("grad_weight")
 
     def _job(self, hidden_ND: Tensor, target_N: Tensor, **tensors: Tensor) -> Any:
         return _Head(
-            hidden_ND.data_ptr(), self._packed.data_ptr(), target_N.data_ptr(), len(hidden_ND), self.hidden, self.size, self.threads,
+            hidden_ND.data_ptr(), self._packed.data_ptr(), self._weight.data_ptr(), target_N.data_ptr(), len(hidden_ND), self.hidden, self.size, self.threads,
             1.0 / self.temperature, **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )  # fmt: skip
 

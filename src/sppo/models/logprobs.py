@@ -128,18 +128,7 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         hidden_ND, weight_VD, target_N, normaliser_N = ctx.saved_tensors
         compiled = head.Head(weight_VD, ctx.temperature)
-        grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        size = 2 * chunk_size(
-            weight_VD.size(0)
-        )  # two copies of the logits' gradient in bfloat16: as many bytes as one chunk's logits, twice
-        for start in range(0, hidden_ND.size(0), size):
-            part = slice(start, start + size)
-            grad_logits = compiled.grad_logits(
-                hidden_ND[part], target_N[part], normaliser_N[part], gradients[0][part], grad_weight
-            )
-            torch.mm(grad_logits, weight_VD, out=grad_hidden[part])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
+        return *compiled.backward(hidden_ND, target_N, normaliser_N, gradients[0], ctx.needs_input_grad[1]), None, None
 
 
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor, size: int, count: int) -> Tensor:

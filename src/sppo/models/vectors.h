@@ -13,11 +13,11 @@
 #endif
 
 #if defined(__AVX512F__)
-enum { L = 16, ROWS = 6 }; /* floats in a register; rows of attention.c's tiles, so that ROWS x WIDE sums stay in registers */
+enum { L = 16 }; /* floats in a register */
 #elif defined(__AVX2__)
-enum { L = 8, ROWS = 3 };
+enum { L = 8 };
 #else
-enum { L = 4, ROWS = 4 };
+enum { L = 4 };
 #endif
 enum { LINE = 64 }; /* bytes of a line of the cache */
 
@@ -46,12 +46,6 @@ INLINE void store(T *p, vf x) { *(vfu *)p = x; }
 INLINE float rounded1(float x) { return wide(narrow(x)); }
 INLINE vf loadf(const float *p) { return *(const vfu *)p; }
 
-INLINE float total(vf x) {
-    float sum = 0;
-    for (int i = 0; i < L; i++) sum += x[i];
-    return sum;
-}
-
 /* 0, 1, 2, ... */
 INLINE vi lane_numbers(void) {
     vi x = {};
@@ -59,10 +53,26 @@ INLINE vi lane_numbers(void) {
     return x;
 }
 
+/* A register's lanes, each with that `apart` from it beside it: half of them, then a quarter, ... until one lane holds all. */
+INLINE vf further(vf x, int apart) { return __builtin_shuffle(x, lane_numbers() ^ apart); }
+
+INLINE float total(vf x) {
+#pragma GCC unroll 4
+    for (int apart = L / 2; apart; apart /= 2) x += further(x, apart);
+    return x[0];
+}
+
 /* The larger, lane by lane; b where one is not a number. */
 INLINE vf larger(vf a, vf b) {
     vi first = a > b;
     return (vf)(((vi)a & first) | ((vi)b & ~first));
+}
+
+/* The largest lane that is a number; -infinity where none is. */
+INLINE float largest(vf x) {
+#pragma GCC unroll 4
+    for (int apart = L / 2; apart; apart /= 2) x = larger(x, further(x, apart));
+    return x[0];
 }
 
 /* exp, to 2e-7 of its value; below -87 what is left of it. NaN stays NaN. */
