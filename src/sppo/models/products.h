@@ -69,7 +69,7 @@ INLINE void store_pairs(T *to, const vf *x) {
 
 /* The right side of a product that sums over rows of x, `size` columns (whole registers), `steps` pairs of them: size / L panels, `apart`;
  * zeros in rows from n on. */
-static void by_row(const T *x, long stride, long n, long steps, long apart, long size, T *out) {
+static __attribute__((unused)) void by_row(const T *x, long stride, long n, long steps, long apart, long size, T *out) {
     for (long i = 0; i < steps; i++)
         for (long d = 0; d < size; d += L) {
             vf row[PAIR];
@@ -123,7 +123,7 @@ INLINE void summed(const int rows, const int many, Rows x, const T *w, long apar
 INLINE int next_panels(long left) { return left >= WIDE ? WIDE : left >= 2 ? 2 : 1; }
 
 /* out [rows, columns] = x . w^T in float32, or added to it; at most TALL rows, columns whole registers, panels of w `apart`. */
-static void multiplied(int rows, Rows x, const T *w, long apart, long steps, long columns, float *out, long out_row, int add) {
+static __attribute__((unused)) void multiplied(int rows, Rows x, const T *w, long apart, long steps, long columns, float *out, long out_row, int add) {
     for (long c = 0; c < columns;) {
         int many = next_panels((columns - c) / L);
         vf sum[TALL][WIDE];
