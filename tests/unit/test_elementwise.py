@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import silu
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from sppo.models import elementwise, tiny
-from sppo.models.elementwise import fusable, fused, gated_unit, rms_norm
+from sppo.models.elementwise import fusable, fused, gated_unit, rms_norm, turned
 from sppo.models.policy import Policy
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
@@ -62,6 +62,24 @@ def test_a_gated_unit_and_its_gradients(compiled_parts, dtype):
     assert off(up.grad, b.grad) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_and_its_gradient(compiled_parts, dtype):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(1, 7, 3, 64).to(dtype) for _ in range(2))
+    angle = torch.randn(1, 7, 32).repeat(1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()  # as a projection's view may lie
+    y = turned(x, cos, sin)
+    y.backward(grad)
+    a = x.detach().double().requires_grad_()
+    exact, _ = apply_rotary_pos_emb(a, a, cos.double(), sin.double(), unsqueeze_dim=2)
+    exact.backward(grad.double())
+    assert off(y.detach(), exact.detach()) < TOLERANCE[dtype]
+    assert off(x.grad, a.grad) < TOLERANCE[dtype]
+    if dtype == torch.bfloat16:  # rounded where transformers rounds
+        assert torch.equal(y, apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0])
+
+
 SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
 
@@ -70,7 +88,9 @@ def test_lent_to_a_model_they_change_neither_it_nor_what_it_finds():
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
     lent = fusable(model)
-    assert len(lent) == 2 * 5 + 1  # two norms, two of queries and keys, and a gated unit in each layer; the last norm
+    assert (
+        len(lent) == 2 * 5 + 2
+    )  # two norms, two of queries and keys, and a gated unit in each layer; the last norm; the embedding
     ids = torch.arange(12)[None]
 
     def gradients() -> tuple[torch.Tensor, ...]:
@@ -89,15 +109,61 @@ def test_lent_to_a_model_they_change_neither_it_nor_what_it_finds():
 
 def test_a_module_that_does_something_else_is_left_alone(monkeypatch):
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    assert len(fusable(model)) == 2 * 3 + 1
+    assert len(fusable(model)) == 2 * 3 + 2
     assert fusable(model.double()) == []
     model = model.float()
     right = LlamaRMSNorm.forward
     monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: right(self, x) + x * self.weight)
-    assert len(fusable(model)) == 2
+    assert len(fusable(model)) == 2 + 1
     monkeypatch.undo()
-    assert len(fusable(LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_act": "gelu"})))) == 2 * 2 + 1
-    assert len(fusable(LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 75})))) == 2 * 2 + 1
+    assert len(fusable(LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_act": "gelu"})))) == 2 * 2 + 2
+    assert len(fusable(LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 75})))) == 2 * 2 + 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_gives_its_gradient_to_the_rows_that_were_read(tied):
+    """Also of a row read twice, beside what the head adds to a tied matrix, on top of what was there; nothing for the padding's."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"pad_token_id": 3, "tie_word_embeddings": tied}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    ids = torch.tensor([[5, 3, 7, 5, 5, 90]])
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        model.zero_grad()
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+        return tuple(p.grad.clone() for p in model.parameters())
+
+    plain = gradients()
+    with fused([pair for pair in fusable(model) if isinstance(pair[0], torch.nn.Embedding)]):
+        mine = gradients()
+        model.requires_grad_(False)
+        assert not model(ids).logits.requires_grad
+    for a, b in zip(mine, plain, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_attention_is_lent_where_it_is_the_packed_one():
+    """With whole registers of halves, and no window; a whole model then finds what it does by itself."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"head_dim": 32}
+    for kind, config in ((LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)):
+        policy = Policy(kind(config(**sizes)), tiny.character_tokenizer())
+        lent = fusable(policy.model)
+        assert sum("Attention" in type(module).__name__ for module, _ in lent) == 2
+        ids, prompt, response = torch.arange(24).view(2, 12), torch.tensor([4, 5]), torch.tensor([8, 6])
+        found = []
+        for now in (lent, []):
+            policy._fused = ((policy.model, policy.dtype, policy.device), now)
+            policy.model.zero_grad()
+            logp = policy.response_logps(ids, prompt, response, 1.0).logp_BT
+            logp.sum().backward()
+            found.append([logp.detach(), *(p.grad.clone() for p in policy.model.parameters())])
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    windowed = Qwen3Config(**sizes, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    policy = Policy(Qwen3ForCausalLM(windowed), tiny.character_tokenizer())
+    assert not any("Attention" in type(module).__name__ for module, _ in fusable(policy.model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

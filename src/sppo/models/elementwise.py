@@ -1,4 +1,5 @@
-"""RMS norms, gated units (SwiGLU) and rotations (RoPE) of an update on a CPU, one call each way in compiled code (elementwise.c).
+"""What lies between an update's products on a CPU: RMS norms, gated units (SwiGLU) and rotations (RoPE), one call each way in compiled code
+(elementwise.c), and embeddings whose gradient is as large as what was looked up.
 
 In PyTorch each is several operations forward and more backward, all of which write what the next one reads; a tenth of an update in bfloat16
 (docs/performance.md). `fused(model)` lends them to the layers whose own arithmetic they reproduce, which is tried before they are used.
@@ -112,6 +113,30 @@ class _Turned(torch.autograd.Function):
         return _run_turned(gradients[0], cos, sin, True), None, None
 
 
+class _Embedded(torch.autograd.Function):
+    """Rows of a parameter whose gradient goes straight to theirs: PyTorch makes a matrix of the vocabulary's size, zeros but for a few rows, and
+    adds all of it. The sums of rows that come several times are in float32, and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, wanted: Tensor, module: nn.Embedding, ids: Tensor) -> Tensor:
+        ctx.module, ctx.ids = module, ids
+        return module.weight.detach()[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        weight, pad = ctx.module.weight, ctx.module.padding_idx
+        row_M, place_N = ctx.ids.flatten().unique(return_inverse=True)
+        sum_MD = torch.zeros(len(row_M), weight.size(1), dtype=torch.float32)
+        sum_MD.index_add_(0, place_N, gradients[0].flatten(0, -2).float())
+        if pad is not None:
+            sum_MD[row_M == pad] = 0
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad[row_M] = (weight.grad[row_M].float() + sum_MD).to(weight.dtype)
+        return None, None, None
+
+
 def _run_turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     x = x.contiguous()
     out, (heads, size) = torch.empty_like(x), x.shape[-2:]
@@ -147,6 +172,12 @@ def _mlp_forward(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(gated_unit(module.gate_proj(x), module.up_proj(x)))
 
 
+def _embedding_forward(module: Any, ids: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and module.weight.requires_grad):
+        return type(module).forward(module, ids)
+    return _Embedded.apply(torch.empty(0, requires_grad=True), module, ids)
+
+
 def _attention_forward(
     module: Any,
     hidden_states: Tensor,
@@ -180,8 +211,8 @@ _FORWARDS = {
 
 
 def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
-    """The norms, gated units and attentions of a model that this file computes as they do themselves, each with its forward. None unless all
-    weights are on the CPU in one dtype, float32 or bfloat16."""
+    """The norms, gated units, attentions and the embedding of a model that this file computes as they do themselves, each with its forward.
+    None unless all weights are on the CPU in one dtype, float32 or bfloat16."""
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}) or _compiled(model.dtype) is None:
         return []
@@ -192,6 +223,9 @@ def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
             continue
         if _whole_registers(module, forward) and _same(module, forward):
             found.append((module, forward))
+    embedding = model.get_input_embeddings()
+    if type(embedding) is nn.Embedding and not (embedding.max_norm or embedding.sparse or embedding.scale_grad_by_freq):
+        found.append((embedding, _embedding_forward))
     return found
 
 
