@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sppo.objective.advantage import critic_advantage, leave_one_out_mean
+from sppo.objective.advantage import centred_advantage, critic_advantage, leave_one_out_mean
 from sppo.objective.ratio import log_ratio
 from sppo.objective.surrogate import surrogate
 
@@ -115,6 +115,21 @@ def test_leave_one_out_is_unbiased():
     theta, reward_S = parameters(1), rewards(1)
     found = pairs_gradient(theta, reward_S, lambda r: leave_one_out_mean(r, torch.ones(2)))
     assert error(found, true_gradient(theta, reward_S)) < TOLERANCE
+
+
+@pytest.mark.parametrize("logits", [(0.3, -1.0), (2.0, 2.0)])
+def test_what_the_critic_missed_on_the_other_is_unbiased(logits):
+    """And with the sample in its own mean it would be half of the gradient."""
+    theta, reward_S = parameters(1), rewards(1)
+    logit_B, keep_B, stratum_B = (
+        torch.tensor(logits, dtype=torch.float64),
+        torch.ones(2),
+        torch.zeros(2, dtype=torch.long),
+    )
+    found = pairs_gradient(theta, reward_S, lambda r: r - centred_advantage(r, logit_B, keep_B, stratum_B))
+    assert error(found, true_gradient(theta, reward_S)) < TOLERANCE
+    own = pairs_gradient(theta, reward_S, lambda r: logit_B.sigmoid() + (r - logit_B.sigmoid()).mean())
+    assert error(own, 0.5 * true_gradient(theta, reward_S)) < TOLERANCE
 
 
 def test_fixed_shrinkage_of_critic_and_the_other_sample_is_unbiased():
