@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from sppo.errors import RecipeError
 from sppo.rewards.base import load_reward
 from sppo.training.batch import pack
 from sppo.training.credit import credit
-from sppo.training.hybrid import PLACES, Gate, SegmentCredit, StepCredit
+from sppo.training.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stakes, stretch_stakes
 from sppo.training.loop import train
 from sppo.training.run import Run
 from sppo.training.segments import seen_ends, segment_starts, token_ends
@@ -22,6 +23,7 @@ from ..exact.tabular import INDEX, LIMIT, MASK_ST, RESPONSES, parameters, reward
 from ..exact.test_estimators import error, expected_gradient
 
 STEPS = "answer + 0 * steps:check=chain,split=semicolons"
+KINDS = 2 * (PLACES + 1)
 CHAIN = Task("chain/0", [{"role": "user", "content": "7+5-3*2?"}], {"answer": "8"})
 
 
@@ -60,7 +62,7 @@ def test_credit_before_a_token_does_not_depend_on_it_or_what_follows(phi):
     """The same outcome after another continuation: what was credited up to there is the same number."""
     policy = small_policy()
     made = credit(config(**{"objective.phi": phi}), policy, small_critic())
-    made.gate.cross, made.gate.square = [0.7] * (PLACES + 1), [1.0] * (PLACES + 1)
+    made.gate.cross, made.gate.square = [0.7] * KINDS, [1.0] * KINDS
     if phi == "steps":
         made.effect, made.number = [[-3.0, 1.0, 2.0]] * (PLACES + 1), [[5.0, 5.0, 5.0]] * (PLACES + 1)
     else:
@@ -92,15 +94,16 @@ def test_the_gradient_is_unbiased_for_any_scores_and_any_gate(seed):
     random = torch.Generator().manual_seed(seed)
     gap = torch.randn(len(INDEX), generator=random, dtype=torch.float64)
     gate = Gate()
-    gate.cross, gate.square = torch.rand(PLACES + 1, generator=random).tolist(), [1.0] * (PLACES + 1)
+    gate.cross, gate.square = torch.rand(KINDS, generator=random).tolist(), [1.0] * KINDS
     prefixes = [(s, t, t, float(gap[INDEX[y[:t]]])) for s, y in enumerate(RESPONSES) for t in range(1, len(y))]
-    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, LIMIT)
+    stake_ST = torch.rand(len(RESPONSES), LIMIT, generator=random)
+    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, stake_ST)
     assert metrics["hybrid/eta"] > 0.1
     found = expected_gradient(theta, theta, advantage_ST, ratio="token", mask=MASK_ST)
     assert error(found, true_gradient(theta, reward_S)) < 1e-10
     late = [(s, t - 1, place, g) for s, t, place, g in prefixes]  # the control: credit that sees its own token
-    gate.cross, gate.square = [0.8] * (PLACES + 1), [1.0] * (PLACES + 1)
-    biased, _ = gate.less(reward_S - 0.37, late, LIMIT)
+    gate.cross, gate.square = [0.8] * KINDS, [1.0] * KINDS
+    biased, _ = gate.less(reward_S - 0.37, late, stake_ST)
     assert (
         error(expected_gradient(theta, theta, biased, ratio="token", mask=MASK_ST), true_gradient(theta, reward_S))
         > 1e-3
@@ -113,14 +116,43 @@ def test_the_gradient_is_unbiased_for_any_scores_and_any_gate(seed):
 def test_the_gate_by_hand():
     gate = Gate()
     rest_B = torch.tensor([0.5, -0.5])
-    first, metrics = gate.less(rest_B, [(0, 1, 1, 0.4), (1, 1, 1, -0.2), (1, 2, 2, 0.3)], 3)
+    stake_BT = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 1.0]])  # from each prefix on, 1
+    first, metrics = gate.less(rest_B, [(0, 1, 1, 0.4), (1, 1, 1, 0.2), (1, 2, 2, 0.3)], stake_BT)
     assert torch.equal(first, torch.tensor([[0.5] * 3, [-0.5] * 3]))  # nothing is known yet
     assert metrics == {"hybrid/eta": 0.0}
-    # place 1: cross 0.5·0.4 + 0.5·0.2 = 0.3, square 0.16 + 0.04 = 0.2: 1.5, at most 1. Place 2: −0.15 / 0.09: 0
-    second, metrics = gate.less(rest_B, [(0, 1, 1, 0.4), (0, 2, 2, 0.4)], 3)
-    assert second[0].tolist() == pytest.approx([0.5, 0.1, 0.5])
-    assert metrics["hybrid/eta"] == 0.5
-    assert gate.cross[1] == pytest.approx(0.9 * 0.3 + 0.2)
+    # place 1: cross 0.5·0.4 − 0.5·0.2 = 0.1, square 0.16 + 0.04 = 0.2: a half. Place 2: −0.15 / 0.09: 0. Below b nothing is known
+    second, metrics = gate.less(rest_B, [(0, 1, 1, 0.4), (0, 2, 2, 0.4), (1, 1, 1, -0.4)], stake_BT)
+    assert second[0].tolist() == pytest.approx([0.5, 0.3, 0.5])
+    assert second[1].tolist() == pytest.approx([-0.5] * 3)
+    assert metrics["hybrid/eta"] == pytest.approx(0.5 / 3)
+    # stakes 0.5, 0.5 and 2, their mean 1
+    assert gate.cross[3] == pytest.approx(0.9 * 0.1 + 0.5 * 0.5 * 0.4)
+    assert gate.cross[2] == pytest.approx(2 * 0.5 * 0.4)
+
+
+def test_stakes_are_what_a_wrong_baseline_costs():
+    """(1 − π)² of the tokens from a prefix to the next, with mean 1; nothing beyond a response."""
+    policy = small_policy()
+    batch = pack([said(policy, "7+5=2;A:2"), said(policy, "A:2")], policy.pad_id)
+    stake_BT = stakes(batch)
+    assert torch.allclose(stake_BT[0], torch.tensor((1 - math.exp(-1)) ** 2))
+    assert stake_BT[1, 4:].abs().max() == 0
+    found = stretch_stakes(stake_BT, [(0, 2), (0, 6), (1, 1)])  # 4, 4 and 3 tokens
+    assert found == pytest.approx([12 / 11, 12 / 11, 9 / 11])
+    assert levelled([0.0, 0.0]) == [1.0, 1.0]
+    assert levelled([]) == []
+
+
+def test_the_fit_is_the_baseline_of_least_variance():
+    """A token right with 0.9: the wrong one's score is long, so the best baseline is 0.1, not the 0.9 that a mean would be. By hand:
+    in one of two cases each weighs (1 − π)², 0.9 · 0.01 for a reward of 1 and 0.1 · 0.81 for 0."""
+    gate, b = Gate(), 0.5
+    rest_B = torch.tensor([0.5] * 9 + [-0.5])
+    stake_BT = torch.tensor([[0.1**2]] * 9 + [[0.9**2]])
+    for gap in (0.4, -0.4):
+        gate.less(rest_B, [(i, 0, 1, gap) for i in range(10)], stake_BT)
+    assert gate.eta(1, 0.4) == 0.0  # a Φ of 0.9 would be worse than b
+    assert b + gate.eta(1, -0.4) * -0.4 == pytest.approx(0.1)  # one of 0.1 is right, and taken whole
 
 
 def hundred(policy, wrong_text: str, right_text: str, use: str = STEPS):

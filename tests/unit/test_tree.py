@@ -124,7 +124,7 @@ def test_what_leaves_share_is_in_the_gradient_once():
     batch = pack(rollouts, policy.pad_id)
     assert batch.tokens < int(batch.response_len_B.sum())
     made = credit(config(), policy, small_critic())
-    made.gate.cross, made.gate.square = [0.5] * 17, [1.0] * 17
+    made.gate.cross, made.gate.square = [0.5] * 34, [1.0] * 34
     advantage_BT, _, metrics = made.advantage(batch, batch.reward_B)
     assert metrics["tree/leaves"] > 1
     assert 0 < metrics["tree/shared"] < 1

@@ -4,6 +4,11 @@
 Φ. (A step scorer must keep to that: a step's score may depend on what was written up to its end, not on later steps.) A step scorer
 that the policy learns to please adds variance at most, and what explains nothing gets η = 0, so that SPPO's credit is left.
 
+What is fitted is what lowers the variance of the *gradient*: each response counts by its stake, the squared length of the score ∇ log π of the
+tokens that a number will be held against (the optimal baseline is E[R |∇ log π|²] / E[|∇ log π|²]: Greensmith, Bartlett & Baxter, JMLR 5,
+2004). Unlikely tokens have long scores, and they are the wrong ones: where the policy is sure and right, the best baseline is far below the
+chance of success, which plain means would give.
+
     phi = "steps"      the scores that a steps reward measured (`answer + 0 * steps:check=chain,split=semicolons`, a process reward model):
                        b(x) plus what the worst score so far, at that many steps, has meant for the outcome in earlier batches
     phi = "segments"   the critic, reading the prompt and the segments written so far; b(x) is what it says of the prompt alone
@@ -41,36 +46,60 @@ Prefix = tuple[int, int, int, float]
 """The row of a response, the first token after some of its steps, how many steps (at most PLACES), and Φ − b there."""
 
 
+def stakes(batch: Batch) -> Tensor:
+    """(1 − π(y_t))² of each token, [B, T], 0 beyond a response: its score's squared length, but for a factor between 1 and 2."""
+    return torch.where(batch.mask_BT, (1 - batch.behaviour_logp_BT.exp()).square(), 0.0)
+
+
+def stretch_stakes(stake_BT: Tensor, starts: Sequence[tuple[int, int]]) -> list[float]:
+    """The stakes from each (row, token) to the next of its row, or to its end; on average 1."""
+    until_BT = functional.pad(stake_BT.double().cumsum(1), (1, 0))
+    out = []
+    for i, (b, start) in enumerate(starts):
+        following = starts[i + 1 : i + 2]
+        end = following[0][1] if following and following[0][0] == b else stake_BT.size(1)
+        out.append(float(until_BT[b, end] - until_BT[b, start]))
+    return levelled(out)
+
+
+def levelled(weights: Sequence[float]) -> list[float]:
+    """Weights with mean 1; all 1 where nothing is at stake."""
+    mean = sum(weights) / max(len(weights), 1)
+    return [w / mean for w in weights] if mean > 0 else [1.0] * len(weights)
+
+
 class Gate:
-    """η by place: the best factor of Φ − b for R − b in earlier batches, within [0, 1]; 0 where nothing is known."""
+    """η by place, and by whether Φ is above b: the best factor of Φ − b for R − b in earlier batches, within [0, 1]; 0 where nothing is known."""
 
     def __init__(self) -> None:
-        self.cross = [0.0] * (PLACES + 1)
-        self.square = [0.0] * (PLACES + 1)
+        self.cross = [0.0] * (2 * (PLACES + 1))
+        self.square = [0.0] * (2 * (PLACES + 1))
 
-    def eta(self, place: int) -> float:
+    def eta(self, place: int, gap: float) -> float:
         """What earlier batches advise."""
-        return min(1.0, max(0.0, self.cross[place] / self.square[place])) if self.square[place] > 0 else 0.0
+        k = 2 * place + (gap > 0)
+        return min(1.0, max(0.0, self.cross[k] / self.square[k])) if self.square[k] > 0 else 0.0
 
-    def learn(self, seen: Sequence[tuple[int, float, float]]) -> None:
-        """Take in (place, R − b, Φ − b) of a batch's prefixes."""
+    def learn(self, seen: Sequence[tuple[int, float, float, float]]) -> None:
+        """Take in (place, R − b, Φ − b, stake) of a batch's prefixes."""
         self.cross, self.square = ([MEMORY * x for x in sums] for sums in (self.cross, self.square))
-        for place, rest, gap in seen:
-            self.cross[place] += rest * gap
-            self.square[place] += gap * gap
+        for place, rest, gap, stake in seen:
+            self.cross[2 * place + (gap > 0)] += stake * rest * gap
+            self.square[2 * place + (gap > 0)] += stake * gap * gap
 
-    def less(self, rest_B: Tensor, prefixes: list[Prefix], width: int) -> tuple[Tensor, dict[str, Any]]:
+    def less(self, rest_B: Tensor, prefixes: list[Prefix], stake_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """R − b − η·(Φ − b), [B, T], from R − b, [B], and the mean η; then the prefixes are learnt from."""
-        out_BT = rest_B[:, None].repeat(1, width)
+        out_BT = rest_B[:, None].repeat(1, stake_BT.size(1))
         for b, start, place, gap in prefixes:  # a later prefix of a row overrules an earlier one
-            out_BT[b, start:] = rest_B[b] - self.eta(place) * gap
-        metrics = self.metrics([place for _, _, place, _ in prefixes])
-        self.learn([(place, float(rest_B[b]), gap) for b, _, place, gap in prefixes])
+            out_BT[b, start:] = rest_B[b] - self.eta(place, gap) * gap
+        metrics = self.metrics([(place, gap) for _, _, place, gap in prefixes])
+        weights = stretch_stakes(stake_BT, [(b, start) for b, start, _, _ in prefixes])
+        self.learn([(place, float(rest_B[b]), gap, w) for (b, _, place, gap), w in zip(prefixes, weights, strict=True)])
         return out_BT, metrics
 
-    def metrics(self, places: Sequence[int]) -> dict[str, Any]:
-        """The mean η of these prefixes."""
-        return {"hybrid/eta": sum(map(self.eta, places)) / len(places) if places else None}
+    def metrics(self, prefixes: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        """The mean η of these (place, Φ − b)."""
+        return {"hybrid/eta": sum(self.eta(*p) for p in prefixes) / len(prefixes) if prefixes else None}
 
 
 class _Gated(_Trained):
@@ -106,6 +135,7 @@ class StepCredit(_Gated, PromptCritic):
         rest_B = reward_B - value_B
         prefixes: list[Prefix] = []
         seen: list[tuple[int, int, float]] = []
+        stake_BT = stakes(batch)
         for b, rollout in enumerate(batch.rollouts):
             if not batch.keep_B[b]:
                 continue
@@ -116,10 +146,11 @@ class StepCredit(_Gated, PromptCritic):
                 seen.append((place, bad, float(rest_B[b])))
         for sums in (self.effect, self.number):
             sums[:] = [[MEMORY * x for x in row] for row in sums]
-        for place, bad, rest in seen:
-            self.effect[place][bad] += rest
-            self.number[place][bad] += 1.0
-        advantage_BT, metrics = self.gate.less(rest_B, prefixes, batch.behaviour_logp_BT.size(1))
+        weights = stretch_stakes(stake_BT, [(b, start) for b, start, _, _ in prefixes])
+        for (place, bad, rest), weight in zip(seen, weights, strict=True):
+            self.effect[place][bad] += weight * rest
+            self.number[place][bad] += weight
+        advantage_BT, metrics = self.gate.less(rest_B, prefixes, stake_BT)
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
 
@@ -167,7 +198,7 @@ class SegmentCredit(_Gated, TokenCritic):
             for place, start in enumerate(starts)
             if place and batch.keep_B[b]
         ]
-        advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, token_BT.size(1))
+        advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, stakes(batch))
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
 
@@ -199,17 +230,20 @@ class SiblingCredit(_Gated, PromptCritic):
         if not batch.nodes:  # nothing forked
             advantage_BT += (reward_B - value_B)[:, None]
         seen = []
+        until_BT = functional.pad(stakes(batch).cumsum(1), (1, 0))
         worth = returns(batch.nodes, reward_B.tolist(), batch.keep_B.tolist())
         for node, (q, others) in zip(batch.nodes, worth, strict=True):
             if q is None:
                 continue
             value, place = float(value_B[node.leaf]), min(node.depth, PLACES)
             gap = 0.0 if others is None else others - value
-            advantage_BT[node.leaf, node.start : node.end] = q - value - self.gate.eta(place) * gap
+            advantage_BT[node.leaf, node.start : node.end] = q - value - self.gate.eta(place, gap) * gap
             if others is not None:
-                seen.append((place, q - value, gap))
-        metrics = self.gate.metrics([place for place, _, _ in seen])
-        self.gate.learn(seen)
+                stake = float(until_BT[node.leaf, node.end] - until_BT[node.leaf, node.start])
+                seen.append((place, q - value, gap, stake))
+        metrics = self.gate.metrics([(place, gap) for place, _, gap, _ in seen])
+        weights = levelled([stake for *_, stake in seen])
+        self.gate.learn([(place, rest, gap, w) for (place, rest, gap, _), w in zip(seen, weights, strict=True)])
         metrics |= self.quality(batch, value_B)
         metrics |= {
             "tree/leaves": len(batch) / int(batch.group_B[-1] + 1),
