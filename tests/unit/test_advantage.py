@@ -42,8 +42,14 @@ def test_a_centred_advantage_by_hand():
 
 def test_strata_are_of_one_difficulty_where_there_are_enough_of_it():
     difficulty = [8.0] * STRATUM + [5.0] * (STRATUM - 1) + [None] * STRATUM + [2.0] * (STRATUM + 1)
-    found = strata(difficulty)
-    assert found.tolist() == [1] * STRATUM + [0] * (2 * STRATUM - 1) + [2] * (STRATUM + 1)
+    n = len(difficulty)
+    kept, groups = torch.ones(n, dtype=torch.bool), torch.arange(n)
+    assert strata(difficulty, kept, groups).tolist() == [1] * STRATUM + [0] * (2 * STRATUM - 1) + [2] * (STRATUM + 1)
+    kept[0] = False  # one problem too few
+    assert set(strata(difficulty, kept, groups)[:STRATUM].tolist()) == {0}
+    assert set(strata([8.0] * 32, torch.ones(32), torch.arange(32) // 8).tolist()) == {
+        0
+    }  # four problems of eight samples
 
 
 def test_gae_by_hand():

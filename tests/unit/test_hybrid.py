@@ -149,10 +149,10 @@ def test_the_fit_is_the_baseline_of_least_variance():
     gate, b = Gate(), 0.5
     rest_B = torch.tensor([0.5] * 9 + [-0.5])
     stake_BT = torch.tensor([[0.1**2]] * 9 + [[0.9**2]])
-    for gap in (0.4, -0.4):
+    for gap in (0.4, -0.5):
         gate.less(rest_B, [(i, 0, 1, gap) for i in range(10)], stake_BT)
     assert gate.eta(1, 0.4) == 0.0  # a Φ of 0.9 would be worse than b
-    assert b + gate.eta(1, -0.4) * -0.4 == pytest.approx(0.1)  # one of 0.1 is right, and taken whole
+    assert b + gate.eta(1, -0.5) * -0.5 == pytest.approx(0.1)  # of one of 0 four fifths are taken
 
 
 def hundred(policy, wrong_text: str, right_text: str, use: str = STEPS):

@@ -62,13 +62,23 @@ def a_learner(policy, name, **changes):
 
 
 def test_a_critic_that_lags_blames_nobody_when_centred():
-    """A stage whose problems the critic overrates: all fail, and the advantages are V's differences, not V."""
+    """A stage whose problems the critic overrates: all fail, and nothing is left of V."""
     policy = small_policy()
     batch = a_batch(policy, "sppo-centred", scores=[0.0] * 8)
     for name, largest in (("sppo", 0.5), ("sppo-centred", 0.0)):
         learner = a_learner(policy, name)
         learner.credit.critic.start_at(0.5)
         assert float(learner.advantage(batch)[0].abs().max()) == pytest.approx(largest, abs=1e-6)
+
+
+def test_what_was_missed_is_of_ones_own_difficulty():
+    """Sixteen problems of a kind that all succeed, sixteen of one that all fail, V = ½ for all: nobody did better than expected."""
+    policy = small_policy()
+    rollouts = judged(small_rollouts(policy, 32), [1.0] * 16 + [0.0] * 16)
+    rollouts = [replace(r, task=replace(r.task, difficulty=float(2 + i // 16))) for i, r in enumerate(rollouts)]
+    learner = a_learner(policy, "sppo-centred")
+    learner.credit.critic.start_at(0.5)
+    assert float(learner.advantage(pack(rollouts, policy.pad_id))[0].abs().max()) < 1e-6
 
 
 BASELINE = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from .compiled import NoCompiler, library
@@ -120,7 +121,7 @@ class _Embedded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, wanted: Tensor, module: nn.Embedding, ids: Tensor) -> Tensor:
         ctx.module, ctx.ids = module, ids
-        return module.weight.detach()[ids]
+        return functional.embedding(ids, module.weight.detach())
 
     @staticmethod
     @once_differentiable
@@ -187,7 +188,11 @@ def _attention_forward(
     **kwargs: Any,
 ) -> Any:
     cos, sin = position_embeddings
-    if past_key_values is not None or cos.dtype != hidden_states.dtype or cos.shape[:2] != hidden_states.shape[:2]:
+    if (
+        past_key_values is not None
+        or cos.dtype != hidden_states.dtype
+        or cos.shape != (*hidden_states.shape[:2], module.head_dim)
+    ):
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )

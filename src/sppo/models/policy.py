@@ -131,7 +131,8 @@ class Policy:
     def response_logps(
         self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor, temperature: float
     ) -> ResponseLogps:
-        """log π(y_t | x, y_<t) of each response token, with gradient where enabled.
+        """log π(y_t | x, y_<t) of each response token, with gradient where enabled: for `backward()`. (On a CPU the embedding's part goes
+        straight into its `.grad`, unseen by `torch.autograd.grad` and by hooks on the weight: elementwise.py.)
 
         Args:
             ids_BL: prompt then response then padding, on any device.

@@ -52,9 +52,11 @@ STRATUM = 16
 """Problems of one difficulty are a stratum of their own where a step has at least so many of them."""
 
 
-def strata(difficulty_B: Sequence[float | None]) -> Tensor:
-    """A number for each sample: that of its difficulty, or 0 for all whose difficulty is rare in this step or unknown. → [B]."""
-    number = Counter(difficulty_B)
+def strata(difficulty_B: Sequence[float | None], mask_B: Tensor, group_B: Tensor) -> Tensor:
+    """A number for each sample: that of its difficulty, or 0 for all whose difficulty few unmasked problems of this step have, or nobody
+    knows. `group_B` numbers the problems. → [B]."""
+    known = zip(difficulty_B, group_B.tolist(), mask_B.tolist(), strict=True)
+    number = Counter(d for d, _ in dict.fromkeys((d, g) for d, g, kept in known if kept))
     common: dict[float | None, int] = {
         d: k for k, d in enumerate((d for d in number if d is not None and number[d] >= STRATUM), 1)
     }

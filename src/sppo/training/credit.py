@@ -184,7 +184,7 @@ class PromptCritic(_Trained):
             advantage_B = reward_B - (offset + slope * value_B)
             self._remember(reward_B[keep_B], value_B[keep_B])
         elif o.baseline == "centred":
-            stratum_B = strata([r.task.difficulty for r in batch.rollouts])
+            stratum_B = strata([r.task.difficulty for r in batch.rollouts], keep_B, batch.group_B)
             advantage_B = centred_advantage(reward_B, logit_B, keep_B, stratum_B)
         elif o.ev_gate:
             advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)

@@ -48,7 +48,7 @@ Prefix = tuple[int, int, int, float]
 
 def stakes(batch: Batch) -> Tensor:
     """(1 − π(y_t))² of each token, [B, T], 0 beyond a response: its score's squared length, but for a factor between 1 and 2."""
-    return torch.where(batch.mask_BT, (1 - batch.behaviour_logp_BT.exp()).square(), 0.0)
+    return torch.where(batch.mask_BT, (1 - (batch.behaviour_logp_BT + batch.kept_BT).exp()).square(), 0.0)
 
 
 def stretch_stakes(stake_BT: Tensor, starts: Sequence[tuple[int, int]]) -> list[float]:
@@ -116,7 +116,8 @@ class _Gated(_Trained):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         super().load_state_dict(state)
-        self.gate.__dict__.update(state["gate"])
+        if len(state["gate"]["cross"]) == len(self.gate.cross):  # else of a version that knew other places: begin anew
+            self.gate.__dict__.update(state["gate"])
 
 
 class StepCredit(_Gated, PromptCritic):
@@ -240,7 +241,7 @@ class SiblingCredit(_Gated, PromptCritic):
             advantage_BT[node.leaf, node.start : node.end] = q - value - self.gate.eta(place, gap) * gap
             if others is not None:
                 stake = float(until_BT[node.leaf, node.end] - until_BT[node.leaf, node.start])
-                seen.append((place, q - value, gap, stake))
+                seen.append((place, q - value, gap, stake * node.weight**2))
         metrics = self.gate.metrics([(place, gap) for place, _, gap, _ in seen])
         weights = levelled([stake for *_, stake in seen])
         self.gate.learn([(place, rest, gap, w) for (place, rest, gap, _), w in zip(seen, weights, strict=True)])
