@@ -97,13 +97,13 @@ def test_the_gradient_is_unbiased_for_any_scores_and_any_gate(seed):
     gate.cross, gate.square = torch.rand(KINDS, generator=random).tolist(), [1.0] * KINDS
     prefixes = [(s, t, t, float(gap[INDEX[y[:t]]])) for s, y in enumerate(RESPONSES) for t in range(1, len(y))]
     stake_ST = torch.rand(len(RESPONSES), LIMIT, generator=random)
-    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, stake_ST)
+    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, stretch_stakes(stake_ST, prefixes), LIMIT)
     assert metrics["hybrid/eta"] > 0.1
     found = expected_gradient(theta, theta, advantage_ST, ratio="token", mask=MASK_ST)
     assert error(found, true_gradient(theta, reward_S)) < 1e-10
     late = [(s, t - 1, place, g) for s, t, place, g in prefixes]  # the control: credit that sees its own token
     gate.cross, gate.square = [0.8] * KINDS, [1.0] * KINDS
-    biased, _ = gate.less(reward_S - 0.37, late, stake_ST)
+    biased, _ = gate.less(reward_S - 0.37, late, stretch_stakes(stake_ST, late), LIMIT)
     assert (
         error(expected_gradient(theta, theta, biased, ratio="token", mask=MASK_ST), true_gradient(theta, reward_S))
         > 1e-3
@@ -117,11 +117,15 @@ def test_the_gate_by_hand():
     gate = Gate()
     rest_B = torch.tensor([0.5, -0.5])
     stake_BT = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 1.0]])  # from each prefix on, 1
-    first, metrics = gate.less(rest_B, [(0, 1, 1, 0.4), (1, 1, 1, 0.2), (1, 2, 2, 0.3)], stake_BT)
+
+    def learnt(prefixes):
+        return gate.less(rest_B, prefixes, stretch_stakes(stake_BT, prefixes), 3)
+
+    first, metrics = learnt([(0, 1, 1, 0.4), (1, 1, 1, 0.2), (1, 2, 2, 0.3)])
     assert torch.equal(first, torch.tensor([[0.5] * 3, [-0.5] * 3]))  # nothing is known yet
     assert metrics == {"hybrid/eta": 0.0}
     # place 1: cross 0.5·0.4 − 0.5·0.2 = 0.1, square 0.16 + 0.04 = 0.2: a half. Place 2: −0.15 / 0.09: 0. Below b nothing is known
-    second, metrics = gate.less(rest_B, [(0, 1, 1, 0.4), (0, 2, 2, 0.4), (1, 1, 1, -0.4)], stake_BT)
+    second, metrics = learnt([(0, 1, 1, 0.4), (0, 2, 2, 0.4), (1, 1, 1, -0.4)])
     assert second[0].tolist() == pytest.approx([0.5, 0.3, 0.5])
     assert second[1].tolist() == pytest.approx([-0.5] * 3)
     assert metrics["hybrid/eta"] == pytest.approx(0.5 / 3)
@@ -137,7 +141,7 @@ def test_stakes_are_what_a_wrong_baseline_costs():
     stake_BT = stakes(batch)
     assert torch.allclose(stake_BT[0], torch.tensor((1 - math.exp(-1)) ** 2))
     assert stake_BT[1, 4:].abs().max() == 0
-    found = stretch_stakes(stake_BT, [(0, 2), (0, 6), (1, 1)])  # 4, 4 and 3 tokens
+    found = stretch_stakes(stake_BT, [(0, 2, 1, 0.1), (0, 6, 2, 0.1), (1, 1, 1, 0.1)])  # 4, 4 and 3 tokens
     assert found == pytest.approx([12 / 11, 12 / 11, 9 / 11])
     assert levelled([0.0, 0.0]) == [1.0, 1.0]
     assert levelled([]) == []
@@ -150,7 +154,8 @@ def test_the_fit_is_the_baseline_of_least_variance():
     rest_B = torch.tensor([0.5] * 9 + [-0.5])
     stake_BT = torch.tensor([[0.1**2]] * 9 + [[0.9**2]])
     for gap in (0.4, -0.5):
-        gate.less(rest_B, [(i, 0, 1, gap) for i in range(10)], stake_BT)
+        prefixes = [(i, 0, 1, gap) for i in range(10)]
+        gate.less(rest_B, prefixes, stretch_stakes(stake_BT, prefixes), 1)
     assert gate.eta(1, 0.4) == 0.0  # a Φ of 0.9 would be worse than b
     assert b + gate.eta(1, -0.5) * -0.5 == pytest.approx(0.1)  # of one of 0 four fifths are taken
 

@@ -32,23 +32,15 @@ static void by_size(const T *x, long stride, long n, long size, T *out) {
     for (long p = 0; p < n; p += L) panel(x + p * stride, stride, n - p < L ? n - p : L, size, out + p * size);
 }
 
-/* x, the register that begins at column c; `other` in its lanes from column `own` on. */
-INLINE vf chosen(vf x, long c, long own, vf other) {
-    if (c + L <= own) return x;
-    vi within = lane_numbers() < (vi){} + (int)(own - c);
-    return (vf)(((vi)x & within) | ((vi)other & ~within));
-}
-
 /* weight := exp(scale . (score - the largest)) of the first `own` columns, 0 in the rest; returns their sum. */
 static float exponentials(const float *score, long own, long columns, float scale, T *weight, float *peak) {
-    const vf none = (vf){} - INFINITY;
-    vf most = none, all = {};
+    vf most = (vf){} - INFINITY, all = {};
     long j = 0;
     for (; j + L <= own; j += L) most = larger(loadf(score + j), most);
-    if (j < own) most = larger(chosen(loadf(score + j), j, own, none), most);
+    if (j < own) most = larger(first(loadf(score + j), own - j, -INFINITY), most);
     *peak = largest(most) * scale;
     for (j = 0; j < columns; j += L) {
-        vf e = chosen(vexp(loadf(score + j) * scale - *peak), j, own, (vf){});
+        vf e = first(vexp(loadf(score + j) * scale - *peak), own - j, 0);
         store(weight + j, e);
         all += e;
     }
@@ -121,7 +113,7 @@ static void sloped(const Job *job, long token, int rows, long i, long block, lon
             vf weight[PAIR] = {}, slope[PAIR] = {};
             for (int p = 0; p < PAIR && r + p < rows; p++) {
                 long at = (r + p) * row + j;
-                weight[p] = chosen(vexp(loadf(room->score + at) * job->scale - normaliser[p]), j, i + r + p + 1, (vf){});
+                weight[p] = first(vexp(loadf(room->score + at) * job->scale - normaliser[p]), i + r + p + 1 - j, 0);
                 slope[p] = weight[p] * (loadf(room->score_slope + at) - inner[p]) * job->scale;
                 store(room->slope + at, slope[p]);
             }

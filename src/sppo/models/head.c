@@ -21,13 +21,6 @@ enum { LOW = -1000000000 }; /* below any logit: what it adds is below 1e-28 */
 /* What a thread has seen of a token's logits in each lane: the largest, sum of exp(x - largest), sum of x . exp(x - largest). */
 typedef struct { vf top, sum, mean; } Seen;
 
-/* x, with `instead` in the lanes from the `count`th on. */
-INLINE vf first(vf x, long count, float instead) {
-    if (count >= L) return x;
-    vi within = lane_numbers() < (int32_t)count;
-    return (vf)(((vi)x & within) | ((vi)((vf){} + instead) & ~within));
-}
-
 INLINE void looked(const Head *h, const int many, vf x[WIDE], long n, long column, Seen *seen) {
     vf top = seen->top;
     for (int c = 0; c < many; c++) {

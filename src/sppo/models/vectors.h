@@ -53,6 +53,13 @@ INLINE vi lane_numbers(void) {
     return x;
 }
 
+/* x, with `instead` in the lanes from the `count`th on. */
+INLINE vf first(vf x, long count, float instead) {
+    if (count >= L) return x;
+    vi within = lane_numbers() < (int32_t)count;
+    return (vf)(((vi)x & within) | ((vi)((vf){} + instead) & ~within));
+}
+
 /* A register's lanes, each with that `apart` from it beside it: half of them, then a quarter, ... until one lane holds all. */
 INLINE vf further(vf x, int apart) { return __builtin_shuffle(x, lane_numbers() ^ apart); }
 

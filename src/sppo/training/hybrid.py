@@ -51,12 +51,12 @@ def stakes(batch: Batch) -> Tensor:
     return torch.where(batch.mask_BT, (1 - (batch.behaviour_logp_BT + batch.kept_BT).exp()).square(), 0.0)
 
 
-def stretch_stakes(stake_BT: Tensor, starts: Sequence[tuple[int, int]]) -> list[float]:
-    """The stakes from each (row, token) to the next of its row, or to its end; on average 1."""
+def stretch_stakes(stake_BT: Tensor, prefixes: Sequence[Prefix]) -> list[float]:
+    """The stakes from each prefix to the next of its row, or to the row's end; on average 1."""
     until_BT = functional.pad(stake_BT.double().cumsum(1), (1, 0))
     out = []
-    for i, (b, start) in enumerate(starts):
-        following = starts[i + 1 : i + 2]
+    for i, (b, start, *_) in enumerate(prefixes):
+        following = prefixes[i + 1 : i + 2]
         end = following[0][1] if following and following[0][0] == b else stake_BT.size(1)
         out.append(float(until_BT[b, end] - until_BT[b, start]))
     return levelled(out)
@@ -87,13 +87,14 @@ class Gate:
             self.cross[2 * place + (gap > 0)] += stake * rest * gap
             self.square[2 * place + (gap > 0)] += stake * gap * gap
 
-    def less(self, rest_B: Tensor, prefixes: list[Prefix], stake_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """R − b − η·(Φ − b), [B, T], from R − b, [B], and the mean η; then the prefixes are learnt from."""
-        out_BT = rest_B[:, None].repeat(1, stake_BT.size(1))
+    def less(
+        self, rest_B: Tensor, prefixes: list[Prefix], weights: Sequence[float], width: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """R − b − η·(Φ − b), [B, T = width], from R − b, [B], and the mean η; then the prefixes are learnt from, each with its weight."""
+        out_BT = rest_B[:, None].repeat(1, width)
         for b, start, place, gap in prefixes:  # a later prefix of a row overrules an earlier one
             out_BT[b, start:] = rest_B[b] - self.eta(place, gap) * gap
         metrics = self.metrics([(place, gap) for _, _, place, gap in prefixes])
-        weights = stretch_stakes(stake_BT, [(b, start) for b, start, _, _ in prefixes])
         self.learn([(place, float(rest_B[b]), gap, w) for (b, _, place, gap), w in zip(prefixes, weights, strict=True)])
         return out_BT, metrics
 
@@ -136,7 +137,6 @@ class StepCredit(_Gated, PromptCritic):
         rest_B = reward_B - value_B
         prefixes: list[Prefix] = []
         seen: list[tuple[int, int, float]] = []
-        stake_BT = stakes(batch)
         for b, rollout in enumerate(batch.rollouts):
             if not batch.keep_B[b]:
                 continue
@@ -147,11 +147,11 @@ class StepCredit(_Gated, PromptCritic):
                 seen.append((place, bad, float(rest_B[b])))
         for sums in (self.effect, self.number):
             sums[:] = [[MEMORY * x for x in row] for row in sums]
-        weights = stretch_stakes(stake_BT, [(b, start) for b, start, _, _ in prefixes])
+        weights = stretch_stakes(stakes(batch), prefixes)
         for (place, bad, rest), weight in zip(seen, weights, strict=True):
             self.effect[place][bad] += weight * rest
             self.number[place][bad] += weight
-        advantage_BT, metrics = self.gate.less(rest_B, prefixes, stake_BT)
+        advantage_BT, metrics = self.gate.less(rest_B, prefixes, weights, batch.behaviour_logp_BT.size(1))
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
 
@@ -199,7 +199,8 @@ class SegmentCredit(_Gated, TokenCritic):
             for place, start in enumerate(starts)
             if place and batch.keep_B[b]
         ]
-        advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, stakes(batch))
+        weights = stretch_stakes(stakes(batch), prefixes)
+        advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, weights, token_BT.size(1))
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
 
