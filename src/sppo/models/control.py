@@ -52,13 +52,16 @@ class Shape:
     demonstrations: int = 32
     slip: float = 0.1
     skill: float = 0.3
+    rate: float = 2e-4
+    """Of cloning; what falls at the first false step is cloned faster, and looked at less often: looking takes as long as the episodes."""
+    look: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "demonstrations"):
+        for name in ("hidden", "layers", "demonstrations", "look"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"mlp:{self.task}: {name}={getattr(self, name)} must be 1 or more")
-        if not 0 <= self.slip < 1 or not 0 < self.skill < 1:
-            raise RecipeError(f"mlp:{self.task}: slip must lie in [0, 1) and skill in (0, 1)")
+        if not 0 <= self.slip < 1 or not 0 < self.skill < 1 or not 0 < self.rate < 1:
+            raise RecipeError(f"mlp:{self.task}: slip must lie in [0, 1), skill and rate in (0, 1)")
 
     @classmethod
     def parse(cls, key: str, name: str) -> Shape:
@@ -161,7 +164,7 @@ class ControlPolicy(Policy):
         return cls(net, environment, {"hidden": hidden, "layers": layers}, name)
 
     def _clone(self, seed: int, shape: Shape) -> tuple[int, float]:
-        """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every ten updates, 5,000 at most)."""
+        """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every `look` updates, 5,000 at most)."""
         env, rng, rows = self.environment, np.random.default_rng(seed), []
         start = tries = 0
         while start < shape.demonstrations:
@@ -180,7 +183,7 @@ class ControlPolicy(Policy):
                 raise RecipeError(f"{self.name}: the teacher succeeds too rarely with slip={shape.slip}")
         observation_ND = torch.from_numpy(np.stack([o for o, _ in rows]))
         action_NA = torch.from_numpy(np.stack([a for _, a in rows]))
-        optimiser = torch.optim.Adam(self.model.parameters(), lr=2e-4)
+        optimiser = torch.optim.Adam(self.model.parameters(), lr=shape.rate)
         generator = torch.Generator().manual_seed(seed)
         starts, solved = range(2 * 10**6, 2 * 10**6 + 64), 0.0
         for update in range(1, 5001):
@@ -189,7 +192,7 @@ class ControlPolicy(Policy):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            if update % 10 == 0:
+            if update % shape.look == 0:
                 found = episodes(self, starts, starts, env.kind.horizon, 1.0)
                 solved = sum(e.success for e in found) / len(found)
                 if solved >= shape.skill:
