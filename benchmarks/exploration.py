@@ -291,7 +291,7 @@ def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]], target: float 
         if both:
             wrong, theirs = v["right_by_wrong_steps"], base["right_by_wrong_steps"]
             out[arm]["right_by_wrong_steps_difference"] = mean_interval([wrong[s] - theirs[s] for s in both])
-        for name in ("variance", "tokens_to_target"):
+        for name in ("variance", "tokens_to_target", "right_by_wrong_steps"):
             pairs = [v[name][s] / base[name][s] for s in v[name] if base[name].get(s)]
             if pairs:
                 out[arm][f"{name}_ratio"] = ratio_interval(pairs)

@@ -59,7 +59,9 @@ def main() -> None:
             found = pool.map(episode, list(zip(tries, seeds.tolist(), strict=True)), chunksize=1)
             gain = np.array([f[0] for f in found]).reshape(DIRECTIONS, 2)
             top = np.argsort(-gain.max(1))[:BEST]
-            weights += RATE / (BEST * gain[top].std() + 1e-8) * np.einsum("n,nij->ij", gain[top, 0] - gain[top, 1], way[top])
+            weights += (
+                RATE / (BEST * gain[top].std() + 1e-8) * np.einsum("n,nij->ij", gain[top, 0] - gain[top, 1], way[top])
+            )
             count, sums = count + sum(f[2] for f in found), sums + sum(f[3] for f in found)
             mean = sums[0] / count
             deviation = np.sqrt(np.maximum(sums[1] / count - mean**2, 1e-8))
