@@ -96,7 +96,7 @@ def test_a_wrong_model_is_one_sentence():
     for name, sentence in (
         ("mlp:x", "unknown control task"), ("mlp:pendulum,hiden=3", "hiden"), ("mlp", "task"),
         ("mlp:pendulum,hidden=abc", "hidden=abc is not a whole number"), ("mlp:pendulum,hidden=16.5", "not a whole number"),
-        ("mlp:pendulum,layers=0", "layers=0 must be 1 or more"), ("mlp:pendulum,skill=2", "skill and rate in"), 
+        ("mlp:pendulum,layers=0", "layers=0 must be 1 or more"), ("mlp:pendulum,skill=2", "skill and rate in"),
         ("mlp:pendulum,rate=0", "skill and rate in"), ("mlp:pendulum,look=0", "look=0 must be 1 or more"),
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=sentence):
