@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import ModelError
 from ..types import Task
 from . import packed as packing
-from .elementwise import fusable, fused
+from .lent import fusable, fused
 from .logprobs import exact_products, token_logps, token_logps_from_logits
 from .narrow import narrow_linear
 from .pretrained import choose_dtype, ensure_pad, first_line, load, render_chat
@@ -132,7 +132,7 @@ class Policy:
         self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor, temperature: float
     ) -> ResponseLogps:
         """log π(y_t | x, y_<t) of each response token, with gradient where enabled: for `backward()`. (On a CPU the embedding's part goes
-        straight into its `.grad`, unseen by `torch.autograd.grad` and by hooks on the weight: elementwise.py.)
+        straight into its `.grad`, unseen by `torch.autograd.grad` and by hooks on the weight: lent.py.)
 
         Args:
             ids_BL: prompt then response then padding, on any device.
