@@ -15,6 +15,7 @@ Tree rollouts, search and prediction-driven sampling differ in keys that `sppo c
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ import numpy as np
 
 from sppo.cli.compare import START
 from sppo.config import Config
-from sppo.evaluation.compare import cost_to, mean_interval, ratio_interval, value_at
+from sppo.evaluation.compare import cost_to, mean_interval, median_interval, ratio_interval, value_at
 from sppo.tasks.base import load_tasks
 from sppo.types import Task
 
@@ -63,7 +64,8 @@ def mixed(split: str) -> Iterator[dict[str, Any]]:
 
 
 def sloppy() -> Iterator[dict[str, Any]]:
-    """Worked chains of one to six operations in which one step in eight states a wrong result, and the next goes on from the right one."""
+    """Worked chains of one to six operations in which one step in eight states a wrong result, and the next goes on from the right one: to the
+    checker, which follows what is written, two wrong steps, or a wrong step and a wrong answer's line."""
     tasks, rng = load_tasks("chain:steps=1-6"), np.random.default_rng(0)
     for task in itertools.islice(tasks, 50_000):
         *steps, answer = str(task.solution).split(";")
@@ -211,8 +213,14 @@ def serve(args: argparse.Namespace) -> None:
         m = json.loads(line)
         noise.append([m.get("update/grad_variance"), m.get("update/grad_signal")])
     folder.with_name(folder.name + ".json").write_text(
-        json.dumps(curve | {"noise": noise, "recipe": recipe(args, args.serve).sha256})
+        json.dumps(curve | {"noise": noise, "recipe": told(args, args.serve)})
     )
+
+
+def told(args: argparse.Namespace, arm: str) -> str:
+    """What a kept run must have been: its recipe, and the problems of the files."""
+    rows = [(args.out / name).read_bytes() for name in STUDIES[args.study].files]
+    return hashlib.sha256(b"".join([recipe(args, arm).sha256.encode(), *rows])).hexdigest()
 
 
 def make_start(args: argparse.Namespace) -> None:
@@ -225,7 +233,7 @@ def make_start(args: argparse.Namespace) -> None:
     job = Run.new(config)
     job.begin()
     job.close()
-    folder.with_name(folder.name + ".json").write_text(json.dumps({"recipe": config.sha256}))
+    folder.with_name(folder.name + ".json").write_text(json.dumps({"recipe": told(args, "start")}))
 
 
 def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
@@ -234,7 +242,7 @@ def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
     def one(order: tuple[int, str]) -> None:
         seed, arm = order
         kept, now = args.out / f"{arm}-{seed}.json", argparse.Namespace(**vars(args) | {"seed": seed})
-        if kept.exists() and json.loads(kept.read_text())["recipe"] == recipe(now, arm).sha256:
+        if kept.exists() and json.loads(kept.read_text())["recipe"] == told(now, arm):
             return
         command = [sys.executable, __file__, args.study, "--out", str(args.out), "--seed", str(seed), "--serve", arm]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f".:{os.environ.get('PYTHONPATH', '')}"}
@@ -275,13 +283,17 @@ def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]], target: float 
             v["accuracy"][seed] = value_at(c["tokens"], c["accuracy"], budget)
             if "right_by_wrong_steps" in c["measures"][-1]:
                 v["right_by_wrong_steps"][seed] = c["measures"][-1]["right_by_wrong_steps"]
-            if target is not None and (cost := cost_to(c["tokens"], c["accuracy"], target)) < math.inf:
-                v["tokens_to_target"][seed] = cost
+            if target is not None:
+                v["tokens_to_target"][seed] = cost_to(c["tokens"], c["accuracy"], target)
             known = [n for n in c["noise"][len(c["noise"]) // 2 :] if n[0] is not None]
             if known:
                 v["variance"][seed], v["signal"][seed] = (sum(n[k] for n in known) / len(known) for k in (0, 1))
         values[arm] = v
         out[arm] = {name: mean_interval(list(of.values())) for name, of in v.items() if of}
+        if target is not None:
+            costs = list(v["tokens_to_target"].values())
+            out[arm]["tokens_to_target"] = median_interval(costs)
+            out[arm]["reached"] = sum(map(math.isfinite, costs))
     for arm, v in values.items():
         if arm == first:
             continue
@@ -292,10 +304,11 @@ def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]], target: float 
             wrong, theirs = v["right_by_wrong_steps"], base["right_by_wrong_steps"]
             out[arm]["right_by_wrong_steps_difference"] = mean_interval([wrong[s] - theirs[s] for s in both])
         for name in ("variance", "tokens_to_target", "right_by_wrong_steps"):
-            pairs = [v[name][s] / base[name][s] for s in v[name] if base[name].get(s)]
+            both = [(v[name][s], base[name][s]) for s in v[name] if s in base[name]]
+            pairs = [a / b for a, b in both if 0 < a < math.inf and 0 < b < math.inf]
             if pairs:
                 out[arm][f"{name}_ratio"] = ratio_interval(pairs)
-                out[arm][f"{name}_pairs"] = len(pairs)
+                out[arm][f"{name}_left_out"] = len(both) - len(pairs)  # at 0, or never there
     return {"equal_tokens": budget, "seeds": len(found[first]), "arms": out}
 
 
@@ -322,8 +335,8 @@ def main() -> None:
                 if isinstance(x, int):
                     print(f"    {name:32s} {x}")
                     continue
-                low = "" if x["low"] is None else f" [{x['low']:.3g}, {x['high']:.3g}]"
-                print(f"    {name:32s} {x['value']:.3g}{low}")
+                value, low, high = ("–" if x[key] is None else f"{x[key]:.3g}" for key in ("value", "low", "high"))
+                print(f"    {name:32s} {value} [{low}, {high}]")
         print(json.dumps(found))
 
 

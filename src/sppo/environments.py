@@ -10,7 +10,7 @@
 
 Each has a teacher whose successful episodes a policy is cloned from until it sometimes succeeds: with this reward, nobody learns
 from nothing. The paper trains its teachers on shaped rewards; these are written controllers (gymnasium's own for the lander), and for the
-hopper a linear one found on the environment's shaped reward (benchmarks/hopper_teacher.py).
+hopper a linear one found on the environment's shaped reward, less its bonus for being alive (benchmarks/hopper_teacher.py).
 Needs the extra `control` (gymnasium with box2d and MuJoCo). This module imports neither torch nor gymnasium.
 """
 

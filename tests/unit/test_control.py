@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -48,6 +50,9 @@ def test_success_is_what_the_paper_says():
     assert not lander(None, np.array([0.5, 0, 0, 0, 0, 0, 1.0, 1.0]), True)
     assert KINDS["pendulum"].success(None, np.array([0.81, 0, 0]), False)
     assert not KINDS["pendulum"].success(None, np.array([0.79, 0, 0]), False)
+    for x, fallen in ((1.1, False), (1.1, True), (0.9, False)):
+        there = SimpleNamespace(data=SimpleNamespace(qpos=[x]))
+        assert KINDS["hopper"].success(there, np.zeros(11), fallen) == (x > 1 and not fallen)
 
 
 @pytest.mark.parametrize("name", list(KINDS))
@@ -66,12 +71,13 @@ def test_teachers_succeed_where_chance_does_not(name):
     assert rates[0] >= 0.3
 
 
-def test_a_hopper_that_falls_has_failed():
+def test_a_hopper_that_falls_ends_there():
     env = Environment("hopper")
     env.reset(0)
-    ended = False
-    while not ended:
-        _, ended = env.step(np.ones(3, dtype=np.float32))
+    steps = 1
+    while not env.step(np.ones(3, dtype=np.float32))[1]:
+        steps += 1
+    assert steps < 100
     assert not env.success()
 
 
@@ -90,6 +96,33 @@ def test_the_same_start_and_actions_give_the_same_episode():
 def test_a_wrong_task_is_one_sentence(spec, sentence):
     with pytest.raises(RecipeError, match=sentence):
         load_pair(spec, None, "")
+
+
+def test_cloning_at_a_rate_and_looked_at_so_often():
+    said = []
+    for teaching in ("look=7", "look=7,rate=1e-3", "look=21"):
+        name = f"mlp:precision-cartpole,hidden=16,demonstrations=4,skill=0.01,{teaching}"
+        _, stated = ControlPolicy.load(name, dtype="auto", device=CPU, seed=0)
+        updates = re.search(r"; (\d+) updates", stated)
+        assert updates is not None
+        said.append(int(updates[1]))
+    slow, fast, seldom = said
+    assert [slow % 7, fast % 7, seldom % 21] == [0, 0, 0]
+    assert fast < slow / 2
+
+
+def test_cloning_that_does_not_get_there_is_looked_at_once_more(monkeypatch):
+    monkeypatch.setattr("sppo.models.control.UPDATES", 5)
+    name = "mlp:mountain-car,hidden=16,demonstrations=1,slip=0,skill=0.99,look=100"
+    looks = []
+    monkeypatch.setattr(
+        "sppo.models.control.episodes",
+        lambda *a: looks.append(1) or [SimpleNamespace(success=True)] * 2 + [SimpleNamespace(success=False)] * 2,
+    )
+    _, stated = ControlPolicy.load(name, dtype="auto", device=CPU, seed=0)
+    assert looks == [1]
+    assert "5 updates" in stated
+    assert "50% of its own succeed: warning: skill=0.99 was not reached" in stated
 
 
 def test_a_wrong_model_is_one_sentence():

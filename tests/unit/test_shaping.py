@@ -72,7 +72,7 @@ def test_right_answers_by_wrong_steps_are_counted():
     from sppo.types import Verdict
 
     chain = Task("chain/0", [{"role": "user", "content": "7+5-3?"}], {"answer": "9"})
-    checker = step_checker("chain:steps=2", chain)
+    checker = step_checker("chain:steps=2", chain, load_reward("answer + 0 * steps:check=arithmetic"))
     assert checker is not None
 
     def said(text: str, correct: float, outcome="correct") -> Rollout:
@@ -86,9 +86,14 @@ def test_right_answers_by_wrong_steps_are_counted():
     }
     assert step_quality([wrong], checker) == {}
     rows = Task("rows.jsonl:1", "?", {"answer": "40"})
-    free = step_checker("rows.jsonl", rows)
+    free = step_checker("rows.jsonl", rows, load_reward("answer"))
     assert free is not None
     texts = ("12 * 3 = 36\n36 + 4 = 40", "12 * 3 = 38\nso 40", "It is 40.")
     found = step_quality([Rollout(rows, [1], [2], [-1.0], "stop", t, 0, Verdict(1.0, "correct")) for t in texts], free)
     assert found == {"right_by_wrong_steps": 0.5, "steps_judged_share": pytest.approx(2 / 3)}
-    assert step_checker("functions", Task("f", "?", {"tests": []})) is None
+    for use in ("steps:check=chain", "answer and steps:check=chain,score=min"):  # modulo 10, as the reward has it
+        named = step_checker("rows.jsonl", rows, load_reward(use))
+        assert named is not None
+        assert step_quality([clean, slip], named)["right_by_wrong_steps"] == 0.5
+    assert step_quality([clean], free)["right_by_wrong_steps"] == 1.0
+    assert step_checker("functions", Task("f", "?", {"tests": []}), load_reward("answer")) is None

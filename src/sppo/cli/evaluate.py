@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             )
         result = evaluate(
             engine, loaded.policy, rewards[spec], usable, sampling, samples=args.samples, seed=args.seed,
-            checker=step_checker(spec, usable[0]), critic=loaded.prompt_critic(usable),
+            checker=step_checker(spec, usable[0], rewards[spec]), critic=loaded.prompt_critic(usable),
         )  # fmt: skip
         rewards[spec].close()
         results.append({"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)})

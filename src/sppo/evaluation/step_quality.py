@@ -1,7 +1,8 @@
 """Right answers by wrong steps: what a reward of answers alone cannot see, and what it pays.
 
 A checker says of each written step whether it holds (1), does not (0), or cannot be judged (None): the task's own where its file in
-`tasks/` has one (chain), else whether the equations that the text writes hold (rewards/arithmetic.py).
+`tasks/` has one (chain), else the one that the reward names (`steps:check=…`), else whether the equations that the text writes hold
+(rewards/arithmetic.py).
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..rewards.arithmetic import check_steps as arithmetic
-from ..rewards.base import TEST_COLUMNS
-from ..rewards.steps import Checker, split_steps
+from ..rewards.base import TEST_COLUMNS, Reward
+from ..rewards.combine import MixedReward, Part
+from ..rewards.steps import Checker, StepReward, split_steps
 from ..spec import modules_in, offers, parse_spec, resolve
 from ..types import Rollout, Task
 
 NAME = "right_by_wrong_steps"
 
 
-def step_checker(tasks: str, example: Task) -> Checker | None:
-    """What can judge the steps of a task's responses, by the task's spec and one of its problems; None for programs and episodes."""
+def step_checker(tasks: str, example: Task, reward: Reward) -> Checker | None:
+    """What can judge the steps of a task's responses, by the task's spec, one of its problems, and its reward; None for programs and
+    episodes without a checker."""
     name = parse_spec(tasks).name
     if name in modules_in("sppo.tasks") and offers(f"sppo.tasks.{name}", "check_steps"):
         checker: Checker = resolve(name, "sppo.tasks", "check_steps")
         return checker
+    for part in reward.parts if isinstance(reward, MixedReward) else [Part("", reward)]:
+        if isinstance(part.reward, StepReward) and part.reward.checker is not None:
+            return part.reward.checker
     if "start" in example.columns or any(column in example.columns for column in TEST_COLUMNS):
         return None
     return arithmetic

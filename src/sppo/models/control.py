@@ -4,7 +4,7 @@ A step of an episode is a token: its id is a row of a table that holds what was 
 prompt. So the learner, the credit, the checkpoints and the comparisons are the very same code as for text.
 
 `mlp:TASK,hidden=64,layers=2` as policy.model clones a teacher's successful episodes until the policy itself succeeds in
-`skill` of its own; as critic.model it is an MLP that reads the first observation (or every one, for a token critic).
+`skill` of its own (`Shape` has the options); as critic.model it is an MLP that reads the first observation (or every one, for a token critic).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from .policy import Policy, ResponseLogps, parameter_count
 SPEC, FILE = "mlp", "control.json"
 PROBE = 8
 """Rows of the table that hold fixed observations, for the engine's canary."""
+UPDATES = 5000
+"""Of cloning, at most."""
 KEEP = 4
 """Calls of the engine whose steps are held."""
 
@@ -52,9 +54,11 @@ class Shape:
     demonstrations: int = 32
     slip: float = 0.1
     skill: float = 0.3
+    """Cloning ends when so many of the policy's own episodes succeed."""
     rate: float = 2e-4
-    """Of cloning; what falls at the first false step is cloned faster, and looked at less often: looking takes as long as the episodes."""
+    """Of cloning. What fails at the first false step (the hopper) wants more than 5,000 updates of the default can give."""
     look: int = 10
+    """Updates between two looks. One takes as long as 64 episodes."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "demonstrations", "look"):
@@ -164,7 +168,7 @@ class ControlPolicy(Policy):
         return cls(net, environment, {"hidden": hidden, "layers": layers}, name)
 
     def _clone(self, seed: int, shape: Shape) -> tuple[int, float]:
-        """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every `look` updates, 5,000 at most)."""
+        """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every `look` updates, and after the last)."""
         env, rng, rows = self.environment, np.random.default_rng(seed), []
         start = tries = 0
         while start < shape.demonstrations:
@@ -186,13 +190,13 @@ class ControlPolicy(Policy):
         optimiser = torch.optim.Adam(self.model.parameters(), lr=shape.rate)
         generator = torch.Generator().manual_seed(seed)
         starts, solved = range(2 * 10**6, 2 * 10**6 + 64), 0.0
-        for update in range(1, 5001):
+        for update in range(1, UPDATES + 1):
             pick = torch.randint(len(rows), (256,), generator=generator)
             loss = -self.action_logps(observation_ND[pick], action_NA[pick], 1.0)[0].mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            if update % shape.look == 0:
+            if update % shape.look == 0 or update == UPDATES:
                 found = episodes(self, starts, starts, env.kind.horizon, 1.0)
                 solved = sum(e.success for e in found) / len(found)
                 if solved >= shape.skill:

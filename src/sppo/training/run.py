@@ -123,7 +123,7 @@ class Run:
             config.training.micro_tokens,
         )
         self.searcher = Search(config.search, self) if config.search else None
-        self.step_checker = step_checker(config.task.eval or config.task.train, self.held_out[0])
+        self.step_checker = step_checker(config.task.eval or config.task.train, self.held_out[0], self.reward)
         self.canary = Canary(self.policy)
         self.canary_gap = 0.0  # at the last sync
         self.resumed_from = saved
