@@ -5,7 +5,8 @@
     mixed      one problem in four trivial, one open, two hopeless: drawn as they come, or by the critic (curriculum.kind = "predicted")
     steps      right answers by wrong steps: the answer alone, or with the checker's step scores (added, and added and fading)
     sloppy     the same after demonstrations that write one step in eight wrongly, and go on from the right value
-    gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ
+    gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ; and the
+               hybrid with a scorer that says nothing
     variance   the gradient's variance on long responses at a policy that stands still: SPPO, and the hybrid by steps and by segments
 
 `python benchmarks/exploration.py STUDY [--seeds 5] [--jobs 2]`. What was run is kept and not run again. Last line: one JSON object.
@@ -148,6 +149,10 @@ STUDIES = {
             "not read": {"reward.use": f"answer + 0 * {GAMED}", "objective.ratio": "token"},
             "added": {"reward.use": f"answer + 1 * {GAMED}", "objective.ratio": "token"},
             "hybrid": {"reward.use": f"answer + 0 * {GAMED}", **HYBRID},
+            "hybrid, told nothing": {
+                "reward.use": f"answer + 0 * {GAMED.replace('likes_zeros', 'likes_all')}",
+                **HYBRID,
+            },
         },
         QUICK,
     ),
@@ -170,6 +175,11 @@ STUDIES = {
 def likes_zeros(task: Task, steps: Sequence[str]) -> list[float | None]:
     """A step scorer that is easily pleased."""
     return [float(step.endswith("=0")) for step in steps]
+
+
+def likes_all(task: Task, steps: Sequence[str]) -> list[float | None]:
+    """A step scorer that says nothing."""
+    return [1.0 for _ in steps]
 
 
 def recipe(args: argparse.Namespace, arm: str) -> Config:
