@@ -148,6 +148,7 @@ STUDIES = {
         {
             "not read": {"reward.use": f"answer + 0 * {GAMED}", "objective.ratio": "token"},
             "added": {"reward.use": f"answer + 1 * {GAMED}", "objective.ratio": "token"},
+            "not read, one ratio": {"reward.use": f"answer + 0 * {GAMED}"},
             "hybrid": {"reward.use": f"answer + 0 * {GAMED}", **HYBRID},
             "hybrid, told nothing": {
                 "reward.use": f"answer + 0 * {GAMED.replace('likes_zeros', 'likes_all')}",
