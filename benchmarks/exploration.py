@@ -45,6 +45,7 @@ HYBRID = {"objective.algorithm": "sppo-hybrid", "objective.phi": "steps"}
 CHECKED = "answer + 0 * steps:check=chain,split=semicolons"
 RIGHT = "answer:extract=marked and steps:check=chain,split=semicolons,score=min"
 GAMED = "steps:check=benchmarks.exploration:likes_zeros,split=semicolons"
+MUTE = "steps:check=benchmarks.exploration:likes_all,split=semicolons"
 BY_STEPS = {
     "answer": {"reward.use": CHECKED},
     "added": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons"},
@@ -150,10 +151,7 @@ STUDIES = {
             "added": {"reward.use": f"answer + 1 * {GAMED}", "objective.ratio": "token"},
             "not read, one ratio": {"reward.use": f"answer + 0 * {GAMED}"},
             "hybrid": {"reward.use": f"answer + 0 * {GAMED}", **HYBRID},
-            "hybrid, told nothing": {
-                "reward.use": f"answer + 0 * {GAMED.replace('likes_zeros', 'likes_all')}",
-                **HYBRID,
-            },
+            "hybrid, told nothing": {"reward.use": f"answer + 0 * {MUTE}", **HYBRID},
         },
         QUICK,
     ),

@@ -96,4 +96,9 @@ def test_right_answers_by_wrong_steps_are_counted():
         assert named is not None
         assert step_quality([clean, slip], named)["right_by_wrong_steps"] == 0.5
     assert step_quality([clean], free)["right_by_wrong_steps"] == 1.0
+    for score, wrong in ((0.6, 0.0), (0.4, 1.0)):
+        assert (
+            step_quality([clean], lambda task, steps, score=score: [score for _ in steps])["right_by_wrong_steps"]
+            == wrong
+        )
     assert step_checker("functions", Task("f", "?", {"tests": []}), load_reward("answer")) is None

@@ -1,8 +1,8 @@
 """Right answers by wrong steps: what a reward of answers alone cannot see, and what it pays.
 
-A checker says of each written step whether it holds (1), does not (0), or cannot be judged (None): the task's own where its file in
-`tasks/` has one (chain), else the one that the reward names (`steps:check=…`), else whether the equations that the text writes hold
-(rewards/arithmetic.py).
+A checker says of each written step whether it holds (1; of a graded score, 0.5 or more), does not (0), or cannot be judged (None): the task's
+own where its file in `tasks/` has one (chain), else the one that the reward names (`steps:check=…`), else whether the equations that the
+text writes hold (rewards/arithmetic.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..rewards.arithmetic import check_steps as arithmetic
 from ..rewards.base import TEST_COLUMNS, Reward
-from ..rewards.combine import MixedReward, Part
+from ..rewards.combine import MixedReward
 from ..rewards.steps import Checker, StepReward, split_steps
 from ..spec import modules_in, offers, parse_spec, resolve
 from ..types import Rollout, Task
@@ -26,9 +26,9 @@ def step_checker(tasks: str, example: Task, reward: Reward) -> Checker | None:
     if name in modules_in("sppo.tasks") and offers(f"sppo.tasks.{name}", "check_steps"):
         checker: Checker = resolve(name, "sppo.tasks", "check_steps")
         return checker
-    for part in reward.parts if isinstance(reward, MixedReward) else [Part("", reward)]:
-        if isinstance(part.reward, StepReward) and part.reward.checker is not None:
-            return part.reward.checker
+    for part in [p.reward for p in reward.parts] if isinstance(reward, MixedReward) else [reward]:
+        if isinstance(part, StepReward) and part.checker is not None:
+            return part.checker
     if "start" in example.columns or any(column in example.columns for column in TEST_COLUMNS):
         return None
     return arithmetic
@@ -44,7 +44,7 @@ def step_quality(rollouts: Sequence[Rollout], checker: Checker) -> dict[str, flo
     for r in right:
         scores = [s for s in checker(r.task, [step for step, _ in split_steps(r.text)]) if s is not None]
         if scores:
-            judged.append(min(scores) < 1)
+            judged.append(min(scores) < 0.5)
     if not judged:
         return {}
     return {NAME: sum(judged) / len(judged), "steps_judged_share": len(judged) / len(right)}

@@ -42,7 +42,7 @@ def load_policy(
         return policy
     name = str(saved / "policy") if saved else config.policy.model
     kind = ControlPolicy if is_control(name) else Policy
-    if kind is ControlPolicy and not saved and not Path(name).exists():
+    if kind is ControlPolicy and not Path(name).exists():
         note("cloning a teacher's episodes for the policy to begin with: from seconds to a minute or two")
     policy, stated = kind.load(
         name,
