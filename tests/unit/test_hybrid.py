@@ -12,7 +12,8 @@ from sppo.errors import RecipeError
 from sppo.rewards.base import load_reward
 from sppo.training.batch import pack
 from sppo.training.credit import credit
-from sppo.training.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stakes, stretch_stakes
+from sppo.training.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stretch_stakes
+from sppo.training.stakes import stakes
 from sppo.training.loop import train
 from sppo.training.run import Run
 from sppo.training.segments import seen_ends, segment_starts, token_ends

@@ -1,6 +1,6 @@
 """Where a response's credit comes from: its reward less a baseline. One class for each kind of knowledge that a baseline has.
 
-    PromptCritic   V(x), a prediction from the prompt alone                 critic, centred, beta, regressed
+    PromptCritic   V(x), a prediction from the prompt alone                 critic, staked, centred, beta, regressed
     TokenCritic    a value for every token, and GAE                         token-critic
     hybrid.py      V(x), and what the steps written so far tell            hybrid
     Samples        other rewards of the same step, no critic                batch, others, group, greedy
@@ -39,6 +39,7 @@ from ..objective.diagnostics import critic_quality, explained_variance
 from .batch import Batch, micro_batches
 from .history import History
 from .optim import MasterAdamW
+from .stakes import Odds
 
 EV_MEMORY = 0.9
 """Decay of the running explained variance that the EV gate reads."""
@@ -162,11 +163,12 @@ class _Trained:
 
 
 class PromptCritic(_Trained):
-    """R − b(x), b from V(x) = σ(c(x)): as it is, with what it missed on the others, shrunk towards what was seen of the prompt, or as a control variate."""
+    """R − b(x), b from V(x) = σ(c(x)): as it is, by what is at stake, with what it missed on the others, shrunk towards what was seen of the prompt, or as a control variate."""
 
     def __init__(self, config: Config, critic: Critic) -> None:
         super().__init__(config, critic)
         self.history = History(config.objective.half_life)
+        self.odds = Odds()
         self.moments: list[float] | None = None  # running means of R, V, R·V, V² (a control variate's fit)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
@@ -183,6 +185,10 @@ class PromptCritic(_Trained):
             metrics["critic/slope"] = slope
             advantage_B = reward_B - (offset + slope * value_B)
             self._remember(reward_B[keep_B], value_B[keep_B])
+        elif o.baseline == "staked":
+            metrics["critic/shift"] = self.odds.shift
+            advantage_B = critic_advantage(reward_B, logit_B + self.odds.shift)
+            self.odds.learn(batch)
         elif o.baseline == "centred":
             stratum_B = strata([r.task.difficulty for r in batch.rollouts], keep_B, batch.group_B)
             advantage_B = centred_advantage(reward_B, logit_B, keep_B, stratum_B)
@@ -247,13 +253,15 @@ class PromptCritic(_Trained):
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, masters, and what was measured."""
-        return super().state_dict() | {"history": self.history.state_dict(), "moments": self.moments}
+        return super().state_dict() | {"history": self.history.state_dict(), "moments": self.moments, "odds": self.odds.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         super().load_state_dict(state)
         self.history.load_state_dict(state["history"])
         self.moments = state["moments"]
+        if "odds" in state:  # else of a version that knew none
+            self.odds.load_state_dict(state["odds"])
 
 
 class TokenCritic(_Trained):

@@ -34,21 +34,13 @@ from ..types import Rollout
 from .batch import Batch
 from .credit import Found, PromptCritic, TokenCritic, _Trained, scaled
 from .segments import seen_ends, segment_starts, token_ends
+from .stakes import DOUBT, MEMORY, stakes
 
 PLACES = 16
 """Prefixes are told apart by how many steps they hold, up to so many."""
-MEMORY = 0.9
-"""Decay of the running sums, a step."""
-DOUBT = 8.0
-"""Every running mean is as if so many responses without any effect had been seen besides."""
 
 Prefix = tuple[int, int, int, float]
 """The row of a response, the first token after some of its steps, how many steps (at most PLACES), and Φ − b there."""
-
-
-def stakes(batch: Batch) -> Tensor:
-    """(1 − π(y_t))² of each token, [B, T], 0 beyond a response: its score's squared length, but for a factor between 1 and 2."""
-    return torch.where(batch.mask_BT, (1 - (batch.behaviour_logp_BT + batch.kept_BT).exp()).square(), 0.0)
 
 
 def stretch_stakes(stake_BT: Tensor, prefixes: Sequence[Prefix]) -> list[float]:
