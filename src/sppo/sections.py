@@ -217,12 +217,15 @@ class ObjectiveSection(Section):
         "sppo",
         description="a preset for the keys below and rollout.samples, where they are not given: " + ", ".join(PRESETS),
     )
-    baseline: Literal["critic", "staked", "centred", "beta", "regressed", "hybrid", "token-critic", "batch", "others", "group", "greedy"] = Field(
+    baseline: Literal[
+        "critic", "staked", "centred", "beta", "regressed", "hybrid", "token-critic", "batch", "others", "group", "greedy"
+    ] = Field(
         "critic",
-        description="what the reward is compared with: V(x); staked: V(x) with its odds shifted so that the gradient varies least; centred: V(x) and what it missed on the step's other problems of that difficulty; "
-        "beta: V(x) with the prompt's past and other samples; regressed: V(x) as a control variate; hybrid: V(x) and what the steps written so "
-        "far tell (objective.phi); token-critic: a value for every token and GAE; batch, others, group: the mean of the batch's other rewards, "
-        "of the prompt's other samples, of all its samples; greedy: the greedy response's reward",
+        description="what the reward is compared with: V(x); staked: V(x) with its odds shifted, so that the gradient varies least; centred: "
+        "V(x) and what it missed on the step's other problems of that difficulty; beta: V(x) with the prompt's past and other samples; regressed: "
+        "V(x) as a control variate; hybrid: V(x) and what the steps written so far tell (objective.phi); token-critic: a value for every token "
+        "and GAE; batch, others, group: the mean of the batch's other rewards, of the prompt's other samples, of all its samples; greedy: the "
+        "greedy response's reward",
     )  # fmt: skip
     scale: Literal["none", "group", "batch"] = Field(
         "none",

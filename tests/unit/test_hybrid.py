@@ -13,10 +13,10 @@ from sppo.rewards.base import load_reward
 from sppo.training.batch import pack
 from sppo.training.credit import credit
 from sppo.training.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stretch_stakes
-from sppo.training.stakes import stakes
 from sppo.training.loop import train
 from sppo.training.run import Run
 from sppo.training.segments import seen_ends, segment_starts, token_ends
+from sppo.training.stakes import stakes
 from sppo.types import Rollout, Task, Verdict
 
 from ..conftest import small_config, small_critic, small_policy
@@ -139,7 +139,7 @@ def test_stakes_are_what_a_wrong_baseline_costs():
     """(1 − π)² of the tokens from a prefix to the next, with mean 1; nothing beyond a response."""
     policy = small_policy()
     batch = pack([said(policy, "7+5=2;A:2"), said(policy, "A:2")], policy.pad_id)
-    stake_BT = stakes(batch)
+    stake_BT = stakes(policy, batch)
     assert torch.allclose(stake_BT[0], torch.tensor((1 - math.exp(-1)) ** 2))
     assert stake_BT[1, 4:].abs().max() == 0
     found = stretch_stakes(stake_BT, [(0, 2, 1, 0.1), (0, 6, 2, 0.1), (1, 1, 1, 0.1)])  # 4, 4 and 3 tokens

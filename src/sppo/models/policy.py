@@ -207,6 +207,10 @@ class Policy:
         logp_BT = self.response_logps(ids_BL, prompt_len_B, response_len_B, 1.0).logp_BT
         return [logps[: len(r)] for logps, r in zip(logp_BT.tolist(), responses, strict=True)]
 
+    def stakes(self, logp_BT: Tensor) -> Tensor:
+        """(1 − π)² of each token, [B, T]: the squared length of its score in logits, but for a factor between 1 and 2."""
+        return (1 - logp_BT.exp()).square()
+
     def _padded_inputs(
         self, ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor
     ) -> tuple[dict[str, Any], Tensor]:

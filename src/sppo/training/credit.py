@@ -79,7 +79,7 @@ def credit(config: Config, policy: Policy, critic: Critic | None) -> Credit:
         from .hybrid import hybrid  # it is made of the classes below
 
         return hybrid(config, policy, critic)
-    return PromptCritic(config, critic) if config.critic_reads == "prompt" else TokenCritic(config, policy, critic)
+    return (PromptCritic if config.critic_reads == "prompt" else TokenCritic)(config, policy, critic)
 
 
 def scaled(advantage: Tensor, reward_B: Tensor, batch: Batch, scale: str) -> Tensor:
@@ -130,10 +130,10 @@ class Samples:
 class _Trained:
     """What both critics share: the optimiser, micro-batches and the metrics of a prediction."""
 
-    def __init__(self, config: Config, critic: Critic) -> None:
+    def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         t = config.training
         self.critic: Critic | None = critic
-        self.model, self.config = critic, config
+        self.model, self.policy, self.config = critic, policy, config
         self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
 
@@ -163,12 +163,13 @@ class _Trained:
 
 
 class PromptCritic(_Trained):
-    """R − b(x), b from V(x) = σ(c(x)): as it is, by what is at stake, with what it missed on the others, shrunk towards what was seen of the prompt, or as a control variate."""
+    """R − b(x), b from V(x) = σ(c(x)): as it is, shifted by what is at stake, with what it missed on the others, shrunk towards what was seen of
+    the prompt, or as a control variate."""
 
-    def __init__(self, config: Config, critic: Critic) -> None:
-        super().__init__(config, critic)
+    def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
+        super().__init__(config, policy, critic)
         self.history = History(config.objective.half_life)
-        self.odds = Odds()
+        self.odds = Odds(policy)
         self.moments: list[float] | None = None  # running means of R, V, R·V, V² (a control variate's fit)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
@@ -253,7 +254,11 @@ class PromptCritic(_Trained):
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, masters, and what was measured."""
-        return super().state_dict() | {"history": self.history.state_dict(), "moments": self.moments, "odds": self.odds.state_dict()}
+        return super().state_dict() | {
+            "history": self.history.state_dict(),
+            "moments": self.moments,
+            "odds": self.odds.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
@@ -271,7 +276,7 @@ class TokenCritic(_Trained):
     """
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
-        super().__init__(config, critic)
+        super().__init__(config, policy, critic)
         self.target_BT: Tensor | None = None
         critic.reads_tokens_of(policy)
 

@@ -117,8 +117,7 @@ class StepCredit(_Gated, PromptCritic):
     """Φ from the reward's step scores."""
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
-        super().__init__(config, critic)
-        self.policy = policy
+        super().__init__(config, policy, critic)
         # running sums of R − b, and of responses, by place and by the worst score so far: below a half, below one, one
         self.effect = [[0.0] * 3 for _ in range(PLACES + 1)]
         self.number = [[0.0] * 3 for _ in range(PLACES + 1)]
@@ -139,7 +138,7 @@ class StepCredit(_Gated, PromptCritic):
                 seen.append((place, bad, float(rest_B[b])))
         for sums in (self.effect, self.number):
             sums[:] = [[MEMORY * x for x in row] for row in sums]
-        weights = stretch_stakes(stakes(batch), prefixes)
+        weights = stretch_stakes(stakes(self.policy, batch), prefixes)
         for (place, bad, rest), weight in zip(seen, weights, strict=True):
             self.effect[place][bad] += weight * rest
             self.number[place][bad] += weight
@@ -177,7 +176,6 @@ class SegmentCredit(_Gated, TokenCritic):
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
-        self.policy = policy
         self.starts: list[list[int]] = []  # of the batch that `advantage` saw last
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
@@ -191,7 +189,7 @@ class SegmentCredit(_Gated, TokenCritic):
             for place, start in enumerate(starts)
             if place and batch.keep_B[b]
         ]
-        weights = stretch_stakes(stakes(batch), prefixes)
+        weights = stretch_stakes(stakes(self.policy, batch), prefixes)
         advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, weights, token_BT.size(1))
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
@@ -224,7 +222,7 @@ class SiblingCredit(_Gated, PromptCritic):
         if not batch.nodes:  # nothing forked
             advantage_BT += (reward_B - value_B)[:, None]
         seen = []
-        until_BT = functional.pad(stakes(batch).cumsum(1), (1, 0))
+        until_BT = functional.pad(stakes(self.policy, batch).cumsum(1), (1, 0))
         worth = returns(batch.nodes, reward_B.tolist(), batch.keep_B.tolist())
         for node, (q, others) in zip(batch.nodes, worth, strict=True):
             if q is None:
@@ -272,6 +270,9 @@ def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
 
 def hybrid(config: Config, policy: Policy, critic: Critic) -> StepCredit | SegmentCredit | SiblingCredit:
     """What `objective.phi` names."""
-    if config.objective.phi == "siblings":
-        return SiblingCredit(config, critic)
-    return (StepCredit if config.objective.phi == "steps" else SegmentCredit)(config, policy, critic)
+    kinds: dict[str, type[StepCredit] | type[SegmentCredit] | type[SiblingCredit]] = {
+        "steps": StepCredit,
+        "segments": SegmentCredit,
+        "siblings": SiblingCredit,
+    }
+    return kinds[config.objective.phi](config, policy, critic)

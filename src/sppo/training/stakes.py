@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.policy import Policy
 from .batch import Batch
 
 MEMORY = 0.9
@@ -21,15 +22,16 @@ DOUBT = 8.0
 """Every running mean is as if so many responses without any effect had been seen besides."""
 
 
-def stakes(batch: Batch) -> Tensor:
-    """(1 − π(y_t))² of each token, [B, T], 0 beyond a response: its score's squared length, but for a factor between 1 and 2."""
-    return torch.where(batch.mask_BT, (1 - (batch.behaviour_logp_BT + batch.kept_BT).exp()).square(), 0.0)
+def stakes(policy: Policy, batch: Batch) -> Tensor:
+    """Of each token when it was sampled, [B, T]; 0 beyond a response."""
+    return torch.where(batch.mask_BT, policy.stakes(batch.behaviour_logp_BT + batch.kept_BT), 0.0)
 
 
 class Odds:
     """log(w₁/w₀) of earlier batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
         self.stake, self.number = [0.0, 0.0], [0.0, 0.0]  # of wrong responses, of right ones
 
     @property
@@ -43,7 +45,7 @@ class Odds:
 
     def learn(self, batch: Batch) -> None:
         """Take in a batch's responses, each as right as it was found to be."""
-        stake_B = stakes(batch).double().sum(1)
+        stake_B = stakes(self.policy, batch).double().sum(1)
         if batch.weight_B is not None:
             stake_B = stake_B * batch.weight_B.square()  # the curriculum's factor of the advantage scales the score
         count_B = (batch.share_B * batch.keep_B).double()
