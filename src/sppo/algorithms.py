@@ -12,7 +12,7 @@ from typing import Any
 
 SPPO: dict[str, dict[str, Any]] = {
     "objective": {
-        "ratio": "sequence", "baseline": "critic", "scale": "none", "surrogate": "clip", "average": "auto",
+        "ratio": "sequence", "baseline": "critic", "stakes": False, "scale": "none", "surrogate": "clip", "average": "auto",
         "clip": [0.2, 0.2], "dual_clip": 3.0, "phi": "segments",
     },
     "rollout": {"samples": 1, "resample": 0, "kind": "samples"},
@@ -26,19 +26,19 @@ def _like_sppo(
     return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
+CHANCES = ("critic", "centred", "beta")
+"""Baselines that are a chance of success, whose odds `objective.stakes` can shift."""
 GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Sequence-Level PPO, arXiv 2604.08865: Â = R − V(x), one sample a prompt, the whole response's ratio clipped.
     "sppo": SPPO,
     # SPPO with the prompt's baseline of least variance: V(x), its odds shifted by what is at stake. docs/algorithm.md
-    "sppo-staked": _like_sppo(baseline="staked"),
+    "sppo-stakes": _like_sppo(stakes=True),
     # SPPO with what the critic missed on the step's other problems added to V(x): nothing is blamed for its lag. docs/algorithm.md
     "sppo-centred": _like_sppo(baseline="centred"),
     # SPPO with what it throws away: V(x) shrunk towards the prompt's own past rewards and its other samples. docs/algorithm.md
     "sppo-beta": _like_sppo(baseline="beta"),
-    # SPPO with the prediction's best linear use as a baseline, fitted on earlier steps: the optimal control variate.
-    "sppo-cv": _like_sppo(baseline="regressed"),
     # SPPO with a baseline that goes on reading: V(x) and what the steps written so far tell. docs/exploration.md
     "sppo-hybrid": _like_sppo(ratio="token", baseline="hybrid"),
     # SPPO on trees of responses, each stretch of tokens against V(x) and the other children of its fork. docs/exploration.md
@@ -100,6 +100,8 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
         rollout["prompts"] = max(1, responses // ((samples or kept) + _greedy(after)))
     if after["objective"]["baseline"] != "critic":
         objective.pop("ev_gate", None)  # of a critic that is not there
+    if after["objective"]["baseline"] not in CHANCES:
+        objective.pop("stakes", None)
     objective["algorithm"] = name
     return out
 

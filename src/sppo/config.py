@@ -104,7 +104,7 @@ class Config(Section):
         if self.curriculum.kind == "predicted" and self.critic_reads != "prompt":
             raise ValueError(
                 f"curriculum.kind = 'predicted' asks the critic, and objective.baseline = {o.baseline!r} has none that reads the prompt: use "
-                "'critic', 'staked', 'centred', 'beta' or 'regressed', or another kind"
+                "'critic', 'centred' or 'beta', or another kind"
             )
         if self.curriculum.kind == "predicted" and self.curriculum.corrected and (o.scale == "batch" or r.resample):
             raise ValueError(
@@ -274,7 +274,7 @@ class Config(Section):
         o = self.objective
         if o.baseline == "token-critic" or (o.baseline == "hybrid" and o.phi == "segments"):
             return "tokens"
-        return "prompt" if o.baseline in ("critic", "staked", "centred", "beta", "regressed", "hybrid") else None
+        return "prompt" if o.baseline in ("critic", "centred", "beta", "hybrid") else None
 
     @property
     def needs_reference(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .algorithms import PRESETS
+from .algorithms import CHANCES, PRESETS
 from .spec import nearest
 
 
@@ -217,16 +217,18 @@ class ObjectiveSection(Section):
         "sppo",
         description="a preset for the keys below and rollout.samples, where they are not given: " + ", ".join(PRESETS),
     )
-    baseline: Literal[
-        "critic", "staked", "centred", "beta", "regressed", "hybrid", "token-critic", "batch", "others", "group", "greedy"
-    ] = Field(
+    baseline: Literal["critic", "centred", "beta", "hybrid", "token-critic", "batch", "others", "group", "greedy"] = Field(
         "critic",
-        description="what the reward is compared with: V(x); staked: V(x) with its odds shifted, so that the gradient varies least; centred: "
-        "V(x) and what it missed on the step's other problems of that difficulty; beta: V(x) with the prompt's past and other samples; regressed: "
-        "V(x) as a control variate; hybrid: V(x) and what the steps written so far tell (objective.phi); token-critic: a value for every token "
-        "and GAE; batch, others, group: the mean of the batch's other rewards, of the prompt's other samples, of all its samples; greedy: the "
-        "greedy response's reward",
+        description="what the reward is compared with: V(x); centred: V(x) and what it missed on the step's other problems of that difficulty; "
+        "beta: V(x) with the prompt's past and other samples; hybrid: V(x) and what the steps written so far tell (objective.phi); token-critic: "
+        "a value for every token and GAE; batch, others, group: the mean of the batch's other rewards, of the prompt's other samples, of all its "
+        "samples; greedy: the greedy response's reward",
     )  # fmt: skip
+    stakes: bool = Field(
+        False,
+        description="of baseline = 'critic', 'centred' and 'beta': shift their odds so that the gradient varies least, by how hard right and wrong "
+        "responses pulled in earlier steps",
+    )
     scale: Literal["none", "group", "batch"] = Field(
         "none",
         description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
@@ -311,6 +313,11 @@ class ObjectiveSection(Section):
             raise ValueError(
                 f"average = {self.average!r} is about tokens, and ratio is {self.ratio!r}: set ratio = 'token' (or leave it to the preset of "
                 f"algorithm = {self.algorithm!r}), or average = 'auto'"
+            )
+        if self.stakes and self.baseline not in CHANCES:
+            raise ValueError(
+                f"stakes shifts the odds of a chance of success, and baseline = {self.baseline!r} is none: use 'critic', 'centred' or 'beta', or "
+                "leave it out"
             )
         if self.ev_gate and self.baseline != "critic":
             raise ValueError("ev_gate is about baseline = 'critic'")

@@ -6,6 +6,7 @@ The critic's value V(x) = σ(c(x)) reads the prompt only, and is computed *befor
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -71,6 +72,12 @@ def centred_advantage(reward_B: Tensor, critic_logit_B: Tensor, mask_B: Tensor, 
     """
     rest_B = critic_advantage(reward_B, critic_logit_B)
     return rest_B - leave_one_out_mean(rest_B, mask_B, stratum_B)
+
+
+def shifted(chance_B: Tensor, shift: float) -> Tensor:
+    """Chances of success with their odds times e^shift; what lies outside [0, 1] counts as 0 or 1. [B] → [B]."""
+    chance_B, factor = wide(chance_B).clamp(0, 1), math.exp(shift)
+    return chance_B * factor / (chance_B * factor + 1 - chance_B)
 
 
 GROUP_EPSILON = 1e-4

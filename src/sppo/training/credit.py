@@ -1,6 +1,6 @@
 """Where a response's credit comes from: its reward less a baseline. One class for each kind of knowledge that a baseline has.
 
-    PromptCritic   V(x), a prediction from the prompt alone                 critic, staked, centred, beta, regressed
+    PromptCritic   V(x), a prediction from the prompt alone                 critic, centred, beta
     TokenCritic    a value for every token, and GAE                         token-critic
     hybrid.py      V(x), and what the steps written so far tell            hybrid
     Samples        other rewards of the same step, no critic                batch, others, group, greedy
@@ -31,6 +31,7 @@ from ..objective.advantage import (
     group_mean,
     group_sums,
     leave_one_out_mean,
+    shifted,
     shrunk_value,
     strata,
     whitened,
@@ -163,14 +164,13 @@ class _Trained:
 
 
 class PromptCritic(_Trained):
-    """R − b(x), b from V(x) = σ(c(x)): as it is, shifted by what is at stake, with what it missed on the others, shrunk towards what was seen of
-    the prompt, or as a control variate."""
+    """R − b(x), b from V(x) = σ(c(x)): as it is, with what it missed on the others, or shrunk towards what was seen of the prompt; and with
+    `objective.stakes`, moved from the best prediction to the best baseline."""
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
         self.history = History(config.objective.half_life)
-        self.odds = Odds(policy)
-        self.moments: list[float] | None = None  # running means of R, V, R·V, V² (a control variate's fit)
+        self.odds = Odds(policy, config.objective)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol."""
@@ -181,15 +181,6 @@ class PromptCritic(_Trained):
         if o.baseline == "beta":
             metrics["critic/strength"] = self.history.strength
             advantage_B = reward_B - self._shrunk(batch, reward_B, value_B)
-        elif o.baseline == "regressed":
-            slope, offset = self._fit()
-            metrics["critic/slope"] = slope
-            advantage_B = reward_B - (offset + slope * value_B)
-            self._remember(reward_B[keep_B], value_B[keep_B])
-        elif o.baseline == "staked":
-            metrics["critic/shift"] = self.odds.shift
-            advantage_B = critic_advantage(reward_B, logit_B + self.odds.shift)
-            self.odds.learn(batch)
         elif o.baseline == "centred":
             stratum_B = strata([r.task.difficulty for r in batch.rollouts], keep_B, batch.group_B)
             advantage_B = centred_advantage(reward_B, logit_B, keep_B, stratum_B)
@@ -197,6 +188,10 @@ class PromptCritic(_Trained):
             advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
         else:
             advantage_B = critic_advantage(reward_B, logit_B)
+        if o.stakes:
+            metrics["critic/shift"] = self.odds.shift
+            advantage_B = reward_B - shifted(reward_B - advantage_B, self.odds.shift)
+            self.odds.learn(batch)
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_B, reward_B, batch, o.scale), value_B, metrics
 
@@ -236,35 +231,14 @@ class PromptCritic(_Trained):
         self.history.observe([names[b] for b in firsts], rewards, [float(value_B[b]) for b in firsts])
         return out_B if strength > 0 else torch.where(past_BN[:, 0] + others_B > 0, out_B, value_B)
 
-    def _fit(self) -> tuple[float, float]:
-        """Slope and offset of the best linear baseline in V, of earlier steps: c = Cov(R, V) / Var(V)."""
-        if self.moments is None:
-            return 1.0, 0.0
-        r, v, rv, vv = self.moments
-        variance = vv - v * v
-        slope = (rv - r * v) / variance if variance > 1e-6 else 0.0
-        return slope, r - slope * v
-
-    def _remember(self, reward_b: Tensor, value_b: Tensor) -> None:
-        if len(reward_b) == 0:
-            return
-        now = [float(x.mean()) for x in (reward_b, value_b, reward_b * value_b, value_b.square())]
-        before = self.moments or now
-        self.moments = [EV_MEMORY * a + (1 - EV_MEMORY) * b for a, b in zip(before, now, strict=True)]
-
     def state_dict(self) -> dict[str, Any]:
         """Moments, masters, and what was measured."""
-        return super().state_dict() | {
-            "history": self.history.state_dict(),
-            "moments": self.moments,
-            "odds": self.odds.state_dict(),
-        }
+        return super().state_dict() | {"history": self.history.state_dict(), "odds": self.odds.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         super().load_state_dict(state)
         self.history.load_state_dict(state["history"])
-        self.moments = state["moments"]
         if "odds" in state:  # else of a version that knew none
             self.odds.load_state_dict(state["odds"])
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.policy import Policy
+from ..sections import ObjectiveSection
 from .batch import Batch
 
 MEMORY = 0.9
@@ -30,8 +31,11 @@ def stakes(policy: Policy, batch: Batch) -> Tensor:
 class Odds:
     """log(w₁/w₀) of earlier batches."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, objective: ObjectiveSection) -> None:
         self.policy = policy
+        # a response's score is divided by its length, to this power
+        by_token = float(objective.average == "responses")
+        self.power = {"geometric": 1.0, "family": objective.kappa, "token": by_token}.get(objective.ratio, 0.0)
         self.stake, self.number = [0.0, 0.0], [0.0, 0.0]  # of wrong responses, of right ones
 
     @property
@@ -45,7 +49,7 @@ class Odds:
 
     def learn(self, batch: Batch) -> None:
         """Take in a batch's responses, each as right as it was found to be."""
-        stake_B = stakes(self.policy, batch).double().sum(1)
+        stake_B = stakes(self.policy, batch).double().sum(1) / batch.response_len_B.clamp(min=1) ** (2 * self.power)
         if batch.weight_B is not None:
             stake_B = stake_B * batch.weight_B.square()  # the curriculum's factor of the advantage scales the score
         count_B = (batch.share_B * batch.keep_B).double()
