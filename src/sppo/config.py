@@ -288,17 +288,7 @@ class Config(Section):
         Raises RecipeError for a missing file, broken TOML (with its line), an unknown key (with the nearest known one)
         or a value out of range.
         """
-        where, tree = "the command line", {}
-        if path is not None:
-            where = str(path)
-            try:
-                tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise RecipeError(f"no recipe at {path}; the ones that come with the project are in recipes/") from None
-            except (OSError, UnicodeDecodeError) as error:
-                raise RecipeError(f"{path} cannot be read: {error}") from None
-            except tomllib.TOMLDecodeError as error:
-                raise RecipeError(f"{path} is not valid TOML: {error}") from None
+        where, tree = ("the command line", {}) if path is None else (str(path), _read(path))
         overrides = dict(overrides or {})
         other = overrides.get("objective.algorithm")
         if isinstance(other, str) and other in PRESETS:  # the recipe's keys are of its own algorithm
@@ -311,6 +301,18 @@ class Config(Section):
         return cls.validated(tree, where)
 
     @classmethod
+    def recalled(cls, path: str | Path) -> Config:
+        """A run's recipe, to be looked at only: one of another version keeps values that are not known here, and loses keys that are not.
+
+        Raises RecipeError for a file that cannot be read.
+        """
+        try:
+            return cls.load(path)
+        except RecipeError:
+            found: Config = _unchecked(cls, _read(path))
+            return found
+
+    @classmethod
     def validated(cls, tree: Mapping[str, Any], where: str) -> Config:
         """A config from a tree of sections; `where` names its source in the RecipeError."""
         try:
@@ -320,14 +322,37 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """The resolved recipe, defaults included, as TOML that `load` reads back."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(self._plain())
 
     @property
     def sha256(self) -> str:
         """The hash of the resolved recipe less where it is written to: the same recipe has the same hash anywhere."""
-        tree = self.model_dump(mode="json", exclude_none=True)
+        tree = self._plain()
         tree["run"].pop("out")
         return hashlib.sha256(tomli_w.dumps(tree).encode()).hexdigest()
+
+    def _plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True, warnings=False)  # one that is recalled would warn
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}; the ones that come with the project are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+
+
+def _unchecked(section: type[Section], tree: Mapping[str, Any]) -> Any:
+    values = {}
+    for name, field in section.model_fields.items():
+        inner, default = _section_type(field.annotation), field.get_default(call_default_factory=True)
+        given = tree.get(name, default)
+        values[name] = _unchecked(inner, given) if inner is not None and isinstance(given, Mapping) else given
+    return section.model_construct(**values)
 
 
 def _whole(value: Any) -> int | None:

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sppo.errors import UserError
+from sppo.config import Config
+from sppo.errors import RecipeError, UserError
 from sppo.report import panels
 from sppo.report.reader import RunReader, open_runs
 from sppo.report.rollouts import Filter
+from sppo.report.single import write
 from sppo.report.story import story
 
 
@@ -156,9 +158,23 @@ def test_two_runs_of_one_name_are_told_apart(run, copy, tmp_path):
     ]
     with pytest.raises(UserError, match="is no run directory"):
         open_runs([str(tmp_path)])
-    (copy / "recipe.toml").write_text("[policy]\nmodle = 1\n")
-    with pytest.raises(UserError, match="modle"):
+    (copy / "recipe.toml").write_text("[policy\nmodel = 1\n")
+    with pytest.raises(UserError, match="not valid TOML"):
         open_runs([str(copy)])
+
+
+def test_a_run_of_another_version_can_be_looked_at(copy):
+    """A value that is not known here is shown as it stands, a key that is not known here is left out; nothing warns."""
+    recipe = copy / "recipe.toml"
+    text = recipe.read_text()
+    assert 'algorithm = "sppo"' in text
+    recipe.write_text(text.replace('algorithm = "sppo"', 'algorithm = "of-old"\nforgotten = 1'))
+    with pytest.raises(RecipeError):
+        Config.load(recipe)
+    page, card = write(RunReader(copy), copy / "report")
+    assert "of-old" in page.read_text()
+    assert "trained with `of-old`" in card.read_text()
+    assert "forgotten" not in page.read_text()
 
 
 @pytest.mark.parametrize("query", [

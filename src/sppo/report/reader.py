@@ -31,7 +31,7 @@ class RunReader:
         if not (path / "recipe.toml").is_file() or not (path / "rollouts").is_dir():
             raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
-        self._recipe = (0, Config.load(path / "recipe.toml"))  # one that cannot be read is said now
+        self._recipe = (0, Config.recalled(path / "recipe.toml"))  # one that cannot be read is said now
         self.rollouts = Rollouts(path / "rollouts")
         self._following = threading.Lock()
         self._followed = {"metrics.jsonl": _Followed(_numbers), "alerts.jsonl": _Followed()}
@@ -45,7 +45,7 @@ class RunReader:
         ):  # a run that is gone, or a recipe half written, keeps the one it had
             stamp = (self.path / "recipe.toml").stat().st_mtime_ns
             if self._recipe[0] != stamp:
-                self._recipe = (stamp, Config.load(self.path / "recipe.toml"))
+                self._recipe = (stamp, Config.recalled(self.path / "recipe.toml"))
         return self._recipe[1]
 
     # -- numbers -----------------------------------------------------------------------------------------------------
