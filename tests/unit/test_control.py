@@ -22,6 +22,7 @@ from sppo.rollout.control import ControlEngine, build
 from sppo.rollout.engine import Sampling
 from sppo.tasks.base import load_pair
 from sppo.training.loop import train
+from sppo.training.parts import load_policy
 from sppo.training.run import Run
 
 from ..conftest import small_policy
@@ -134,6 +135,18 @@ def test_a_wrong_model_is_one_sentence():
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=sentence):
             ControlPolicy.load(name, dtype="auto", device=CPU, seed=0)
+    with pytest.raises(RecipeError, match="demonstrations"):  # a critic is not taught
+        ControlCritic.load("mlp:pendulum,demonstrations=3", dtype="auto", device=CPU, seed=0)
+    said = []
+    with pytest.raises(RecipeError, match="look=0"):
+        load_policy(
+            Config.load("recipes/control-pendulum.toml", {"policy.model": "mlp:pendulum,look=0"}),
+            None,
+            None,
+            CPU,
+            said.append,
+        )
+    assert said == []  # before anybody is told to wait
     with pytest.raises(RecipeError, match="samples policy.model = 'mlp:TASK' only"):  # noqa: RUF043
         build(small_policy())
 

@@ -122,11 +122,11 @@ def _plan(config: Any) -> dict[str, Any]:
         "engine": config.rollout.engine,
     }
     if config.rollout.engine == "control":  # networks of a few thousand weights
-        from ..models.control import SPEC, Shape
+        from ..models.control import SPEC, Shape, Taught
 
-        for key, text in (("policy.model", name), ("critic.model", config.critic.model)):
+        for key, text, shape in (("policy.model", name, Taught), ("critic.model", config.critic.model, Shape)):
             if text.startswith(SPEC):
-                Shape.parse(key, text)
+                shape.parse(key, text)
         return {"policy": name, "critic": config.critic.model, **said, "memory_bytes": {"total": 0}}
     model, critic = (
         outline(name, role="policy.model", head=True),

@@ -4,7 +4,7 @@ A step of an episode is a token: its id is a row of a table that holds what was 
 prompt. So the learner, the credit, the checkpoints and the comparisons are the very same code as for text.
 
 `mlp:TASK,hidden=64,layers=2` as policy.model clones a teacher's successful episodes until the policy itself succeeds in
-`skill` of its own (`Shape` has the options); as critic.model it is an MLP that reads the first observation (or every one, for a token critic).
+`skill` of its own (`Taught` has the options); as critic.model it is an MLP that reads the first observation (or every one, for a token critic).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -46,11 +46,28 @@ def is_control(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Shape:
-    """The options of `mlp:TASK,…`: the network, and how a policy is taught. Raises RecipeError for values that make no sense."""
+    """The options of `mlp:TASK,…`. Raises RecipeError for values that make no sense."""
 
     task: str
     hidden: int = 64
     layers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            if name in ("hidden", "layers", "demonstrations", "look") and value < 1:
+                raise RecipeError(f"mlp:{self.task}: {name}={value} must be 1 or more")
+
+    @classmethod
+    def parse(cls, key: str, name: str) -> Self:
+        """From the text of `policy.model` or `critic.model`, which `key` names."""
+        spec = parse_spec(name)
+        return call(cls, f"{key} = {name!r}", *spec.words, **spec.options)
+
+
+@dataclass(frozen=True)
+class Taught(Shape):
+    """Those of a policy: also how it is taught."""
+
     demonstrations: int = 32
     slip: float = 0.1
     skill: float = 0.3
@@ -61,17 +78,9 @@ class Shape:
     """Updates between two looks. One takes as long as 64 episodes."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "demonstrations", "look"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"mlp:{self.task}: {name}={getattr(self, name)} must be 1 or more")
+        super().__post_init__()
         if not 0 <= self.slip < 1 or not 0 < self.skill < 1 or not 0 < self.rate < 1:
             raise RecipeError(f"mlp:{self.task}: slip must lie in [0, 1), skill and rate in (0, 1)")
-
-    @classmethod
-    def parse(cls, key: str, name: str) -> Shape:
-        """From the text of `policy.model` or `critic.model`, which `key` names."""
-        spec = parse_spec(name)
-        return call(cls, f"{key} = {name!r}", *spec.words, **spec.options)
 
 
 class States:
@@ -149,7 +158,7 @@ class ControlPolicy(Policy):
             policy.model.load_state_dict(load_file(Path(name) / "model.safetensors"))
             policy.states.next = saved["next"]
             return policy, f"policy {name}: {parameter_count(policy.model)} weights, {saved['task']}"
-        shape = Shape.parse("policy.model", name)
+        shape = Taught.parse("policy.model", name)
         policy = cls._made(shape.task, shape.hidden, shape.layers, seed, name)
         updates, solved = policy._clone(seed, shape)
         return policy, (
@@ -167,7 +176,7 @@ class ControlPolicy(Policy):
             net = MLP(len(environment.scale), environment.actions or environment.size, hidden, layers, spread)
         return cls(net, environment, {"hidden": hidden, "layers": layers}, name)
 
-    def _clone(self, seed: int, shape: Shape) -> tuple[int, float]:
+    def _clone(self, seed: int, shape: Taught) -> tuple[int, float]:
         """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every `look` updates, and after the last)."""
         env, rng, rows = self.environment, np.random.default_rng(seed), []
         start = tries = 0

@@ -11,7 +11,7 @@ import torch
 
 from ..config import Config
 from ..errors import RecipeError
-from ..models.control import ControlCritic, ControlPolicy, is_control
+from ..models.control import ControlCritic, ControlPolicy, Taught, is_control
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..models.pretrained import saved_dtype
@@ -43,6 +43,7 @@ def load_policy(
     name = str(saved / "policy") if saved else config.policy.model
     kind = ControlPolicy if is_control(name) else Policy
     if kind is ControlPolicy and not Path(name).exists():
+        Taught.parse("policy.model", name)  # a bad option is said before the wait is
         note("cloning a teacher's episodes for the policy to begin with: from seconds to a minute or two")
     policy, stated = kind.load(
         name,
