@@ -26,6 +26,8 @@ def _like_sppo(
     return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
+DEFAULT = "sppo-stakes"
+"""What a recipe runs that names no algorithm: the one that won the comparison of docs/evidence.md."""
 CHANCES = ("critic", "centred", "beta")
 """Baselines that are a chance of success, whose odds `objective.stakes` can shift."""
 GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0}
@@ -71,6 +73,10 @@ def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
         given = tree.get(section, {})
         if isinstance(given, Mapping):  # else it is refused where it is validated
             out[section] = {**copy.deepcopy(values), **given}
+            if section == "objective" and out[section]["baseline"] not in CHANCES:
+                out[section]["stakes"] = given.get(
+                    "stakes", False
+                )  # the recipe has put a baseline of another kind in its place
     return out
 
 
@@ -84,7 +90,7 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
     objective, rollout = out.setdefault("objective", {}), out.setdefault("rollout", {})
     if not isinstance(objective, dict) or not isinstance(rollout, dict):
         return dict(tree)  # refused where it is validated
-    chosen = objective.get("algorithm", "sppo")
+    chosen = objective.get("algorithm", DEFAULT)
     before = PRESETS.get(chosen, SPPO) if isinstance(chosen, str) else SPPO
     after = PRESETS[name]
     if after is before:

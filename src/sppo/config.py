@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from .algorithms import PRESETS, preset, with_algorithm
+from .algorithms import DEFAULT, PRESETS, preset, with_algorithm
 from .errors import RecipeError
 from .sections import (
     BootstrapSection,
@@ -69,7 +69,7 @@ class Config(Section):
         if not isinstance(tree, Mapping):
             return tree
         name = (
-            (tree.get("objective") or {}).get("algorithm", "sppo")
+            (tree.get("objective") or {}).get("algorithm", DEFAULT)
             if isinstance(tree.get("objective", {}), Mapping)
             else None
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .algorithms import CHANCES, PRESETS
+from .algorithms import CHANCES, DEFAULT, PRESETS
 from .spec import nearest
 
 
@@ -214,7 +214,7 @@ class ObjectiveSection(Section):
     """The clipped sequence-level surrogate, or a peer's."""
 
     algorithm: str = Field(
-        "sppo",
+        DEFAULT,
         description="a preset for the keys below and rollout.samples, where they are not given: " + ", ".join(PRESETS),
     )
     baseline: Literal["critic", "centred", "beta", "hybrid", "token-critic", "batch", "others", "group", "greedy"] = Field(
