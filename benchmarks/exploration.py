@@ -1,15 +1,15 @@
 """What exploration and credit give: each study is a few runs that differ in a switch, on paired seeds, from one start a seed.
 
     staged     chains of eight operations: sampled as they are, or reached from short ones stage by stage (curriculum.kind = "staged")
-    search     chains of ten operations that sampling does not solve: SPPO, GRPO, and SPPO with search and its buffer
+    search     chains of ten operations that sampling does not solve: SPPO (by stakes), GRPO, and SPPO with search and its buffer
     mixed      one problem in four trivial, one open, two hopeless: drawn as they come, or by the critic (curriculum.kind = "predicted")
     steps      right answers by wrong steps: the answer alone, or with the checker's step scores (added, and added and fading)
     sloppy     the same after demonstrations that write one step in eight wrongly, and go on from the right value
     gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ; and the
                hybrid with a scorer that says nothing
-    variance   the gradient's variance on long responses at a policy that stands still: SPPO, and the hybrid by steps and by segments
+    variance   the gradient's variance on long responses at a policy that stands still: SPPO, SPPO by stakes, and the hybrid by steps and by segments
 
-`python benchmarks/exploration.py STUDY [--seeds 5] [--jobs 2]`. What was run is kept and not run again. Last line: one JSON object.
+`python benchmarks/exploration.py STUDY [--seeds 5] [--jobs 2]`; `--seeds 6,8,9` names them. What was run is kept and not run again. Last line: one JSON object.
 Tree rollouts, search and prediction-driven sampling differ in keys that `sppo compare` takes: docs/exploration.md has the commands.
 """
 
@@ -40,7 +40,8 @@ from sppo.types import Task
 
 Changes = Mapping[str, Any]
 Rows = Callable[[], Iterator[dict[str, Any]]]
-QUICK = {"training.lr": 4e-4, "training.schedule": "constant", "training.steps": 32, "evaluation.every": 8}
+PLAIN = {"objective.algorithm": "sppo"}  # V(x) as it is, where an arm names no other
+QUICK = {**PLAIN, "training.lr": 4e-4, "training.schedule": "constant", "training.steps": 32, "evaluation.every": 8}
 HYBRID = {"objective.algorithm": "sppo-hybrid", "objective.phi": "steps"}
 CHECKED = "answer + 0 * steps:check=chain,split=semicolons"
 RIGHT = "answer:extract=marked and steps:check=chain,split=semicolons,score=min"
@@ -52,7 +53,7 @@ BY_STEPS = {
     "fading": {"reward.use": "answer + 0.5 * steps:check=chain,split=semicolons", "reward.anneal": 24},
 }
 FROZEN = {
-    "training.lr": 1e-12, "training.steps": 40, "training.measure_noise": True, "evaluation.every": 0, "rollout.max_tokens": 128,
+    **PLAIN, "training.lr": 1e-12, "training.steps": 40, "training.measure_noise": True, "evaluation.every": 0, "rollout.max_tokens": 128,
     "task.train": "chain:steps=10-12", "bootstrap.task": "chain:steps=1-12", "bootstrap.until": 0.3,
 }  # fmt: skip
 
@@ -159,6 +160,7 @@ STUDIES = {
         "recipes/quickstart.toml",
         {
             "sppo": {"reward.use": CHECKED, "objective.ratio": "token"},
+            "sppo-stakes": {"reward.use": CHECKED, "objective.ratio": "token", "objective.stakes": True},
             "hybrid, steps": {"reward.use": CHECKED, **HYBRID},
             "hybrid, segments": {
                 "objective.algorithm": "sppo-hybrid",
@@ -260,7 +262,7 @@ def run_all(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
             raise RuntimeError(f"{arm}, seed {seed}:\n{done.stderr[-3000:]}")
         print(f"{arm}, seed {seed}: done", flush=True)
 
-    arms, seeds = list(STUDIES[args.study].arms), range(1, args.seeds + 1)
+    arms, seeds = list(STUDIES[args.study].arms), args.seeds
     for name, rows in STUDIES[args.study].files.items():
         (args.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows()))
     for part in (
@@ -321,10 +323,16 @@ def summary(found: Mapping[str, Mapping[int, Mapping[str, Any]]], target: float 
     return {"equal_tokens": budget, "seeds": len(found[first]), "arms": out}
 
 
+def seeds_of(text: str) -> list[int]:
+    """`5` is 1 to 5, `6,8` is 6 and 8, and so is `6,8,`."""
+    numbers = [int(part) for part in text.split(",") if part]
+    return numbers if "," in text else list(range(1, numbers[0] + 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=seeds_of, default="5", help="how many, from 1 on, or which: 6,8,9")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)

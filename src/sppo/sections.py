@@ -226,8 +226,8 @@ class ObjectiveSection(Section):
     )  # fmt: skip
     stakes: bool = Field(
         False,
-        description="of baseline = 'critic', 'centred' and 'beta': shift their odds so that the gradient varies least, by how hard right and wrong "
-        "responses pulled in earlier steps",
+        description="with baseline = 'critic', 'centred' or 'beta': shift its odds so that the gradient varies least, by how hard right and wrong "
+        "responses pulled in earlier steps (what sppo-stakes is)",
     )
     scale: Literal["none", "group", "batch"] = Field(
         "none",
