@@ -27,7 +27,7 @@ def _like_sppo(
 
 
 DEFAULT = "sppo-stakes"
-"""What a recipe runs that names no algorithm: the one that won the comparison of docs/evidence.md."""
+"""What a recipe runs that names no algorithm, nor what its baseline is: the one that won the comparison of docs/evidence.md."""
 CHANCES = ("critic", "centred", "beta")
 """Baselines that are a chance of success, whose odds `objective.stakes` can shift."""
 GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0}
@@ -66,6 +66,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def chosen(tree: Mapping[str, Any]) -> Any:
+    """The algorithm that a recipe names, or runs without naming one. Keys of its own about the baseline are of `sppo`, as it was published."""
+    objective = tree.get("objective", {})
+    if not isinstance(objective, Mapping):
+        return DEFAULT  # refused where it is validated
+    own = objective.get("baseline") or objective.get("ev_gate") or objective.get("scale") == "batch"
+    return objective.get("algorithm", "sppo" if own else DEFAULT)
+
+
 def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A recipe's tree with what its algorithm's preset says of keys that it leaves open."""
     out = dict(tree)
@@ -90,8 +99,8 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
     objective, rollout = out.setdefault("objective", {}), out.setdefault("rollout", {})
     if not isinstance(objective, dict) or not isinstance(rollout, dict):
         return dict(tree)  # refused where it is validated
-    chosen = objective.get("algorithm", DEFAULT)
-    before = PRESETS.get(chosen, SPPO) if isinstance(chosen, str) else SPPO
+    name_now = chosen(tree)
+    before = PRESETS.get(name_now, SPPO) if isinstance(name_now, str) else SPPO
     after = PRESETS[name]
     if after is before:
         return dict(tree)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from .algorithms import DEFAULT, PRESETS, preset, with_algorithm
+from .algorithms import PRESETS, chosen, preset, with_algorithm
 from .errors import RecipeError
 from .sections import (
     BootstrapSection,
@@ -68,12 +68,13 @@ class Config(Section):
     def _preset(cls, tree: Any) -> Any:
         if not isinstance(tree, Mapping):
             return tree
-        name = (
-            (tree.get("objective") or {}).get("algorithm", DEFAULT)
-            if isinstance(tree.get("objective", {}), Mapping)
-            else None
-        )
-        return preset(tree, name) if isinstance(name, str) and name in PRESETS else tree
+        name = chosen(tree)
+        if not isinstance(name, str) or name not in PRESETS:
+            return tree  # refused where it is validated
+        out = preset(tree, name)
+        if isinstance(out["objective"], dict):
+            out["objective"]["algorithm"] = name
+        return out
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -274,7 +275,7 @@ class Config(Section):
         o = self.objective
         if o.baseline == "token-critic" or (o.baseline == "hybrid" and o.phi == "segments"):
             return "tokens"
-        return "prompt" if o.baseline in ("critic", "centred", "beta", "hybrid") else None
+        return None if o.baseline in ("batch", "others", "group", "greedy") else "prompt"
 
     @property
     def needs_reference(self) -> bool:
@@ -351,6 +352,8 @@ def _unchecked(section: type[Section], tree: Mapping[str, Any]) -> Any:
     for name, field in section.model_fields.items():
         inner, default = _section_type(field.annotation), field.get_default(call_default_factory=True)
         given = tree.get(name, default)
+        if inner is not None and not isinstance(given, Mapping | Section | None):
+            raise RecipeError(f"{name} is a value, not a section")
         values[name] = _unchecked(inner, given) if inner is not None and isinstance(given, Mapping) else given
     return section.model_construct(**values)
 

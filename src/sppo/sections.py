@@ -227,7 +227,7 @@ class ObjectiveSection(Section):
     stakes: bool = Field(
         False,
         description="with baseline = 'critic', 'centred' or 'beta': shift its odds so that the gradient varies least, by how hard right and wrong "
-        "responses pulled in earlier steps (what sppo-stakes is)",
+        "responses pulled in earlier steps (what sppo-stakes, the default, is)",
     )
     scale: Literal["none", "group", "batch"] = Field(
         "none",
@@ -317,7 +317,11 @@ class ObjectiveSection(Section):
         if self.stakes and self.baseline not in CHANCES:
             raise ValueError(
                 f"stakes shifts the odds of a chance of success, and baseline = {self.baseline!r} is none: use 'critic', 'centred' or 'beta', or "
-                "leave it out"
+                "set stakes = false"
+            )
+        if self.stakes and self.scale == "batch":
+            raise ValueError(
+                "scale = 'batch' takes back the shift that stakes has given the baseline: leave it out, or set stakes = false"
             )
         if self.ev_gate and self.baseline != "critic":
             raise ValueError("ev_gate is about baseline = 'critic'")

@@ -16,8 +16,7 @@ from sppo.training.credit import credit
 from sppo.training.stakes import DOUBT, MEMORY, Odds, stakes
 
 from ..conftest import small_config, small_critic, small_policy
-from ..exact.tabular import MASK_ST, logps, parameters, probabilities, rewards, scores, true_gradient
-from ..exact.test_estimators import error, expected_gradient
+from ..exact.tabular import MASK_ST, logps, parameters, probabilities, rewards, scores
 
 
 def batch_of(logp_BT, correct_B, mask_BT=None, **changes) -> Batch:
@@ -35,7 +34,6 @@ def batch_of(logp_BT, correct_B, mask_BT=None, **changes) -> Batch:
         "correct_B": correct_B,
         "keep_B": torch.ones(number, dtype=torch.bool),
         "group_B": torch.arange(number),
-        "share_B": torch.ones(number),
     }
     return Batch(**parts | changes)
 
@@ -44,26 +42,34 @@ def odds_of(**objective) -> Odds:
     return Odds(small_policy(), small_config(**{f"objective.{k}": v for k, v in objective.items()}).objective)
 
 
+def learn(odds: Odds, batch: Batch, chance) -> None:
+    odds.learn(batch, torch.as_tensor(chance).expand(len(batch)), batch.reward_B)
+
+
+HALF, SURE = math.log(0.5), math.log(0.9)
+
+
 def test_the_shift_by_hand():
-    """Tokens of ½ and of 0.9: stakes ¼ and 0.01. Right 0.26 and 0.02, wrong 0.5; then a batch of nothing but right ones, of 0.25."""
+    """Tokens of ½ and of 0.9: stakes ¼ and 0.01. Right 0.26 and 0.02, wrong 0.5, all of chance 0.6; then a right one of 0.25."""
     odds = odds_of()
     assert odds.shift == 0.0
-    half, sure = math.log(0.5), math.log(0.9)
-    odds.learn(batch_of(torch.tensor([[half, sure], [sure, sure], [half, half]]), torch.tensor([1.0, 1.0, 0.0])))
-    doubt = DOUBT * 0.78 / 3
-    right, wrong = (0.28 + doubt) / (2 + DOUBT), (0.5 + doubt) / (1 + DOUBT)
-    assert odds.shift == pytest.approx(math.log(right / wrong), rel=1e-5)
-    odds.learn(batch_of(torch.tensor([[half]]), torch.tensor([1.0])))
+    learn(odds, batch_of(torch.tensor([[HALF, SURE], [SURE, SURE], [HALF, HALF]]), torch.tensor([1.0, 1.0, 0.0])), 0.6)
+    doubt = DOUBT / 2 * 0.78 / 3
+    assert odds.shift == pytest.approx(math.log((0.4 * 0.28 + doubt) / (0.6 * 0.5 + doubt)), rel=1e-5)
+    learn(odds, batch_of(torch.tensor([[HALF]]), torch.tensor([1.0])), 0.2)
+    assert odds.paired == pytest.approx([MEMORY * 0.3, MEMORY * 0.112 + 0.8 * 0.25], rel=1e-5)
     assert odds.stake == pytest.approx([MEMORY * 0.5, MEMORY * 0.28 + 0.25], rel=1e-5)
-    assert odds.number == pytest.approx([MEMORY, 2 * MEMORY + 1])
+    assert odds.earned == pytest.approx([0.0, odds.stake[1]])
+    assert odds.number == pytest.approx(MEMORY * 3 + 1)
 
 
-def test_what_is_masked_does_not_count_and_a_corrected_advantage_counts_squared():
-    odds, logp_BT, right_B = odds_of(), torch.full((2, 3), math.log(0.5)), torch.tensor([1.0, 0.0])
-    keep_B, length_B = torch.tensor([True, False]), torch.tensor([2, 3])
-    odds.learn(batch_of(logp_BT, right_B, keep_B=keep_B, response_len_B=length_B, weight_B=torch.tensor([3.0, 1.0])))
-    assert odds.stake == pytest.approx([0.0, 9 * 2 * 0.25])
-    assert odds.number == [0.0, 1.0]
+def test_what_is_masked_or_no_number_does_not_count():
+    odds, logp_BT = odds_of(), torch.full((3, 3), HALF)
+    logp_BT[2, 0] = torch.nan
+    keep_B, length_B = torch.tensor([True, False, True]), torch.tensor([2, 3, 3])
+    learn(odds, batch_of(logp_BT, torch.tensor([1.0, 0.0, 1.0]), keep_B=keep_B, response_len_B=length_B), 0.5)
+    assert odds.paired == pytest.approx([0.0, 0.5 * 2 * 0.25])
+    assert odds.number == 1
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,7 @@ def test_what_is_masked_does_not_count_and_a_corrected_advantage_counts_squared(
 )  # fmt: skip
 def test_a_ratio_that_divides_by_length_divides_the_score(objective, divisor):
     odds = odds_of(**objective)
-    odds.learn(batch_of(torch.full((1, 3), math.log(0.5)), torch.tensor([1.0])))
+    learn(odds, batch_of(torch.full((1, 3), HALF), torch.tensor([1.0])), 0.0)
     assert odds.stake[1] == pytest.approx(3 * 0.25 / divisor)
 
 
@@ -84,31 +90,61 @@ def test_a_density_says_nothing_of_its_score():
         assert float(stakes(policy, batch)[0, 1]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_gradient_varies_less_and_is_the_same(seed):
-    """Every response of a small policy, as often as it comes. V is the true chance of success: the best prediction, not the best baseline."""
-    theta, reward_S = parameters(seed), rewards(seed)
-    probability_S, logp_ST = probabilities(theta), logps(theta)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 3.0)])
+def test_hard_problems_do_not_pass_for_wrong_responses(weights):
+    """Long responses to what is solved once in ten, short ones to what is solved nine times: to each, right and wrong ones are alike, and so
+    nothing must be shifted, whatever a curriculum makes each kind count."""
+    right_B = torch.tensor([1.0] + [0.0] * 9 + [1.0] * 9 + [0.0])
+    length_B, chance_B = torch.tensor([40] * 10 + [4] * 10), torch.tensor([0.1] * 10 + [0.9] * 10)
+    weight_B = torch.tensor([weights[0]] * 10 + [weights[1]] * 10)
     odds = odds_of()
-    odds.learn(batch_of(logp_ST, reward_S, MASK_ST, share_B=1e9 * probability_S))
-    value = float((probability_S * reward_S).sum())
-    staked = torch.tensor(math.log(value / (1 - value)) + odds.shift).sigmoid()
-    found = expected_gradient(theta, theta, reward_S, baseline_S=staked)
-    assert error(found, true_gradient(theta, reward_S)) < 1e-10
+    learn(odds, batch_of(torch.full((20, 40), HALF), right_B, response_len_B=length_B, weight_B=weight_B), chance_B)
+    assert odds.shift == pytest.approx(0.0, abs=1e-5)
+    assert odds.stake[0] > 0
+
+
+def noise(probability_S, square_S, reward_S, baseline) -> float:
+    return float((probability_S * square_S * (reward_S - baseline).square()).sum())
+
+
+@pytest.mark.parametrize("shaped", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_gradient_varies_least(seed, shaped, monkeypatch):
+    """Every response of a small policy, as often as it comes. V is the true chance of success: the best prediction, not the best baseline.
+    Shaped: right and wrong ones earn more or less, by how they look."""
+    monkeypatch.setattr("sppo.training.stakes.DOUBT", 1e-9)
+    theta, right_S = parameters(seed), rewards(seed)
+    reward_S = 0.7 * right_S - 0.4 + torch.linspace(0, 0.3, len(right_S), dtype=torch.float64) if shaped else right_S
+    probability_S = probabilities(theta)
+    value = (probability_S * right_S).sum()
+    odds = odds_of()
+    batch = batch_of(logps(theta), right_S, MASK_ST, reward_B=reward_S, weight_B=1e6 * probability_S.sqrt())
+    learn(odds, batch, value)
+    staked = odds.baseline(value[None])
 
     square_S = scores(theta).sum(1).square().sum(1)
     best = (probability_S * square_S * reward_S).sum() / (probability_S * square_S).sum()
-
-    def noise(baseline):
-        return float((probability_S * square_S * (reward_S - baseline).square()).sum())
-
-    assert noise(best) <= noise(staked) < noise(value)
-    assert noise(staked) - noise(best) < 0.02 * (noise(value) - noise(best))
+    least, ours, plain = (noise(probability_S, square_S, reward_S, b) for b in (best, staked, value))
+    assert least <= ours < plain
+    assert ours - least < 0.01 * (plain - least)
 
 
 def test_shifted_odds():
     found = shifted(torch.tensor([0.0, 0.5, 0.9, 1.0, -0.2, 1.3]), math.log(1 / 9))
     assert found.tolist() == pytest.approx([0.0, 0.1, 0.5, 1.0, 0.0, 1.0])
+
+
+def test_what_the_critic_missed_is_a_chance_too_where_rewards_are_not():
+    """Eight failures that earn −1.5, V = ½: with what V missed the chance is 0, and nobody is blamed for what everybody earns."""
+    policy = small_policy()
+    keys = {"objective.algorithm": "sppo-centred", "objective.stakes": True}
+    made = credit(small_config(**keys), policy, small_critic())
+    made.model.logits = lambda tasks, tokens: torch.zeros(len(tasks))
+    batch = batch_of(torch.full((8, 1), HALF), torch.zeros(8), reward_B=torch.full((8,), -1.5))
+    batch.rollouts = [type("R", (), {"task": type("T", (), {"difficulty": None})})] * 8
+    found = [float(made.advantage(batch, batch.reward_B)[0].abs().max()) for _ in range(60)]
+    assert found[0] == pytest.approx(1.5)
+    assert found[-1] < 0.2  # DOUBT of a response that earns 0 is left
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "sppo-hybrid"])
@@ -117,12 +153,30 @@ def test_stakes_want_a_chance_of_success(name):
         Config.load(None, {"objective.algorithm": name, "objective.stakes": True})
     mine = Config.load(None, {"objective.algorithm": "sppo-centred", "objective.stakes": True})
     assert not mine.as_algorithm(name, {}).objective.stakes
+    with pytest.raises(RecipeError, match="takes back the shift"):
+        Config.load(None, {"objective.stakes": True, "objective.scale": "batch"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "algorithm", "stakes_on"),
+    [
+        ({}, "sppo-stakes", True), ({"objective.clip": [0.1, 0.2]}, "sppo-stakes", True),
+        ({"objective.baseline": "centred"}, "sppo", False), ({"objective.baseline": "batch"}, "sppo", False),
+        ({"objective.ev_gate": True}, "sppo", False), ({"objective.scale": "batch"}, "sppo", False),
+        ({"objective.baseline": "beta", "objective.stakes": True}, "sppo", True), ({"objective.algorithm": "sppo"}, "sppo", False),
+    ],
+)  # fmt: skip
+def test_the_default_is_for_who_says_nothing_of_the_baseline(keys, algorithm, stakes_on):
+    config = Config.load(None, keys)
+    assert (config.objective.algorithm, config.objective.stakes) == (algorithm, stakes_on)
+    assert Config.load(None, {**keys, "objective.algorithm": "sppo"}).objective.stakes == bool(
+        keys.get("objective.stakes")
+    )
 
 
 def test_it_learns_from_earlier_batches_only_and_is_kept():
     policy = small_policy()
     made = credit(small_config(**{"objective.algorithm": "sppo-stakes"}), policy, small_critic())
-    made.critic.start_at(0.5)
     made.model.logits = lambda tasks, tokens: torch.zeros(len(tasks))
     logp_BT = torch.log(torch.tensor([[0.9]] * 9 + [[0.1]]))
     batch = batch_of(logp_BT, torch.tensor([1.0] * 9 + [0.0]))
@@ -134,9 +188,10 @@ def test_it_learns_from_earlier_batches_only_and_is_kept():
     state = made.state_dict()
     again.load_state_dict(state)
     assert again.odds.shift == made.odds.shift < -0.5
-    baseline = 1 / (1 + math.exp(-made.odds.shift))
+    baseline = float(made.odds.baseline(torch.tensor([0.5])))
     second, value_B, _ = made.advantage(batch, batch.reward_B)
     assert second.tolist() == pytest.approx([1 - baseline] * 9 + [-baseline])
     assert value_B.tolist() == pytest.approx([0.5] * 10)  # what is measured and shown is V
+    assert again.odds.shift != made.odds.shift  # the state was a copy
     del state["odds"]  # of a version that knew none
     again.load_state_dict(state)

@@ -31,7 +31,6 @@ from ..objective.advantage import (
     group_mean,
     group_sums,
     leave_one_out_mean,
-    shifted,
     shrunk_value,
     strata,
     whitened,
@@ -178,20 +177,22 @@ class PromptCritic(_Trained):
         logit_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens)
         value_B = logit_B.sigmoid()
         metrics: dict[str, Any] = {}
+        earned_B = batch.correct_B if o.stakes else reward_B  # what stakes turns into a baseline is a chance of success
         if o.baseline == "beta":
             metrics["critic/strength"] = self.history.strength
-            advantage_B = reward_B - self._shrunk(batch, reward_B, value_B)
+            advantage_B = earned_B - self._shrunk(batch, earned_B, value_B)
         elif o.baseline == "centred":
             stratum_B = strata([r.task.difficulty for r in batch.rollouts], keep_B, batch.group_B)
-            advantage_B = centred_advantage(reward_B, logit_B, keep_B, stratum_B)
+            advantage_B = centred_advantage(earned_B, logit_B, keep_B, stratum_B)
         elif o.ev_gate:
-            advantage_B = gated_advantage(reward_B, logit_B, keep_B, self.running_ev)
+            advantage_B = gated_advantage(earned_B, logit_B, keep_B, self.running_ev)
         else:
-            advantage_B = critic_advantage(reward_B, logit_B)
+            advantage_B = critic_advantage(earned_B, logit_B)
         if o.stakes:
             metrics["critic/shift"] = self.odds.shift
-            advantage_B = reward_B - shifted(reward_B - advantage_B, self.odds.shift)
-            self.odds.learn(batch)
+            chance_B = earned_B - advantage_B
+            advantage_B = reward_B - self.odds.baseline(chance_B)
+            self.odds.learn(batch, chance_B, reward_B)
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_B, reward_B, batch, o.scale), value_B, metrics
 

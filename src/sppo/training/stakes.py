@@ -1,8 +1,12 @@
 """Stakes: how hard a response pulls at the policy, and the baseline that makes the gradient vary least for it.
 
-Of all baselines that do not know the response, b(x) = E[R |∇ log π|²] / E[|∇ log π|²] leaves the gradient the least variance (Greensmith,
-Bartlett & Baxter, JMLR 5, 2004), not the mean E[R]: what is sure has a short score and hardly needs a baseline. With V the chance of success, and
-w₁, w₀ the mean squared score of right and of wrong responses, it is V·w₁ / (V·w₁ + (1 − V)·w₀): V with its odds times w₁/w₀.
+Of all baselines that do not know the response, b(x) = E[w·R | x] / E[w | x], w = |∇ log π|², leaves the gradient the least variance
+(Greensmith, Bartlett & Baxter, JMLR 5, 2004), not the mean E[R | x]: what is sure has a short score and hardly needs a baseline. With V the
+chance of success, and w₁, w₀ the mean w of right and of wrong responses to x, the weight of the right ones is
+
+    p = V·w₁ / (V·w₁ + (1 − V)·w₀):    logit p = logit V + log(w₁/w₀),    b = p·R₁ + (1 − p)·R₀
+
+with R₁ and R₀ what a right and a wrong response earn: 1 and 0, unless the reward is shaped.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ..models.policy import Policy
+from ..objective.advantage import shifted
+from ..objective.ratio import wide
 from ..sections import ObjectiveSection
 from .batch import Batch
 
@@ -29,38 +35,64 @@ def stakes(policy: Policy, batch: Batch) -> Tensor:
 
 
 class Odds:
-    """log(w₁/w₀) of earlier batches."""
+    """log(w₁/w₀), R₁ and R₀ of earlier batches.
+
+    Hard problems have other responses than easy ones, and more wrong ones; w₁ and w₀ must be of the *same* problems. So there a right
+    response counts 1 − V, and a wrong one V: of each problem, V·(1 − V) of either kind then.
+    """
 
     def __init__(self, policy: Policy, objective: ObjectiveSection) -> None:
         self.policy = policy
         # a response's score is divided by its length, to this power
         by_token = float(objective.average == "responses")
         self.power = {"geometric": 1.0, "family": objective.kappa, "token": by_token}.get(objective.ratio, 0.0)
-        self.stake, self.number = [0.0, 0.0], [0.0, 0.0]  # of wrong responses, of right ones
+        # running sums, of wrong and of right responses: stakes of the same problems, stakes, stakes times what was earned
+        self.paired, self.stake, self.earned = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
+        self.number = 0.0
+
+    @property
+    def _doubt(self) -> float:
+        """The stakes of DOUBT responses."""
+        return DOUBT * sum(self.stake) / self.number if self.number > 0 else 0.0
 
     @property
     def shift(self) -> float:
-        """What to add to the logit of V; 0 where nothing is known."""
-        if sum(self.stake) <= 0:
-            return 0.0
-        doubt = DOUBT * sum(self.stake) / sum(self.number)  # so many of either kind, with the mean stake
-        wrong, right = ((w + doubt) / (n + DOUBT) for w, n in zip(self.stake, self.number, strict=True))
-        return math.log(right / wrong)
+        """log(w₁/w₀), what to add to the logit of a chance; 0 where nothing is known."""
+        wrong, right = (stake + self._doubt / 2 for stake in self.paired)
+        return math.log(right / wrong) if wrong > 0 else 0.0
 
-    def learn(self, batch: Batch) -> None:
-        """Take in a batch's responses, each as right as it was found to be."""
+    def baseline(self, chance_B: Tensor) -> Tensor:
+        """Of least variance, from the chance of success. [B] → [B]."""
+        doubt = self._doubt
+        if doubt <= 0:
+            return wide(chance_B)
+        kinds = zip(self.earned, self.stake, (0.0, 1.0), strict=True)
+        wrong, right = ((earned + doubt * plain) / (stake + doubt) for earned, stake, plain in kinds)
+        return wrong + (right - wrong) * shifted(chance_B, self.shift)
+
+    def learn(self, batch: Batch, chance_B: Tensor, reward_B: Tensor) -> None:
+        """Take in a batch's responses, each as right as it was found to be, and the chances that they were given before. [B] × 2."""
         stake_B = stakes(self.policy, batch).double().sum(1) / batch.response_len_B.clamp(min=1) ** (2 * self.power)
         if batch.weight_B is not None:
             stake_B = stake_B * batch.weight_B.square()  # the curriculum's factor of the advantage scales the score
-        count_B = (batch.share_B * batch.keep_B).double()
-        for k, is_B in enumerate((1 - batch.correct_B.double(), batch.correct_B.double())):
-            self.stake[k] = MEMORY * self.stake[k] + float((count_B * is_B * stake_B).sum())
-            self.number[k] = MEMORY * self.number[k] + float((count_B * is_B).sum())
+        known_B = batch.keep_B & stake_B.isfinite() & reward_B.isfinite()
+        stake_B, reward_B = stake_B[known_B], reward_B.double()[known_B]
+        right_B, chance_B = batch.correct_B.double()[known_B], chance_B.double()[known_B].clamp(0, 1)
+        for k, (is_B, other_B) in enumerate(((1 - right_B, chance_B), (right_B, 1 - chance_B))):
+            for sums, count_B in (
+                (self.paired, other_B),
+                (self.stake, torch.ones_like(other_B)),
+                (self.earned, reward_B),
+            ):
+                sums[k] = MEMORY * sums[k] + float((is_B * stake_B * count_B).sum())
+        self.number = MEMORY * self.number + len(stake_B)
 
     def state_dict(self) -> dict[str, Any]:
         """The running sums."""
-        return {"stake": self.stake, "number": self.number}
+        sums = {"paired": self.paired, "stake": self.stake, "earned": self.earned}
+        return {"number": self.number} | {name: list(of) for name, of in sums.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
-        self.stake, self.number = list(state["stake"]), list(state["number"])
+        self.paired, self.stake, self.earned = (list(state[name]) for name in ("paired", "stake", "earned"))
+        self.number = state["number"]
