@@ -120,6 +120,7 @@ def _plan(config: Any) -> dict[str, Any]:
         "problems": f"{config.task.train}: {len(tasks):,}, e.g. {tasks[0].text[:60]!r}",
         "reward": config.reward.use,
         "engine": config.rollout.engine,
+        "algorithm": config.objective.algorithm,
     }
     if config.rollout.engine == "control":  # networks of a few thousand weights
         from ..models.control import SPEC, Shape, Taught

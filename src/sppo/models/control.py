@@ -53,9 +53,12 @@ class Shape:
     layers: int = 2
 
     def __post_init__(self) -> None:
-        for name, value in self.__dict__.items():
-            if name in ("hidden", "layers", "demonstrations", "look") and value < 1:
-                raise RecipeError(f"mlp:{self.task}: {name}={value} must be 1 or more")
+        self._above_zero("hidden", "layers")
+
+    def _above_zero(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise RecipeError(f"mlp:{self.task}: {name}={getattr(self, name)} must be 1 or more")
 
     @classmethod
     def parse(cls, key: str, name: str) -> Self:
@@ -79,6 +82,7 @@ class Taught(Shape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._above_zero("demonstrations", "look")
         if not 0 <= self.slip < 1 or not 0 < self.skill < 1 or not 0 < self.rate < 1:
             raise RecipeError(f"mlp:{self.task}: slip must lie in [0, 1), skill and rate in (0, 1)")
 

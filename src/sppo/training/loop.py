@@ -24,7 +24,7 @@ def train(run: Run) -> dict[str, object]:
                 gathered = run.inspect(step, gathered)  # is the verifier being fooled?
         batch = pack(gathered.rollouts, run.policy.pad_id)
         with run.clock("update"):
-            advantage, value_B, metrics = run.learner.advantage(batch)  # R − V(x), before V sees these rewards
+            advantage, value_B, metrics = run.learner.advantage(batch)  # R − b(x), before the critic sees these rewards
             metrics |= run.learner.update(batch, advantage, step, gathered.lessons)  # clipped surrogate, critic's BCE
             run.sync()  # checked by a fingerprint of the weights
         run.curriculum.observe(gathered.seen)

@@ -71,6 +71,7 @@ class Run:
         self._clock: dict[str, float] = {}
         for why in config.without_effect():
             observer.note(f"warning: {why}")
+        observer.note(f"algorithm {config.objective.algorithm}")
         device = pick_device()
         optimiser_class(config.training.optimizer, device)  # said now, and not after a bootstrap
         self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
