@@ -58,8 +58,9 @@ def options(changes):
 
 def test_a_run_leaves_what_other_tools_rely_on(tmp_path):
     job, summary = run_small(
-        tmp_path, training__steps=4, evaluation__every=2, evaluation__samples=2, run__checkpoint_every=2
-    )
+        tmp_path, training__steps=4, evaluation__every=2, evaluation__samples=2, run__checkpoint_every=2,
+        objective__algorithm="sppo",
+    )  # fmt: skip
     out = tmp_path / "run"
     assert Config.load(out / "recipe.toml").sha256 == summary["recipe_sha256"]
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
