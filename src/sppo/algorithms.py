@@ -82,10 +82,6 @@ def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
         given = tree.get(section, {})
         if isinstance(given, Mapping):  # else it is refused where it is validated
             out[section] = {**copy.deepcopy(values), **given}
-            if section == "objective" and out[section]["baseline"] not in CHANCES:
-                out[section]["stakes"] = given.get(
-                    "stakes", False
-                )  # the recipe has put a baseline of another kind in its place
     return out
 
 

@@ -153,6 +153,8 @@ def test_stakes_want_a_chance_of_success(name):
         Config.load(None, {"objective.algorithm": name, "objective.stakes": True})
     mine = Config.load(None, {"objective.algorithm": "sppo-centred", "objective.stakes": True})
     assert not mine.as_algorithm(name, {}).objective.stakes
+    with pytest.raises(RecipeError, match="stakes shifts the odds"):  # named, and contradicted
+        Config.load(None, {"objective.algorithm": "sppo-stakes", "objective.baseline": "batch"})
     with pytest.raises(RecipeError, match="takes back the shift"):
         Config.load(None, {"objective.stakes": True, "objective.scale": "batch"})
 
