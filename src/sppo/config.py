@@ -305,12 +305,17 @@ class Config(Section):
     def recalled(cls, path: str | Path) -> Config:
         """A run's recipe, to be looked at only: one of another version keeps values that are not known here, and loses keys that are not.
 
-        Raises RecipeError for a file that cannot be read.
+        Raises RecipeError for a file that cannot be read, or has a value where a section should be.
         """
         try:
             return cls.load(path)
         except RecipeError:
-            found: Config = _unchecked(cls, _read(path))
+            tree = _read(path)
+            if not all(
+                isinstance(tree.get(k, {}), Mapping) for k, f in cls.model_fields.items() if _section_type(f.annotation)
+            ):
+                raise  # a value where a section should be is no recipe of any version
+            found: Config = _unchecked(cls, tree)
             return found
 
     @classmethod
@@ -352,8 +357,6 @@ def _unchecked(section: type[Section], tree: Mapping[str, Any]) -> Any:
     for name, field in section.model_fields.items():
         inner, default = _section_type(field.annotation), field.get_default(call_default_factory=True)
         given = tree.get(name, default)
-        if inner is not None and not isinstance(given, Mapping | Section | None):
-            raise RecipeError(f"{name} is a value, not a section")
         values[name] = _unchecked(inner, given) if inner is not None and isinstance(given, Mapping) else given
     return section.model_construct(**values)
 

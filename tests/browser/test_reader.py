@@ -161,6 +161,9 @@ def test_two_runs_of_one_name_are_told_apart(run, copy, tmp_path):
     (copy / "recipe.toml").write_text("[policy\nmodel = 1\n")
     with pytest.raises(UserError, match="not valid TOML"):
         open_runs([str(copy)])
+    (copy / "recipe.toml").write_text("policy = 3\n")
+    with pytest.raises(UserError, match=r"recipe.toml: policy"):
+        open_runs([str(copy)])
 
 
 def test_a_run_of_another_version_can_be_looked_at(copy):
