@@ -1,5 +1,5 @@
-"""What lies between an update's products on a CPU: RMS norms, gated units (SwiGLU) and rotations (RoPE), one call each way in compiled code
-(elementwise.c).
+"""What lies between an update's products: RMS norms, gated units (SwiGLU) and rotations (RoPE), one call each way; on a CPU in compiled code
+(elementwise.c), on CUDA in Triton (kernels.py).
 
 In PyTorch each is several operations forward and more backward, all of which write what the next one reads; a tenth of an update in bfloat16
 (docs/performance.md). lent.py gives them to a model's layers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.autograd.function import once_differentiable
 from .compiled import NoCompiler, library
 
 REGISTER = 16
-"""Floats of the widest register: rows are whole ones."""
+"""Floats of a CPU's widest register: rows are whole ones."""
+PROGRAMS = 512
+"""Programs that share a norm's backward pass on CUDA: each adds up the weights' gradient of its rows."""
 
 
 @functools.cache
@@ -40,9 +43,24 @@ def _compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
     return lib
 
 
-def compiles(dtype: torch.dtype) -> bool:
-    """Whether this can be had here for tensors of a dtype."""
-    return _compiled(dtype) is not None
+def compiles(device: str, dtype: torch.dtype) -> bool:
+    """Whether this can be had for tensors of a dtype on a type of device."""
+    if device == "cuda":
+        return dtype in (torch.float32, torch.bfloat16, torch.float16) and triton_is_there()
+    return device == "cpu" and _compiled(dtype) is not None
+
+
+@functools.cache
+def triton_is_there() -> bool:
+    """Whether kernels.py can be imported: PyTorch's CUDA builds for Linux bring Triton."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernels() -> Any:
+    from . import kernels  # not where there is no Triton
+
+    return kernels
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
@@ -56,6 +74,10 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         x, weight_D = x.contiguous(), weight_D.contiguous()
         size = x.size(-1)
+        if x.is_cuda:
+            y_ND, scale_N = _kernels().norm(x.view(-1, size), weight_D, epsilon)
+            ctx.save_for_backward(x, weight_D, scale_N)
+            return y_ND.view_as(x)
         y, scale_N = torch.empty_like(x), torch.empty(x.numel() // size, dtype=torch.float32)
         _library(x.dtype).norm_forward(
             x.data_ptr(), weight_D.data_ptr(), len(scale_N), size, epsilon, y.data_ptr(), scale_N.data_ptr(), torch.get_num_threads(),
@@ -68,6 +90,10 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight_D, scale_N = ctx.saved_tensors
         grad, threads = gradients[0].contiguous(), torch.get_num_threads()
+        if x.is_cuda:
+            flat = (len(scale_N), x.size(-1))
+            grad_x, grad_D = _kernels().norm_back(x.view(flat), weight_D, scale_N, grad.view(flat), PROGRAMS)
+            return grad_x.view_as(x), grad_D.to(weight_D.dtype), None
         grad_x, grad_weight = torch.empty_like(x), torch.zeros(threads, x.size(-1), dtype=torch.float32)
         _library(x.dtype).norm_backward(
             x.data_ptr(), weight_D.data_ptr(), grad.data_ptr(), scale_N.data_ptr(), len(scale_N), x.size(-1), grad_x.data_ptr(),
@@ -80,11 +106,13 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        if gate.is_cuda:
+            return _kernels().gated(gate, up)
         out = torch.empty_like(gate)
         _library(gate.dtype).gated_forward(
             gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
         )
-        ctx.save_for_backward(gate, up)
         return out
 
     @staticmethod
@@ -92,6 +120,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         gate, up = ctx.saved_tensors
         grad = gradients[0].contiguous()
+        if gate.is_cuda:
+            return _kernels().gated_back(gate, up, grad)
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         _library(gate.dtype).gated_backward(
             gate.data_ptr(), up.data_ptr(), grad.data_ptr(), gate.numel(), grad_gate.data_ptr(), grad_up.data_ptr(), torch.get_num_threads(),
@@ -115,6 +145,8 @@ class _Turned(torch.autograd.Function):
 
 def _run_turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     x = x.contiguous()
+    if x.is_cuda:
+        return _kernels().turned(x, cos, sin, back)
     out, (heads, size) = torch.empty_like(x), x.shape[-2:]
     _library(x.dtype).turned(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel() // size, heads, size, back, out.data_ptr(), torch.get_num_threads()
@@ -123,7 +155,7 @@ def _run_turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """weight · x / √(mean x² + ε) over the last axis, whose size is a multiple of `REGISTER`; float32 or bfloat16 on the CPU."""
+    """weight · x / √(mean x² + ε) over the last axis, whose size is a multiple of `REGISTER`."""
     return _Norm.apply(x, weight_D, epsilon)
 
 
@@ -133,6 +165,6 @@ def gated_unit(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x, [1, N, heads, D], turned by its token's angles (RoPE, arXiv 2104.09864), as transformers' `apply_rotary_pos_emb` does; D is a
-    multiple of twice `REGISTER`. cos, sin: [1, N, D], without gradient."""
+    """x, [B, N, heads, D], turned by its token's angles (RoPE, arXiv 2104.09864), as transformers' `apply_rotary_pos_emb` does; D is a
+    multiple of twice `REGISTER`. cos, sin: [B, N, D], without gradient."""
     return _Turned.apply(x, cos, sin)

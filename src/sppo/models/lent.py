@@ -1,5 +1,5 @@
-"""What a transformers model's layers are lent for an update on a CPU: their own arithmetic in compiled code (elementwise.py), and an embedding whose
-gradient is as large as what was looked up.
+"""What a transformers model's layers are lent for an update: their own arithmetic in compiled code (elementwise.py), and on a CPU an embedding
+whose gradient is as large as what was looked up.
 
 `fused(fusable(model))` lends; whether a layer's own forward finds the same is tried first.
 """
@@ -70,11 +70,7 @@ def _attention_forward(
     **kwargs: Any,
 ) -> Any:
     cos, sin = position_embeddings
-    if (
-        past_key_values is not None
-        or cos.dtype != hidden_states.dtype
-        or cos.shape != (*hidden_states.shape[:2], module.head_dim)
-    ):
+    if cos.dtype != hidden_states.dtype or cos.shape != (*hidden_states.shape[:2], module.head_dim):
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )
@@ -82,10 +78,14 @@ def _attention_forward(
     query, key, value = (part(hidden_states).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
     if hasattr(module, "q_norm"):
         query, key = module.q_norm(query), module.k_norm(key)
-    parts = (x.transpose(1, 2) for x in (turned(query, cos, sin), turned(key, cos, sin), value))
+    query, key, value = (x.transpose(1, 2) for x in (turned(query, cos, sin), turned(key, cos, sin), value))
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
     interface = AttentionInterface().get_interface(module.config._attn_implementation, None)
     dropout = module.attention_dropout if module.training else 0.0
-    seen, weights = interface(module, *parts, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs)
+    seen, weights = interface(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
+    )
     return module.o_proj(seen.reshape(*shape[:-2], -1)), weights
 
 
@@ -99,9 +99,9 @@ _FORWARDS = {
 
 def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
     """The norms, gated units, attentions and the embedding of a model that are computed here as by themselves, each with its forward.
-    None unless all weights are on the CPU in one dtype, float32 or bfloat16."""
+    None unless all weights are on one device and in one dtype, for which there is compiled code."""
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
-    if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)}) or not compiles(model.dtype):
+    if len(kinds) != 1 or not compiles(*next(iter(kinds))):
         return []
     found: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
@@ -111,6 +111,8 @@ def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
         if _whole_registers(module, forward) and _same(module, forward):
             found.append((module, forward))
     embedding = model.get_input_embeddings()
+    if next(iter(kinds))[0] != "cpu":  # 3 TB a second add up a vocabulary in no time
+        return found
     if type(embedding) is nn.Embedding and not (embedding.max_norm or embedding.sparse or embedding.scale_grad_by_freq):
         found.append((embedding, _embedding_forward))
     return found
@@ -136,10 +138,10 @@ def _same(module: Any, forward: Any) -> bool:
     rest: tuple[Any, ...] = ()
     if forward is _attention_forward:
         angle = torch.randn(1, 4, module.head_dim // 2, generator=made).repeat(1, 1, 2)
-        rest = ((angle.cos().to(first.dtype), angle.sin().to(first.dtype)), None)
+        rest = ((angle.cos().to(first), angle.sin().to(first)), None)
     x = torch.randn(1, 4, first.size(-1), generator=made)
     for scale in (1.0, 100.0):
-        given = (scale * x).to(first.dtype)
+        given = (scale * x).to(first)
         mine, own = (f(module, given, *rest) for f in (forward, type(module).forward))
         if rest:
             mine, own = mine[0], own[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..objective.ratio import wide
-from . import head
+from . import head, head_cuda
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits a chunk, 32 MiB in float32: enough tokens for full matmul speed, small enough to stay near the cache."""
@@ -163,6 +163,8 @@ def token_logps(
         return empty, empty.detach()
     if head.fits(hidden_ND, weight_VD, bias_V):
         return _CompiledTokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature)
+    if head_cuda.fits(hidden_ND, weight_VD, bias_V):
+        return head_cuda.TokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature)
     return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, temperature)
 
 

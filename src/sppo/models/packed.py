@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from . import attention as compiled
+from . import attention_cuda
 from .one_token import attended, lots
 
 NAME = "sppo_packed"
@@ -112,6 +113,9 @@ def attention(
     if sliding_window is None and dropout == 0.0 and compiled.fits(query[0], key[0], value[0], len(cu_seq_lens_q) - 1):
         scale = query.size(-1) ** -0.5 if scaling is None else scaling
         return compiled.attention(query[0], key[0], value[0], cu_seq_lens_q, scale)[None], None
+    if dropout == 0.0 and attention_cuda.fits(query[0], key[0], value[0], sliding_window):
+        scale = query.size(-1) ** -0.5 if scaling is None else scaling
+        return attention_cuda.attention(query[0], key[0], value[0], cu_seq_lens_q, scale, sliding_window)[None], None
     out = []
     lengths: list[int] = cu_seq_lens_q.diff().tolist()
     for start, length, count in runs(lengths):

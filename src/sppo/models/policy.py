@@ -25,6 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import ModelError
 from ..types import Task
 from . import packed as packing
+from .attention_cuda import HALF
+from .head_cuda import exact_logits, wide_products
 from .lent import fusable, fused
 from .logprobs import exact_products, token_logps, token_logps_from_logits
 from .narrow import narrow_linear
@@ -152,7 +154,7 @@ class Policy:
         # the last token is scored, but nothing follows that it could predict
         inputs = self._packed_inputs if self.packs else self._padded_inputs
         inputs_1, state_N = inputs(ids_BL, prompt_len_B + response_len_B - 1, row_N, position_N - 1)
-        with fused(self._fusable()), self._checkpointing():
+        with fused(self.fusable()), self._checkpointing():
             if self.direct_head:
                 hidden_ND = self._backbone()(use_cache=False, **inputs_1).last_hidden_state.flatten(0, 1)[state_N]
                 head = self.model.get_output_embeddings()
@@ -187,10 +189,10 @@ class Policy:
 
     def _again(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """A layer as it was computed the first time: the backward pass comes when nothing is lent any more."""
-        with fused(self._fusable()):
+        with fused(self.fusable()):
             return forward(*args, **kwargs)
 
-    def _fusable(self) -> list[Any]:
+    def fusable(self) -> list[Any]:
         """What `fused` takes, asked once for the model as it is."""
         now = (self.model, self.dtype, self.device)
         if self._fused is None or self._fused[0] != now:
@@ -266,6 +268,8 @@ class Policy:
         hidden_ND = hidden_BSD[:, -1] if last_N is None else hidden_BSD[0, last_N]
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
+        if bias is None and hidden_ND.is_cuda and hidden_ND.dtype in HALF and wide_products():
+            return exact_logits(hidden_ND, head.weight)
         weight = self.float32_head()
         with exact_products(head.weight.dtype):
             return narrow_linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))

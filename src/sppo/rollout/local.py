@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models import decode, packed
 from ..models.compiled import NoCompiler
+from ..models.lent import fused
 from ..models.narrow import narrow_products
 from ..models.policy import Policy
 from ..models.pretrained import first_line
@@ -23,6 +24,7 @@ from .engine import Branching, Sample, Sampling
 from .plain import PlainEngine
 from .responses import Drawn, Given, Responses, next_inputs
 from .slots import Prefix, Slots
+from .step import Captured, next_logits
 from .tree import Growing
 
 PREFILL = 4096
@@ -43,14 +45,18 @@ class LocalEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        slow = policy.unpacked_why or _trouble(policy, compiled=False)
+        slow = policy.unpacked_why or _trouble(policy)
         self.plain = PlainEngine(policy) if slow else None
         self.branches = not slow
         self.compiled = not slow and decode.fits(policy.model)
+        self.captured = Captured() if not slow and policy.device.type == "cuda" else None
         self.stated = f"engine local: the plain loop, several times slower: {slow}" if slow else ""
         if self.compiled and (why := _trouble(policy, compiled=True)):
             self.compiled = False
             self.stated = f"engine local: decoding is not compiled, about half as fast: {why}"
+        if self.captured and (why := _trouble(policy, captured=self.captured)):
+            self.captured = None
+            self.stated = f"engine local: decoding steps are not captured as CUDA graphs, several times slower: {why}"
 
     def sync(self, policy: Policy) -> None:
         """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
@@ -63,7 +69,9 @@ class LocalEngine:
         return self.policy is policy
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Let go of what is kept between calls."""
+        if self.captured is not None:
+            self.captured.forget()
 
     def generate(
         self,
@@ -81,7 +89,7 @@ class LocalEngine:
         if self.plain is not None:
             return self.plain.generate(prompts, seeds, sampling, progress, limits)
         drawn = Drawn(self.policy, seeds, sampling, limits)
-        _decode(self.policy, prompts, drawn, sampling.batch, self.compiled, progress)
+        self._decode(prompts, drawn, sampling.batch, progress)
         return drawn.samples()
 
     def generate_trees(
@@ -99,7 +107,7 @@ class LocalEngine:
             return []
         growing = Growing(self.policy, seeds, sampling, branching)
         heard = None if progress is None else lambda _: progress(int(growing.finished_share + 1e-9))
-        _decode(self.policy, prompts, growing, sampling.batch, self.compiled, heard)
+        self._decode(prompts, growing, sampling.batch, heard)
         return growing.trees()
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -107,8 +115,23 @@ class LocalEngine:
         if self.plain is not None:
             return self.plain.score(prompts, responses)
         given = Given(responses)
-        _decode(self.policy, prompts, given, len(prompts), self.compiled)
+        self._decode(prompts, given, len(prompts))
         return given.logps
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Responses,
+        batch: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        try:
+            _decode(self.policy, prompts, responses, batch, self.compiled, self.captured, progress)
+        except BaseException:
+            self.close()
+            raise
+        if self.captured is not None:
+            self.captured.settle()
 
 
 @torch.inference_mode()
@@ -118,32 +141,33 @@ def _decode(
     responses: Responses,
     batch: int,
     compiled: bool,
+    captured: Captured | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Let every response grow to its end. `live[b]` is the one whose sequence is in slot b."""
     most = responses.branching.leaves if isinstance(responses, Growing) else 1
-    count = min(batch, most * len(prompts))
-    slots = Slots(policy.model.config, count, max(map(len, prompts)) + responses.longest)
+    count, longest = min(batch, most * len(prompts)), max(map(len, prompts)) + responses.longest
+    slots = captured.slots_for(policy, count, longest) if captured else Slots(policy.model.config, count, longest)
     decoder = decode.Decoder(policy.model, slots) if compiled else None
     waiting = _Waiting(prompts)
     lengths = {i: len(p) for i, p in enumerate(prompts)}  # of each response's prompt
     live: list[int] = []
     done = 0
-    with narrow_products(policy.model):
+    with narrow_products(policy.model), fused(policy.fusable() if policy.device.type != "cpu" else []):
         while live or waiting.order or waiting.forked:
-            while waiting.forked and len(live) < slots.count:
+            while waiting.forked and len(live) < count:
                 child, prefix = waiting.forked.pop()  # the newest first: fewer prefixes wait than the other way round
                 slots.write(len(live), prefix)
                 live.append(child)
-            first, free = 0, slots.count - len(live)
-            if waiting.order and free * REFILL >= slots.count:
+            first, free = 0, count - len(live)
+            if waiting.order and free * REFILL >= count:
                 admitted = waiting.take(free)
                 first, rows = len(live), [i for same in admitted.values() for i in same]
                 logits_BV = _prefill(policy, slots, waiting, admitted, first, decoder)
                 live += rows
             else:
                 rows = live
-                logits_BV = _next(policy, slots, lengths, responses, live, decoder)
+                logits_BV = _next(policy, slots, lengths, responses, live, decoder, captured)
             ended, forked = responses.take(logits_BV, rows)
             finished = [first + b for b in ended]
             for b, same in groupby(forked, key=lambda fork: fork[0]):
@@ -166,20 +190,17 @@ def _next(
     responses: Responses,
     live: Sequence[int],
     decoder: decode.Decoder | None,
+    captured: Captured | None,
 ) -> Tensor:
     """The logits after each live sequence's newest token, [B, V]."""
     last_B1, before = next_inputs(lengths, responses, live)
-    columns = max(before) + 1
+    if captured is not None:
+        return captured.next_logits(last_B1, before)
     length_B = torch.tensor(before, device=policy.device)
-    slots.write_next(length_B, columns)
     if decoder is not None:
+        slots.write_next(length_B, max(before) + 1)
         return decoder.next_logits(last_B1[:, 0])
-    beyond_BS = torch.arange(columns, device=policy.device) > length_B[:, None]
-    mask_BS = torch.zeros(beyond_BS.shape, dtype=policy.dtype, device=policy.device).masked_fill_(beyond_BS, -torch.inf)
-    return policy.next_logits(
-        input_ids=last_B1.to(policy.device), position_ids=length_B[:, None], attention_mask=mask_BS[:, None, None],
-        past_key_values=slots, **packed.slot_boundaries([n + 1 for n in before]),
-    )  # fmt: skip
+    return next_logits(policy, slots, last_B1.to(policy.device), length_B, [n + 1 for n in before])
 
 
 Key = tuple[int, ...]
@@ -259,8 +280,8 @@ def _close_ranks(
     del live[remaining:]
 
 
-def _trouble(policy: Policy, compiled: bool) -> str:
-    """Why sampling through slots (and by the compiled step) does not find what the policy itself finds of a few short sequences; empty
+def _trouble(policy: Policy, compiled: bool = False, captured: Captured | None = None) -> str:
+    """Why sampling through slots (and by the compiled or captured step) does not find what the policy itself finds of a few short sequences; empty
     when it does."""
     vocabulary = policy.model.get_input_embeddings().weight.size(0)
     rows, longest = (13, 40) if compiled else (3, 5)  # enough for every loop of decode.c to run, whole and in part
@@ -270,7 +291,7 @@ def _trouble(policy: Policy, compiled: bool) -> str:
     responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(2 + b % 3)] for b in range(rows)]
     given = Given(responses)
     try:
-        _decode(policy, prompts, given, rows - 1, compiled)
+        _decode(policy, prompts, given, rows - 1, compiled, captured)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NoCompiler) as error:
@@ -280,4 +301,5 @@ def _trouble(policy: Policy, compiled: bool) -> str:
     gaps, scale = (mine_N - theirs_N).abs(), float(theirs_N.abs().max())
     if not math.isfinite(scale) or bool((gaps <= packed.TOLERANCE[policy.dtype] * scale).all()):
         return ""  # what is not a number is the policy's trouble, and said when it is sampled from
-    return f"its log-probabilities through {'decode.c' if compiled else 'slots'} are off by {float(gaps.max()):.2g}"
+    way = "decode.c" if compiled else "captured steps" if captured else "slots"
+    return f"its log-probabilities through {way} are off by {float(gaps.max()):.2g}"

@@ -40,13 +40,13 @@ class Slots(Cache):
         length_B = torch.tensor(lengths)
         self.slot_N = torch.tensor(slots).repeat_interleave(length_B).to(device)
         self.column_N = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        self._reach(max(lengths))
+        self.reach(max(lengths))
         self.seen = None
 
     def write_next(self, length_B: Tensor, columns: int) -> None:
         """The next pass holds one token for each of the first B slots, which hold `length_B` tokens so far; with it, `columns` at most."""
         self.slot_N, self.column_N = torch.arange(len(length_B), device=length_B.device), length_B
-        self._reach(columns)
+        self.reach(columns)
         self.seen = (len(length_B), columns)
 
     def copy(self, source: int, targets: Sequence[int], columns: int) -> None:
@@ -65,15 +65,22 @@ class Slots(Cache):
 
     def write(self, slot: int, prefix: Prefix) -> None:
         """Begin a slot with what `read` gave."""
-        self._reach(prefix[0][0].size(1))
+        self.reach(prefix[0][0].size(1))
         for layer, (key, value) in zip(self.layers, prefix, strict=True):
             layer.key_store[slot, :, : key.size(1)], layer.value_store[slot, :, : key.size(1)] = key, value
 
-    def _reach(self, columns: int) -> None:
+    def reach(self, columns: int) -> None:
+        """Have so many columns."""
         if columns > self.columns:
             self.columns = min(self.longest, max(columns, 2 * self.columns))
             for layer in self.layers:
                 layer.grow(self.columns)
+
+    @property
+    def bytes(self) -> int:
+        """What they hold."""
+        stores = [s for layer in self.layers if layer.is_initialized for s in (layer.key_store, layer.value_store)]
+        return sum(s.numel() * s.element_size() for s in stores)
 
 
 def _lazily(states: Tensor) -> bool:
