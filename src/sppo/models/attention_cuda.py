@@ -60,7 +60,7 @@ def _reproducible() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield

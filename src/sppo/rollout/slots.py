@@ -50,11 +50,14 @@ class Slots(Cache):
         self.seen = (len(length_B), columns)
 
     def copy(self, source: int, targets: Sequence[int], columns: int) -> None:
-        """Copy a slot's first columns into others."""
+        """Copy a slot's first columns into others (on an accelerator all of it: whole slots need one kernel for many layers)."""
+        stores = [store for layer in self.layers for store in (layer.key_store, layer.value_store)]
+        if not _lazily(stores[0]):
+            torch._foreach_copy_([s[t] for s in stores for t in targets], [s[source] for s in stores for _ in targets])
+            return
         where = targets[0] if len(targets) == 1 else list(targets)  # a copy of memory, where it can be
-        for layer in self.layers:
-            for store in (layer.key_store, layer.value_store):
-                store[where, :, :columns] = store[source, :, :columns]
+        for store in stores:
+            store[where, :, :columns] = store[source, :, :columns]
 
     def read(self, slot: int, columns: int) -> Prefix:
         """A copy of a slot's first columns, to be written into others later."""
@@ -79,8 +82,9 @@ class Slots(Cache):
     @property
     def bytes(self) -> int:
         """What they hold."""
-        stores = [s for layer in self.layers if layer.is_initialized for s in (layer.key_store, layer.value_store)]
-        return sum(s.numel() * s.element_size() for s in stores)
+        return sum(
+            s.nbytes for layer in self.layers if layer.is_initialized for s in (layer.key_store, layer.value_store)
+        )
 
 
 def _lazily(states: Tensor) -> bool:

@@ -83,8 +83,12 @@ class Captured:
 
     def forget(self) -> None:
         """Let go of slots and graphs."""
-        self._steps.clear()
+        self._forget_steps()
         self.policy = self.slots = None
+
+    def _forget_steps(self) -> None:
+        self._steps.clear()
+        self._pool = None  # it went with the last of its graphs
 
     def settle(self) -> None:
         """After a call: hold on to what is small."""
@@ -98,8 +102,8 @@ class Captured:
         rows, columns = rows_of(len(before)), columns_of(max(before) + 1)
         self.slots.reach(columns)
         if self._reached != self.slots.columns:  # they lie elsewhere now
-            self._steps.clear()
-            self._reached, self._pool = self.slots.columns, torch.cuda.graph_pool_handle()
+            self._forget_steps()
+            self._reached = self.slots.columns
         blank = [0] * (rows - len(before))  # of free slots, whose first column is written for nothing
         inputs_2B = torch.tensor([[*last_B1[:, 0].tolist(), *blank], [*before, *blank]])
         step = self._steps.get((rows, columns))
@@ -123,6 +127,7 @@ class Captured:
             for _ in range(2):
                 self._run(inputs_2B, columns)
         torch.cuda.current_stream().wait_stream(side)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):  # one step at a time runs, so they may share their room
             logits_BV = self._run(inputs_2B, columns)

@@ -14,6 +14,10 @@ from ..errors import RecipeError
 from ..models.pretrained import first_line
 
 
+TOGETHER = 32
+"""Gradients that are converted at once: on CUDA by one kernel, and no more than these are held twice."""
+
+
 class MasterAdamW:
     """AdamW whose state and weights are float32 whatever the model's dtype.
 
@@ -37,6 +41,7 @@ class MasterAdamW:
             p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
             for p in self.parameters
         ]
+        self._apart = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         made = optimiser_class(kind, self.masters[0].device)
         self.inner = made(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
 
@@ -47,33 +52,34 @@ class MasterAdamW:
 
     def step(self, lr: float, max_norm: float) -> float:
         """Clip to a global norm and update. Returns the norm before clipping; when it is not finite, nothing is updated."""
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if master is not p and p.grad is not None:
-                master.grad = p.grad.float()
+        given = [(p, m) for p, m in self._apart if p.grad is not None]
+        for start in range(0, len(given), TOGETHER):
+            some = given[start : start + TOGETHER]
+            for _, master in some:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_([m.grad for _, m in some], [p.grad for p, _ in some])
+            for p, _ in some:
                 p.grad = None
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
         if math.isfinite(norm):
             for group in self.inner.param_groups:
                 group["lr"] = lr
             self.inner.step()
-            with torch.no_grad():
-                for p, master in zip(self.parameters, self.masters, strict=True):
-                    if master is not p:
-                        p.copy_(master)
+            if self._apart:
+                with torch.no_grad():
+                    torch._foreach_copy_([p for p, _ in self._apart], [m for _, m in self._apart])
         self.zero_grad()
         return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, and the masters where they are not the model's own weights."""
-        masters = [m.detach() for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
-        return {"inner": self.inner.state_dict(), "masters": masters}
+        return {"inner": self.inner.state_dict(), "masters": [m.detach() for _, m in self._apart]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back, bit for bit."""
         self.inner.load_state_dict(state["inner"])
-        separate = [m for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         with torch.no_grad():
-            for master, saved in zip(separate, state["masters"], strict=True):
+            for (_, master), saved in zip(self._apart, state["masters"], strict=True):
                 master.copy_(saved)
 
 
