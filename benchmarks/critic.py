@@ -50,17 +50,21 @@ def token_critic() -> dict[str, Any]:
     from transformers import AutoModelForTokenClassification
 
     from sppo.memory import keep_memory
+    from sppo.models.pretrained import pick_device
 
     keep_memory()
     model = AutoModelForTokenClassification.from_pretrained(workload.model_folder(), num_labels=1, dtype=torch.float32)
+    model.to(device := pick_device())
     before = workload.peak_bytes()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     began = time.perf_counter()
     for _ in range(8):
-        value = model(input_ids=torch.randint(40000, (8, 144)), use_cache=False).logits[:, 48:, 0].float()
+        value = (
+            model(input_ids=torch.randint(40000, (8, 144), device=device), use_cache=False).logits[:, 48:, 0].float()
+        )
         (value.square().sum() / (64 * 96)).backward()
     optimiser.step()
-    return {"seconds": time.perf_counter() - began, "bytes": workload.peak_bytes() - before + _weights(model)}
+    return {"seconds": _since(began), "bytes": workload.peak_bytes() - before + _weights(model)}
 
 
 def prompt_critic() -> dict[str, Any]:
@@ -69,17 +73,26 @@ def prompt_critic() -> dict[str, Any]:
 
     from sppo.memory import keep_memory
     from sppo.models.critic import Critic
+    from sppo.models.pretrained import pick_device
     from sppo.training.optim import MasterAdamW
 
     keep_memory()
-    critic, _ = Critic.load(CRITIC, dtype="auto", device=torch.device("cpu"), seed=0)
+    critic, _ = Critic.load(CRITIC, dtype="auto", device=pick_device(), seed=0)
     before = workload.peak_bytes()
     optimiser = MasterAdamW(critic.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     began = time.perf_counter()
     logit = critic([[3 + i % 20 for i in range(48)]] * 64)
-    torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.ones(64)).backward()
+    torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.ones_like(logit)).backward()
     optimiser.step(1e-6, 1.0)
-    return {"seconds": time.perf_counter() - began, "bytes": workload.peak_bytes() - before + _weights(critic)}
+    return {"seconds": _since(began), "bytes": workload.peak_bytes() - before + _weights(critic)}
+
+
+def _since(began: float) -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _weights(model: Any) -> int:

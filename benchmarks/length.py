@@ -33,7 +33,7 @@ def measure(length: int) -> dict[str, Any]:
     keep_memory()
     policy, _ = Policy.load(workload.model_folder(), dtype="auto", device=pick_device(), seed=0)
     cuda = policy.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated if cuda else workload.peak_bytes
+    peak = workload.peak_bytes
     for p in policy.model.parameters():
         p.grad = torch.zeros_like(p)
     head = policy.model.get_output_embeddings().weight
@@ -43,6 +43,9 @@ def measure(length: int) -> dict[str, Any]:
     token_logps(hidden, head, None, target, 1.0)[0].sum().backward()
     logits_bytes = peak() - before
     policy.checkpoint_activations()
+    if cuda:  # what is compiled the first time is not the length's
+        policy.response_logps(torch.arange(8)[None], torch.tensor([2]), torch.tensor([6]), 1.0).logp_BT.sum().backward()
+        torch.cuda.synchronize()
     row = [[(31 * t) % 40000 for t in range(PROMPT + length)]]
     before, began = peak(), time.perf_counter()
     policy.response_logps(

@@ -71,7 +71,8 @@ def serve_sppo() -> None:
         config = Config.load(None, {
             "policy.model": workload.model_folder(), "policy.chat_template": "off", "critic.model": "tiny:hidden=128,layers=3,heads=4",
             "task.train": data, "rollout.prompts": RESPONSES, "rollout.batch": RESPONSES, "rollout.max_tokens": TOKENS,
-            "training.lr": 1e-6, "training.minibatches": 1, "training.micro_tokens": 2048, "evaluation.n": 1, "run.out": f"{folder}/run",
+            "training.lr": 1e-6, "training.minibatches": 1, "training.micro_tokens": 16384 if torch.cuda.is_available() else 2048,
+            "evaluation.n": 1, "run.out": f"{folder}/run",
         })  # fmt: skip
         run = Run.new(config)
         run.reward.close()
@@ -192,7 +193,8 @@ def main() -> None:
 
     dtype = str(choose_dtype("auto", LARGE, pick_device())[0]).removeprefix("torch.")
     environment = {
-        "BENCH_DTYPE": dtype, "BENCH_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1", "PYTHONPATH": "benchmarks",
+        "BENCH_DTYPE": dtype, "BENCH_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(["benchmarks", *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
     sides = {"sppo": Side(sys.executable, "sppo", environment), "TRL": Side(TRL_PYTHON, "trl", environment)}
     for side in sides.values():

@@ -23,8 +23,8 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def off(found: torch.Tensor, true: torch.Tensor) -> float:
     """‖found − true‖ / ‖true‖."""
-    true = true.double()
-    return float((found.double() - true).norm() / true.norm())
+    found, true = found.detach().double(), true.detach().double()
+    return float((found - true).norm() / true.norm())
 
 
 def llama(dtype: torch.dtype = torch.bfloat16, **changes) -> Policy:

@@ -79,7 +79,7 @@ def test_a_run_leaves_what_other_tools_rely_on(tmp_path):
     AutoTokenizer.from_pretrained(folder / "policy")
     AutoModel.from_pretrained(folder / "critic")
     for a, b in zip(model.parameters(), job.policy.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b.cpu())
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     for key in ("accuracy_before", "accuracy_after", "accuracy_after_low", "accuracy_after_high", "steps", "seconds",
                 "generated_tokens", "peak_rss_bytes", "seed", "policy_sha256"):  # fmt: skip

@@ -101,7 +101,8 @@ class TokenLogProbs(torch.autograd.Function):
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor) -> Any:
     """Slices of the tokens, and room for each one's logits."""
     vocabulary, tokens = len(weight_VD), len(hidden_ND)
-    size = min(max(16, CHUNK_ELEMENTS // vocabulary), tokens)
+    # with a quarter of the hidden size the weights' gradient, which every chunk reads and writes, costs less than its product
+    size = min(max(16, CHUNK_ELEMENTS // vocabulary, hidden_ND.size(1) // 4), tokens)
     room_CV = torch.empty(size, vocabulary, dtype=torch.float32, device=hidden_ND.device)
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))

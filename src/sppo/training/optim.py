@@ -13,7 +13,6 @@ from torch import nn
 from ..errors import RecipeError
 from ..models.pretrained import first_line
 
-
 TOGETHER = 32
 """Gradients that are converted at once: on CUDA by one kernel, and no more than these are held twice."""
 
