@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+deterministic: Any = torch.utils.deterministic
 HALF = (torch.bfloat16, torch.float16)
 CAUSAL = 1
 """The memory-efficient kernel's number for it."""
@@ -59,14 +60,14 @@ def _reproducible() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # not with warn_only: these kernels would only warn
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 class _Flash(torch.autograd.Function):

@@ -41,6 +41,10 @@ def next_logits(policy: Policy, slots: Slots, last_B1: Tensor, length_B: Tensor,
     )  # fmt: skip
 
 
+def _device_bytes() -> int:
+    return torch.cuda.mem_get_info()[1]
+
+
 def rows_of(count: int) -> int:
     """The least number of rows that a step is captured for and that holds so many: powers of two, and from 16 on those between."""
     power = 1 << max(count - 1, 0).bit_length()
@@ -92,7 +96,7 @@ class Captured:
 
     def settle(self) -> None:
         """After a call: hold on to what is small."""
-        if self.slots is not None and self.slots.bytes > KEPT * torch.cuda.mem_get_info()[1]:
+        if self.slots is not None and self.slots.bytes > KEPT * _device_bytes():
             self.forget()
 
     def next_logits(self, last_B1: Tensor, before: Sequence[int]) -> Tensor:

@@ -54,11 +54,10 @@ class MasterAdamW:
         given = [(p, m) for p, m in self._apart if p.grad is not None]
         for start in range(0, len(given), TOGETHER):
             some = given[start : start + TOGETHER]
-            for _, master in some:
-                master.grad = torch.empty_like(master)
-            torch._foreach_copy_([m.grad for _, m in some], [p.grad for p, _ in some])
-            for p, _ in some:
-                p.grad = None
+            wide = [torch.empty_like(m) for _, m in some]
+            torch._foreach_copy_(wide, [p.grad for p, _ in some if p.grad is not None])
+            for (p, master), grad in zip(some, wide, strict=True):
+                p.grad, master.grad = None, grad
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
         if math.isfinite(norm):
             for group in self.inner.param_groups:
