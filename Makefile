@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: setup quickstart test check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
 
 help:
 	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench-trl, bench-stability   the evidence (docs/evidence.md): against TRL's own trainer, and by length"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
+	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
 	@echo "make test         linter, types, layers and all tests"
 	@echo "make test-vllm    the vLLM engine, in an environment of its own (.venv-vllm)"
 
@@ -93,6 +94,9 @@ bench-trl: setup
 
 bench-stability: setup
 	$(BIN)/python benchmarks/stability.py --figure docs/evidence/stability.svg
+
+bench-head: setup
+	$(BIN)/python benchmarks/head.py
 
 bench-reward-model: setup
 	$(BIN)/python benchmarks/reward_model.py
