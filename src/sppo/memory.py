@@ -21,7 +21,7 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    settings = ((M_TRIM_THRESHOLD, 2**29), (M_MMAP_THRESHOLD, 2**26), (M_TOP_PAD, 2**24))
+    settings = ((M_TRIM_THRESHOLD, 2**31-1), (M_MMAP_THRESHOLD, 2**28), (M_TOP_PAD, 2**24))
     return all(mallopt(option, value) == 1 for option, value in settings)
 
 

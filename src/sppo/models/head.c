@@ -1,7 +1,7 @@
-/* The output projection and the log-softmax of given tokens, forward and backward, without the logits: logprobs.py.
+/* The output projection and the log-softmax of given tokens, forward and backward, without a matrix of logits: logprobs.py.
  *
- * Called by head.py. Axes: N tokens, D hidden, V vocabulary. Logits are bfloat16 products summed in float32, and are used where they are made, in registers.
- * The weights are packed (products.h).
+ * Called by head.py. Axes: N tokens, D hidden, V vocabulary. Logits are bfloat16 products summed in float32, and are used where they are made, in registers;
+ * of so many tokens as head.py makes room for, forward keeps them for backward in two bytes each. The weights are packed (products.h).
  */
 #include "products.h"
 
@@ -14,7 +14,26 @@ typedef struct { /* head.py fills it */
     const float *grad;                  /* [N] */
     float *grad_hidden;                 /* [N, D] */
     T *grad_weight;                     /* [V, D], or null */
+    int16_t *kept;                      /* logits of the first `keeps` tokens: [V / L, across, L] */
+    long keeps, across;
 } Head;
+
+/* A logit in two bytes: to 0.001 between -64 and 64, whatever its size, where a float of two bytes would be off by 0.008. head.py sees to it that none
+ * that matters is beyond. */
+enum { FIXED = 512 };
+
+INLINE void keep(int16_t *to, vf x) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i *)to, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(x * FIXED))));
+#else
+    for (int j = 0; j < L; j++) to[j] = (int16_t)lrintf(fminf(fmaxf(x[j] * FIXED, -32768), 32767));
+#endif
+}
+
+INLINE vf kept(const int16_t *from) {
+    typedef int16_t vs __attribute__((vector_size(2 * L), aligned(2), may_alias));
+    return __builtin_convertvector(__builtin_convertvector(*(const vs *)from, vi), vf) * (1.0f / FIXED);
+}
 
 enum { LOW = -1000000000 }; /* below any logit: what it adds is below 1e-28 */
 
@@ -30,6 +49,8 @@ INLINE void looked(const Head *h, const int many, vf x[WIDE], long n, long colum
     vf less = vexp(seen->top - top), sum = seen->sum * less, mean = seen->mean * less;
     for (int c = 0; c < many; c++) { vf e = vexp(x[c] - top); sum += e; mean += e * x[c]; }
     *seen = (Seen){top, sum, mean};
+    if (n < h->keeps)
+        for (int c = 0; c < many; c++) keep(h->kept + ((column / L + c) * h->across + n) * L, x[c]);
     long at = h->target[n] - column;
     if (at >= 0 && at < many * L) h->logp[n] = x[at / L][at % L];
 }
@@ -75,15 +96,15 @@ void head_forward(const Head *h, Seen *room) {
     }
 }
 
-/* The gradient of a tile of logits, of `rows` tokens from n on: d logp / d logit = onehot - softmax, rounded as it is multiplied later. To
- * `by_token`, whose rows are a token's, and to `by_column`, whose panels are `apart`.
+/* The gradient of a tile of logits (divided by `scale`), of `rows` tokens from n on: d logp / d logit = onehot - softmax, rounded as it is multiplied
+ * later. To `by_token`, whose rows are a token's, and to `by_column`, whose panels are `apart`.
  *
  * Not inlined: the exponential's constants would take the registers that the product's sums need. */
-static __attribute__((noinline)) void graded(const Head *h, int rows, int many, vf (*x)[WIDE], long n, long column, T *by_token, long row, T *by_column, long apart) {
+static __attribute__((noinline)) void graded(const Head *h, int rows, int many, vf (*x)[WIDE], float scale, long n, long column, T *by_token, long row, T *by_column, long apart) {
     for (int r = 0; r < rows; r++) {
         float g = h->grad[n + r] * h->scale, normaliser = h->normaliser[n + r];
         long at = h->target[n + r] - column;
-        for (int c = 0; c < many; c++) x[r][c] = vexp(x[r][c] * h->scale - normaliser) * -g;
+        for (int c = 0; c < many; c++) x[r][c] = vexp(x[r][c] * scale - normaliser) * -g;
         if (at >= 0 && at < many * L) x[r][at / L][at % L] += g;
         for (int c = 0; c < many; c++) {
             x[r][c] = first(x[r][c], h->V - column - c * L, 0);
@@ -123,8 +144,8 @@ long head_bytes(const Head *h) {
     return laid(h, 0, &room);
 }
 
-/* grad_hidden and grad_weight, a slice of the vocabulary after the other: in each the logits again, their gradient, and what it is multiplied
- * with. A thread has its panels and its tokens; D is a whole number of registers. */
+/* grad_hidden and grad_weight, a slice of the vocabulary after the other: in each the logits again (those that were not kept), their gradient, and what
+ * it is multiplied with. A thread has its panels and its tokens; D is a whole number of registers. */
 void head_backward(const Head *h, char *memory) {
     long N = h->N, D = h->D, steps = (D + PAIR - 1) / PAIR, panels = filled(h->V) / L, apart = pairs(N) * STEP;
     Room room;
@@ -147,13 +168,19 @@ void head_backward(const Head *h, char *memory) {
                     const T *w = h->head + p * steps * STEP;
                     for (long r = 0; r < tokens; r += TALL) {
                         int rows = tokens - r < TALL ? tokens - r : TALL;
-                        Rows x = {h->hidden + (t + r) * D, D, PAIR};
-                        Ahead ahead = share_of(w + many * steps * STEP, end - p - many, steps, r, rows, tokens);
                         vf sum[TALL][WIDE];
+                        int known = t + r + rows <= h->keeps;
+                        if (known) {
+                            for (int i = 0; i < rows; i++)
+                                for (int c = 0; c < many; c++) sum[i][c] = kept(h->kept + ((p + c) * h->across + t + r + i) * L);
+                        } else {
+                            Rows x = {h->hidden + (t + r) * D, D, PAIR};
+                            Ahead ahead = share_of(w + many * steps * STEP, end - p - many, steps, r, rows, tokens);
 #define TILE(height, width) summed(height, width, x, w, steps * STEP, steps, ahead, sum);
-                        EVERY_TILE(rows, many)
+                            EVERY_TILE(rows, many)
 #undef TILE
-                        graded(h, rows, many, sum, t + r, p * L, room.by_token + r * BY_TOKEN + (p - s) * L, BY_TOKEN,
+                        }
+                        graded(h, rows, many, sum, known ? 1 : h->scale, t + r, p * L, room.by_token + r * BY_TOKEN + (p - s) * L, BY_TOKEN,
                                room.by_column + (p - s) * column + r / PAIR * STEP, column);
                     }
                     p += many;

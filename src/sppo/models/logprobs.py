@@ -117,8 +117,11 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        logp_N, entropy_N, normaliser_N = head.Head(weight_VD, temperature).forward(hidden_ND, target_N)
+        compiled = head.Head(weight_VD, temperature)
+        kept = compiled.room(len(hidden_ND)) if any(ctx.needs_input_grad) else None
+        logp_N, entropy_N, normaliser_N = compiled.forward(hidden_ND, target_N, kept)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, normaliser_N)
+        ctx.kept = kept
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
@@ -127,8 +130,12 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         hidden_ND, weight_VD, target_N, normaliser_N = ctx.saved_tensors
-        compiled = head.Head(weight_VD, ctx.temperature)
-        return *compiled.backward(hidden_ND, target_N, normaliser_N, gradients[0], ctx.needs_input_grad[1]), None, None
+        compiled, kept = head.Head(weight_VD, ctx.temperature), ctx.kept
+        grads = compiled.backward(hidden_ND, target_N, normaliser_N, gradients[0], ctx.needs_input_grad[1], kept)
+        if kept is not None:  # another forward pass may write there from now on
+            ctx.kept = None
+            compiled.spare(kept)
+        return *grads, None, None
 
 
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor, size: int, count: int) -> Tensor:
