@@ -116,7 +116,7 @@ STUDIES = {
                 "training.steps": 68,
                 "training.lr": 2e-4,
             },
-            "search": {},
+            "search": {"training.steps": 60},  # about as many tokens as the others
         },
         {"training.steps": 40, "evaluation.every": 4},
         start={"search": None, "task.train": "chain:steps=1-10", "bootstrap.steps": 1000, "bootstrap.until": 0.17},
