@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sppo.models import head
-from sppo.models.logprobs import token_logps_from_logits
+from sppo.models.logprobs import token_logps, token_logps_from_logits
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -87,3 +87,52 @@ def test_many_tokens_are_taken_in_parts(compiled_head, monkeypatch):
     whole = head.Head(weight, 1.0).forward(hidden, target)
     monkeypatch.setattr(head, "PART", 5)
     assert all(torch.equal(a, b) for a, b in zip(head.Head(weight, 1.0).forward(hidden, target), whole, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 13, 29])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kept_logits_give_the_gradients_that_computed_ones_give(compiled_head, monkeypatch, tokens, threads):
+    """None kept, the first thirteen, all; parts of five tokens, so that they are kept by several passes."""
+    hidden, weight, target, scale = case(29, 64, 1040)
+    mine = head.Head(weight, 0.7)
+    mine.threads = threads
+    normaliser = mine.forward(hidden, target)[2]
+    exact = mine.backward(hidden, target, normaliser, scale)
+    monkeypatch.setattr(head, "PART", 5)
+    monkeypatch.setattr(head, "KEPT", 2 * 1040 * tokens)
+    head._spare.clear()
+    kept = mine.room(29)
+    assert (kept is None) == (tokens == 0)
+    if kept is not None:
+        assert kept.size(1) == tokens
+    assert torch.equal(mine.forward(hidden, target, kept)[2], normaliser)
+    for grad, wanted in zip(mine.backward(hidden, target, normaliser, scale, kept=kept), exact, strict=True):
+        assert float((grad.float() - wanted.float()).norm() / wanted.float().norm()) < 2e-3
+
+
+@pytest.mark.parametrize("by", [40, -40])
+def test_logits_out_of_the_kept_range_are_computed_again(compiled_head, by):
+    hidden, weight, target, scale = case(7, 64, 333)
+    hidden[:, 0], weight[:, 0] = by, 4.0  # all logits far above or below what two bytes hold
+    mine = head.Head(weight, 1.0)
+    kept = mine.room(7)
+    normaliser = mine.forward(hidden, target, kept)[2]
+    exact, found = (mine.backward(hidden, target, normaliser, scale, kept=k) for k in (None, kept))
+    assert all(torch.equal(a, b) for a, b in zip(exact, found, strict=True))
+
+
+def test_room_is_lent_once_and_a_second_backward_pass_does_not_read_anothers(compiled_head):
+    if not head.fits(*case(7, 64, 333)[:2], None):
+        pytest.skip("another way is taken on this processor")
+    hidden, weight, target, scale = case(7, 64, 333)
+    h = hidden.clone().requires_grad_()
+    logp, _ = token_logps(h, weight, None, target, 1.0)
+    logp.backward(scale, retain_graph=True)
+    first = h.grad.clone()
+    token_logps((2 * hidden).requires_grad_(), weight, None, target, 1.0)  # takes the room that was given back
+    h.grad = None
+    logp.backward(scale)
+    assert float((h.grad.float() - first.float()).norm() / first.float().norm()) < 2e-3
+    mine = head.Head(weight, 1.0)
+    one, two = mine.room(7), mine.room(7)
+    assert one.untyped_storage().data_ptr() != two.untyped_storage().data_ptr()
