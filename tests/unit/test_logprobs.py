@@ -65,7 +65,7 @@ def test_the_compiled_head_is_taken_where_it_is_the_faster_way(monkeypatch) -> N
         assert float((a.double() - b.double()).norm() / b.double().norm()) < 2**-7
     h = hidden.clone().requires_grad_()
     token_logps(h, weight, None, target, 0.7)[0].backward(scale)  # a head that is not trained
-    assert torch.allclose(h.grad.float(), found[0][2].float(), rtol=2**-7)
+    assert float((h.grad.float() - found[0][2].float()).norm() / h.grad.float().norm()) < 2**-7
 
 
 def test_exact_products_are_exact_and_the_setting_is_given_back() -> None:
