@@ -77,11 +77,14 @@ class Captured:
     def slots_for(self, policy: Policy, count: int, longest: int) -> Slots:
         """Room for so many sequences of at most so many tokens: what is there, if that is enough."""
         rows, columns = rows_of(count), columns_of(longest)
-        if self.slots is not None and self.policy is policy:
-            if self.slots.count >= rows and self.slots.longest >= columns:
-                return self.slots
-            rows, columns = max(rows, self.slots.count), max(columns, self.slots.longest)
-        self.forget()
+        if (
+            self.slots is not None
+            and self.policy is policy
+            and self.slots.count >= rows
+            and self.slots.longest >= columns
+        ):
+            return self.slots
+        self.forget()  # and not as many rows as before times as many columns as now: nobody asked for so much memory
         self.policy, self.slots = policy, Slots(policy.model.config, rows, columns)
         return self.slots
 
