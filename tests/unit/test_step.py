@@ -24,9 +24,7 @@ def captures(monkeypatch) -> list[tuple[int, int]]:
 
     def capture(self, inputs_2B, columns):
         seen.append((inputs_2B.size(1), columns))
-        made = step._Step(inputs_2B, self._run(inputs_2B, columns), None)
-        made.graph = SimpleNamespace(replay=lambda: made.logits_BV.copy_(self._run(made.inputs_2B, columns)))
-        return made
+        return step._Step(inputs_2B, SimpleNamespace(replay=lambda: self._run(inputs_2B, columns)))
 
     monkeypatch.setattr(Captured, "_capture", capture)
     monkeypatch.setattr(step, "_device_bytes", lambda: 1 << 30)
@@ -39,13 +37,15 @@ def engine_of(policy) -> LocalEngine:
     return engine
 
 
-def test_shapes_are_rounded_up_to_few():
-    assert [rows_of(n) for n in (1, 2, 3, 5, 9, 16, 17, 24, 25, 48, 49, 96, 97, 200)] == [
+def test_shapes_are_rounded_up_to_few_and_not_beyond_what_is_asked():
+    assert [rows_of(n, 999) for n in (1, 2, 3, 5, 9, 16, 17, 24, 25, 48, 49, 96, 97, 200)] == [
         1, 2, 4, 8, 16, 16, 24, 24, 32, 48, 64, 96, 128, 256,
     ]  # fmt: skip
-    assert all(rows_of(n) >= n for n in range(1, 600))
-    assert len({rows_of(n) for n in range(1, 257)}) == 13
-    assert [columns_of(n) for n in (1, 256, 257, 512, 5000)] == [256, 256, 512, 512, 8192]
+    assert all(rows_of(n, 600) >= n for n in range(1, 601))
+    assert len({rows_of(n, 256) for n in range(1, 257)}) == 13
+    assert rows_of(70, 72) == 72
+    assert [columns_of(n, 9999) for n in (1, 256, 257, 512, 5000)] == [256, 256, 512, 512, 8192]
+    assert columns_of(4200, 4352) == 4352
 
 
 @pytest.mark.parametrize("batch", [24, 5, 1])
@@ -54,7 +54,7 @@ def test_captured_steps_draw_what_the_plain_loop_draws(captures, batch):
     asked = (PROMPTS, list(range(24)), Sampling(12, 1.0, batch))
     assert [s.ids for s in engine_of(policy).generate(*asked)] == [s.ids for s in PlainEngine(policy).generate(*asked)]
     assert captures
-    assert all(rows <= rows_of(batch) for rows, _ in captures)
+    assert all(rows <= batch for rows, _ in captures)
 
 
 def test_steps_outlive_a_call_and_see_new_weights(captures):
@@ -107,3 +107,40 @@ def test_what_is_large_or_broke_is_let_go(captures, monkeypatch):
     monkeypatch.setattr(step, "_device_bytes", lambda: 1 << 10)
     engine.generate(*asked)
     assert engine.captured.slots is None
+
+
+def test_what_was_not_a_number_is_not_there_the_next_time(captures):
+    policy = small_policy()
+    engine = engine_of(policy)
+    responses = [[5, 9, 7, 4]] * 24
+    before = engine.score(PROMPTS, responses)
+    kept = {name: p.clone() for name, p in policy.model.named_parameters()}
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.fill_(torch.nan)
+        engine.score(PROMPTS, responses)
+        for name, p in policy.model.named_parameters():
+            p.copy_(kept[name])
+    assert engine.score(PROMPTS, responses) == before
+
+
+def test_weights_that_were_moved_are_captured_anew(captures):
+    policy = small_policy()
+    engine = engine_of(policy)
+    engine.score(PROMPTS, [[5, 9]] * 24)
+    for p in policy.model.parameters():
+        p.data = p.data.clone()
+    engine.score(PROMPTS, [[5, 9]] * 24)
+    assert len(captures) == 2
+
+
+def test_the_head_that_a_captured_step_may_read_stays_where_it_is():
+    policy = small_policy()
+    policy.model.to(torch.bfloat16)
+    weight = policy.model.get_output_embeddings().weight
+    with torch.inference_mode():
+        first = policy.float32_head()
+    with torch.no_grad():
+        weight.add_(1)
+    again = policy.float32_head()
+    assert again.data_ptr() == first.data_ptr()
+    assert torch.equal(again, weight.float())

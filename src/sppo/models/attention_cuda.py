@@ -24,7 +24,11 @@ def fits(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
     """Whether `attention` can take these, [heads, N, D]."""
     return (
         all(x.is_cuda and x.dtype == query.dtype for x in (query, key, value))
-        and (query.dtype in HALF or (query.dtype == torch.float32 and window is None))
+        and (
+            torch.backends.cuda.is_flash_attention_available()
+            if query.dtype in HALF
+            else query.dtype == torch.float32 and window is None
+        )
         and query.size(-1) % 8 == 0
         and query.size(-1) <= 256
         and query.size(-1) == key.size(-1) == value.size(-1)

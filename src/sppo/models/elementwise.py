@@ -52,8 +52,16 @@ def compiles(device: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def triton_is_there() -> bool:
-    """Whether kernels.py can be imported: PyTorch's CUDA builds for Linux bring Triton."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether kernels.py runs on this GPU: PyTorch's CUDA builds for Linux bring Triton, which needs a C compiler and Python's headers."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        one = torch.ones(1, 32, device="cuda")
+        _kernels().norm(one, one[0], 1e-5)
+        torch.cuda.synchronize()
+    except Exception:  # whatever it is that Triton misses
+        return False
+    return True
 
 
 @functools.cache

@@ -93,8 +93,8 @@ class Head:
     @staticmethod
     def spare(kept: Tensor) -> None:
         """Give room back: fresh pages for it would cost a fifth of the next forward pass."""
-        storage = kept.untyped_storage()
-        _spare[:] = [kept.new_empty(0).set_(storage, 0, (storage.nbytes() // 2,))]
+        if kept._base is not None:
+            _spare[:] = [kept._base]
 
     def forward(self, hidden_ND: Tensor, target_N: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """log π of the targets, entropy, and log Σ exp(logits), float32 [N] each. `kept`, see `room`, is filled in."""

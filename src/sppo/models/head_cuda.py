@@ -23,15 +23,18 @@ def wide_products() -> bool:
     return hasattr(torch.ops.aten.mm, "dtype_out")
 
 
+def _wide_sums() -> bool:
+    """Whether it adds such a product to a float32 matrix (2.10 and newer)."""
+    return wide_products() and tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
 def fits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
     """Whether `TokenLogProbs` can take these."""
     return (
         bias_V is None
         and hidden_ND.is_cuda
         and hidden_ND.dtype == weight_VD.dtype
-        and (
-            hidden_ND.dtype == torch.float32 or (hidden_ND.dtype in (torch.bfloat16, torch.float16) and wide_products())
-        )
+        and (hidden_ND.dtype == torch.float32 or (hidden_ND.dtype in (torch.bfloat16, torch.float16) and _wide_sums()))
         and triton_is_there()
     )
 

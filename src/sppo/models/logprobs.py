@@ -115,10 +115,10 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float, keep: bool
     ) -> tuple[Tensor, Tensor]:
         compiled = head.Head(weight_VD, temperature)
-        kept = compiled.room(len(hidden_ND)) if any(ctx.needs_input_grad) else None
+        kept = compiled.room(len(hidden_ND)) if keep else None
         logp_N, entropy_N, normaliser_N = compiled.forward(hidden_ND, target_N, kept)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, normaliser_N)
         ctx.kept = kept
@@ -132,10 +132,12 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
         hidden_ND, weight_VD, target_N, normaliser_N = ctx.saved_tensors
         compiled, kept = head.Head(weight_VD, ctx.temperature), ctx.kept
         grads = compiled.backward(hidden_ND, target_N, normaliser_N, gradients[0], ctx.needs_input_grad[1], kept)
-        if kept is not None:  # another forward pass may write there from now on
+        if (
+            kept is not None
+        ):  # another forward pass may write there from now on (a second backward pass computes them again)
             ctx.kept = None
             compiled.spare(kept)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor, size: int, count: int) -> Tensor:
@@ -169,7 +171,8 @@ def token_logps(
         empty = wide(hidden_ND).sum(1)
         return empty, empty.detach()
     if head.fits(hidden_ND, weight_VD, bias_V):
-        return _CompiledTokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature)
+        keep = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+        return _CompiledTokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature, keep)
     if head_cuda.fits(hidden_ND, weight_VD, bias_V):
         return head_cuda.TokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature)
     return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, temperature)

@@ -271,20 +271,25 @@ class Policy:
         hidden_ND = hidden_BSD[:, -1] if last_N is None else hidden_BSD[0, last_N]
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        if bias is None and hidden_ND.is_cuda and hidden_ND.dtype in HALF and wide_products():
-            return exact_logits(hidden_ND, head.weight)
+        if hidden_ND.is_cuda and hidden_ND.dtype in HALF and wide_products():
+            logits = exact_logits(hidden_ND, head.weight)
+            return logits if bias is None else logits + bias.float()
         weight = self.float32_head()
         with exact_products(head.weight.dtype):
             return narrow_linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
     def float32_head(self) -> Tensor:
-        """The output projection in float32, converted once for each version of the weights rather than once a token."""
+        """The output projection in float32, converted once for each version of the weights rather than once a token, and always in the same
+        place: a captured step reads it there (rollout/step.py)."""
         weight: Tensor = self.model.get_output_embeddings().weight
         if weight.dtype in (torch.float32, torch.float64):
             return weight
         version, cached = getattr(self, "_head_cache", (-1, None))
         if cached is None or version != weight._version:
-            cached = weight.detach().float()
+            with torch.inference_mode(False), torch.no_grad():  # so that it may be written to in any mode
+                if cached is None or cached.shape != weight.shape or cached.device != weight.device:
+                    cached = torch.empty_like(weight, dtype=torch.float32)
+                cached.copy_(weight)
             self._head_cache = (weight._version, cached)
         return cached
 

@@ -79,6 +79,12 @@ class Slots(Cache):
             for layer in self.layers:
                 layer.grow(self.columns)
 
+    def clear(self) -> None:
+        """All zeros, as at first."""
+        stores = [s for layer in self.layers if layer.is_initialized for s in (layer.key_store, layer.value_store)]
+        if stores:
+            torch._foreach_zero_(stores)
+
     @property
     def bytes(self) -> int:
         """What they hold."""
