@@ -2,7 +2,7 @@
 
     staged     chains of eight operations: sampled as they are, or reached from short ones stage by stage (curriculum.kind = "staged")
     search     chains of ten operations that sampling does not solve: SPPO (by stakes), GRPO, and SPPO with search and its buffer
-    mixed      one problem in four trivial, one open, two hopeless: drawn as they come, or by the critic (curriculum.kind = "predicted")
+    mixed      one problem in four trivial, one open, two hopeless, 64 a step: drawn as they come, or by the critic (curriculum.kind = "predicted")
     steps      right answers by wrong steps: the answer alone, or with the checker's step scores (added, and added and fading)
     sloppy     the same after demonstrations that write one step in eight wrongly, and go on from the right value
     gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ; and the
@@ -123,10 +123,13 @@ STUDIES = {
     ),
     "mixed": Study(
         "recipes/quickstart.toml",
-        {"uniform": {}, "predicted": {"curriculum.kind": "predicted"}},
+        {"uniform": {}, "predicted": {"curriculum.kind": "predicted", "curriculum.floor": 0.02}},
         {
             **QUICK,
-            "training.steps": 64,
+            "objective.algorithm": "sppo-stakes",
+            "rollout.prompts": 64,
+            "training.steps": 256,
+            "evaluation.every": 32,
             "evaluation.n": 2000,
             "rollout.max_tokens": 112,
             "reward.use": RIGHT,
