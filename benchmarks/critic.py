@@ -64,7 +64,7 @@ def token_critic() -> dict[str, Any]:
         )
         (value.square().sum() / (64 * 96)).backward()
     optimiser.step()
-    return {"seconds": _since(began), "bytes": workload.peak_bytes() - before + _weights(model)}
+    return {"seconds": workload.since(began), "bytes": workload.peak_bytes() - before + _weights(model)}
 
 
 def prompt_critic() -> dict[str, Any]:
@@ -84,15 +84,7 @@ def prompt_critic() -> dict[str, Any]:
     logit = critic([[3 + i % 20 for i in range(48)]] * 64)
     torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.ones_like(logit)).backward()
     optimiser.step(1e-6, 1.0)
-    return {"seconds": _since(began), "bytes": workload.peak_bytes() - before + _weights(critic)}
-
-
-def _since(began: float) -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return {"seconds": workload.since(began), "bytes": workload.peak_bytes() - before + _weights(critic)}
 
 
 def _weights(model: Any) -> int:

@@ -80,8 +80,7 @@ def measure(tokens: int, size: int, vocabulary: int, rounds: int) -> dict[str, d
             torch.cuda.synchronize()
             began = time.perf_counter()
             (sides[name]() * grad).sum().backward()
-            torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(workload.since(began))
     return {name: {"ms": round(1000 * statistics.median(seconds[name]), 2), **rest} for name, rest in out.items()}
 
 

@@ -51,9 +51,7 @@ def measure(length: int) -> dict[str, Any]:
     policy.response_logps(
         torch.tensor(row), torch.tensor([PROMPT]), torch.tensor([length]), 1.0
     ).logp_BT.sum().backward()
-    if cuda:
-        torch.cuda.synchronize()
-    update, update_bytes = time.perf_counter() - began, peak() - before
+    update, update_bytes = workload.since(began), peak() - before
     engine = LocalEngine(policy)
     middle = [row[0][: PROMPT + length // 2]]
     engine.score(middle, [[5] * 3])  # with a step, which a GPU captures the first time

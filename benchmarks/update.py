@@ -61,9 +61,7 @@ def sppo_pass(policy: Any, rows: list[list[int]], prompt_lens: list[int], budget
         log_r = log_ratio(scored.logp_BT, scored.logp_BT.detach(), scored.mask_BT, "sequence", 0.5)
         value, _ = surrogate(log_r, torch.ones(len(part), device=log_r.device), (0.2, 0.2), 3.0)
         (-normalised_sum(value, torch.ones_like(log_r, dtype=torch.bool), len(rows))).backward()
-    if policy.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return workload.since(began)
 
 
 def ordinary_pass(model: Any, rows: list[list[int]], prompt_lens: list[int], size: int) -> float:
@@ -81,9 +79,7 @@ def ordinary_pass(model: Any, rows: list[list[int]], prompt_lens: list[int], siz
             device=model.device,
         )
         model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return workload.since(began)
 
 
 def measure(side: str, kind: str) -> dict[str, float]:

@@ -54,6 +54,15 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
+def since(began: float) -> float:
+    """Seconds since `time.perf_counter()` said `began`, when all that was asked of a GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def peak_bytes() -> int:
     """The most memory this process ever held: on the GPU, where there is one."""
     import torch

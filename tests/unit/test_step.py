@@ -144,3 +144,9 @@ def test_the_head_that_a_captured_step_may_read_stays_where_it_is():
     again = policy.float32_head()
     assert again.data_ptr() == first.data_ptr()
     assert torch.equal(again, weight.float())
+    frozen = policy.reference()
+    before = frozen.float32_head().clone()
+    with torch.no_grad():
+        weight.add_(1)
+    assert not torch.equal(policy.float32_head(), before)
+    assert torch.equal(frozen.float32_head(), before)  # and not this policy's room

@@ -132,9 +132,7 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
         hidden_ND, weight_VD, target_N, normaliser_N = ctx.saved_tensors
         compiled, kept = head.Head(weight_VD, ctx.temperature), ctx.kept
         grads = compiled.backward(hidden_ND, target_N, normaliser_N, gradients[0], ctx.needs_input_grad[1], kept)
-        if (
-            kept is not None
-        ):  # another forward pass may write there from now on (a second backward pass computes them again)
+        if kept is not None:  # the room goes to the next forward pass; a second backward pass computes the logits again
             ctx.kept = None
             compiled.spare(kept)
         return *grads, None, None, None

@@ -97,6 +97,7 @@ class Policy:
         """A frozen copy: π_ref."""
         frozen = Policy.__new__(Policy)
         frozen.__dict__.update(self.__dict__)
+        frozen.__dict__.pop("_head_cache", None)  # this policy goes on writing to its own
         frozen.model, frozen._checkpointed = copy.deepcopy(self.model).requires_grad_(False).eval(), []
         return frozen
 

@@ -153,6 +153,7 @@ def _decode(
     lengths = {i: len(p) for i, p in enumerate(prompts)}  # of each response's prompt
     live: list[int] = []
     done = 0
+    # what decode.c does on a CPU: fewer kernels between products
     with narrow_products(policy.model), fused(policy.fusable() if policy.device.type != "cpu" else []):
         while live or waiting.order or waiting.forked:
             while waiting.forked and len(live) < count:
