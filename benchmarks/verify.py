@@ -1,4 +1,4 @@
-"""Math verdicts a second, isolated, against calling math-verify in this process; and a batch with one expression that hangs.
+"""Math verdicts a second, in worker processes, against judging in this process; and a batch with one value that is beyond computing.
 
 Interleaved, so that both see the same machine. Last line: one JSON object. `make bench-verify`
 """

@@ -13,20 +13,29 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
-from .compare import choice, members, number, plain, quantity, same_number, same_quantity
+from .compare import choice, members, plain, quantity, same_quantity
+from .extract import EXTRACT, after_hashes, after_last_mark, after_thinking, boxed, extract_answer
+from .guard import each_within
+from .reading import read
+from .tokens import Unreadable
 
-_MARK = re.compile(r"(?i:\b(?:final answer|answer))\s*(?:is|:|=)\s*:?|(?<![A-Za-z])A:")
-_HASH = re.compile(r"####[^\S\n]*([^\n]+)")
-_NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?:[eE][-+]?\d+)?")
-_TAG = re.compile(r"<answer>([^<]*)</answer>")
-_GOES_ON = re.compile(r"\*{0,2}\.\*{0,2}\s|,\s(?:since|because|as|which|so|where|and)\b|\s\(")
-EXTRACT = ("auto", "boxed", "marked", "hash", "number", "whole")
+__all__ = [
+    "AnswerReward",
+    "after_last_mark",
+    "boxed",
+    "build",
+    "choice_letter",
+    "extract_answer",
+    "gold_of",
+    "looks_cut_off",
+    "reference_problem",
+]
 MODES = ("auto", "exact", "numeric", "set", "list", "choice")
 UNITS = ("optional", "required", "ignore")
 
@@ -49,76 +58,20 @@ def gold_of(task: Task) -> str | None:
     if answer is None or isinstance(answer, (list, tuple, dict)):
         return None
     gold = str(answer)
-    if marks := _HASH.findall(gold):  # GSM8K: a worked solution that ends with "#### 72"
-        return marks[-1].strip()
-    return boxed(gold) or gold
+    return after_hashes(gold) or boxed(gold) or gold  # GSM8K: a worked solution that ends with "#### 72"
 
 
 def _given(task: Task) -> Any:
     answer = task.columns.get("answer")
-    if answer is None and isinstance(task.columns.get("reward_model"), dict):
+    if answer is None and "tests" not in task.columns and isinstance(task.columns.get("reward_model"), dict):
         answer = task.columns["reward_model"].get("ground_truth")
-    return answer
-
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{…} with its braces balanced, or None (also when it never closes)."""
-    start = text.rfind("\\boxed")
-    if start < 0:
-        return None
-    opening = text.find("{", start)
-    if opening < 0 or text[start + len("\\boxed") : opening].strip():
-        return None
-    depth = 0
-    for i in range(opening, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[opening + 1 : i].strip()
-    return None
-
-
-def last_number(text: str) -> str | None:
-    """The last number written in a text, or None."""
-    found = [m.group() for m in _NUMBER.finditer(text) if any(c.isdigit() for c in m.group())]
-    return found[-1] if found else None
-
-
-def after_last_mark(text: str) -> str | None:
-    """Everything after the last `Answer:` (`A:`, `answer is`), or None when there is no such mark."""
-    marks = list(_MARK.finditer(text))
-    return text[marks[-1].end() :].strip() if marks else None
-
-
-def extract_answer(text: str, how: str = "auto") -> str | None:
-    """The final answer that a response gives, or None when it gives none."""
-    if how == "whole":
-        return text.strip() or None
-    if how == "number":
-        return last_number(text)
-    if how == "auto" and (tagged := _TAG.findall(text)):
-        return tagged[-1].strip() or None
-    if how in ("boxed", "auto") and (content := boxed(text)) is not None:
-        return content
-    if how in ("hash", "auto") and (marks := _HASH.findall(text)):
-        return marks[-1].strip() or None
-    if how in ("marked", "auto"):
-        after = after_last_mark(text)
-        if after:
-            return _first_clause(after.splitlines()[0]) or None
-    return last_number(text) if how == "auto" else None
-
-
-def _first_clause(line: str) -> str:
-    """The answer of a line that goes on after it: `18. It took 3 steps`, `18, since 9*2 = 18`. Cut only where a number stands before."""
-    line = line.strip("*` ").removesuffix(".").strip("*` ")
-    clause = _GOES_ON.split(line, maxsplit=1)[0].strip("*` ")
-    return clause if clause != line and quantity(clause) is not None else line
+    return None if isinstance(answer, float) and math.isnan(answer) else answer
 
 
 def looks_cut_off(gold: str) -> bool:
     r"""Golds of published sets are often cut at the first brace: `\frac{1`, `x_{0`. Every verifier scores these 0."""
-    braces = [len(re.findall(rf"(?<!\\){brace}", gold)) for brace in (r"\{", r"\}")]
-    return braces[0] != braces[1] or gold.rstrip().endswith(("\\", "^", "_", "\\frac", "\\sqrt"))
+    bare = gold.replace("\\\\", "").replace("\\{", "").replace("\\}", "")
+    return bare.count("{") != bare.count("}") or gold.rstrip().endswith(("\\", "^", "_", "\\frac", "\\sqrt"))
 
 
 def reference_problem(task: Task) -> str | None:
@@ -138,18 +91,20 @@ class AnswerReward:
         self.extract, self.mode, self.tolerance, self.units = extract, mode, tolerance, units
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Correct, wrong, unparseable (no answer found: score 0) or invalid_task (no gradable reference: masked)."""
-        return [self._one(r) for r in rollouts]
+        """Correct, wrong, unparseable (no answer found: score 0), timeout, or invalid_task (no gradable reference: masked)."""
+        return each_within(rollouts, self._one)
 
     def _one(self, rollout: Rollout) -> Verdict:
-        problem = self.check(rollout.task)
+        problem = self._problem(rollout.task)
         if problem is not None:
             return Verdict(0.0, "invalid_task", {"reason": problem})
         given, gold = extract_answer(rollout.text, self.extract), self._gold(rollout.task)
         if self.mode == "choice" and given is not None:
             given = choice(given, _options(rollout.task))
         elif self.mode == "choice" and self.extract == "auto":
-            given = choice(rollout.text, _options(rollout.task))  # a bare letter has no mark, and is no number
+            given = choice(
+                after_thinking(rollout.text), _options(rollout.task)
+            )  # a bare letter has no mark, and is no number
         evidence: dict[str, Any] = {"extracted": given, "gold": gold}
         if given is None:
             return Verdict(0.0, "unparseable", evidence)
@@ -190,17 +145,28 @@ class AnswerReward:
             p, q = quantity(given), quantity(gold)
             if p is not None and q is not None:
                 return same_quantity(p, q, self.tolerance, self.units)
-            a, b = number(given), number(gold)
-            if a is not None and b is not None:
-                return same_number(a, b, self.tolerance)
-        return self.mode != "numeric" and plain(given) == plain(gold)
+        if self.mode == "numeric":
+            return False
+        return plain(given) == plain(gold) or (self.mode != "exact" and _written_the_same(given, gold))
 
     def check(self, task: Task) -> str | None:
-        """Why the reference cannot be graded by comparing answers, or None."""
+        """Why the reference cannot be graded by comparing answers, or None. A reference that is given as the answer must be right."""
+        problem = self._problem(task)
+        if problem is not None or isinstance(_given(task), (list, tuple)) or self.extract not in ("auto", "boxed"):
+            return problem
+        verdict = self._one(Rollout(task, [], [], [], "stop", f"\\boxed{{{gold_of(task)}}}"))
+        return (
+            None
+            if verdict.outcome == "correct"
+            else f"the reference answer is not taken for itself: {gold_of(task)!r} is {verdict.outcome}"
+        )
+
+    def _problem(self, task: Task) -> str | None:
+        """Why the reference cannot be compared with anything, or None."""
         many = isinstance(_given(task), (list, tuple)) and self.mode in ("set", "list")
         problem = None if many else reference_problem(task)
         gold = self._gold(task)
-        if problem is None and self.mode == "numeric" and quantity(gold) is None and number(gold) is None:
+        if problem is None and self.mode == "numeric" and quantity(gold) is None:
             return f"the reference answer is not a number: {gold!r}"
         if problem is None and self.mode == "choice" and gold is None:
             return f"the reference answer is none of the choices: {_given(task)!r}"
@@ -210,6 +176,14 @@ class AnswerReward:
 
     def close(self) -> None:
         return None
+
+
+def _written_the_same(a: str, b: str) -> bool:
+    r"""Whether two answers are one expression, spelt differently: `2\sqrt 3` and `2 \sqrt{3}`. Nothing is evaluated."""
+    try:
+        return read(a)[0] == read(b)[0]
+    except Unreadable:
+        return False
 
 
 def choice_letter(task: Task) -> str | None:

@@ -14,8 +14,7 @@ _WORDS = re.compile(  # spaces are counted: an unbounded \s would make a text of
 )
 _SIGN = {"plus": "+", "minus": "-", "divided by": "/"}
 _NUMBERING = re.compile(r"^\s*(?:\(?\d+[.)]|[-*•])\s+")
-_COMPUTES = re.compile(r"(?:-?\d|\().*[\d)]\s*[-+*/^]\s*[-\d(]|-?\d+(?:\.\d+)?\s*[-+*/^]\s*[-\d(]")
-_TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|[-+*/()^])")
+_TOKEN = re.compile(r"\s{0,9}(\d+(?:\.\d+)?|[-+*/()^])")
 _SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
 LONGEST, DEEPEST, HIGHEST_POWER = 400, 30, 64
 
@@ -42,13 +41,27 @@ def check(step: str) -> float | None:
             sides[-1] = ""  # `2x`
         sides = [side.strip(" \n\t.,") for side in sides]
         values = [value_of(side) for side in sides]
-        if not _COMPUTES.match(sides[0]):
+        if not _computes(sides[0]):
             values[0] = None
         for i in range(1, len(sides)):
             left, right = values[i - 1], values[i]
             if left is not None and right is not None:
                 verdicts.append(_equal(left, right, sides[i]))
     return None if not verdicts else float(all(verdicts))
+
+
+def _computes(side: str) -> bool:
+    """Whether a side that begins with a number or a bracket has an operator between two operands."""
+    dense = "".join(side.split())
+    if not (dense[:1] == "(" or dense.removeprefix("-")[:1].isdigit()):
+        return False
+    return any(
+        c in "-+*/^"
+        and (dense[i - 1].isdigit() or dense[i - 1] == ")")
+        and (dense[i + 1 : i + 2] in ("-", "(") or dense[i + 1 : i + 2].isdigit())
+        for i, c in enumerate(dense)
+        if i
+    )
 
 
 def _equal(a: Fraction, b: Fraction, written: str) -> bool:

@@ -7,27 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .units import Unit, unit
+from .latex import Node, literal
+from .reading import read
+from .tokens import Unreadable
+from .units import Unit
 
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
-_FRACTION = re.compile(
-    r"([-+−]?)(\d{0,9})\s{0,2}\\[dt]?frac\s{0,2}(?:\{\s{0,2}(-?\d+)\s{0,2}\}\s{0,2}\{\s{0,2}(\d+)\s{0,2}\}|(\d)(\d))"
-)
-_PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
-_MULTIPLIERS = re.compile(
-    r"(?i)\b(?:dozens?|hundreds?|thousands?|millions?|billions?|percent|pairs?|or|and|to|x|half|halves|thirds?|quarters?)\b"
-)
 _UPRIGHT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s{0,2}\{([^{}]*)\}")
-_COUNTED = re.compile(r"[A-Za-z]+(?:\s[A-Za-z]+){0,2}")
-_QUANTITY = re.compile(
-    r"([$€£]?)\s{0,2}([-+−]?[\d.,]+(?:[eE][-+]?\d{1,3}|\s?[x×*]\s?10\^\{?-?\d{1,3}\}?)?(?:/\d+)?)\s{0,2}(\D.*)?",
-    re.DOTALL,
-)
 _LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:,]+(?:\s.*)?)?", re.DOTALL)
-_SEVERAL = re.compile(
-    r"[(\[]?[A-Za-z][)\].:,;/]*(?:\s{0,2}(?:and|or|/|,|;)?\s{0,2}[(\[]?[A-Za-z](?![A-Za-z])[)\].:,;/]*)+"
+_OPTION = re.compile(
+    r"\b(?i:option|choice|answer|choose|chose|pick|select)\s(?:\s|(?i:is|option)\s)?(?:[(\[]([A-Za-z])[)\]]|([A-Z])\b|(?<=[nN]\s)([a-z]))[)\].:,]?(?=\s|$)"
 )
-_OPTION = re.compile(r"(?i:\b(?:option|choice|answer)\s{1,2})[(\[]?([A-Za-z])[)\].:]?(?=\s|$)")
+_REASON = re.compile(r",?\s(?:because|since|as|due)\b")
+DENIED_AFTER = (
+    "is wrong", "is incorrect", "is not", "isn't", "isn’t", "is false", "was wrong", "are wrong", "cannot be", "can't be", "is impossible",
+    "不对", "是错", "不正确", "不是答案",
+)  # fmt: skip
+"""What follows a value that is taken back."""
+_DENIED = ("not", "never", "cannot", "nor", "neither", "wrong", "incorrect")
+_ANOTHER = re.compile(r"[\s,]{0,2}(?:(?i:or|and)\s|[/,&]\s?)(?i:option\s)?[(\[]?[A-Z](?![A-Za-z])")
+_LONGEST_VALUE, _LONGEST_CHOICE = 400, 400
 
 
 @dataclass(frozen=True)
@@ -41,68 +40,38 @@ class Quantity:
 
 
 def number(text: str) -> Fraction | None:
-    """The number that a text *is* (commas, fractions, mixed numbers, exponents, a currency or percent sign, a closing period), or None."""
-    if len(text) > 400:
+    """The number that a text *is* (separators, fractions, mixed numbers, exponents, a currency or percent sign), or None."""
+    found = quantity(text)
+    if (
+        found is None
+        or found.noun
+        or (found.unit is not None and any("currency" not in base for base, _ in found.unit.powers))
+    ):
         return None
-    text = re.sub(
-        r"^([-+−]?)\s{0,3}(\d{1,9})\s(\d{1,9})/(\d{1,9})$",
-        r"\1\2\\frac{\3}{\4}",
-        re.sub(r"^([-+−])\s{1,3}(?=[\d.])", r"\1", text.strip()),
-    )
-    cleaned = _plain_fractions(text.strip("$ ").rstrip(".")).removesuffix("%").replace("−", "-").strip()
-    if _THOUSANDS.fullmatch(cleaned):  # other commas separate: `1,2` is a pair, not twelve
-        cleaned = cleaned.replace(",", "")
-    if not _PLAIN_NUMBER.fullmatch(cleaned):  # Fraction itself takes more: `1_0`, exponents that would fill the memory
-        return None
-    try:
-        return Fraction(cleaned)
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def _plain_fractions(text: str) -> str:
-    r"""`\frac{1}{2}` as `1/2`, `1\frac{1}{2}` as `3/2`, `\frac12` as `1/2`."""
-
-    def plainly(found: re.Match[str]) -> str:
-        sign, whole, *parts = found.groups()
-        above, below = (int(p) for p in parts if p is not None)
-        return f"{sign}{int(whole or 0) * below + above}/{below}"
-
-    return _FRACTION.sub(plainly, text)
+    return found.value
 
 
 def quantity(text: str) -> Quantity | None:
     r"""The number with its unit that a text is: `12.5 km`, `$3`, `40\%`, `3 × 10^8 m/s`, `x = 12`, `12 apples` (no unit); None for anything else."""
-    if len(text) > 400:
+    if len(text) > _LONGEST_VALUE:
         return None
-    text = text.strip().removesuffix(".").rstrip(",;")
-    text = text.strip("$ ") if text.count("$") > 1 else text
-    text = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$", "", text)
-    text = re.sub(r"^[A-Za-z]\s{0,2}=\s{0,2}", "", text).strip()
-    if _enclosed(text) and text[0] == "(":
-        text = text[1:-1].strip()
-    text = _plain_fractions(text)
-    text = text.replace("\\%", "%").replace("\\$", "$").replace("\\,", " ").replace("~", " ")
-    match = _QUANTITY.fullmatch(text)
-    if match is None:
+    try:
+        readings = read(text)
+    except Unreadable:
         return None
-    sign, digits, rest = match.groups()
-    value = number(re.sub(r"\s?[x×*]\s?10\^\{?(-?\d+)\}?", r"e\1", digits))
-    if value is None:
-        return None
-    if sign:
-        return (
-            None
-            if rest and rest.strip()
-            else Quantity(value, Unit(Fraction(1), ((f"currency {sign}".removesuffix(" $"), 1),)))
-        )
-    if not rest or not rest.strip():
-        return Quantity(value, None)
-    found = unit(rest)
-    if found is not None:
-        return Quantity(value, found)
-    counted = _COUNTED.fullmatch(rest.strip()) and not _MULTIPLIERS.search(rest)
-    return Quantity(value, None, plain(rest)) if counted else None
+    return next((found for node in readings if (found := _quantity(node)) is not None), None)
+
+
+def _quantity(node: Node) -> Quantity | None:
+    if node.op == "relation" and node.args[0] == ("=",) and node.args[1][0].op == "symbol":
+        node = node.args[1][1]
+    of_unit, noun = None, ""
+    if node.op == "quantity":
+        node, of_unit = node.args
+    elif node.op == "counted":
+        node, noun = node.args
+    value = literal(node)
+    return None if value is None else Quantity(value, of_unit, noun)
 
 
 def same_number(a: Fraction, b: Fraction, tolerance: float) -> bool:
@@ -148,6 +117,8 @@ def members(text: str) -> list[str]:
         .replace("\\}", "}")
         .strip()
     )
+    if upright := _UPRIGHT.fullmatch(text):
+        text = upright[1].strip()
     if _enclosed(text):
         text = text[1:-1]
     if _THOUSANDS.fullmatch(text.strip()):
@@ -183,11 +154,37 @@ def choice(text: str, options: Sequence[str] | None) -> str | None:
         for i, option in enumerate(options):
             if plain(str(option)) == plain(text):
                 return chr(ord("A") + i)
-    if _SEVERAL.fullmatch(text[:400]):
+    if _several(text[:_LONGEST_CHOICE]):
         return None
-    match = _LETTER.fullmatch(text)
-    found = [match[1]] if match else _OPTION.findall(text[:400])
+    reason = _REASON.search(text[:_LONGEST_CHOICE])
+    match = _LETTER.fullmatch(text[: reason.start()] if reason else text)
+    found = [match[1]] if match else _named_options(text[-_LONGEST_CHOICE:])
     if not found:
         return None
     letter = found[-1].upper()
     return None if options and ord(letter) - ord("A") >= len(options) else letter
+
+
+def _named_options(text: str) -> list[str]:
+    """The letters that a sentence chooses, `the correct option is B`; less those it denies; none where it leaves it open (`option B or C`)."""
+    found: list[str] = []
+    for match in _OPTION.finditer(text):
+        before = text[max(0, match.start() - 30) : match.start()].lower().split()[-3:]
+        if _ANOTHER.match(text, match.end()):
+            return []
+        if any(w in _DENIED or w.endswith(("n't", "n’t")) for w in before):
+            continue
+        if text[match.end() : match.end() + 30].lstrip().casefold().startswith(DENIED_AFTER):
+            continue
+        found.append(next(group for group in match.groups() if group))
+    return found
+
+
+_PUNCTUATION = str.maketrans(dict.fromkeys("()[].:,;/", " "))
+
+
+def _several(text: str) -> bool:
+    """Whether a text is several letters and nothing else: `B, C, D`, `(B) or (C)`. None of them is the choice."""
+    words = text.translate(_PUNCTUATION).split()
+    letters = [word for word in words if word.lower() not in ("and", "or")]
+    return len(letters) > 1 and all(len(word) == 1 and word.isascii() and word.isalpha() for word in letters)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from ..errors import RewardError
 from ..types import Rollout, Verdict
+from .guard import each_within
 
 _NUMBER = r"(\d{1,3}(?:\.\d{1,6})?|\.\d{1,6})"
 _END = r"(?!\d|[,./]\d)"  # "0,8" and "8/10" are not read as 0 and 8
@@ -58,7 +59,7 @@ class ConfidenceReward:
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """1 − (q − c)² each; `unparseable`, 0, where no confidence is stated. Raises RewardError where there is no first part."""
-        return [self._one(r) for r in rollouts]
+        return each_within(rollouts, self._one)
 
     def _one(self, rollout: Rollout) -> Verdict:
         if rollout.verdict is None:

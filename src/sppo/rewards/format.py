@@ -3,29 +3,45 @@
 math gate format:tags=think+answer          <think>…</think> then <answer>…</answer>, each once, nothing but space outside
 math gate format:boxed=true                 exactly one \\boxed{…} with something in it
 answer + 0.2 * format:pattern=A:\\d+$        a regular expression that must be found (no commas in it)
+
+Patterns are RE2's (https://github.com/google/re2/wiki/Syntax), `^` and `$` at every line: whatever the pattern, a response cannot make it slow.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from typing import Any
+
+import re2
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
+from .guard import each_within
 
 
 def build(tags: str = "", boxed: bool = False, pattern: str = "") -> FormatReward:
     """The reward for `format:…`; what is named must all hold. Raises RecipeError where nothing is, or where it cannot be read."""
     names = [t for t in tags.split("+") if t]
-    bad = next((t for t in names if not re.fullmatch(r"\w+", t)), None)
+    bad = next((t for t in names if not t.isidentifier()), None)
     if bad is not None or len(set(names)) < len(names):
         raise RecipeError(f"reward format: tags={tags} must be different words joined by +, e.g. tags=think+answer")
     if not (names or boxed or pattern):
         raise RecipeError("reward format: say what a response must have: tags=think+answer, boxed=true, or pattern=…")
+    return FormatReward(names, bool(boxed), _linear(str(pattern)) if pattern else None)
+
+
+def _linear(pattern: str) -> Any:
+    """A pattern that takes linear time on any text. Raises RecipeError for what RE2 cannot match so: look-around, back-references."""
+    options = re2.Options()
+    options.log_errors = False
     try:
-        return FormatReward(names, bool(boxed), re.compile(str(pattern), re.MULTILINE) if pattern else None)
-    except re.error as error:
-        raise RecipeError(f"reward format: pattern={pattern} is not a regular expression: {error}") from None
+        return re2.compile("(?m)" + pattern, options)
+    except re2.error as error:
+        why = error.args[0].decode(errors="replace") if error.args and isinstance(error.args[0], bytes) else str(error)
+        raise RecipeError(
+            f"reward format: pattern={pattern} is not a regular expression that is matched in linear time (RE2 has no look-around and "
+            f"no back-references): {why}"
+        ) from None
 
 
 class FormatReward:
@@ -34,12 +50,12 @@ class FormatReward:
     reference_free = True
     """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
 
-    def __init__(self, tags: Sequence[str], boxed: bool, pattern: re.Pattern[str] | None) -> None:
+    def __init__(self, tags: Sequence[str], boxed: bool, pattern: Any) -> None:
         self.tags, self.boxed, self.pattern = tags, boxed, pattern
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """1 or 0, and what is missing."""
-        return [self._verdict(r.text) for r in rollouts]
+        return each_within(rollouts, lambda rollout: self._verdict(rollout.text))
 
     def _verdict(self, text: str) -> Verdict:
         missing = self._missing(text)
@@ -64,7 +80,7 @@ class FormatReward:
         ):
             return r"one \boxed{…} with something in it must be there"
         if self.pattern is not None and not self.pattern.search(text):
-            return f"nothing matches {self.pattern.pattern}"
+            return f"nothing matches {self.pattern.pattern.removeprefix('(?m)')}"
         return ""
 
     def check(self, task: Task) -> str | None:

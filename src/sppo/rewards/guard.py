@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import RewardError
@@ -19,6 +20,8 @@ TOLERATED = 0.1
 LIMIT = 600.0
 """Seconds that one call may take, by default (`reward.limit`)."""
 LEAST = 1.0
+IN_PROCESS = 10.0
+"""Seconds that one of our own judges may take for one response, in the trainer's process. They are linear in it: none comes near."""
 
 
 class Fault(Exception):
@@ -49,6 +52,22 @@ def guarded(
     if len(faults) > TOLERATED * n:
         raise RewardError(faults[0] if n == 1 else f"{faults[0]} ({len(faults)} of {n} samples)")
     return [Verdict(0.0, "infra_error", {"reason": v}) if isinstance(v, str) else v for v in found]
+
+
+def each_within(
+    rollouts: Sequence[Rollout], judge: Callable[[Rollout], Verdict], limit: float = IN_PROCESS
+) -> list[Verdict]:
+    """The verdicts of a judge of our own, one by one. A response that keeps it busy for `limit` seconds is a `timeout`, score 0."""
+    found: list[Verdict] = []
+    while len(found) < len(rollouts):
+        try:
+            with _deadline(limit) as renew:
+                for rollout in rollouts[len(found) :]:
+                    renew()
+                    found.append(judge(rollout))
+        except _Overrun:
+            found.append(Verdict(0.0, "timeout", {"limit_s": limit}))
+    return found
 
 
 def _one_by_one(
@@ -92,8 +111,10 @@ def _once(
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Raise _Overrun in this thread when time is up. The reward stays in its thread: some use signals, which work in the main one only.
+def _deadline(seconds: float) -> Iterator[Callable[[], None]]:
+    """Raise _Overrun in this thread when time is up; what is yielded begins the time anew.
+
+    The reward stays in its thread: some use signals, which work in the main one only.
 
     In the main thread a signal also ends a sleep or a read; in another thread, or where the signal is taken, the exception comes
     when Python code runs next.
@@ -101,6 +122,7 @@ def _deadline(seconds: float) -> Iterator[None]:
     here = threading.get_ident()
     done = threading.Event()
     over = False
+    began = time.monotonic()
     by_signal = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
     )
@@ -111,20 +133,25 @@ def _deadline(seconds: float) -> Iterator[None]:
 
     def watch() -> None:
         nonlocal over
-        if done.wait(seconds):
-            return
+        while (left := began + seconds - time.monotonic()) > 0:
+            if done.wait(left):
+                return
         over = True
         if by_signal:
             signal.pthread_kill(here, signal.SIGUSR2)
         else:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(here), ctypes.py_object(_Overrun))
 
+    def renew() -> None:
+        nonlocal began
+        began = time.monotonic()
+
     if by_signal:
         signal.signal(signal.SIGUSR2, raise_here)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield renew
     finally:
         done.set()
         watcher.join()

@@ -1,22 +1,22 @@
-r"""Mathematics: symbolic equality through math-verify, in killable worker processes.
+r"""Mathematics by value: an answer is read whole by a grammar (`latex.py`) and compared exactly (`same.py`), in killable worker processes.
 
-math-verify parses LaTeX and lets SymPy decide, and some expressions never come back. Its own time limit is a signal,
-which only works in the main thread, and elsewhere scores everything 0 in silence. Here a hanging expression costs its own
-time limit, whatever thread the trainer runs in, and is reported as `timeout`.
+A reference that the grammar cannot read whole makes its row `invalid_task`; a response's answer that it cannot read is `unparseable`.
+Neither is ever a number that stands inside it. No library parses a response and nothing of it is executed. Evaluation has a budget; what
+still takes longer than `limit` costs its own worker, whatever thread the trainer runs in, and is reported as `timeout`.
 
-`math`, `math:limit=5,workers=2`, `math:extract=boxed` (auto: math-verify finds the answer; else boxed, marked, hash, number or whole)
+`math`, `math:limit=5,workers=2`, `math:extract=boxed` (auto: tags, box, `####`, `Answer:`, else the last formula or number; or boxed, marked,
+hash, number, whole)
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
-from .answer import EXTRACT, extract_answer, gold_of, reference_problem
-from .compare import number
+from .answer import gold_of, reference_problem
+from .extract import EXTRACT, extract_answer
 from .workers import WorkerPool
 
 
@@ -29,36 +29,37 @@ def build(limit: float = 5.0, workers: int = 2, extract: str = "auto") -> MathRe
 
 def warm_up() -> None:
     """Import and exercise what judging needs before the first verdict's clock runs."""
-    judge_one({"gold": "$\\frac{1}{2}$", "response": "$0.5$"})
+    judge_one({"gold": r"\sqrt{2}", "response": r"\boxed{2^{1/2}}"})
 
 
 def judge_one(job: dict[str, Any]) -> dict[str, Any]:
-    """One verdict, inside a worker. `{"gold", "response"}` → `{"outcome", "extracted"}` or `{"outcome": "invalid_task"}`."""
-    from math_verify import parse, verify
+    """One verdict, inside a worker. `{"gold", "response", "extract"}` → `{"outcome", "extracted"}`, or `{"outcome": "invalid_task", "reason"}`.
 
-    logging.disable(logging.CRITICAL)
-    gold = parse(as_latex(job["gold"]), parsing_timeout=None)
-    if not gold:
-        return {"outcome": "invalid_task", "reason": f"math-verify cannot parse the reference answer {job['gold']!r}"}
-    if job["response"] is None:
-        return {"outcome": "correct", "extracted": str(gold[0])}
-    given = parse(job["response"], parsing_timeout=None)
-    if not given:
+    A response of None asks about the reference alone: it must be readable, and in a box it must be right.
+    """
+    from .reading import read
+    from .same import same
+    from .tokens import Unreadable
+
+    gold = job["gold"]
+    try:
+        references = read(gold)
+    except Unreadable as why:
+        return {"outcome": "invalid_task", "reason": f"the reference answer {gold!r} cannot be read: {why}"}
+    response = job["response"] if job["response"] is not None else f"\\boxed{{{gold}}}"
+    said = extract_answer(response, job.get("extract", "auto"), mathematics=True)
+    if said is None:
         return {"outcome": "unparseable", "extracted": None}
-    right = verify(gold, given, timeout_seconds=None)
-    return {"outcome": "correct" if right else "wrong", "extracted": str(given[0])[:500]}
-
-
-def as_latex(gold: str) -> str:
-    """A bare LaTeX answer is wrapped, because the parser looks for mathematics inside text."""
-    gold = gold.strip()
-    if "\\boxed" in gold or gold.startswith("$") or ("\\" not in gold and number(gold) is not None):
-        return gold
-    return f"${gold}$"
+    try:
+        answers = read(said)
+    except Unreadable as why:
+        return {"outcome": "unparseable", "extracted": said[:500], "reason": f"the answer cannot be read: {why}"}
+    right = any(same(reference, answer) for reference in references for answer in answers)
+    return {"outcome": "correct" if right else "wrong", "extracted": said[:500]}
 
 
 class MathReward:
-    """math-verify behind a process boundary."""
+    """Reading and comparing behind a process boundary."""
 
     def __init__(self, limit: float, workers: int, extract: str = "auto") -> None:
         self.limit, self.extract = limit, extract
@@ -67,25 +68,14 @@ class MathReward:
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct, wrong, unparseable, timeout or crashed (score 0); invalid_task and infra_error (masked)."""
         problems = [reference_problem(r.task) for r in rollouts]
-        said = [self._answer(r.text) for r in rollouts]
-        verdicts = [
-            Verdict(0.0, "unparseable", {"extracted": None})
-            if problem is None
-            else Verdict(0.0, "invalid_task", {"reason": problem})
-            for problem in problems
+        verdicts = [Verdict(0.0, "invalid_task", {"reason": problem}) for problem in problems]
+        todo = [i for i, problem in enumerate(problems) if problem is None]
+        jobs = [
+            {"gold": gold_of(rollouts[i].task), "response": rollouts[i].text, "extract": self.extract} for i in todo
         ]
-        todo = [i for i, problem in enumerate(problems) if problem is None and said[i] is not None]
-        answers = self.pool.run([{"gold": gold_of(rollouts[i].task), "response": said[i]} for i in todo])
-        for i, answer in zip(todo, answers, strict=True):
+        for i, answer in zip(todo, self.pool.run(jobs), strict=True):
             verdicts[i] = self._verdict(answer, gold_of(rollouts[i].task))
         return verdicts
-
-    def _answer(self, text: str) -> str | None:
-        """What math-verify reads: the whole response, or the answer at the place that the recipe chose."""
-        if self.extract == "auto":
-            return text
-        found = extract_answer(text, self.extract)
-        return None if found is None else as_latex(found)
 
     def _verdict(self, answer: dict[str, Any], gold: str | None) -> Verdict:
         evidence: dict[str, Any] = {"gold": gold}
@@ -100,20 +90,23 @@ class MathReward:
         return Verdict(0.0, "crashed", evidence | {"reason": str(answer.get("error", answer.get("crashed")))})
 
     def check(self, task: Task) -> str | None:
-        """Why the reference cannot be graded, math-verify's own parser included, or None."""
+        """Why the reference cannot be graded, or None: it must be readable, and be right when it is given as the answer."""
         return reference_problem(task) or self.check_all([task])[0]
 
     def check_all(self, tasks: Sequence[Task]) -> list[str | None]:
         """`check` for many tasks at once, in parallel."""
         problems = [reference_problem(t) for t in tasks]
         todo = [i for i, p in enumerate(problems) if p is None]
-        for i, answer in zip(
-            todo, self.pool.run([{"gold": gold_of(tasks[i]), "response": None} for i in todo]), strict=True
-        ):
+        jobs = [{"gold": gold_of(tasks[i]), "response": None} for i in todo]
+        for i, answer in zip(todo, self.pool.run(jobs), strict=True):
             if "ok" not in answer:
-                problems[i] = f"the reference answer cannot be parsed within its limits: {answer}"
-            elif answer["ok"]["outcome"] != "correct":
+                problems[i] = f"the reference answer cannot be judged within its limits: {answer}"
+            elif answer["ok"]["outcome"] == "invalid_task":
                 problems[i] = answer["ok"]["reason"]
+            elif answer["ok"]["outcome"] != "correct":
+                problems[i] = (
+                    f"the reference answer is not taken for itself: {jobs[todo.index(i)]['gold']!r} is {answer['ok']['outcome']}"
+                )
         return problems
 
     def close(self) -> None:

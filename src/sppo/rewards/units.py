@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-BASES = ("m", "kg", "s", "A", "K", "mol", "cd", "currency", "item")
+BASES = ("m", "kg", "s", "A", "K", "mol", "cd", "currency", "currency€", "currency£", "currency¥", "item", "degree")
 _TABLE: dict[str, tuple[str, str]] = {  # unit: (factor, base units)
     "m": ("1", "m"), "g": ("1/1000", "kg"), "s": ("1", "s"), "A": ("1", "A"), "K": ("1", "K"), "mol": ("1", "mol"), "cd": ("1", "cd"),
     "min": ("60", "s"), "h": ("3600", "s"), "hr": ("3600", "s"), "day": ("86400", "s"), "week": ("604800", "s"),
@@ -16,18 +16,21 @@ _TABLE: dict[str, tuple[str, str]] = {  # unit: (factor, base units)
     "N": ("1", "kg m /s /s"), "J": ("1", "kg m m /s /s"), "W": ("1", "kg m m /s /s /s"),
     "Pa": ("1", "kg /m /s /s"), "Hz": ("1", "/s"), "C": ("1", "A s"), "V": ("1", "kg m m /s /s /s /A"), "ohm": ("1", "kg m m /s /s /s /A /A"),
     "eV": ("1602176634/10000000000000000000000000000", "kg m m /s /s"), "cal": ("523/125", "kg m m /s /s"), "kWh": ("3600000", "kg m m /s /s"),
-    "$": ("1", "currency"), "¢": ("1/100", "currency"), "%": ("1/100", ""), "rad": ("1", ""),
+    "$": ("1", "currency"),
+    "€": ("1", "currency€"), "£": ("1", "currency£"), "¥": ("1", "currency¥"), "¢": ("1/100", "currency"),
+    "%": ("1/100", ""), "degree": ("1", "degree"), "rad": ("1", ""),
 }  # fmt: skip
 _WORDS = {
     "meter": "m", "metre": "m", "gram": "g", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hrs": "h", "gallon": "gal", "inch": "in", "inche": "in",
     "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
     "newton": "N", "joule": "J", "watt": "W", "volt": "V", "amp": "A", "ampere": "A", "kelvin": "K", "hertz": "Hz", "pascal": "Pa",
     "dollar": "$", "usd": "$", "cent": "¢", "percent": "%", "Ω": "ohm", "mph": "mi/h", "kph": "km/h", "sq": "", "lbs": "lb", "calorie": "cal",
+    "deg": "degree", "euro": "€", "eur": "€", "yen": "¥", "radian": "rad",
 }  # fmt: skip
 _PREFIXES = {"n": -9, "µ": -6, "μ": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9}
 _LONG = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "kilo": 3, "mega": 6, "giga": 9}
 _PREFIXED = {"m", "g", "s", "l", "L", "N", "J", "W", "Pa", "Hz", "V", "A", "eV", "cal", "ohm", "t", "K", "mol", "C"}
-_PART = re.compile(r"([*/·⋅]?)\s{0,2}([A-Za-zµμΩ$¢%]+)\s{0,2}(?:\^?\s{0,2}\{?(-?\d)\}?|([²³]))?\s{0,2}")
+_PART = re.compile(r"([*/·⋅]?)\s{0,2}([A-Za-zµμΩ$¢€£¥%]+)(?:\s{0,2}\^\s{0,2}\{?(-?\d)\}?|\{?(-?\d)\}?|([²³]))?\s{0,2}")
 LONGEST = 40
 
 
@@ -47,6 +50,7 @@ def unit(text: str) -> Unit | None:
         .replace(" per ", "/")
         .strip(" .")
     )
+    text = re.sub(r"^\s?[dt]?frac\s?\{([^{}]+)\}\{([^{}]+)\}$", r"\1/\2", text)
     if len(text) > LONGEST:
         return None
     text = re.sub(r"^(?:square|sq)\s(\w+)$", r"\1^2", re.sub(r"^cubic\s(\w+)$", r"\1^3", text))
@@ -55,7 +59,8 @@ def unit(text: str) -> Unit | None:
         match = _PART.match(text, at)
         if match is None or match.end() == at:
             return None
-        sign, name, digit, raised = match.groups()
+        sign, name, above, beside, raised = match.groups()
+        digit = above or beside
         known = _known(name)
         if known is None:
             return None

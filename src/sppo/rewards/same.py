@@ -1,0 +1,502 @@
+r"""When two mathematical answers are the same: trees of `latex.py`, compared by value. Exact where both are; nothing is simplified.
+
+Rational values are compared as fractions. Others are evaluated twice, to 100 and to 400 digits, and must agree relative to their size at
+both: `e^{-50}` is not 0, and 10^{-34} not 10^{-19}. Expressions with letters are the same when they agree at random rational points
+(Schwartz–Zippel), positive ones, and negative ones where both are real there: so `\sqrt{1/n}` is `1/\sqrt{n}`, and `|x|` is not `x`.
+Every evaluation has a budget: an answer that is too large to compute is the same as nothing but itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import mpmath
+
+from .evaluate import (
+    EVALUATED,
+    FAILS,
+    FINE,
+    FINEST,
+    Point,
+    Value,
+    approximate,
+    close,
+    evaluate,
+    infinite,
+    is_real,
+    multiply,
+    walk,
+)
+from .latex import Node, integer, times
+from .reals import same_reals
+from .units import Unit
+
+DIGITS = 6
+"""Significant digits from which on a decimal stands for an exact value: 0.333333 for 1/3."""
+
+
+_SCALAR = {
+    "number",
+    "symbol",
+    "constant",
+    "sum",
+    "product",
+    "power",
+    "negative",
+    "quotient",
+    "call",
+    "factorial",
+    "big",
+}
+
+
+_COUNTING = {"n", "k", "m"}
+"""Letters that stand for whole numbers wherever the answers differ elsewhere: (-1)^n = cos(n pi)."""
+
+
+def same(gold: Node, given: Node) -> bool:
+    """Whether a given answer says what the reference says. What is alike and what is not: docs/rewards.md."""
+    if gold == given:
+        return True
+    if "relation" in (gold.op, given.op) or "such" in (gold.op, given.op) or _has_relations(gold, given):
+        return _same_relations(gold, given)
+    if "labelled" in (gold.op, given.op):
+        return _same_labelled(gold, given)
+    gold, given = _spread(gold), _spread(given)
+    ops = {gold.op, given.op}
+    if ops & {"quantity", "counted"}:
+        return _same_quantity(gold, given)
+    if "based" in ops:  # a reference in a base asks for that base: only the very same digits are it
+        return gold.op != "based" and _same_scalar(gold, integer(int(*given.args)))
+    if "words" in ops:
+        return _same_words(gold, given)
+    if ops & {"ratio", "clock"}:
+        return _same_ratio(gold, given)
+    if ops & {"join", "reals"}:
+        return same_reals(gold, given)
+    if ops & {"list", "set", "bracket"}:
+        return _same_members(gold, given)
+    if "matrix" in ops:
+        return _same_matrix(gold, given)
+    return _same_scalar(gold, given)
+
+
+# -- scalars --------------------------------------------------------------------------------------------------------------------
+
+
+def _same_scalar(a: Node, b: Node) -> bool:
+    if a == b:
+        return True
+    if a.op not in _SCALAR or b.op not in _SCALAR:
+        return False
+    if infinite(a) is not None or infinite(b) is not None:
+        return infinite(a) == infinite(b)
+    if any(node.op == "dots" for tree in (a, b) for node in walk(tree)):
+        return False  # 1 + 2 + … + n is not evaluated
+    names = {node.args[0] for tree in (a, b) for node in walk(tree) if node.op == "symbol"}
+    opaque = any(node.op == "big" or (node.op == "call" and node.args[0] not in EVALUATED) for tree in (a, b) for node in walk(tree))  # fmt: skip
+    if not names and not opaque:
+        return _agree(a, b, Point(0)) is True or _rounds(a, b)
+    return _identical(a, b) or (bool(names) and names <= _COUNTING and _identical(a, b, whole=True))
+
+
+def _identical(a: Node, b: Node, whole: bool = False) -> bool:
+    """Equality at random points."""
+    found = [_agree(a, b, Point(i, whole=whole)) for i in range(1, 7)]
+    if False in found or found.count(True) < 3:
+        return False
+    return whole or False not in [_agree(a, b, Point(i, negative=True), real=True) for i in range(1, 4)]
+
+
+def _agree(a: Node, b: Node, point: Point, real: bool = False) -> bool | None:
+    """Whether two expressions have the same value at a point; None where one has none (`real`: or none that is real)."""
+    try:
+        with mpmath.workdps(FINE):
+            x, y = evaluate(a, point), evaluate(b, point)
+            if isinstance(x, Fraction) and isinstance(y, Fraction):
+                return x == y
+            if real and not (is_real(x) and is_real(y)):
+                return None
+            tiny = mpmath.mpf(10) ** (40 - FINE)
+            if not close(x, y, FINE) and min(abs(approximate(x)), abs(approximate(y))) > tiny:
+                return False
+        with mpmath.workdps(FINEST):
+            u, v = evaluate(a, point), evaluate(b, point)
+            shrink = mpmath.mpf(10) ** (
+                FINE - FINEST + 20
+            )  # noise around 0 shrinks with the precision, a small value does not
+            zeros = [abs(approximate(fine)) <= shrink * abs(approximate(coarse)) for fine, coarse in ((u, x), (v, y))]
+            return all(zeros) if any(zeros) else close(u, v, FINEST)
+    except FAILS:
+        return None
+
+
+def _rounds(a: Node, b: Node) -> bool:
+    """Whether one is a decimal of six significant digits or more that stands for the other: 0.333333 for 1/3, 3.141593 for pi.
+
+    Not where the other could have been written out to as many places: 0.9999996 is not 1.
+    """
+    for decimal, other in ((a, b), (b, a)):
+        written = _decimal(decimal)
+        if written is None:
+            continue
+        value, places = written
+        if len(str(abs(int(value * Fraction(10) ** places)))) < DIGITS:
+            continue
+        try:
+            with mpmath.workdps(FINE):
+                exact = evaluate(other, Point(0))
+                if not is_real(exact):
+                    continue
+                unit = Fraction(10) ** -places
+                if isinstance(exact, Fraction):
+                    if (exact * Fraction(10) ** places).denominator != 1 and abs(value - exact) < unit:
+                        return True
+                elif abs(approximate(value) - mpmath.re(exact)) < approximate(unit):
+                    return True
+        except FAILS:
+            continue
+    return False
+
+
+def _decimal(node: Node) -> tuple[Fraction, int] | None:
+    """The value and the places of a number written as a decimal: `1.20`, `-0.5`, `6.02 \\times 10^{23}`; None for anything else."""
+    if node.op == "number":
+        return None if node.args[1] is None else (node.args[0], node.args[1])
+    if node.op == "negative" and (inner := _decimal(node.args[0])):
+        return -inner[0], inner[1]
+    if node.op == "product" and len(node.args) == 2 and (inner := _decimal(node.args[0])):
+        power = node.args[1]
+        if power.op == "power" and power.args[0] == integer(10):
+            above, sign = power.args[1], 1
+            if above.op == "negative":
+                above, sign = above.args[0], -1
+            exponent = sign * above.args[0] if above.op == "number" else None
+            if isinstance(exponent, Fraction) and exponent.denominator == 1 and abs(exponent) < 1000:
+                return inner[0] * Fraction(10) ** int(exponent), inner[1] - int(exponent)
+    return None
+
+
+# -- quantities, words, ratios --------------------------------------------------------------------------------------------------
+
+
+def _same_quantity(gold: Node, given: Node) -> bool:
+    """A unit or noun that one side leaves out is the other's; per cent may be left out or worked out (50, 50% and 0.5)."""
+    a, unit_a, noun_a = _parts(gold)
+    b, unit_b, noun_b = _parts(given)
+    if (noun_a and (unit_b or (noun_b and noun_a.rstrip("s") != noun_b.rstrip("s")))) or (noun_b and unit_a):
+        return False
+    if unit_a and unit_b:
+        scale = unit_b.factor / unit_a.factor
+        scaled = b if scale == 1 else times(Node("number", (scale, None)), b)
+        return unit_a.powers == unit_b.powers and same(a, scaled)
+    if same(a, b):
+        return True
+    percent = [u for u in (unit_a, unit_b) if u and not u.powers and u.factor != 1]
+    if not percent:
+        return False
+    worked = [times(Node("number", (u.factor, None)), x) if u else x for x, u in ((a, unit_a), (b, unit_b))]
+    return same(worked[0], worked[1])
+
+
+def _same_labelled(gold: Node, given: Node) -> bool:
+    """An option with its letter is the letter, or its value; where both are given with one, both must be the same."""
+    if gold.op == given.op:
+        return gold.args[0] == given.args[0] and same(gold.args[1], given.args[1])
+    labelled, other = (gold, given) if gold.op == "labelled" else (given, gold)
+    letter, value = labelled.args
+    if same(Node("words", (letter.casefold(),)), other):
+        return True
+    return same(value, other) if gold is labelled else same(other, value)
+
+
+def _parts(node: Node) -> tuple[Node, Unit | None, str]:
+    if node.op == "quantity":
+        return node.args[0], node.args[1], ""
+    if node.op == "counted":
+        return node.args[0], None, node.args[1]
+    return node, None, ""
+
+
+def _same_words(gold: Node, given: Node) -> bool:
+    """Words are the same letter by letter, whatever their case, and never a product of their letters in another order."""
+    if gold.op == given.op == "words":
+        return _bare(gold.args[0]) == _bare(given.args[0])
+    words, other = (gold, given) if gold.op == "words" else (given, gold)
+    text = words.args[0]
+    if other.op == "symbol":
+        return other.args[0].casefold() == text
+    if other.op == "product" and len(text) <= 4 and text.isalpha() and text.isascii():  # `ab` for `a \cdot b`
+        letters = [Node("constant", (c,)) if c in "ei" else Node("symbol", (c,)) for c in text]
+        return len(other.args) == len(letters) and _same_scalar(Node("product", tuple(letters)), other)
+    return False
+
+
+def _bare(text: str) -> str:
+    words = text.replace(".", " ").replace("-", " ").split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
+
+
+def _same_ratio(gold: Node, given: Node) -> bool:
+    """a:b is the fraction a/b, and any multiple of both; a time of day is itself alone."""
+    if gold.op == given.op == "clock":
+        return False  # written the same they would be equal
+    sides = [list(node.args) if node.op in ("ratio", "clock") else _fraction(node) for node in (gold, given)]
+    a, b = sides
+    if a is None or b is None or len(a) != len(b) or any(_zero(x) for x in (*a, *b)):
+        return False
+    if (gold.op == "clock" and given.op != "ratio") or (given.op == "clock" and gold.op != "ratio"):
+        return False
+    return all(_same_scalar(times(x, b[0]), times(y, a[0])) for x, y in zip(a[1:], b[1:], strict=True))
+
+
+def _fraction(node: Node) -> list[Node] | None:
+    if node.op == "quotient":
+        return list(node.args)
+    return [node, integer(1)] if node.op in _SCALAR else None
+
+
+def _zero(node: Node) -> bool:
+    try:
+        return bool(evaluate(node, Point(1)) == 0)
+    except FAILS:
+        return True
+
+
+def _same_matrix(gold: Node, given: Node) -> bool:
+    if gold.op != given.op or len(gold.args) != len(given.args):
+        return False
+    rows = list(zip(gold.args, given.args, strict=True))
+    return all(len(p) == len(q) and all(map(same, p, q)) for p, q in rows)
+
+
+# -- lists, sets, tuples --------------------------------------------------------------------------------------------------------
+
+
+def _spread(node: Node) -> Node:
+    """± written out: `1 \\pm \\sqrt{2}` is a list of two; in a list or set it is two members."""
+    if node.op in ("list", "set"):
+        items = node.args[1] if node.op == "list" else node.args
+        spread = [member for item in items for member in _signs(item)]
+        if len(spread) == len(items):
+            return node
+        return Node("list", (node.args[0], tuple(spread))) if node.op == "list" else Node("set", tuple(spread))
+    found = _signs(node) if node.op in _SCALAR | {"plusminus", "quantity"} else [node]
+    return node if len(found) == 1 else Node("list", (",", tuple(found)))
+
+
+def _signs(node: Node) -> list[Node]:
+    if not any(n.op == "plusminus" for n in walk(node)):
+        return [node]
+    return [_signed(node, plus=True), _signed(node, plus=False)]
+
+
+def _signed(node: Node, plus: bool) -> Node:
+    if node.op == "plusminus":
+        sign, left, right = node.args
+        right = _signed(right, plus)
+        if (sign == "pm") != plus:
+            right = Node("negative", (right,))
+        return right if left is None else Node("sum", (_signed(left, plus), right))
+    return Node(node.op, tuple(_signed(arg, plus) if isinstance(arg, Node) else arg for arg in node.args))
+
+
+def _same_members(gold: Node, given: Node) -> bool:
+    """Brackets in order and of the same kind; sets and bare lists in any order; a bare list may stand for a tuple in its order."""
+    if gold.op == given.op == "bracket":
+        return gold.args[:2] == given.args[:2] and _in_order(gold.args[2], given.args[2])
+    if "bracket" in (gold.op, given.op):
+        bracket, other = (gold, given) if gold.op == "bracket" else (given, gold)
+        return other.op == "list" and bracket.args[:2] == ("(", ")") and _in_order(bracket.args[2], other.args[1])
+    a, b = _members(gold), _members(given)
+    return len(a) == len(b) and _in_any_order(a, b)
+
+
+def _members(node: Node) -> list[Node]:
+    if node.op == "list":
+        return list(node.args[1])
+    if node.op != "set":
+        return [node]
+    found: list[Node] = []
+    for member in node.args:  # a set has each member once
+        if not any(same(other, member) for other in found):
+            found.append(member)
+    return found
+
+
+def _in_order(a: Sequence[Node], b: Sequence[Node]) -> bool:
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def _in_any_order(a: Sequence[Node], b: Sequence[Node]) -> bool:
+    left = list(b)
+    for member in a:
+        match = next((i for i, other in enumerate(left) if same(member, other)), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return True
+
+
+# -- relations ------------------------------------------------------------------------------------------------------------------
+
+
+def _has_relations(*nodes: Node) -> bool:
+    return any(node.op == "list" and any(item.op == "relation" for item in node.args[1]) for node in nodes)
+
+
+def _same_relations(gold: Node, given: Node) -> bool:
+    """`x = 5` is 5, `y = 2x` is `2y = 4x`, `m \\ge 2` is `m \\in [2, \\infty)` and `[2, \\infty)`."""
+    roots, others = _without_indices(gold), _without_indices(given)
+    if (roots is None) != (others is None):  # x_1 = 3, x_2 = -3 for x = 3 or x = -3
+        gold, given = roots or gold, others or given
+    for values, point in ((_by_letter(gold), given), (_by_letter(given), gold)):
+        if values is not None and point.op == "bracket" and point.args[:2] == ("(", ")"):
+            return _in_order(values, point.args[2])
+    (name_a, a), (name_b, b) = _named(gold), _named(given)
+    if name_a is not None and name_b is not None:
+        if same(name_a, name_b) and same(a, b):
+            return True
+    elif name_a is not None or name_b is not None:
+        whole, value = (given, a) if name_a is not None else (gold, b)
+        known = name_a if name_a is not None else name_b
+        assert known is not None
+        if whole.op not in ("relation", "such") and not _has_relations(whole) and (name_a is None or _nameable(known)):
+            return same(value, whole) if name_a is not None else same(whole, value)
+    if gold.op == given.op == "relation" and _same_equation(gold, given):
+        return True
+    if gold.op == given.op == "list" and name_a is name_b is None:
+        p, q = gold.args[1], given.args[1]
+        if len(p) == len(q) and all(item.op == "relation" for item in (*p, *q)) and _in_any_order(p, q):
+            return gold.args[0] == given.args[0] or not any(_ordering(item) for item in p)
+    if gold.op == given.op == "such" and gold.args[0] == given.args[0] and same(gold.args[1], given.args[1]):
+        return True
+    return same_reals(gold, given)
+
+
+def _equations(node: Node) -> list[tuple[str, Node]] | None:
+    """The names and values of a list of `letter = value`, two or more of them; None for anything else."""
+    if node.op != "list" or node.args[0] == "or":
+        return None
+    items = node.args[1]
+    if not all(i.op == "relation" and i.args[0] == ("=",) and i.args[1][0].op == "symbol" for i in items):
+        return None
+    return [(item.args[1][0].args[0], item.args[1][1]) for item in items]
+
+
+def _without_indices(node: Node) -> Node | None:
+    """`x_1 = 3, x_2 = -3` as `x = 3, x = -3`: roots that were numbered; None for anything else."""
+    found = _equations(node if node.op != "list" else Node("list", (",", node.args[1])))
+    if found is None or [name[1:] for name, _ in found] != [f"_{i}" for i in range(1, len(found) + 1)]:
+        return None
+    if len({name[0] for name, _ in found}) != 1:
+        return None
+    letter = Node("symbol", (found[0][0][0],))
+    return Node("list", (node.args[0], tuple(Node("relation", (("=",), (letter, value))) for _, value in found)))
+
+
+def _by_letter(node: Node) -> list[Node] | None:
+    """The values of `y = -2, x = 3` in the order of their letters, where these follow each other: a point's coordinates."""
+    found = sorted(_equations(node) or (), key=lambda pair: pair[0])
+    names = "".join(name for name, _ in found)
+    follow = len(names) == len(found) > 1 and names in "abcdefghijklmnopqrstuvwxyz"
+    return [value for _, value in found] if follow else None
+
+
+def _ordering(node: Node) -> bool:
+    return any(operator != "=" for operator in node.args[0])
+
+
+def _named(node: Node) -> tuple[Node | None, Node]:
+    r"""(name, value) of `x = 5`, `5 = x`, `x = 1 + 1 = 2`, `x \in S`, `n = 2, 3, 4`, `x = 1 or x = 2`; (None, node) for all others."""
+    if node.op == "relation":
+        operators, sides = node.args
+        if operators == ("in",):
+            return (sides[0], sides[1]) if sides[0].op == "symbol" else (None, node)
+        if set(operators) != {"="}:
+            return None, node
+        if _letterless(sides[0]) and sides[-1].op == "symbol" and len(sides) == 2:
+            return sides[1], sides[0]
+        if any(not same(side, sides[-1]) for side in sides[1:-1]) or (
+            _letterless(sides[0]) and not same(sides[0], sides[-1])
+        ):
+            return None, node
+        return sides[0], sides[-1]
+    if node.op == "list":
+        how, items = node.args
+        first, value = _named(items[0])
+        if first is None or items[0].op != "relation":
+            return None, node
+        values = [value]
+        for item in items[1:]:
+            name, value = _named(item)
+            if item.op == "relation" and name != first:
+                return None, node
+            values.append(value)
+        if any(item.op == "relation" and item.args[0] == ("in",) for item in items):
+            return None, node
+        return first, Node("list", (how, tuple(values)))
+    return None, node
+
+
+def _nameable(node: Node) -> bool:
+    """Whether a reference's left side is only the name of what is asked: `x`, `f(x)`, `AB`, `a + b`; not `2x + z`."""
+    if node.op in ("words", "symbol", "call"):
+        return True
+    inside = [n.op for n in walk(node)]
+    return "symbol" in inside and "number" not in inside
+
+
+def _letterless(node: Node) -> bool:
+    return node.op in _SCALAR | {"plusminus", "set", "list", "bracket"} and not any(n.op in ("symbol", "big", "dots") for n in walk(node))  # fmt: skip
+
+
+_FLIPPED = {">": "<", ">=": "<="}
+
+
+def _same_equation(gold: Node, given: Node) -> bool:
+    """Two relations between the same things: sides exchanged, or both multiplied by the same number."""
+    if len(gold.args[0]) != len(given.args[0]):
+        return False
+    (ops_a, a), (ops_b, b) = _forwards(gold), _forwards(given)
+    if ops_a != ops_b:
+        return False
+    if len(ops_a) > 1 or ops_a[0] not in ("=", "!=", "<", "<="):
+        return _in_order(a, b) or (set(ops_a) <= {"=", "equiv", "sim", "cong", "parallel", "perp"} and _in_order(a, b[::-1]))  # fmt: skip
+    if _in_order(a, b) or (ops_a[0] in ("=", "!=") and _in_order(a, b[::-1])):
+        return True
+    if not all(side.op in _SCALAR for side in (*a, *b)):
+        return False
+    p, q = (Node("sum", (x, Node("negative", (y,)))) for x, y in (a, b))
+    if not any(n.op == "symbol" for n in walk(p)):
+        return False
+    return _proportional(p, q, ordered=ops_a[0] in ("<", "<="))
+
+
+def _forwards(node: Node) -> tuple[tuple[str, ...], tuple[Node, ...]]:
+    operators, sides = node.args
+    if all(op in _FLIPPED for op in operators):
+        return tuple(_FLIPPED[op] for op in reversed(operators)), tuple(reversed(sides))
+    return operators, sides
+
+
+def _proportional(p: Node, q: Node, ordered: bool) -> bool:
+    """Whether p / q is one constant, other than 0, wherever both are defined; `ordered`: a positive one."""
+    if any(n.op in ("dots", "plusminus") or infinite(n) for tree in (p, q) for n in walk(tree)):
+        return False
+    ratio: Value = None
+    found = 0
+    for i in range(1, 7):
+        try:
+            with mpmath.workdps(FINE):
+                x, y = evaluate(p, Point(i)), evaluate(q, Point(i))
+                if x == 0 or y == 0:
+                    return False
+                this = multiply(x, 1 / y)
+                if ratio is not None and not (this == ratio or close(this, ratio, FINE)):
+                    return False
+                ratio, found = this, found + 1
+        except FAILS:
+            continue
+    return found >= 3 and (not ordered or (is_real(ratio) and mpmath.re(approximate(ratio)) > 0))
