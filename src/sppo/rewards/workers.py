@@ -2,7 +2,7 @@
 
 A worker is `python -m sppo.rewards.worker module:function`, started fresh (never forked from a trainer with threads, never
 re-importing the user's script). A job that overruns its limit costs its worker, which is killed and replaced, and nothing
-else. Works from any thread: nothing here uses signals.
+else. The time in which a busy machine let the worker wait does not count. Works from any thread: nothing here uses signals.
 """
 
 from __future__ import annotations
@@ -16,24 +16,43 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+PATIENCE = 60.0
+"""Times its limit that a job may take by the wall, where the processor was busy with something else."""
+TICK = 0.05
 START_LIMIT = 120.0
 """Seconds a worker may take to import its libraries (a cold disk, a loaded machine)."""
 
 
 class WorkerPool:
-    """Runs `target` ("module:function", JSON-able argument and result) over jobs, each under a wall-clock limit."""
+    """Runs `target` ("module:function", JSON-able argument and result) over jobs, each under a limit of seconds.
 
-    def __init__(self, target: str, *, workers: int = 2, limit: float = 5.0) -> None:
+    `command` starts another program that speaks the same lines: its argument list and its environment.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        workers: int = 2,
+        limit: float = 5.0,
+        command: Callable[[], tuple[list[str], dict[str, str]]] | None = None,
+    ) -> None:
         self.target, self.size, self.limit = target, workers, limit
+        self.command = command or (
+            lambda: ([sys.executable, "-P", "-m", "sppo.rewards.worker", target], dict(os.environ))
+        )
         self._idle: list[_Worker] = []
         self._all: set[_Worker] = set()
         self._lock = threading.Lock()
 
     def run(self, jobs: Sequence[Any]) -> list[dict[str, Any]]:
-        """One `{"ok": result}`, `{"error": text}`, `{"timeout": seconds}` or `{"crashed": code}` for each job, in order."""
+        """One result for each job, in order.
+
+        `{"ok": result}`, `{"error": text}`, `{"timeout": seconds}`, `{"crashed": code}`, or `{"infra": text}` where the machine is at fault.
+        """
         results: list[dict[str, Any]] = [{} for _ in jobs]
         pending: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(len(jobs)):
@@ -71,7 +90,7 @@ class WorkerPool:
             if self._idle:
                 return self._idle.pop()
             self._all = {w for w in self._all if w.alive}
-        worker = _Worker(self.target)
+        worker = _Worker(*self.command())
         with self._lock:
             self._all.add(worker)
         return worker
@@ -88,10 +107,20 @@ class WorkerPool:
             self.close()
 
 
+def seconds_in_line(pid: int) -> float:
+    """How long a process has waited for a processor that was busy with something else; 0 where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 class _Worker:
-    def __init__(self, target: str) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sppo.rewards.worker", target],
+            command,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -110,16 +139,17 @@ class _Worker:
                 return {"infra": f"the judging worker did not start ({hello})"}
             self.ready = True
         answer = self._exchange(json.dumps(job).encode() + b"\n", limit)
-        if "timeout" in answer or "crashed" in answer:
+        if "ok" not in answer and "error" not in answer:
             self.kill()
         return answer
 
-    def _exchange(self, request: bytes, limit: float) -> dict[str, Any]:
+    def _exchange(self, request: bytes, limit: float, patience: float = PATIENCE) -> dict[str, Any]:
         """Feed and drain in one loop, so that neither side can block the other; stop at the first whole line."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None
         assert stdout is not None
-        deadline = time.monotonic() + limit
+        began, in_line = time.monotonic(), seconds_in_line(self.process.pid)
+        deadline = began + limit
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             if request:
@@ -127,7 +157,13 @@ class _Worker:
             while b"\n" not in self.buffer:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    return {"timeout": limit}
+                    remaining = seconds_in_line(self.process.pid) - in_line - (time.monotonic() - began - limit)
+                    if remaining <= 0:
+                        return {"timeout": limit}
+                    if time.monotonic() > began + limit * patience:
+                        return {"infra": f"no answer after {limit * patience:g} s: the processors were busy elsewhere"}
+                    remaining = max(remaining, TICK)
+                    deadline = time.monotonic() + remaining
                 for key, _ in selector.select(remaining):
                     if key.fileobj is stdin:
                         try:

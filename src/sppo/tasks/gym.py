@@ -86,8 +86,10 @@ def worked_solution(family: str, entry: dict[str, Any]) -> str | None:
     if entry["answer"] is None:
         return None
     lines = []
-    if family == "chain_sum" and (expression := re.search(r"(\d[\d +\-]*\d|\d)\s*=\s*$", entry["question"])):
-        first, *rest = re.findall(r"([+-]?)\s*(\d+)", expression.group(1))
+    asked = entry["question"].rstrip()
+    expression = asked[len(asked.rstrip("0123456789 +-=")) :].strip(" +-=") if asked.endswith("=") else ""
+    if family == "chain_sum" and expression:
+        first, *rest = re.findall(r"([+-]?)\s{0,3}(\d+)", expression)
         value = int(first[1])
         for sign, term in rest:
             result = value + int(term) if sign == "+" else value - int(term)
