@@ -1,12 +1,13 @@
 """The quality of a program by static analysis, for what passes its tests and is still insecure or unmaintainable. Nothing is run.
 
-    quality                         1 less 0.5 for a grave finding, 0.25 for a middling one, 0.1 for a slight one; never below 0; `exec` is 0
+    quality                         1 less 0.5 for a grave finding, 0.25 for a middling one, 0.1 for a slight one; never below 0; code run from text is 0
     quality:complexity=8            how branched a function may be before that is a middling finding (McCabe's number; 10)
     code + 0.1 * quality            a penalty on what the tests allow;  code + 0 * quality   evidence and metrics only
     code gate quality               nothing is paid below 0.5
 
-Analysers: bandit (security, with its severities), and ruff's complexity, size and likely-bug rules (C901, PLR09, B). Comments that
-would silence them (`noqa`, `nosec`) are ignored: their author is the one who is judged. `pip install 'sppo[quality]'`.
+Analysers: bandit (security, with its severities), ruff's complexity, size and likely-bug rules (C901, PLR09, B), and what a program
+hides from both (hidden.py: EXEC, ALIAS, and the same sizes for code outside functions). Comments that would silence them
+(`noqa`, `nosec`) are ignored: their author is the one who is judged. `pip install 'sppo[quality]'`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -23,14 +25,17 @@ from ..errors import RecipeError
 from ..sandbox.names import parsed
 from ..types import Rollout, Task, Verdict
 from .code import program_of
+from .hidden import hidden, outside_functions
 from .workers import WorkerPool
 
 PENALTY = {"high": 0.5, "medium": 0.25, "low": 0.1}
-HIDDEN = {"B102": 1.0}
-"""`exec` runs text that no analyser has seen."""
+HIDDEN = {"B102": 1.0, "EXEC": 1.0}
+"""`exec`, however it is reached, runs text that no analyser has seen."""
 COOKIES_END = "\n\n"
 """An encoding is declared in a file's first two lines; these are ours, so that a program cannot declare one that nobody can read."""
-RULES = "C901,PLR0911,PLR0912,PLR0913,PLR0915,B"
+BRANCHED = "C901,PLR0911,PLR0912,PLR0915"
+RULES = f"{BRANCHED},PLR0913,B"
+MANY_TIMES = 4
 HARMLESS = ("B101", "B311")
 """bandit's: assertions, and `random` where no secret is at stake."""
 
@@ -52,9 +57,16 @@ def warm_up() -> None:
 
 def judge_one(job: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`; None for what is no Python."""
-    if parsed(job["code"]) is None:
+    code = job["code"]
+    tree = parsed(code)
+    if tree is None:
         return None
-    return sorted(_bandit(job["code"]) + _ruff(job["code"], job["complexity"]), key=lambda f: (f["line"], f["rule"]))
+    findings = _bandit(code) + hidden(tree) + _ruff(code, job["complexity"], RULES)
+    elsewhere, lines = outside_functions(tree)
+    if elsewhere:
+        found = _ruff(elsewhere, job["complexity"], BRANCHED)
+        findings += [f | {"line": lines[f["line"] - 1]} for f in found]
+    return sorted(findings, key=lambda f: (f["line"], f["rule"]))
 
 
 def _bandit(code: str) -> list[dict[str, Any]]:
@@ -80,19 +92,27 @@ def _bandit(code: str) -> list[dict[str, Any]]:
         ]
 
 
-def _ruff(code: str, complexity: int) -> list[dict[str, Any]]:
+def _ruff(code: str, complexity: int, rules: str) -> list[dict[str, Any]]:
     from ruff import find_ruff_bin
 
     command = [
         find_ruff_bin(), "check", "--isolated", "--no-cache", "--ignore-noqa", "--output-format", "json", "--exit-zero",
-        "--select", RULES, "--config", f"lint.mccabe.max-complexity={complexity}", "--preview", "--stdin-filename", "program.py", "-",
+        "--select", rules, "--config", f"lint.mccabe.max-complexity={complexity}", "--preview", "--stdin-filename", "program.py", "-",
     ]  # fmt: skip
     done = subprocess.run(command, input=code.encode("utf-8", "backslashreplace"), capture_output=True, check=True)
     return [
-        {"rule": f["code"], "severity": "low" if f["code"].startswith("B") else "medium", "line": f["location"]["row"], "says": f["message"]}
+        {"rule": f["code"], "severity": _severity(f), "line": f["location"]["row"], "says": f["message"]}
         for f in json.loads(done.stdout)
         if f["code"] not in (None, "invalid-syntax")
-    ]  # fmt: skip
+    ]
+
+
+def _severity(finding: dict[str, Any]) -> str:
+    """Likely bugs are slight, sizes over a bound middling, and many times over it grave."""
+    if finding["code"].startswith("B"):
+        return "low"
+    over = re.search(r"\((\d+) > (\d+)\)", finding["message"])
+    return "high" if over and int(over[1]) >= MANY_TIMES * int(over[2]) else "medium"
 
 
 class QualityReward:
