@@ -19,6 +19,7 @@ import pytest
 from sppo.errors import RecipeError
 from sppo.rewards.base import load_reward
 from sppo.rewards.code import CodeReward, build, extract_code
+from sppo.sandbox.verdict import same_output
 from sppo.tasks.records import task_from
 from sppo.types import Rollout, Task, Verdict
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt-get install bubblewrap"
 )
 SQUARE = "def f(x):\n    return x * x\n"
+DOCUMENTED = 'def f(x):\n    """Squares.\n\n    ```\n    f(3)\n    ```\n    """\n    return x * x\n'
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +50,125 @@ def judge(reward: CodeReward, response: str, **row: Any) -> Verdict:
         (f"```python\n{SQUARE}```\nRun it:\n```bash\npython x.py\n```", SQUARE),
         (f"```python\n{SQUARE}", SQUARE),  # cut off before the fence was closed
         (f"~~~python\n{SQUARE}~~~", SQUARE),
+        (f"~~~~python\n{SQUARE}~~~~\nDone.", SQUARE),
+        ("1. So:\n\n   ```python\n   def f(x):\n       return x * x\n   ```\n", SQUARE),
+        (f"```\n{SQUARE}```\nTest it:\n```python\nprint(f(3))\n```", SQUARE),
+        (f"<think>\n```python\ndef f(x): return 0\n\nno, wait.\n</think>\n```python\n{SQUARE}```", SQUARE),
+        (f"```python\ndef f(x): return 0\n\nno, wait.\n\n```python\n{SQUARE}```", SQUARE),
+        (f"<think>maybe ```x```</think>\n{SQUARE}", f"\n{SQUARE}"),
+        (f"<think>\n```python\n{SQUARE}```\n</think>\nThat is it.", SQUARE),
+        (f"```python title=f.py\n{SQUARE}```\n```python\ndef f(x):\n    return x *", SQUARE),
+        (f"```pycon\n>>> f(3)\n```\n```{{.python}}\n{SQUARE}```\n```output\n9\n```", SQUARE),
         (SQUARE, SQUARE),
+        (f"```python\n{SQUARE}``` That is it.", SQUARE),
+        (f"```python\n{SQUARE}```<|im_end|>", SQUARE),
+        (f"Sure: ```python\n{SQUARE}```", SQUARE),
+        (f"```python\n{SQUARE.rstrip()}```\nDone.", SQUARE),
+        (f"[BEGIN]\n{SQUARE}[DONE]", SQUARE.rstrip()),
+        (DOCUMENTED.join(("```python\n", "```\nDone.")), DOCUMENTED),
         ("I do not know.", None),
         ("", None),
     ],
 )
 def test_code_is_taken_from_a_response(text: str, code: str | None) -> None:
     assert extract_code(text) == code
+
+
+def test_the_program_is_the_block_that_defines_what_is_asked_for() -> None:
+    tests = f"```python\n{SQUARE}```\nTests:\n```python\ndef test_f():\n    assert f(3) == 9\n```"
+    assert extract_code(tests, wanted=["f"]) == SQUARE
+    assert extract_code(f"```\n{SQUARE}```\n```python\nclass Demo: pass\n```", wanted=["f"]) == SQUARE
+    reads = "import sys\nn = int(sys.stdin.readline())\nprint(n)\n"
+    shown = f"```python\n{reads}```\nCheck:\n```python\ndef slow(n):\n    return n\n```"
+    assert extract_code(shown, reads=True) == reads
+    parts = "```python\nimport math\ndef g(x):\n    return x\n```\nand\n```python\ndef f(x):\n    return math.prod([g(x), g(x)])\n```"
+    assert (
+        extract_code(parts, wanted=["f"])
+        == "import math\ndef g(x):\n    return x\n\ndef f(x):\n    return math.prod([g(x), g(x)])\n"
+    )
+    apart = f"```python\ndef g(x): return 0\n```\n```python\n{SQUARE}```"
+    assert extract_code(apart, wanted=["f"]) == SQUARE
+    run = f"```python\n{reads}```\n```python\nimport subprocess\nsubprocess.run(['x'], input='3')\n```"
+    assert extract_code(run, reads=True) == reads
+    remark = "def f(x):\n    # see ```x```\n    return x * x\n"
+    assert extract_code(f"```python\n{remark}```", wanted=["f"]) == remark
+    named = DOCUMENTED.replace("```\n    f", "```python\n    f")
+    assert extract_code(f"```python\n{named}```\nDone.", wanted=["f"]) == named
+    tested = "```python\nimport io, sys\nsys.stdin = io.StringIO('3')\nsolve()\n```"
+    solve = "def solve():\n    print(int(input()) ** 2)\nsolve()\n"
+    assert extract_code(f"```python\n{solve}```\n{tested}", reads=True) == solve
+    imported = "```python\nfrom solution import f\ndef test():\n    assert f(3) == 9\n```"
+    for code in (
+        "f = lambda x: x * x\n",
+        "from functools import partial\nf = partial(pow, exp=2)\n",
+        "try:\n    import math\nfinally:\n    f = {}.get\n",
+    ):
+        assert extract_code(f"```python\n{code}```\n{imported}", wanted=["f"]) == code
+
+
+def test_the_block_is_found_by_the_rows_tests(reward: CodeReward) -> None:
+    after = "\n```\nTests:\n```python\ndef test_f():\n    assert f(3) == 9\n```"
+    response = f"```python\n{SQUARE}{after}"
+    for row in (
+        {"tests": [{"args": [3], "expected": 9}], "entry_point": "f"}, {"tests": {"fn_name": "f", "inputs": [[3]], "outputs": [9]}},
+        {"tests": ["assert f(3) == 9"]}, {"test": "def check(candidate):\n    assert candidate(3) == 9", "entry_point": "f"},
+    ):  # fmt: skip
+        assert judge(reward, response, **row).outcome == "correct", row
+    solution = "```python\nclass Solution:\n    def f(self, x): return x * x\n```\nQuick test:\n```python\ns = Solution()\nprint(s.f(3))\n```"
+    assert judge(reward, solution, tests={"fn_name": "f", "inputs": [[3]], "outputs": [9]}).outcome == "correct"
+    reads = "```python\nprint(int(input()) ** 2)\n```\nTry:\n```python\ndef brute(n):\n    return n * n\nprint(brute(3))\n```"
+    assert judge(reward, reads, tests=[{"input": "4", "output": "16"}]).outcome == "correct"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "same"),
+    [
+        ("0.333333", "0.333333333333", True), ("0.666666", "0.666666666667", True), ("1 2.50000001 x", "1 2.5 x", True),
+        ("2", "2.0", True), ("1e3", "1000.0", True), ("-0.0000001", "0.0", True), ("3.14159265", "3.141592653589793\n", True),
+        ("0.33", "0.333333333333", False), ("2.0", "2", False), ("1000001", "1000000", False), ("1000000.1", "1000000", False),
+        ("0.0", "6.6e-34", False), ("0.0000001", "0.0000003", False), ("2.5 y", "2.5 x", False), ("2.5\n1", "2.5", False),
+        ("nan", "0.5", False), ("inf", "1e400", False), ("1_0.5", "10.5", False), ("0.5", "٠.٥", False), ("x", "1.0", False),
+    ],
+)  # fmt: skip
+def test_decimal_numbers_on_standard_output(given: str, expected: str, same: bool) -> None:
+    assert same_output(given, expected) is same
+    assert same_output(given, expected, tolerance=0) is (given.split() == expected.split())
+
+
+def test_the_tolerance_is_an_option(reward: CodeReward) -> None:
+    row = {"tests": [{"input": "", "output": "0.333333333333"}]}
+    assert judge(reward, "print(0.333333)", **row).outcome == "correct"
+    assert judge(CodeReward(reward.sandbox, tolerance=1e-9), "print(0.333333)", **row).outcome == "wrong"
+    assert judge(CodeReward(reward.sandbox, tolerance=0), "print('0.3333333333330')", **row).outcome == "wrong"
+    for options in ("tolerance=-1", "tolerance=2", "tolerance=x"):
+        with pytest.raises(RecipeError, match="tolerance"):
+            load_reward(f"code:{options}")
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))", [{"input": "1 2 3\n", "output": "6\n"}]),
+        ("import sys\nsys.stdout.buffer.write(b'5\\n')", [{"input": "", "output": "5"}]),
+        ("import sys\ninput = sys.stdin.readline\nn = int(input())\nprint(sum(int(input()) for _ in range(n)))", [{"input": "2\n3\n4", "output": "7"}]),
+        ("a, b = int(input()), int(input())\nprint(a)\nprint(b)", [{"input": ["2", "5"], "output": ["2", "5"]}]),
+        ("import sys\nsys.setrecursionlimit(10 ** 6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(int(input())))", [{"input": "50000", "output": "50000"}]),  # noqa: E501
+        ("import sys, threading\nsys.setrecursionlimit(10 ** 6)\nthreading.stack_size(1 << 27)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nt = threading.Thread(target=lambda: print(f(50000)))\nt.start()\nt.join()", [{"input": "", "output": "50000"}]),  # noqa: E501
+        ("import threading\ndef main(): print(int(input()) ** 2)\nthreading.Thread(target=main).start()", [{"input": "3", "output": "9"}]),
+        ("import atexit, io, sys\nsys.stdout = out = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\nprint(9)\nsys.exit()", [{"input": "", "output": "9"}]),  # noqa: E501
+        ("import fileinput\nprint(sum(int(line) for line in fileinput.input()))", [{"input": "3\n4\n", "output": "7"}]),
+        ("import sys\nprint(len(sys.argv))", [{"input": "", "output": "1"}]),
+    ],
+)  # fmt: skip
+def test_ways_to_read_and_write(reward: CodeReward, program: str, tests: list[dict[str, Any]]) -> None:
+    assert judge(reward, program, tests=tests).outcome == "correct"
+
+
+def test_big_numbers_and_endless_recursion(reward: CodeReward) -> None:
+    row = {"entry_point": "f", "tests": [{"args": [1], "expected": 1.333335333334e18}]}
+    assert judge(reward, "def f(n): return 1333335333334000000", **row).outcome == "correct"
+    endless = "import sys\nsys.setrecursionlimit(6 * 10 ** 5)\ndef f(n): return f(n + 1)\nprint(f(0))"
+    assert judge(reward, endless, tests=[{"input": "", "output": "1"}]).score == 0.0
 
 
 @pytest.mark.parametrize(
@@ -66,6 +180,8 @@ def test_code_is_taken_from_a_response(text: str, code: str | None) -> None:
         {"tests": {"inputs": [[3], [2]], "outputs": [9, 4], "fn_name": "f"}},
         {"tests": json.dumps({"inputs": ["3", "2"], "outputs": ["9", "4"], "fn_name": "f"})},
         {"test": "def check(candidate):\n    assert candidate(3) == 9", "entry_point": "f"},
+        {"tests": json.dumps([{"input": "3", "output": "9", "testtype": "functional"}]), "metadata": json.dumps({"func_name": "f"})},
+        {"tests": [{"input": "3", "output": "9", "testtype": "functional"}], "entry_point": "f"},
     ],
 )  # fmt: skip
 def test_layouts_of_function_tests(reward: CodeReward, row: dict[str, Any]) -> None:
@@ -80,6 +196,8 @@ def test_layouts_of_function_tests(reward: CodeReward, row: dict[str, Any]) -> N
         {"tests": [{"input": "3\n", "output": "9\n"}, {"stdin": "2", "expected": "4"}]},
         {"input_output": json.dumps({"inputs": ["3\n", "2\n"], "outputs": ["9", "4"]})},
         {"tests": {"inputs": [["3"], ["2"]], "outputs": [["9"], ["4"]]}},
+        {"tests": {"input": ["3\n", "2"], "output": ["9\n", "4"]}},
+        {"tests": json.dumps([{"input": "4\n", "output": "16", "testtype": "stdin"}])},
     ],
 )
 def test_layouts_of_standard_input(reward: CodeReward, row: dict[str, Any]) -> None:

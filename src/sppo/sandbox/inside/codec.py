@@ -16,6 +16,12 @@ ITERATORS = (map, filter, zip, enumerate, reversed, type(iter([])), type(iter(()
 
 MOMENTS = (datetime.datetime, datetime.date, datetime.time)
 
+PREDICATES = {
+    name for kind in (str, bytes, set, float) for name in dir(kind)
+    if name.startswith("is") or name in ("startswith", "endswith")
+} | {"equals", "all", "any", "allclose"}  # fmt: skip
+"""Methods of values whose answer is a verdict. They are not asked of an object that a function of the program's returned."""
+
 
 class Opaque(Exception):
     """A value that has no plain form."""
@@ -28,11 +34,11 @@ class Handle:
         self.number = number
 
 
-def encode(value, depth=0):
-    """A JSON tree. Subclasses of builtins lose everything but their plain value."""
+def encode(value, depth=0, keep=None):
+    """A JSON tree. Subclasses of builtins lose everything but their plain value. `keep` makes the tree of a value without one."""
     if depth > DEPTH:
         raise Opaque("nested deeper than %d" % DEPTH)
-    deeper = depth + 1
+    deeper = (depth + 1, keep)
     if value is None or value is True or value is False:
         return value
     if isinstance(value, int):
@@ -42,15 +48,15 @@ def encode(value, depth=0):
     if isinstance(value, str):
         return ["s", str.__str__(value)]
     if isinstance(value, list):
-        return ["l", [encode(x, deeper) for x in list.__iter__(value)]]
+        return ["l", [encode(x, *deeper) for x in list.__iter__(value)]]
     if isinstance(value, tuple):
-        return ["t", [encode(x, deeper) for x in tuple.__iter__(value)]]
+        return ["t", [encode(x, *deeper) for x in tuple.__iter__(value)]]
     if isinstance(value, dict):
-        return ["d", [[encode(k, deeper), encode(v, deeper)] for k, v in dict.items(value)]]
+        return ["d", [[encode(k, *deeper), encode(v, *deeper)] for k, v in dict.items(value)]]
     if isinstance(value, frozenset):
-        return ["F", [encode(x, deeper) for x in frozenset.__iter__(value)]]
+        return ["F", [encode(x, *deeper) for x in frozenset.__iter__(value)]]
     if isinstance(value, set):
-        return ["S", [encode(x, deeper) for x in set.__iter__(value)]]
+        return ["S", [encode(x, *deeper) for x in set.__iter__(value)]]
     if isinstance(value, (bytes, bytearray)):
         return ["b" if isinstance(value, bytes) else "B", bytes(value).hex()]
     if isinstance(value, complex):
@@ -59,7 +65,7 @@ def encode(value, depth=0):
     if kind is range:
         return ["r", "%x" % value.start, "%x" % value.stop, "%x" % value.step]
     if kind is collections.deque:
-        return ["q", [encode(x, deeper) for x in value]]
+        return ["q", [encode(x, *deeper) for x in value]]
     if kind is decimal.Decimal:
         return ["D", str(value)]
     if kind is fractions.Fraction:
@@ -73,14 +79,14 @@ def encode(value, depth=0):
     if kind in ITERATORS:
         items = list(itertools.islice(value, ITEMS + 1))
         if len(items) <= ITEMS:
-            return ["g", [encode(x, deeper) for x in items]]
-    return ["?", kind.__name__]
+            return ["g", [encode(x, *deeper) for x in items]]
+    return ["?", kind.__name__] if keep is None else keep(value)
 
 
-def decode(tree, depth=0, handle=None):
+def decode(tree, depth=0, handle=None, graph=None):
     """The value of a tree; raises Opaque for anything that is not the plain form of a value.
 
-    `handle` makes the local stand-in of a kept object out of its number.
+    `handle` makes the local stand-in of a kept object out of its number, `graph` the nodes of a linked structure (nodes.py).
     """
     if depth > DEPTH:
         raise Opaque("nested deeper than %d" % DEPTH)
@@ -89,8 +95,11 @@ def decode(tree, depth=0, handle=None):
     if not isinstance(tree, list) or not tree:
         raise Opaque("not a tagged value")
 
+    def part(x):
+        return decode(x, depth + 1, handle, graph)
+
     def items():
-        return [decode(x, depth + 1, handle) for x in tree[1]]
+        return [part(x) for x in tree[1]]
 
     try:
         tag = tree[0]
@@ -105,7 +114,7 @@ def decode(tree, depth=0, handle=None):
         if tag == "t":
             return tuple(items())
         if tag == "d":
-            return {decode(k, depth + 1, handle): decode(v, depth + 1, handle) for k, v in tree[1]}
+            return {part(k): part(v) for k, v in tree[1]}
         if tag == "S":
             return set(items())
         if tag == "F":
@@ -132,6 +141,8 @@ def decode(tree, depth=0, handle=None):
             return iter(items())
         if tag == "h" and handle is not None and type(tree[1]) is int:
             return handle(tree[1])
+        if tag == "N" and graph is not None:
+            return graph(tree[1], part)
     except Opaque:
         raise
     except Exception as error:
