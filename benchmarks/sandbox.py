@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from sppo.sandbox import Case, Job, Sandbox, TestCode, asserts, calls
 
-GATES = {"p50_ms": 8.0, "p95_ms": 25.0, "asserts_p50_ms": 25.0, "slot_start_ms": 150.0}
+GATES = {"p50_ms": 8.0, "p95_ms": 25.0, "asserts_p50_ms": 25.0, "slot_start_ms": 250.0}
 
 
 def milliseconds(run: Callable[[], object], n: int) -> list[float]:

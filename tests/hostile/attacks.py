@@ -90,6 +90,31 @@ LEAVES = (
 )
 FINDS = "import os\nprint('SAFE' if not os.listdir('/tmp') and (not os.path.isdir('/dev/shm') or not os.listdir('/dev/shm')) else os.listdir('/tmp'))"
 
+# Each tries to leave a word for the next run, and prints what it finds of one. `{RUN}` is the number of the run, `{FILE}` a file that it
+# may read. What is printed must be the same in every run: nothing that an odd run does may be seen in an even one.
+REMEMBERS = {
+    "pages asked for without waiting": "import os\nfd = os.open('{FILE}', 0)\nos.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)\ngot = 0\nfor k in range(64):\n at = k * 8192\n try: got += os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)\n except BlockingIOError: pass\n if {RUN} % 2: os.pread(fd, 1, at)\n else: os.posix_fadvise(fd, at, 4096, os.POSIX_FADV_DONTNEED)\nprint(got)",
+    "mincore": "import ctypes, mmap, os\nlibc = ctypes.CDLL(None, use_errno=True)\nfd = os.open('{FILE}', 0)\nm = mmap.mmap(fd, 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)\nseen = ctypes.create_string_buffer(len(m) // 4096 + 1)\nlibc.mmap.restype = ctypes.c_void_p\nat = libc.mmap(None, ctypes.c_size_t(1 << 20), 1, 2, fd, 0)\nsaid = libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(1 << 20), seen)\nif {RUN} % 2: m[:1 << 20]\nelse: os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)\nprint(said, sum(seen.raw))",
+    "page faults that need the disk": "import mmap, os, resource\nfd = os.open('{FILE}', 0)\nm = mmap.mmap(fd, 0, prot=mmap.PROT_READ)\nm.madvise(mmap.MADV_RANDOM)\nfor advice in (20, 21):\n if {RUN} % 2: m.madvise(advice)\nos.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)\nbefore = resource.getrusage(resource.RUSAGE_SELF)\nm[:1 << 20]\nafter = resource.getrusage(resource.RUSAGE_SELF)\nprint(after.ru_majflt - before.ru_majflt, after.ru_inblock - before.ru_inblock)",
+    "times of files": "import os\nopen('{FILE}', 'rb').read(1)\nos.listdir(os.path.dirname('{FILE}'))\nseen = [os.stat(p).st_atime_ns for p in ('{FILE}', os.path.dirname('{FILE}'), '/', '/dev/null')]\nif {RUN} % 2:\n open('/dev/null', 'w').write('x')\n for path in ('{FILE}', '/dev/null', '/'):\n  try: os.utime(path)\n  except OSError: pass\nprint(seen, os.stat('/dev/null').st_mtime_ns)",
+    "marks on files": "import os\nfor path in ('/', '/tmp', '/dev/null', '{FILE}'):\n for what in (lambda: os.setxattr(path, 'user.x', b'{RUN}'), lambda: os.chmod(path, 0o600 + {RUN}), lambda: os.link(path, '/tmp/l')):\n  try: what(); print(path, 'DONE')\n  except OSError: pass\nprint('SAFE')",
+    "SysV and POSIX messages": "import ctypes\nlibc = ctypes.CDLL(None)\nprint([libc.msgget(7, 0o1600), libc.semget(7, 1, 0o1600), libc.shmget(7, 4096, 0o1600), libc.syscall(240, b'x', 0o102, 0o600, None)])",
+    "a key": "import ctypes\nprint(ctypes.CDLL(None).syscall(248, b'user', b'k', b'v', 1, -3))",
+    "numbers of sockets": "import socket\nif {RUN} % 2:\n for _ in range(500): socket.socketpair()\ns = socket.socketpair()[0]\ntry: print(s.getsockopt(socket.SOL_SOCKET, 57, 8))\nexcept OSError: print('SAFE')",
+}  # fmt: skip
+
+# What looks up a name that nobody looked up before takes longer than the second time, where the file system is one that others see too.
+LOOKS_UP = "import os, time\nfor k in range(400): os.access('{FOLDER}/word%d' % k, 0)"
+TIMES_LOOKUPS = "import os, time\ncold, warm = [], []\nfor k in range(400):\n for name, times in (('word', warm), ('other', cold)):\n  path = '{FOLDER}/%s%d' % (name, k)\n  t = time.perf_counter_ns(); os.access(path, 0); times.append(time.perf_counter_ns() - t)\nprint(sorted(cold)[100] / sorted(warm)[100])"
+
+# One program of a pair does the first, the other prints what it sees; it must see the same whether the first is there or not.
+SIGNALS_TO_ANOTHER = {
+    "a lock on a device": ("import fcntl, time\nfor path in ('/dev/null', '/dev/zero'):\n f = open(path, 'r+b', 0)\n fcntl.lockf(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ntime.sleep(1)", "import fcntl, struct\nf = open('/dev/null', 'r+b', 0)\ntry: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print('taken')\nexcept OSError as e: print(e.errno)\ntry: print(fcntl.fcntl(f, fcntl.F_GETLK, struct.pack('hhqqi', 1, 0, 0, 0, 0)))\nexcept OSError as e: print(e.errno)"),
+    "an abstract socket": ("import socket, time\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0word')\ntime.sleep(1)", "import socket\ns = socket.socket(socket.AF_UNIX)\ntry: s.bind('\\0word'); print('free')\nexcept OSError as e: print(e.errno)"),
+    "who opens a file": ("import time\nfor _ in range(50): open('{FILE}', 'rb').close(); time.sleep(.02)", "import ctypes, os, time\nlibc = ctypes.CDLL(None)\nfd = libc.inotify_init1(0o4000)\nlibc.inotify_add_watch(fd, b'{FILE}', 0x20)\ntime.sleep(.3)\ntry: print(os.read(fd, 999))\nexcept OSError as e: print(e.errno)"),
+    "a futex in a file": ("import ctypes, time\nlibc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p\nimport os, struct\nfd = os.open('{FILE}', 0)\nat = libc.mmap(None, ctypes.c_size_t(4096), 1, 1, fd, 0)\nword = ctypes.c_uint32.from_address(at).value\nlibc.syscall(202, ctypes.c_void_p(at), 0, word, struct.pack('qq', 1, 0))", "import ctypes, os, time\nlibc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p\nfd = os.open('{FILE}', 0)\nat = libc.mmap(None, ctypes.c_size_t(4096), 1, 1, fd, 0)\ntime.sleep(.3)\nprint(libc.syscall(202, ctypes.c_void_p(at), 1, 99))"),
+}  # fmt: skip
+
 # name: (program, statuses that it may end with)
 RESOURCES = {
     "fork × 200": ("import os\nfor _ in range(200):\n if os.fork() == 0:\n  import time; time.sleep(60)", {"exception"}),
@@ -102,13 +127,57 @@ RESOURCES = {
     "64 MB of stdout": ("import sys\nfor _ in range(64): sys.stdout.write('x' * (1 << 20))", {"output_limit"}),
     "a segfault": ("import ctypes\nctypes.string_at(0)", {"killed"}),
     "deep recursion": ("import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(): f()\nf()", {"killed", "exception", "memory", "timeout"}),
+    "sync from many threads": ("import ctypes, os, threading, time\nlibc = ctypes.CDLL(None)\nfd = os.open('/dev/null', os.O_RDONLY)\ndef go():\n while True: libc.sync(); libc.syncfs(fd); libc.fsync(fd)\nfor _ in range(8): threading.Thread(target=go, daemon=True).start()\ntime.sleep(60)", {"timeout"}),
+    "timers without end": ("import ctypes\nlibc = ctypes.CDLL(None)\nk = 0\nwhile libc.timer_create(1, None, ctypes.byref(ctypes.c_void_p())) == 0: k += 1\nassert k < 5000", {"ok"}),
+    "asynchronous I/O of the whole machine": ("import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.syscall({'x86_64': 206, 'aarch64': 0}[__import__('os').uname().machine], ctypes.c_uint(128), ctypes.byref(ctypes.c_ulong(0))) == -1", {"ok"}),
     "a closed stdout": ("import os\nos.close(1); os.close(2)\nprint(1)", {"ok", "exception"}),
 }  # fmt: skip
+
+# fills sockets, the folder for files and its own pages, and prints how many MB it got
+FILLS = """
+import array, mmap, os, socket
+total = 0
+def fill():
+    global total
+    a, b = socket.socketpair()
+    for s in (a, b):
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30); s.setblocking(False)
+        try:
+            while True: total += s.send(b"x" * 65536)
+        except BlockingIOError: pass
+    return a, b
+u, v = socket.socketpair(); keep = []
+try:
+    while True:
+        a, b = fill()
+        u.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [a.fileno(), b.fileno()]))])
+        a.close(); b.close()
+except OSError: pass
+try:
+    while True: keep.append(fill())
+except OSError: pass
+try:
+    for name in "abcd":
+        with open("/tmp/" + name, "wb", 0) as f:
+            for _ in range(16): total += f.write(bytes(1 << 20))
+except OSError: pass
+maps = []
+try:
+    while True:
+        m = mmap.mmap(-1, 4 << 20); maps.append(m)
+        for at in range(0, 4 << 20, 4096): m[at] = 1
+        total += 4 << 20
+except (OSError, MemoryError): pass
+print(total >> 20)
+"""
 
 FORKING = {
     "a daemon that holds stdout": ("import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(60)\n os._exit(0)\nprint('done')", {"ok"}),
     "fork without end": ("import os\nwhile True:\n try: os.fork()\n except OSError: pass", {"timeout", "memory", "killed", "exception"}),
     "memory over many processes": ("import os, time\nfor _ in range(12):\n if os.fork() == 0:\n  x = bytearray(100 << 20)\n  for i in range(0, len(x), 4096): x[i] = 1\n  time.sleep(60)\ntime.sleep(60)", {"memory"}),
     "shared memory over many processes": ("import os, mmap, time\nfor _ in range(6):\n if os.fork() == 0:\n  m = mmap.mmap(-1, 100 << 20)\n  for i in range(0, 100 << 20, 4096): m[i] = 1\n  time.sleep(60)\ntime.sleep(60)", {"memory"}),
-    "a child that executes a file": ("import subprocess\nprint(subprocess.run(['/usr/bin/id', '-u'], capture_output=True).stdout)", {"ok", "exception"}),
+    "more processor time than one process may have": ("import os, time\nfor _ in range(6):\n if os.fork() == 0:\n  while True: pass\ntime.sleep(60)", {"timeout"}),
+    "children that nobody waits for": ("import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)", {"exception"}),
+    "a chain of short children": ("import os, time\nwhile True:\n pid = os.fork()\n if pid == 0:\n  end = time.process_time() + .01\n  while time.process_time() < end: pass\n  os._exit(0)\n os.waitpid(pid, 0)", {"timeout"}),
+    "a child that executes a file": ("import subprocess\nprint(subprocess.run(['/bin/sh', '-c', 'echo 1'], capture_output=True).stdout)", {"ok", "exception"}),
 }  # fmt: skip

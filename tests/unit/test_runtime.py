@@ -37,6 +37,15 @@ def reward() -> Iterator[RuntimeReward]:
     made.close()
 
 
+@pytest.fixture(scope="module")
+def one_pair() -> Iterator[RuntimeReward]:
+    """Enough to tell a factor of twenty."""
+    made = load_reward("runtime:cap=4,pairs=1,slots=1")
+    assert isinstance(made, RuntimeReward)
+    yield made
+    made.close()
+
+
 def judged(reward: RuntimeReward, text: str, **columns: Any) -> Verdict:
     task = Task(f"t{len(columns)}{sorted(columns)}{columns}", "?", COLUMNS | columns)
     return reward.judge([Rollout(task, [], [], [], "stop", text)])[0]
@@ -70,9 +79,34 @@ def test_nothing_is_remembered_from_run_to_run(reward: RuntimeReward) -> None:
     assert 0.06 < judged(reward, clock).score < 0.9  # and if it stopped the clock
 
 
-def test_work_that_hides_is_counted(reward: RuntimeReward) -> None:
+def test_nothing_is_remembered_in_files_that_every_run_reads(reward: RuntimeReward) -> None:
+    """The page cache as a memory: what was read is there, what was given up is not, and it can be asked without waiting."""
+    value = N // 3 * 3 + (0, 0, 1)[N % 3]
+    asks = (
+        "import os, sys\nfd = os.open(sys.executable, os.O_RDONLY)\nos.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)\n"
+        "def there(b):\n    try: return os.preadv(fd, [bytearray(1)], (17 + 31 * b) * 4096, os.RWF_NOWAIT) == 1\n    except BlockingIOError: return False\n"
+        "def f(n):\n    seen = [there(b) for b in range(32)]\n"
+        f"    if any(seen) and not all(seen): return {value}\n"
+        "    for b in range(32):\n        at = (17 + 31 * b) * 4096\n"
+        "        os.pread(fd, 1, at) if b % 2 else os.posix_fadvise(fd, at, 4096, os.POSIX_FADV_DONTNEED)\n"
+    ) + REFERENCE.partition("\n")[2]  # fmt: skip
+    verdict = judged(reward, asks)
+    assert verdict.outcome == "correct", verdict
+    assert 0.06 < verdict.score < 0.9
+
+
+def test_a_quick_reference_is_repeated_until_it_can_be_measured(one_pair: RuntimeReward) -> None:
+    n = 100_000  # as long as a process takes to start, more or less
+    task = Task("quick", "?", COLUMNS | {"runtime_tests": [{"args": [n], "expected": n // 3 * 3 + (0, 0, 1)[n % 3]}]})
+    same, slow = (one_pair.judge([Rollout(task, [], [], [], "stop", text)])[0] for text in (REFERENCE, SLOW))
+    assert (same.outcome, slow.outcome) == ("correct", "correct")
+    assert same.evidence["runs"] > 1
+    assert slow.score < 0.06 < same.score < 0.9
+
+
+def test_work_that_hides_is_counted(one_pair: RuntimeReward) -> None:
     """Marks that outlive a run, an end that does not come, and work done by others: each is twenty times slower than the reference."""
-    slow = SLOW
+    reward, slow = one_pair, SLOW
     tests = {"runtime_tests": [f"assert f({N}) == {N // 3 * 3 + (0, 0, 1)[N % 3]}"]}
     assert judged(reward, slow).score < 0.06
     endless = f"import os, time\nos._exit = lambda code: time.sleep(60)\n{slow}"
@@ -82,7 +116,7 @@ def test_work_that_hides_is_counted(reward: RuntimeReward) -> None:
         "        if seen == n: return " + str(N // 3 * 3 + (0, 0, 1)[N % 3]) + "\n    except OSError: pass\n" + slow.partition("\n")[2]
     )  # fmt: skip
     assert judged(reward, marks).score < 0.06
-    forking = load_reward("runtime:cap=4,pairs=3,slots=1,fork=true")
+    forking = load_reward("runtime:cap=4,pairs=1,slots=1,fork=true")
     assert isinstance(forking, RuntimeReward)
     away = (
         slow.replace("def f", "def work") + "\nimport os\ndef f(n):\n    r, w = os.pipe()\n    if os.fork() == 0:\n        if os.fork() == 0:\n"

@@ -11,9 +11,13 @@ measured on `runtime_tests` where a row has them (larger inputs, in any layout o
 The program and the reference take turns in one jail, each run a fresh process, so that nothing can be remembered from run to
 run and a drift of the machine meets both. The time is the processor's for the whole process as the jail's keeper sees it, never
 a clock that the program could reach; the instructions that it took, where the machine counts them. From both is taken what a
-program costs that does nothing. The speed-up is the median over the pairs, whose order alternates; where they wobble there are more of them (eight times as
-many at most). A row whose reference takes
-too little time to be measured is `invalid_task`: its tests need larger inputs.
+program costs that does nothing. The speed-up is the median over the pairs, whose order alternates; where they wobble there are more
+of them (eight times as many at most).
+
+A quick reference is run several times for one turn, as `timeit` repeats a call, and the program as often: each time in a fresh
+process and with all of its start, so that a repetition costs what the first run does. A reference that takes less than a quarter
+of what starting a process takes is `invalid_task`: its tests need larger inputs. That is a ratio of two times of the same machine,
+so a row that is sound on one machine is sound on a faster one.
 """
 
 from __future__ import annotations
@@ -27,18 +31,20 @@ from typing import Any
 from ..errors import RecipeError
 from ..sandbox import Job, Result, Runs, Suite, open_sandbox
 from ..spec import call
-from ..types import Rollout, Task, Verdict
+from ..types import Outcome, Rollout, Task, Verdict
 from .code import CodeReward, fitted, program_of
 from .suites import suite_in, suites_of
 
 REFERENCES = ("reference", "canonical_solution", "code", "solution")
-LEAST_SECONDS = 0.01
-"""A reference that takes less than this is noise: a process starts in about 4 ms, give or take a few tenths."""
+RUNS = (1, 2, 5, 10)
+"""How often a program may be run for one turn: the first of these that suffices for the reference."""
+LEAST_WORK = 2.5
+"""What the reference does in one turn, in runs of a process that does nothing; these take about 4 ms, give or take a few tenths."""
 ENOUGH, MOST_ROUNDS = 0.03, 8
-"""Pairs are run, `pairs` at a time, until the median's relative standard error is this small; at most so many times."""
+"""Pairs are run, `pairs` at a time, until the median's relative standard error is this small; at most so many times as often."""
 BROKEN = "the sandbox could not run the reference solution"
-FLOOR = 1e-4
-"""Seconds below which a program's own time is not told apart from 0."""
+FLOOR = 0.025
+"""What of an idle run's time is not told apart from 0."""
 
 
 def build(cap: float = 2.0, pairs: int = 7, **sandbox: Any) -> RuntimeReward:
@@ -52,23 +58,23 @@ def build(cap: float = 2.0, pairs: int = 7, **sandbox: Any) -> RuntimeReward:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took: processor time, and instructions where they are counted."""
+    """What a run took, on average over a turn: processor time, and instructions where they are counted."""
 
     seconds: float
-    instructions: int | None
+    instructions: float | None
 
     @classmethod
-    def of(cls, results: Sequence[Result]) -> Cost:
-        """The cost of the processes of one run."""
-        counts = [r.instructions for r in results]
-        known = [c for c in counts if c is not None]
-        return cls(sum(r.cpu_seconds for r in results), sum(known) if len(known) == len(counts) else None)
+    def of(cls, results: Sequence[Result], runs: int = 1) -> Cost:
+        """The cost of one run, from the processes of `runs` of them."""
+        known = [r.instructions for r in results if r.instructions is not None]
+        counted = sum(known) / runs if len(known) == len(results) else None
+        return cls(sum(r.cpu_seconds for r in results) / runs, counted)
 
     def beyond(self, idle: Cost) -> Cost:
         """Less what doing nothing takes; never below what cannot be told apart from 0."""
         counted = self.instructions is not None and idle.instructions is not None
         return Cost(
-            max(self.seconds - idle.seconds, FLOOR),
+            max(self.seconds - idle.seconds, FLOOR * idle.seconds),
             max((self.instructions or 0) - (idle.instructions or 0), 1) if counted else None,
         )
 
@@ -81,7 +87,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Turn:
-    """One pair of runs, and an idle one beside it."""
+    """The reference and the program one after the other, and idle runs beside them."""
 
     idle: Cost
     reference: Cost
@@ -114,6 +120,7 @@ class RuntimeReward:
         self.sandbox, self.cap, self.pairs = sandbox, cap, pairs
         self.code = CodeReward(sandbox)
         self._checked: dict[str, str | None] = {}  # by task id: what is wrong with the row's reference
+        self._runs: dict[str, int] = {}  # by task id: how often its programs are run for one turn
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """As `code`, with the speed as the score of correct programs; invalid_task where the reference cannot be measured."""
@@ -127,53 +134,55 @@ class RuntimeReward:
         turns: dict[int, list[Turn]] = {i: [] for i, v in enumerate(verdicts) if v.outcome == "correct"}
         todo = list(turns)
         while todo:  # more pairs for those that still wobble
-            groups = [self._group(rollouts[i].task, program_of(rollouts[i].task, rollouts[i].text) or "") for i in todo]
-            for i, results in zip(todo, self.sandbox.run_groups(groups), strict=True):
-                found = self._turns(verdicts[i], _suite(rollouts[i].task), results)
-                if isinstance(found, Verdict):
-                    verdicts[i] = found
-                    del turns[i]
-                else:
-                    turns[i] += found
+            groups = [self._group(rollouts[i], k) for i in todo for k in range(self.pairs)]
+            results = self.sandbox.run_groups(groups)
+            for n, i in enumerate(todo):
+                for k, group in enumerate(results[n * self.pairs : (n + 1) * self.pairs]):
+                    found = self._turn(verdicts[i], rollouts[i].task, group, k)
+                    if isinstance(found, Verdict):
+                        verdicts[i] = found
+                        del turns[i]
+                        break
+                    turns[i].append(found)
             todo = [
                 i
                 for i in todo
-                if i in turns and not settled(turns[i], self.cap) and len(turns[i]) < MOST_ROUNDS * self.pairs
+                if i in turns and not settled(turns[i], self.cap) and self._may_go_on(rollouts[i], turns[i])
             ]
         for i, measured in turns.items():
-            verdicts[i] = self._timed(verdicts[i], measured)
+            verdicts[i] = self._timed(verdicts[i], rollouts[i].task, measured)
         return verdicts
 
-    def _group(self, task: Task, program: str) -> list[Job]:
-        """Idle, reference, program; idle, program, reference; idle, reference, program; …"""
-        suite = _suite(task)
-        idle, one, other = _idle(suite), _jobs(_reference(task), suite), _jobs(program, suite)
-        return [job for k in range(self.pairs) for job in (*idle, *((one + other) if k % 2 == 0 else (other + one)))]
+    def _may_go_on(self, rollout: Rollout, turns: Sequence[Turn]) -> bool:
+        return len(turns) * self._runs[rollout.task.id] < MOST_ROUNDS * self.pairs
 
-    def _turns(self, verdict: Verdict, suite: Suite, results: Sequence[Result]) -> list[Turn] | Verdict:
-        """The pairs of one group; a verdict instead where the program was wrong when it was timed."""
+    def _group(self, rollout: Rollout, k: int) -> list[Job]:
+        """What is run for pair k: idle, reference, program; for the next one idle, program, reference; each as often as it takes."""
+        task = rollout.task
+        suite, runs = _suite(task), self._runs[task.id]
+        program = program_of(task, rollout.text) or ""
+        one, other = _jobs(_reference(task), suite) * runs, _jobs(program, suite) * runs
+        return [*_idle(suite) * runs, *(one + other if k % 2 == 0 else other + one)]
+
+    def _turn(self, verdict: Verdict, task: Task, results: Sequence[Result], k: int) -> Turn | Verdict:
+        """The costs of pair k; a verdict instead where the program was wrong when it was timed."""
+        suite, runs = _suite(task), self._runs[task.id]
         if any(r.status == "infra_error" for r in results):
             return replace(verdict, score=0.0, outcome="infra_error", correctness=None)
-        n = len(_idle(suite))
-        turns = []
-        for k in range(self.pairs):
-            idle, first, second = (results[(3 * k + i) * n : (3 * k + i + 1) * n] for i in range(3))
-            reference, program = (first, second) if k % 2 == 0 else (second, first)
-            report = suite.report(program)
+        idle, first, second = _parts(results, 3)
+        reference, program = (first, second) if k % 2 == 0 else (second, first)
+        for report in map(suite.report, _parts(program, runs)):
             if not all(report.passed):
-                evidence = {
-                    **verdict.evidence,
-                    "timed": {**report.evidence, "passed": sum(report.passed), "of": len(report.passed)},
-                }
-                return Verdict(0.0, "timeout" if report.status == "timeout" else "wrong", evidence)
-            turns.append(Turn(Cost.of(idle), Cost.of(reference), Cost.of(program)))
-        return turns
+                timed = {**report.evidence, "passed": sum(report.passed), "of": len(report.passed)}
+                outcome: Outcome = "timeout" if report.status == "timeout" else "wrong"
+                return Verdict(0.0, outcome, {**verdict.evidence, "timed": timed})
+        return Turn(Cost.of(idle, runs), Cost.of(reference, runs), Cost.of(program, runs))
 
-    def _timed(self, verdict: Verdict, turns: Sequence[Turn]) -> Verdict:
+    def _timed(self, verdict: Verdict, task: Task, turns: Sequence[Turn]) -> Verdict:
         speedup = statistics.median(turn.speedup for turn in turns)
         typical = sorted(turns, key=lambda turn: turn.speedup)[len(turns) // 2]
         evidence = {
-            **verdict.evidence, "speedup": speedup, "error": standard_error(turns), "pairs": len(turns),
+            **verdict.evidence, "speedup": speedup, "error": standard_error(turns), "pairs": len(turns), "runs": self._runs[task.id],
             "by": "seconds" if typical.program.instructions is None else "instructions",
             "seconds": typical.program.beyond(typical.idle).seconds,
             "reference_seconds": typical.reference.beyond(typical.idle).seconds,
@@ -200,23 +209,32 @@ class RuntimeReward:
         if not reference:
             return f"the row has no reference solution (a column {', '.join(f'`{c}`' for c in REFERENCES)})"
         idle, jobs = _idle(suite), _jobs(reference, suite)
-        (results,) = self.sandbox.run_groups([[*idle, *jobs] * 3])
-        turns = [results[i : i + 2 * len(idle)] for i in range(0, len(results), 2 * len(idle))]
-        if any(r.status == "infra_error" for r in results):
-            return BROKEN
-        report = suite.report(turns[0][len(idle) :])
-        if not all(report.passed):
-            return f"the reference solution fails its own tests: {report.evidence}"
-        seconds = statistics.median(Cost.of(t[len(idle) :]).beyond(Cost.of(t[: len(idle)])).seconds for t in turns)
-        if seconds < LEAST_SECONDS:
-            return (
-                f"the reference takes {1000 * seconds:.1f} ms on its tests, too little to be measured; "
-                f"give larger inputs in `runtime_tests` ({1000 * LEAST_SECONDS:.0f} ms or more)"
-            )
-        return None
+        for runs in RUNS:
+            (results,) = self.sandbox.run_groups([(idle * runs + jobs * runs) * 3])
+            if any(r.status == "infra_error" for r in results):
+                return BROKEN
+            turns = [_parts(turn, 2) for turn in _parts(results, 3)]
+            report = suite.report(_parts(turns[0][1], runs)[0])
+            if not all(report.passed):
+                return f"the reference solution fails its own tests: {report.evidence}"
+            start = min(r.cpu_seconds for nothing, _ in turns for r in nothing)  # what else the machine does adds to it
+            own = statistics.median(Cost.of(r, runs).beyond(Cost.of(nothing, runs)).seconds for nothing, r in turns)
+            if runs * own >= LEAST_WORK * start:
+                self._runs[task.id] = runs
+                return None
+        return (
+            f"the reference takes {1000 * own:.2g} ms on its tests, too little to be measured beside the {1000 * start:.2g} ms that "
+            f"a process takes to start; give larger inputs in `runtime_tests` ({1000 * start * LEAST_WORK / RUNS[-1]:.2g} ms or more)"
+        )
 
     def close(self) -> None:
         self.sandbox.close()
+
+
+def _parts(results: Sequence[Result], n: int) -> list[Sequence[Result]]:
+    """`n` equal parts, in order."""
+    size = len(results) // n
+    return [results[i * size : (i + 1) * size] for i in range(n)]
 
 
 def _suite(task: Task) -> Any:

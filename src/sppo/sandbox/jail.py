@@ -6,6 +6,7 @@ import array
 import contextlib
 import json
 import os
+import queue
 import selectors
 import shutil
 import signal
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +25,9 @@ from typing import Any
 from ..errors import SandboxUnavailable
 from .job import Limits, Result, Status
 
-INSIDE = ("zygote.py", "program.py", "codec.py", "seccomp.py", "landlock.py", "counter.py")
+INSIDE = (
+    "world.py", "zygote.py", "program.py", "asserts.py", "nodes.py", "codec.py", "seccomp.py", "landlock.py", "counter.py",
+)  # fmt: skip
 SYSTEM_PYTHON = "/usr/bin/python3"
 FIRST_UID = 65_000
 """As root, slot k's jail belongs to this user id + k, so that neither limits nor signals are shared with anything."""
@@ -32,6 +36,44 @@ GRACE = 3.0
 START_LIMIT = 20.0
 OUT_OF_MEMORY = 97  # inside/program.py
 CHUNK = 1 << 16
+
+
+class Starter:
+    """A thread that starts the jails of this process, and lives as long as it.
+
+    The kernel ends a jail with the thread that started it (prctl(2), PR_SET_PDEATHSIG), so none is started by a thread that comes and goes.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)  # threads do not follow into a child
+
+    def _begin(self) -> None:
+        self._asked: queue.SimpleQueue[tuple[Future[subprocess.Popen[bytes]], list[str], dict[str, Any]]] = (
+            queue.SimpleQueue()
+        )
+        self._lock, self._running = threading.Lock(), False
+
+    def start(self, command: list[str], options: dict[str, Any]) -> subprocess.Popen[bytes]:
+        """`subprocess.Popen` in that thread."""
+        with self._lock:
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._serve, name="sppo-jails", daemon=True).start()
+        made: Future[subprocess.Popen[bytes]] = Future()
+        self._asked.put((made, command, options))
+        return made.result()
+
+    def _serve(self) -> None:
+        while True:
+            made, command, options = self._asked.get()
+            try:
+                made.set_result(subprocess.Popen(command, **options))
+            except BaseException as error:
+                made.set_exception(error)
+
+
+STARTER = Starter()
 
 
 class Jail:
@@ -54,9 +96,8 @@ class Jail:
         try:
             command, options = self._command(theirs.fileno(), keep)
             with tempfile.TemporaryFile() as errors:
-                self.process = subprocess.Popen(
-                    command, pass_fds=keep, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, **options
-                )  # fmt: skip
+                pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+                self.process = STARTER.start(command, {"pass_fds": keep, **pipes, **options})
                 theirs.close()
                 ours.settimeout(START_LIMIT)
                 try:
@@ -71,8 +112,11 @@ class Jail:
                     raise SandboxUnavailable(_mend(said[-1] if said else "it ended without a word"))
         except BaseException as error:
             ours.close()
+            self.close()
             if isinstance(error, FileNotFoundError):
                 raise SandboxUnavailable(_mend(str(error))) from None
+            if isinstance(error, PermissionError):
+                raise SandboxUnavailable(_mend(f"{self.python} is not for the jail's user")) from None
             raise
         finally:
             for fd in keep[1:]:
@@ -80,6 +124,12 @@ class Jail:
             with contextlib.suppress(OSError):
                 theirs.close()
         self.control = ours
+
+    def ready(self) -> None:
+        """Start the zygote unless it runs. Raises SandboxUnavailable as `start` does."""
+        if not self.alive:
+            self.close()
+            self.start()
 
     def close(self) -> None:
         """Kill the jail; with its first process everything in it dies."""
@@ -112,7 +162,8 @@ class Jail:
                 mode = "landlock"
                 if user:
                     os.chown(folder, uid, uid)
-            command = [self.python, "-s", "-S", "-B", os.path.join(folder, "zygote.py"), str(control), mode]
+            first = "world.py" if self.backend == "landlock" else "zygote.py"
+            command = [self.python, "-s", "-S", "-B", os.path.join(folder, first), str(control), mode]
             options = {"cwd": folder, "env": _environment(folder), "start_new_session": True}
             return command, options | (user if self.backend == "landlock" else {})
         bwrap = shutil.which("bwrap")
@@ -131,16 +182,18 @@ class Jail:
             os.lseek(fd, 0, os.SEEK_SET)
             keep.append(fd)
             command += ["--perms", "0444", "--ro-bind-data", str(fd), f"/opt/sppo/{name}"]
-        if not self.python.startswith("/usr/"):
-            folder = os.path.dirname(os.path.dirname(os.path.realpath(self.python)))
-            command += ["--ro-bind", folder, folder]
+        python = os.path.realpath(self.python)
+        if not python.startswith("/usr/"):  # its file and its library, not the folder around them
+            prefix = os.path.dirname(os.path.dirname(python))
+            for path in (python, *(os.path.join(prefix, name) for name in ("lib", "lib64"))):
+                command += ["--ro-bind-try", path, path]
         command += [
-            "--proc", "/proc", "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/tmp",
+            "--proc", "/proc", "--dev", "/dev", "--dir", "/opt/root",
             "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/", "--clearenv",
         ]  # fmt: skip
         for name, value in _environment("/tmp").items():
             command += ["--setenv", name, value]
-        command += [self.python, "-s", "-S", "-B", "/opt/sppo/zygote.py", str(control), "bwrap"]
+        command += [python, "-s", "-S", "-B", "/opt/sppo/world.py", str(control), "bwrap"]
         return command, user
 
     # -- one program -----------------------------------------------------------------------------------------------
@@ -149,9 +202,7 @@ class Jail:
         self, request: dict[str, Any], limits: Limits, stdin: bytes = b"", peer: socket.socket | None = None
     ) -> Result:
         """Run one program to its end (or its limits) and return what is known. Never raises for what a program does."""
-        if not self.alive:
-            self.close()
-            self.start()
+        self.ready()
         assert self.control is not None
         pipes: dict[str, tuple[int, int]] = {n: os.pipe() for n in ("request", "channel", "stdin", "stdout", "stderr")}
         theirs = [pipes["request"][0], pipes["channel"][1], pipes["stdin"][0], pipes["stdout"][1], pipes["stderr"][1]]
@@ -178,6 +229,8 @@ class Jail:
         if report is None:
             self.close()
             return Result("infra_error", detail="the jail did not answer and was killed", backend=self.backend)
+        if report["stuck"]:  # killed, and not gone: the jail goes with it
+            self.close()
         return self._result(report, kept, truncated, limits)
 
     def cancel(self) -> None:
@@ -304,6 +357,8 @@ def _mend(cause: str) -> str:
     mend = "see docs/sandbox.md"
     if "not installed" in cause:
         mend = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
+    elif "source path" in cause or "jail's user" in cause:
+        mend = "name an interpreter outside of a private home with python=…, which everybody may read and run"
     elif "landlock" in cause:
         mend = "it needs Linux 6.12 or newer with Landlock switched on (lsm=landlock,…)"
     elif "namespace" in cause or "Permission denied" in cause or "Operation not permitted" in cause:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import socket
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -19,6 +21,12 @@ from .job import Job, Limits, Result
 BACKENDS = ("bwrap", "landlock", "unsafe-subprocess")
 """`bwrap` isolates. `landlock` holds files, network and signals back, but shares the machine's process list and disk, and no
 program may fork. `unsafe-subprocess` keeps limits only: for trusted programs, where no jail can be had."""
+UNSAFE = (
+    "warning: backend=unsafe-subprocess is no sandbox: programs run as you, and can read, change and send whatever you can. "
+    "Use it for programs that you trust; bwrap and landlock isolate.\n"
+)
+"""Said each time that such a backend starts."""
+ANEW = ("/tmp/", "/proc/", "/dev/")
 LINGER = 0.25
 """Seconds that a solution may outlive its tests."""
 PROBE = Job(
@@ -47,6 +55,32 @@ class Runs(Protocol):
         """Give back what it holds; it may be used again."""
 
 
+class CallOff:
+    """Ends jobs that nobody waits for any more: `now` ends the one that runs, and the rest are not begun.
+
+    A job may be on its way into its jail just then: say it again until the work is done.
+    """
+
+    def __init__(self) -> None:
+        self.said = False
+        self._jails: tuple[Jail, ...] = ()
+
+    def now(self) -> None:
+        """End them; from any thread."""
+        self.said = True
+        for jail in self._jails:
+            jail.cancel()
+
+    @contextlib.contextmanager
+    def over(self, jails: tuple[Jail, ...]) -> Iterator[None]:
+        """Jobs in these jails are the ones that `now` ends."""
+        self._jails = jails
+        try:
+            yield
+        finally:
+            self._jails = ()
+
+
 class Sandbox:
     """`slots` programs at a time. Start-up runs a probe; SandboxUnavailable names what is missing.
 
@@ -62,6 +96,10 @@ class Sandbox:
             raise RecipeError(f"sandbox: no backend {backend!r}: {nearest(backend, [*BACKENDS, 'remote'])}")
         if slots < 1:
             raise RecipeError(f"sandbox: slots={slots} must be at least 1")
+        if python and backend == "bwrap" and os.path.realpath(python).startswith(ANEW):
+            raise RecipeError(
+                f"sandbox: python={python} lies in a folder that each program gets anew: move the interpreter elsewhere"
+            )
         self.backend, self.slots, self.limits = backend, slots, limits or Limits()
         if backend == "landlock" and self.limits.fork:
             raise RecipeError("sandbox: landlock runs no programs that fork; take bwrap")
@@ -86,13 +124,20 @@ class Sandbox:
             self._on_a_slot([PROBE], self.limits)[0], self.backend, isolates=self.backend != "unsafe-subprocess"
         )
         self._probed = True
+        if self.backend == "unsafe-subprocess":
+            sys.stderr.write(UNSAFE)
 
     def run(self, jobs: Sequence[Job], limits: Limits | None = None) -> list[Result]:
         """One result for each job, in order. What the machine got wrong is tried once more, then `infra_error`."""
         return [result for (result,) in self.run_groups([[job] for job in jobs], limits)]
 
-    def run_groups(self, groups: Sequence[Sequence[Job]], limits: Limits | None = None) -> list[list[Result]]:
-        """One result for each job; those of a group run one after the other in the same jail, to be compared."""
+    def run_groups(
+        self, groups: Sequence[Sequence[Job]], limits: Limits | None = None, call_off: CallOff | None = None
+    ) -> list[list[Result]]:
+        """One result for each job; those of a group run one after the other in the same jail, to be compared.
+
+        `call_off` ends them early; of one group only.
+        """
         self.probe()
         limits = limits or self.limits
         results: list[list[Result]] = [[] for _ in groups]
@@ -107,7 +152,7 @@ class Sandbox:
                 if i is None:
                     return
                 try:
-                    results[i] = self._on_a_slot(groups[i], limits)
+                    results[i] = self._on_a_slot(groups[i], limits, call_off)
                 except BaseException as error:
                     failure.append(error)
 
@@ -131,10 +176,15 @@ class Sandbox:
         with contextlib.suppress(Exception):
             self.close()
 
-    def _on_a_slot(self, jobs: Sequence[Job], limits: Limits) -> list[Result]:
+    def _on_a_slot(self, jobs: Sequence[Job], limits: Limits, call_off: CallOff | None = None) -> list[Result]:
+        call_off = call_off or CallOff()
         pair = self._free.get()
         try:
-            return [_with_retry(job, pair, limits) for job in jobs]
+            with call_off.over(pair):
+                return [
+                    Result("cancelled", backend=self.backend) if call_off.said else _with_retry(job, pair, limits)
+                    for job in jobs
+                ]
         finally:
             self._free.put(pair)
 
@@ -164,6 +214,8 @@ def _alone(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
 def _asserts(job: Job, pair: tuple[Jail, Jail], limits: Limits) -> Result:
     """The program in one jail, the tests in the other, a socket between them, and the word of the tests' jail alone."""
     solution, tests = pair
+    for jail in pair:
+        jail.ready()  # now, because neither may wait for the other's start in the time that it is given
     near, far = socket.socketpair()
     ended: list[Result] = []
     request = {

@@ -7,6 +7,8 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 VERSION, PATH_BENEATH = 1, 1
 EXECUTE, WRITE, READ, LIST, TRUNCATE, IOCTL = 1, 1 << 1, 1 << 2, 1 << 3, 1 << 14, 1 << 15
 ALL_FILES = (1 << 16) - 1  # every right over files there is
+LOOK = EXECUTE | READ | LIST
+CHANGE = ALL_FILES & ~LOOK
 ON_A_FILE = EXECUTE | WRITE | READ | TRUNCATE | IOCTL  # those that make sense for what is no folder
 BIND_AND_CONNECT_TCP = 3
 ABSTRACT_SOCKETS_AND_SIGNALS = 3
@@ -39,19 +41,23 @@ def require():
         raise OSError("landlock: the kernel offers version %d, version %d (Linux 6.12) is needed" % (version, NEEDED))
 
 
-def restrict(readable, writable):
-    """From here on: read and execute below `readable`, everything below `writable`, nothing elsewhere. Needs no_new_privs."""
-    rules = Ruleset(ALL_FILES, BIND_AND_CONNECT_TCP, ABSTRACT_SOCKETS_AND_SIGNALS)
-    ruleset = call(CREATE_RULESET, ctypes.byref(rules), ctypes.c_size_t(ctypes.sizeof(rules)), ctypes.c_uint32(0))
-    for path, allowed in [(p, EXECUTE | READ | LIST) for p in readable] + [(writable, ALL_FILES)]:
+def ruleset(held_back, allowed):
+    """A descriptor that holds everything of `held_back` back but for what `allowed` gives: rights by path, on it and below."""
+    rules = Ruleset(held_back, BIND_AND_CONNECT_TCP, ABSTRACT_SOCKETS_AND_SIGNALS)
+    made = call(CREATE_RULESET, ctypes.byref(rules), ctypes.c_size_t(ctypes.sizeof(rules)), ctypes.c_uint32(0))
+    for path, rights in allowed.items():
         try:
-            folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue  # not every system has every one
-        if not os.path.isdir(path):
-            allowed &= ON_A_FILE
-        rule = Beneath(allowed, folder)
-        call(ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(PATH_BENEATH), ctypes.byref(rule), ctypes.c_uint32(0))
-        os.close(folder)
-    call(RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
-    os.close(ruleset)
+        rights &= held_back if os.path.isdir(path) else held_back & ON_A_FILE
+        rule = Beneath(rights, place)
+        call(ADD_RULE, ctypes.c_int(made), ctypes.c_int(PATH_BENEATH), ctypes.byref(rule), ctypes.c_uint32(0))
+        os.close(place)
+    return made
+
+
+def restrict(made):
+    """From here on, no more than this ruleset and those before it allow; closes it. Needs no_new_privs."""
+    call(RESTRICT_SELF, ctypes.c_int(made), ctypes.c_uint32(0))
+    os.close(made)

@@ -3,9 +3,10 @@
 It never reads a program and never holds an expected value. Each program gets process, mount and IPC namespaces of its own, an
 empty /tmp and /proc, hard limits, no capabilities and a system-call filter; when its first process ends, all of them do.
 
-    python zygote.py CONTROL_FD bwrap        # inside bubblewrap: all of the above
-    python zygote.py CONTROL_FD landlock     # no namespaces: a folder of its own, Landlock, limits and the filter
-    python zygote.py CONTROL_FD none         # limits only (the backend `unsafe-subprocess`)
+    python zygote.py CONTROL_FD bwrap              # inside bubblewrap, in the root that world.py made: all of the above
+    python zygote.py CONTROL_FD landlock FILES     # no namespaces: a folder of its own, Landlock, limits and the filter; FILES: what
+                                                   # programs may read, from world.py, with colons between
+    python zygote.py CONTROL_FD none               # limits only (the backend `unsafe-subprocess`)
 """
 
 import array
@@ -38,7 +39,11 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 )
 ENDED = struct.Struct("<iqq")  # wait status, peak in KiB, instructions or -1
 PAGE = os.sysconf("SC_PAGE_SIZE")
-WATCH_SECONDS = 0.02  # how often the memory of forking programs is added up
+WATCH_SECONDS = 0.02  # how often the memory and the processor time of forking programs are added up
+STUCK_SECONDS = 2.0  # a killed program that is not gone by then waits for a disk, say: its jail is given up
+SOCKET_BYTES = 1 << 18  # what one socket or pipe can hold by default: net.core.wmem_default, or 64 KiB
+JAIL_BYTES = 64 << 20  # the interpreter and its library in memory (world.py), and this process
+SIGNALS = 1024  # queued signals and timers
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -70,17 +75,25 @@ def check(result, what):
         raise OSError(code, "%s: %s" % (what, os.strerror(code)))
 
 
-def drop_everything(limits):
-    """Limits, then capabilities, then the filter: after this the process is the program's."""
+def address_space(limits):
+    """Bytes of the memory limit that are left for a program's own pages, when the jail, the program's files, its sockets and its pipes
+    (as many again may be on their way inside another) have taken their share."""
+    share = 2 * limits["files"] * SOCKET_BYTES + (limits["disk_bytes"] + JAIL_BYTES if ISOLATED else 0)
+    return limits["memory_bytes"] - min(share, limits["memory_bytes"] // 4)
+
+
+def drop_everything(limits, readable):
+    """Limits, then capabilities, then the filter: after this the process is the program's. `readable`: a Landlock ruleset, or None."""
     for name, soft, hard in (
         ("CPU", limits["cpu_seconds"], limits["cpu_seconds"] + 1),
-        ("AS", ADDRESS_SPACE + limits["memory_bytes"], None),
+        ("AS", ADDRESS_SPACE + address_space(limits), None),
         ("FSIZE", limits["file_bytes"], None),
         ("NOFILE", limits["files"], None),
         ("NPROC", limits["processes"], None),
         ("CORE", 0, None),
         ("MEMLOCK", 0, None),
         ("MSGQUEUE", 0, None),
+        ("SIGPENDING", SIGNALS, None),
     ):
         if name == "NPROC" and not ISOLATED:
             continue  # counted over all of the user's processes: outside a jail it would count the trainer's
@@ -90,8 +103,10 @@ def drop_everything(limits):
     check(libc.capset(ctypes.byref(CapabilityHeader(0x20080522, 0)), ctypes.byref((CapabilityData * 2)())), "capset")
     libc.prctl(PR_CAP_AMBIENT, 4, 0, 0, 0)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    if MODE == "landlock":
-        landlock.restrict(readable=READABLE, writable=os.getcwd())
+    if readable is not None:
+        landlock.restrict(readable)
+        here = {os.getcwd(): landlock.CHANGE, "/dev/null": landlock.CHANGE}
+        landlock.restrict(landlock.ruleset(landlock.CHANGE, here))
     check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(FILTERS[bool(limits["fork"])]), 0, 0), "seccomp")
 
 
@@ -130,16 +145,17 @@ def the_program(limits, fds, report):
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     # high first, so that no number is overwritten before it is copied
-    kept = [os.dup2(fd, to) for fd, to in zip((request, result, *fds[5:], report), (100, 101, 102, 103))]
+    wanted = (request, result, *fds[5:], report, *([] if READABLE is None else [READABLE]))
+    kept = [os.dup2(fd, to) for to, fd in enumerate(wanted, 100)]
     os.closerange(3, 100)
     os.closerange(kept[-1] + 1, 256)
-    for fd, to in zip(kept, (10, 11, 12, 13)):
+    for to, fd in enumerate(kept, 10):
         os.dup2(fd, to)
-    ready = 10 + len(kept) - 1
+    ready = 12 + len(fds[5:])
     os.closerange(100, 256)
     for number in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
-    drop_everything(limits)
+    drop_everything(limits, None if READABLE is None else ready + 1)
     os.write(ready, b"R")  # from here on, whatever happens is the program's doing
     os.close(ready)
     program.run(10, 11, 12 if len(fds) > 5 else None)
@@ -160,7 +176,7 @@ def memory_in_use(mine):
     return total
 
 
-def seconds_in_use(mine):
+def seconds_in_use(mine, exactly):
     """Processor time of the programs' living processes and of their children that are gone. `mine`: as above."""
     total = 0.0
     for name in os.listdir("/proc"):
@@ -169,7 +185,7 @@ def seconds_in_use(mine):
                 with open("/proc/%s/stat" % name) as file:
                     ticks = sum(map(int, file.read().rpartition(")")[2].split()[11:15])) / os.sysconf("SC_CLK_TCK")
                 threads = 0
-                for thread in os.listdir("/proc/%s/task" % name):
+                for thread in os.listdir("/proc/%s/task" % name) if exactly else ():
                     with open("/proc/%s/task/%s/schedstat" % (name, thread)) as file:
                         threads += int(file.read().split()[0])
                 total += max(ticks, threads / 1e9)  # whole ticks count dead threads, nanoseconds the living ones
@@ -226,23 +242,32 @@ def serve(limits, fds):
             control.recv(64)
             ended_by = "cancelled"
             break
-        if limits["fork"] and ISOLATED and memory_in_use(trusted) > limits["memory_bytes"]:
-            ended_by = "memory"
-            break
+        if limits["fork"] and ISOLATED:  # the limits of the kernel are for each process
+            if memory_in_use(trusted) > address_space(limits):
+                ended_by = "memory"
+                break
+            if seconds_in_use(trusted, exactly=False) > limits["cpu_seconds"]:
+                ended_by = "timeout"
+                break
     lost = 0.0
     if ended_by is not None:
         if ISOLATED:  # a namespace that is torn down takes the account of its processes with it
-            lost = seconds_in_use(trusted)
+            lost = seconds_in_use(trusted, exactly=True)
         os.kill(keeper, signal.SIGKILL)  # and with it process 1, and with that everything in its namespace
     os.close(keeper_fd)
-    reap()  # only when nothing of the program is left is its report complete, and the next one may come
-    if MODE == "landlock":
+    stuck = not reap(STUCK_SECONDS)  # only when nothing of the program is left may the next one come
+    if MODE == "landlock" and not stuck:
         remove(OWN_FOLDER)
+    os.set_blocking(report_read, False)  # what is stuck still holds the other end
     text = bytearray()
-    while part := os.read(report_read, 4096):
-        text += part
+    try:
+        while part := os.read(report_read, 4096):
+            text += part
+    except BlockingIOError:
+        pass
     os.close(report_read)
     said = describe(bytes(text), ended_by, time.monotonic() - began)
+    said["stuck"] = stuck
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # of everything that ran for this program and is gone: what was killed, what its children's children did
     said["cpu_seconds"] = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime + lost
@@ -272,14 +297,17 @@ def remove(folder):
     os.rmdir(folder)
 
 
-def reap():
-    """Wait until every process below this one is gone. Orphans come to us (we are their subreaper), and are killed."""
+def reap(seconds):
+    """Wait until every process below this one is gone; False if that takes longer. Orphans come to us (we are their subreaper), and are killed."""
+    end = time.monotonic() + seconds
     while True:
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                if time.monotonic() > end:
+                    return False
                 kill_children()
         except ChildProcessError:
-            return
+            return True
 
 
 def kill_children():
@@ -316,16 +344,20 @@ def describe(text, ended_by, seconds):
 control = socket.socket(fileno=int(sys.argv[1]))
 MODE = sys.argv[2]
 ISOLATED = MODE == "bwrap"  # in namespaces of its own
-OWN_FOLDER = os.path.join(os.getcwd(), "work")
-READABLE = sorted({"/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", sys.base_prefix})
+OWN_FOLDER = os.path.join(os.getcwd(), "own", "work")
 sys.path.pop(0)
 libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 if not ISOLATED:  # bubblewrap does this for its own
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 FILTERS = {fork: make_filter(fork) for fork in (False, True)} if MODE != "none" else {}
+READABLE = None
 if MODE == "landlock":
     landlock.require()
+    os.mkdir(os.path.dirname(OWN_FOLDER))
+    allowed = dict.fromkeys(sys.argv[3].split(":"), landlock.LOOK)
+    allowed |= {os.path.dirname(OWN_FOLDER): landlock.ALL_FILES, "/dev/null": landlock.ALL_FILES}
+    READABLE = landlock.ruleset(landlock.ALL_FILES, allowed)
 with open("/proc/self/statm") as statm:
     ADDRESS_SPACE = int(statm.read().split()[0]) * PAGE
 gc.collect()
@@ -341,4 +373,7 @@ while True:
             descriptors.frombytes(data[: len(data) - len(data) % 4])
     if not descriptors:
         continue  # a cancellation that came after the program's end
-    control.send(json.dumps(serve(json.loads(message), list(descriptors))).encode())
+    said = serve(json.loads(message), list(descriptors))
+    control.send(json.dumps(said).encode())
+    if said["stuck"]:
+        os._exit(1)
