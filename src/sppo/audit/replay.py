@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..config import Config
 from ..errors import DataError, UserError
+from ..files import open_regular, readable
 from ..rewards.base import Reward
 from ..rewards.combine import MixedReward
 from ..rollout.collect import truncation_rule
@@ -44,14 +45,13 @@ def rows_of(run: Path, step: int) -> list[dict[str, Any]]:
     """A step's rollouts as recorded. Raises DataError."""
     path = step_file(run, step)
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise DataError(f"{run} has no step {step} (steps are counted from 0)") from None
-    except Exception as error:
-        raise DataError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}; `sppo audit verify {run}` says more"
-        ) from None
-    return rows
+        with readable(f"`sppo audit verify {run}` says more: {path} cannot be read"), open_regular(path) as file:
+            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+            return rows
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DataError(f"{run} has no step {step} (steps are counted from 0)") from None
+        raise
 
 
 def recorded(row: dict[str, Any]) -> Rollout:
@@ -62,7 +62,12 @@ def recorded(row: dict[str, Any]) -> Rollout:
         )
     if not isinstance(row["response"], str) or not isinstance(row["response_ids"], list):
         raise ValueError("a response is missing")
-    task = Task(row["task_id"], difficulty=row["difficulty"], **json.loads(row["task"]))
+    told = json.loads(row["task"])
+    prompt, columns = told["prompt"], told["columns"]
+    turns = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
+    if not isinstance(columns, dict) or not (isinstance(prompt, str) or turns):
+        raise ValueError("a task is not one")
+    task = Task(str(row["task_id"]), prompt, columns, difficulty=row["difficulty"])
     return Rollout(
         task, row["prompt_ids"], row["response_ids"], row["logps"], row["finish"], row["response"], row["sample"]
     )
@@ -72,14 +77,10 @@ def replay(run: Path, steps: list[int], reward: Reward, config: Config, most: in
     """Judge the rollouts of some steps again, `most` of each step at most."""
     for step in steps:
         rows = rows_of(run, step)[:most]
-        try:
+        with readable(f"`sppo audit verify {run}` says more: step {step} of {run} cannot be read"):
             fades = [float(json.loads(row["evidence"]).get("fade", 1.0)) for row in rows]
             then = [(float(row["score"]), float(row["correct"]), str(row["outcome"])) for row in rows]
             rollouts = [recorded(row) for row in rows]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"step {step} of {run} cannot be read ({error}); `sppo audit verify {run}` says more"
-            ) from None
         for fade, part in groupby(range(len(rows)), key=lambda i: fades[i]):
             index = list(part)
             if isinstance(reward, MixedReward):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UserError
+from ..files import is_folder, readable
 from ._shared import emit
 
 SHOWN = 10
@@ -19,7 +22,15 @@ def add(subparsers: Any) -> None:
     """Register the command and its three verbs."""
     parser = subparsers.add_parser("audit", help="verify, replay or show what a run recorded", description=__doc__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    check = verbs.add_parser("verify", help="find any changed, missing or reordered byte of the chain and the rollouts")
+    check = verbs.add_parser(
+        "verify", help="find any changed, missing or added byte of what the run's chain of hashes vouches for"
+    )
+    check.add_argument(
+        "--head", default="", metavar="HASH", help="the head that an earlier verify printed: is it still in the chain?"
+    )
+    check.add_argument(
+        "--anchor", metavar="FILE", help="the heads that run.anchor kept; default: the file that the recipe names"
+    )
     again = verbs.add_parser("replay", help="judge recorded responses again: every verdict must come out the same")
     again.add_argument("--step", type=int, metavar="N", help="one step only, counted from 0")
     again.add_argument("--n", type=int, metavar="K", help="at most so many of each step")
@@ -35,20 +46,60 @@ def _verify(args: argparse.Namespace) -> int:
     from ..audit.chain import verify
 
     run = _run(args.path)
-    damage = list(verify(run))
-    if damage:  # a run that is going on may have been between a step's file and its line
+    if args.head and not re.fullmatch(r"[0-9a-f]{64}", args.head):
+        raise UserError(f"--head takes the 64 hexadecimal digits that verify printed, not {args.head!r}")
+    anchor, unanchored = _anchor(run, args.anchor)
+    found = verify(run, args.head, anchor)
+    if found.damage:  # a run that is going on may have been between a step's file and its line
         time.sleep(1)
-        damage = list(verify(run))
-    steps = len((run / "audit.jsonl").read_bytes().splitlines())
-    for step, what in damage:
+        found = verify(run, args.head, anchor)
+    notes = [*found.notes, *unanchored]
+    for note in notes:
+        print(f"note: {note}")
+    for step, what in found.damage:
         print(f"step {step}: {what}")
-    text = "" if damage else f"{run}: {steps} steps, every line and every rollouts file is as it was written"
-    emit({"sound": not damage, "steps": steps, "damage": [{"step": s, "what": w} for s, w in damage]}, args.json, text)
-    return 1 if damage else 0
+    head = f"head {found.head} (line {found.lines})"
+    kept = (
+        ""
+        if args.head or anchor
+        else ": kept elsewhere, it shows later (--head) whether the record was cut or written anew"
+    )
+    text = (
+        ""
+        if found.damage
+        else f"{run}: {found.steps} steps, all that the record names is as it was written\n{head}{kept}"
+    )
+    result = {
+        "sound": not found.damage, "steps": found.steps, "damage": [{"step": s, "what": w} for s, w in found.damage], "notes": notes,
+        "lines": found.lines, "head": found.head,
+    }  # fmt: skip
+    emit(result, args.json, text)
+    return 1 if found.damage else 0
+
+
+def _anchor(run: Path, given: str | None) -> tuple[Path | None, list[str]]:
+    """The file of heads to hold the chain against, and what to say where the recipe names one that is not here."""
+    from ..config import Config
+
+    if given is not None:
+        if not Path(given).is_file():
+            raise UserError(f"--anchor: there is no file {given}")
+        return Path(given), []
+    with contextlib.suppress(UserError):  # a recipe that cannot be read is found by its hash
+        named = Config.recalled(run / "recipe.toml").run.anchor
+        if isinstance(named, str) and named:
+            path = Path(named).expanduser()
+            return (
+                (path, [])
+                if path.is_file()
+                else (None, [f"the anchor {named} is not here, so a record written anew would not be noticed"])
+            )
+    return None, []
 
 
 def _replay(args: argparse.Namespace) -> int:
     from ..audit.replay import replay
+    from ..audit.verifier import verifier_sha256
     from ..config import Config
     from ..rewards.base import load_reward
     from ..tasks.base import GIVEN
@@ -62,10 +113,18 @@ def _replay(args: argparse.Namespace) -> int:
             f"{run} was judged by a reward given in Python, which no recipe names; replay it where that is known"
         )
     files = sorted((run / "rollouts").glob("step-*.parquet"))
-    steps = [int(p.stem.removeprefix("step-")) for p in files] if args.step is None else [args.step]
+    steps = (
+        [int(p.stem[5:]) for p in files if re.fullmatch("[0-9]{6,9}", p.stem[5:])] if args.step is None else [args.step]
+    )
     if not steps:
         raise DataError(f"{run} has no rollouts yet")
     reward = load_reward(config.reward.use, config.reward.limit)
+    changed = _other_verifier(run, steps, verifier_sha256(reward))
+    if changed:
+        print(
+            f"the verifier is another one than the one that judged {_steps(changed)}: its code (this package's rewards and sandbox, or the file of "
+            "your own reward) has changed since, so verdicts may differ for that reason"
+        )
     count, wrong = 0, []
     try:
         for found in replay(run, steps, reward, config, args.n):
@@ -80,51 +139,71 @@ def _replay(args: argparse.Namespace) -> int:
         print(f"… and {len(wrong) - SHOWN} more")
     text = f"{count - len(wrong)} of {count} verdicts reproduced ({len(steps)} step{'s' * (len(steps) != 1)}, reward {config.reward.use!r})"
     mismatches = [{"id": f"{w.step}:{w.row}", "task": w.task, "then": w.then, "now": w.now} for w in wrong]
-    emit({"replayed": count, "reproduced": count - len(wrong), "mismatches": mismatches}, args.json, text)
+    result = {"replayed": count, "reproduced": count - len(wrong), "mismatches": mismatches, "other_verifier": changed}
+    emit(result, args.json, text)
     return 1 if wrong else 0
 
 
+def _other_verifier(run: Path, steps: list[int], now: str) -> list[int]:
+    """Those of the steps that were judged by other code than `now`, as far as the chain tells."""
+    from ..audit.chain import lines_of_steps
+
+    told = {step: entry.get("verifier_sha256") for step, entry in lines_of_steps(run).items()}
+    return [s for s in steps if told.get(s) is not None and told[s] != now]
+
+
+def _steps(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps ({steps[0]} to {steps[-1]})"
+
+
 def _show(args: argparse.Namespace) -> int:
-    from ..audit.chain import file_sha256, step_file
+    from ..audit.chain import file_sha256, lines_of_steps, step_file
     from ..audit.replay import rows_of
 
     run = _run(args.path)
-    step, colon, row = args.id.partition(":")
-    if not (colon and step.isdigit() and row.isdigit()):
+    step, _, row = args.id.partition(":")
+    if not re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", args.id):
         raise UserError(f"{args.id!r} names no rollout; write it as STEP:ROW, e.g. 12:3")
     rows = rows_of(run, int(step))
     if int(row) >= len(rows):
         raise DataError(f"step {step} of {run} has {len(rows)} rollouts, counted from 0; there is no {row}")
     found = rows[int(row)]
-    try:
-        json.loads(found["evidence"])
-        sum(found["logps"], found["score"] + found["correct"])
-        whole = isinstance(found["response"], str) and isinstance(found["prompt"], str)
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise DataError(f"rollout {args.id} of {run} cannot be read; `sppo audit verify {run}` says more")
-    entries = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
-    entry: dict[str, Any] = next((e for e in entries if e["step"] == int(step)), {})
+    entry = lines_of_steps(run).get(int(step), {})
     same = entry.get("rollouts_sha256") == file_sha256(step_file(run, int(step)))
-    lines = [
-        f"rollout {args.id} of {run}: task {found['task_id']}, sample {found['sample']}",
+    with readable(f"rollout {args.id} of {run} cannot be read (`sppo audit verify {run}` says more)"):
+        text = _visible("\n".join(_lines(run, args.id, found, entry, same)))
+        json.dumps(found)
+    emit({"id": args.id, "sound": same, **found}, args.json, text)
+    return 0 if same else 1
+
+
+def _lines(run: Path, name: str, found: dict[str, Any], entry: dict[str, Any], same: bool) -> list[str]:
+    return [
+        f"rollout {name} of {run}: task {found['task_id']}, sample {found['sample']}",
         f"policy {entry.get('policy_fingerprint', '?')} · recipe {str(entry.get('recipe_sha256', '?'))[:16]} · seed {entry.get('seed', '?')} · "
         + ("the file's hash is the chain's" if same else "THE FILE IS NOT WHAT THE CHAIN SAYS"),
-        "", "prompt", _indented(found["prompt"]), "", f"response ({len(found['response_ids'])} tokens, {found['finish']})",
+        "", *_prompt(run, found), "", f"response ({len(found['response_ids'])} tokens, {found['finish']})",
         _indented(found["response"]), "",
         f"verdict: {found['outcome']}, score {found['score']:g}, correct {found['correct']:g}{', masked' if found['masked'] else ''}",
         _indented(json.dumps(json.loads(found["evidence"]), indent=2, ensure_ascii=False)),
         f"predicted chance: {_number(found['value'])} · advantage: {_number(found['advantage'])} · log-probability of the response: "
         f"{sum(found['logps']):.3f}",
     ]  # fmt: skip
-    emit({"id": args.id, "sound": same, **found}, args.json, "\n".join(lines))
-    return 0 if same else 1
+
+
+def _prompt(run: Path, found: dict[str, Any]) -> list[str]:
+    """The prompt as the policy read it, special tokens included; as the row has it where no tokenizer tells."""
+    from ..report.reader import RunReader
+
+    read = RunReader(run).rendered(found["prompt_ids"])
+    if read is None:
+        return ["prompt", _indented(found["prompt"])]
+    return [f"prompt, as the policy read it ({len(found['prompt_ids'])} tokens)", _indented(read)]
 
 
 def _run(path: str) -> Path:
     run = Path(path)
-    if not (run / "rollouts").is_dir():
+    if not is_folder(run / "rollouts"):
         raise UserError(f"{path} is no run directory (it has no rollouts/)")
     return run
 
@@ -138,6 +217,9 @@ def _number(x: float | None) -> str:
 
 
 def _indented(text: str) -> str:
-    """Text of a model's, which may hold what terminals obey: control characters are shown, not sent."""
-    shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "\n".join(f"    {line}" for line in shown.split("\n"))
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def _visible(text: str) -> str:
+    """What a model wrote may hold what terminals obey: control characters are shown, not sent."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

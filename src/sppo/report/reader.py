@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -17,8 +16,16 @@ from typing import Any
 
 from ..config import Config
 from ..errors import SPPOError, UserError
+from ..files import is_folder, open_regular, read_bytes, read_json_or_nothing, readable
 from .rollouts import Rollouts
 
+SUMMARY: dict[str, Any] = {
+    "steps": int, "seconds": (int, float), "generated_tokens": int, "peak_rss_bytes": int, "masked": int, "stopped": str, "policy_sha256": str,
+    "recipe_sha256": str,
+}  # fmt: skip
+"""What is read of a summary."""
+MOST = 1e100
+"""Numbers from here on are damage."""
 UNFINISHED = 5
 """Tokens that a character may need; beyond that it is no character."""
 
@@ -28,13 +35,13 @@ class RunReader:
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where there is no run."""
-        if not (path / "recipe.toml").is_file() or not (path / "rollouts").is_dir():
+        if not is_folder(path / "rollouts") or not (path / "recipe.toml").is_file():
             raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
         self._recipe = (0, Config.recalled(path / "recipe.toml"))  # one that cannot be read is said now
         self.rollouts = Rollouts(path / "rollouts")
         self._following = threading.Lock()
-        self._followed = {"metrics.jsonl": _Followed(_numbers), "alerts.jsonl": _Followed()}
+        self._followed = {"metrics.jsonl": _Followed(_numbers), "alerts.jsonl": _Followed(_alert)}
         self._loaded: tuple[tuple[str, int], Any] = (("", 0), None)  # the tokenizer
 
     @property
@@ -59,18 +66,17 @@ class RunReader:
         return self._follow("alerts.jsonl")
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json`; nothing while the run has not ended, or has gone on since it did."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
-            return found if found.get("steps") == len(self.metrics()) else {}
-        return {}
+        """`summary.json`; nothing while the run has not ended, or has gone on since it did, or where the file is damaged."""
+        found = read_json_or_nothing(self.path / "summary.json")
+        told = _numbers(found) | {k: v for k, v in found.items() if isinstance(v, str)}
+        whole = all(isinstance(told.get(k), kind) for k, kind in SUMMARY.items())
+        return told if whole and told["steps"] == len(self.metrics()) else {}
 
     def start(self) -> dict[str, Any]:
         """The held-out evaluation before the first step, or nothing before it was made."""
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.path / "start.json").read_text())
-            if isinstance(found, dict) and isinstance(found.get("accuracy"), float):
-                return _numbers(found)
+        found = _numbers(read_json_or_nothing(self.path / "start.json"))
+        if isinstance(found.get("accuracy"), float):
+            return found
         s = self.summary()
         known = {
             key: s.get(f"accuracy_before{end}") for key, end in (("accuracy", ""), ("low", "_low"), ("high", "_high"))
@@ -80,7 +86,7 @@ class RunReader:
     def running(self) -> bool:
         """Whether a process owns the run now."""
         try:
-            with (self.path / "run.lock").open() as lock:
+            with open_regular(self.path / "run.lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -103,6 +109,11 @@ class RunReader:
         tokenizer = self._tokenizer()
         if tokenizer is None:
             return [f"<{i}>" for i in ids]
+        with contextlib.suppress(UserError), readable("the tokenizer"):
+            return self._decoded(tokenizer, ids)
+        return [f"<{i}>" for i in ids]
+
+    def _decoded(self, tokenizer: Any, ids: list[int]) -> list[str]:
         out: list[str] = []
         start = read = 0  # tokens from `start` are decoded together; those before `read` are out
         for end in range(1, len(ids) + 1):
@@ -115,16 +126,23 @@ class RunReader:
             start, read = read, end
         return out
 
+    def rendered(self, ids: list[int] | None) -> str | None:
+        """What ids say, special tokens included: a prompt as the policy read it. None where the run has no tokenizer (or no ids) to tell by."""
+        tokenizer = self._tokenizer() if ids else None
+        with contextlib.suppress(OverflowError, TypeError):  # ids that no tokenizer has: a damaged file
+            return None if tokenizer is None else str(tokenizer.decode(ids, skip_special_tokens=False))
+        return None
+
     def _tokenizer(self) -> Any:
         files = sorted((self.path / "checkpoints").glob("step-*/policy/tokenizer.json"))
         if not files:
             return None
         from tokenizers import Tokenizer
 
-        with contextlib.suppress(Exception):  # tokenizers raises bare Exceptions
+        with contextlib.suppress(UserError), readable("the tokenizer"):  # without it ids are shown
             stamp = (str(files[-1]), files[-1].stat().st_mtime_ns)
             if self._loaded[0] != stamp:
-                self._loaded = (stamp, Tokenizer.from_file(stamp[0]))
+                self._loaded = (stamp, Tokenizer.from_str(read_bytes(files[-1]).decode()))
             return self._loaded[1]
         return None
 
@@ -137,7 +155,7 @@ class _Followed:
 
     def read(self, path: Path) -> list[dict[str, Any]]:
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_size < self.at or stat.st_ino != self.inode:
                     self.at, self.inode, self.lines = 0, stat.st_ino, []
@@ -148,9 +166,9 @@ class _Followed:
         whole = new[: new.rfind(b"\n") + 1]  # half a line is read when it has become one
         fresh = []
         for line in whole.splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(line)
-                if isinstance(found, dict) and isinstance(found.get("step"), int):
+                if isinstance(found, dict) and type(found.get("step")) is int and 0 <= found["step"] < 2**31:
                     fresh.append(self.keep(found))
         self.at += len(whole)
         self.lines = [*self.lines, *fresh]  # a new list: whoever holds the old one reads on undisturbed
@@ -158,9 +176,18 @@ class _Followed:
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """What is a number that can be drawn."""
     return {
-        k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and -MOST < v < MOST
     }
+
+
+def _alert(found: dict[str, Any]) -> dict[str, Any]:
+    """What of an alert is of the kind that an alert has."""
+    words = ("what", "why", "advice", "action", "monitor")
+    kept = {k: v for k, v in found.items() if k in words and isinstance(v, str)} | _numbers(found)
+    evidence = found.get("evidence")
+    return kept | {"evidence": [e for e in evidence if isinstance(e, str)] if isinstance(evidence, list) else []}
 
 
 def open_runs(paths: list[str]) -> list[RunReader]:

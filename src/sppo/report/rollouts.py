@@ -6,7 +6,9 @@ Only the narrow columns are held (about 60 bytes a rollout); texts and token ids
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from ..errors import UserError
+from ..files import open_regular, readable
+from ..training.rundir import ROLLOUT_SCHEMA
 
 NARROW = (
     "task_id",
@@ -30,6 +36,10 @@ NARROW = (
     "tokens",
     "clipped",
 )
+NARROW_SCHEMA = pa.schema([ROLLOUT_SCHEMA.field(name) for name in NARROW])
+ALWAYS = ("task_id", "sample", "finish", "score", "correct", "outcome", "masked")
+"""Columns that have no gaps."""
+STEP_FILE = re.compile(r"step-[0-9]{6,9}\.parquet")
 Stamp = tuple[int, int]
 SURPRISED = 0.8
 """The critic is surprised where outcome and prediction differ by this much."""
@@ -74,7 +84,10 @@ class Rollouts:
 
     def steps(self) -> list[int]:
         """Steps whose rollouts are on disk."""
-        return sorted(int(p.stem[5:]) for p in self.folder.glob("step-*.parquet") if p.stem[5:].isdigit())
+        return sorted(map(_step_of, self._files()))
+
+    def _files(self) -> list[Path]:
+        return [p for p in self.folder.glob("step-*.parquet") if STEP_FILE.fullmatch(p.name)]
 
     def index(self) -> pa.Table:
         """The narrow columns of every rollout, with `step`, `row` and `surprise` (|outcome − prediction|)."""
@@ -107,10 +120,10 @@ class Rollouts:
     def _stamps(self) -> dict[int, Stamp]:
         """When each step's file was written, and how long it is: what tells a file that a resumed run has made again."""
         there = {}
-        for path in self.folder.glob("step-*.parquet"):
-            with contextlib.suppress(OSError, ValueError):
+        for path in self._files():
+            with contextlib.suppress(OSError):
                 stat = path.stat()
-                there[int(path.stem[5:])] = (stat.st_mtime_ns, stat.st_size)
+                there[_step_of(path)] = (stat.st_mtime_ns, stat.st_size)
         return there
 
     def counts(self) -> list[tuple[int, int]]:
@@ -120,8 +133,8 @@ class Rollouts:
             for step, stamp in there.items():
                 if self._rows.get(step, (None, 0))[0] != stamp:
                     rows = 0  # a damaged file
-                    with contextlib.suppress(OSError, pa.ArrowException):
-                        rows = pq.read_metadata(self._file(step)).num_rows
+                    with contextlib.suppress(UserError), self._reading(step) as file:
+                        rows = pq.read_metadata(file).num_rows
                     self._rows[step] = (stamp, rows)
             return [(s, self._rows[s][1]) for s in sorted(there) if self._rows[s][1]]
 
@@ -185,46 +198,40 @@ class Rollouts:
         return before, after
 
     def one(self, step: int, row: int) -> dict[str, Any] | None:
-        """Everything recorded of one rollout, or None where there is none."""
-        path = self._file(step)
-        try:
-            file = pq.ParquetFile(path)
+        """Everything recorded of one rollout, or None where there is none that can be read."""
+        with contextlib.suppress(UserError), self._reading(step) as opened:
+            file = pq.ParquetFile(opened)
             before = 0
             for group in range(file.num_row_groups):
                 inside = file.metadata.row_group(group).num_rows
                 if row < before + inside:
-                    found: dict[str, Any] = file.read_row_group(group).slice(row - before, 1).to_pylist()[0]
-                    return {
-                        "tokens": len(found["response_ids"]),
-                        "log_ratios": None,
-                        "clipped": None,
-                        **found,
-                        "row": row,
-                    }
+                    table = _as_recorded(file.read_row_group(group).slice(row - before, 1), ROLLOUT_SCHEMA)
+                    found: dict[str, Any] = table.to_pylist()[0]
+                    if not _whole(found):
+                        return None
+                    return {**found, "tokens": len(found["response_ids"]), "step": step, "row": row}
                 before += inside
-        except (OSError, pa.ArrowException, IndexError):
-            return None
         return None
 
     def text(self, step: int, row: int) -> str | None:
         """A response, whole."""
-        try:
-            table = pq.read_table(self._file(step), columns=["response"])
-        except (OSError, pa.ArrowException):
-            return None
-        return table["response"][row].as_py() if row < table.num_rows else None
+        with contextlib.suppress(UserError), self._reading(step) as file:
+            column = pq.read_table(file, columns=["response"])["response"].cast(pa.string())
+            text: str | None = column[row].as_py() if row < len(column) else None
+            return text
+        return None
 
     def _texts(self, step: int) -> list[tuple[str, str]]:
-        try:
-            table = pq.read_table(self._file(step), columns=["prompt", "response"])
-        except (OSError, pa.ArrowException, KeyError):
-            return []
-        cut = [pc.utf8_slice_codeunits(table[name], 0, 400).to_pylist() for name in ("prompt", "response")]
-        return list(zip(*cut, strict=True))
+        with contextlib.suppress(UserError), self._reading(step) as file:
+            table = pq.read_table(file, columns=["prompt", "response"])
+            columns = [table[name].cast(pa.string()).fill_null("") for name in ("prompt", "response")]
+            cut = [pc.utf8_slice_codeunits(column, 0, 400).to_pylist() for column in columns]
+            return list(zip(*cut, strict=True))
+        return []
 
     def _read_narrow(self, step: int) -> pa.Table | None:
-        try:
-            file = pq.ParquetFile(self._file(step))
+        with contextlib.suppress(UserError), self._reading(step) as opened:
+            file = pq.ParquetFile(opened)
             names = set(file.schema_arrow.names)
             table = file.read(columns=[name for name in NARROW if name in names])
             if "tokens" not in names:  # a run of an older version
@@ -232,17 +239,49 @@ class Rollouts:
                 table = table.append_column("tokens", lengths.cast(pa.int32()))
             if "clipped" not in names:
                 table = table.append_column("clipped", pa.nulls(table.num_rows, pa.float32()))
-            table = table.select(list(NARROW))
-        except (OSError, pa.ArrowException, KeyError):
-            return None  # being replaced, or damaged: `sppo audit verify` says which
-        surprise = pc.abs(pc.subtract(table["correct"], table["value"]))
-        surprise = pc.if_else(table["masked"], pa.scalar(None, pa.float32()), surprise)
-        table = table.append_column("surprise", surprise)
-        table = table.append_column("step", pa.array([step] * table.num_rows, pa.int32()))
-        return table.append_column("row", pa.array(range(table.num_rows), pa.int32()))
+            table = table.select(list(NARROW)).cast(NARROW_SCHEMA)
+            if any(table[name].null_count for name in ALWAYS):
+                return None
+            surprise = pc.abs(pc.subtract(table["correct"], table["value"]))
+            surprise = pc.if_else(table["masked"], pa.scalar(None, pa.float32()), surprise)
+            table = table.append_column("surprise", surprise)
+            table = table.append_column("step", pa.array([step] * table.num_rows, pa.int32()))
+            return table.append_column("row", pa.array(range(table.num_rows), pa.int32()))
+        return None  # being replaced, or damaged: `sppo audit verify` says which
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[Any]:
+        """A step's file, opened. Raises UserError for whatever is wrong with it."""
+        path = self._file(step)
+        with readable(f"{path} cannot be read"), open_regular(path) as file:
+            yield file
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.parquet"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem[5:])
+
+
+def _as_recorded(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table's columns as a schema has them; what it lacks is null. Raises pyarrow's errors."""
+    columns = [
+        table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(table.num_rows, f.type) for f in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _whole(row: dict[str, Any]) -> bool:
+    """Whether a row has all that a rollout always has."""
+    tokens, ratios = row["response_ids"], row["log_ratios"]
+    if any(row[name] is None for name in (*ALWAYS, "prompt", "response", "response_ids", "logps")):
+        return False
+    return (
+        len(row["logps"]) == len(tokens)
+        and None not in (*tokens, *row["logps"], *(ratios or ()))
+        and len(ratios or tokens) == len(tokens)
+    )
 
 
 def _newest_first(table: pa.Table, start: int, count: int) -> list[dict[str, Any]]:
@@ -262,18 +301,5 @@ def _newest_first(table: pa.Table, start: int, count: int) -> list[dict[str, Any
 
 
 def _nothing() -> pa.Table:
-    kinds = {
-        "task_id": pa.string(),
-        "finish": pa.string(),
-        "outcome": pa.string(),
-        "masked": pa.bool_(),
-        "sample": pa.int32(),
-        "tokens": pa.int32(),
-    }
-    columns = (*NARROW, "surprise", "step", "row")
-    return pa.table(
-        {
-            name: pa.array([], kinds.get(name, pa.int32() if name in ("step", "row") else pa.float32()))
-            for name in columns
-        }
-    )
+    beside = [("surprise", pa.float32()), ("step", pa.int32()), ("row", pa.int32())]
+    return pa.schema([*NARROW_SCHEMA, *(pa.field(*field) for field in beside)]).empty_table()

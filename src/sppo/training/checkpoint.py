@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..audit.monitors import Monitors
+from ..files import readable
 from .curriculum import Uniform
 from .learner import Learner
 
@@ -29,6 +30,9 @@ class State:
     seconds_bootstrap: float = 0.0
     generated_tokens: int = 0
     masked: int = 0
+    responses: int = 0
+    truncated: int = 0
+    overruled: int = 0
     before: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
 
@@ -52,14 +56,18 @@ def save(folder: Path, state: State, learner: Learner, curriculum: Uniform, moni
 
 
 def load(folder: Path, learner: Learner, curriculum: Uniform, monitors: Monitors) -> State:
-    """Bring learner (whose models come from the folder already), curriculum and monitors back; returns the counters."""
-    saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    learner.load_state_dict(saved["learner"])
-    curriculum.load_state_dict(saved["curriculum"])
-    if "monitors" in saved:  # not in checkpoints of older versions
-        monitors.load_state_dict(saved["monitors"])
-    _set_rng_state(saved["rng"])
-    return State(**saved["state"])
+    """Bring learner (whose models come from the folder already), curriculum and monitors back; returns the counters. Raises DataError."""
+    with readable(f"{folder / 'state.pt'} cannot be gone on from"):
+        saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        learner.load_state_dict(saved["learner"])
+        curriculum.load_state_dict(saved["curriculum"])
+        if "monitors" in saved:  # not in checkpoints of older versions
+            monitors.load_state_dict(saved["monitors"])
+        _set_rng_state(saved["rng"])
+        state = State(**saved["state"])
+        if state.step != int(folder.name.removeprefix("step-")):
+            raise ValueError(f"it is of step {state.step}")
+        return state
 
 
 def _rng_state() -> dict[str, Any]:
