@@ -87,6 +87,123 @@ def test_broken_json_is_named_with_its_line(tmp_path, train):
     assert "holds no rows" in train(data=str(path))
 
 
+def test_rows_that_no_reader_could_use(tmp_path, train, capsys):
+    """One sentence that names the file, and the row or the column."""
+    path = tmp_path / "rows.jsonl"
+    for line, why in (
+        ('{"question": "a", "question": "b"}', "the key `question` is given twice"),
+        ('{"question": ' + "[" * 5000 + "]" * 5000 + "}", "nested over 100 levels deep"),
+        ('{"question": "q", "answer": ' + "[" * 150 + "]" * 150 + "}", "nested over 100 levels deep"),
+        ('{"question": "\\ud800", "answer": "1"}', "half of a surrogate pair"),
+        ('{"question": "q", "answer": ' + "9" * 5000 + "}", "digits"),
+        ('{"prompt": 5}', "`prompt` must be text or a list of chat messages, not int"),
+        ('{"prompt": [{"role": null, "content": "x"}]}', "a chat message must look like"),
+        ('{"prompt": [{"role": "user"}]}', "a chat message must look like"),
+        (
+            '{"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}',
+            "a part that is no text (image)",
+        ),
+        ('{"prompt": [{"role": "assistant", "tool_calls": [{}]}]}', "a tool call must look like"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "holds the assistant's turn alone"),
+        ('{"q": "x", "a": "y"}', "its columns are `q`, `a`"),
+        ("\x00", "broken JSON"),
+    ):
+        path.write_text('{"question": "1+1?", "answer": "2"}\n' + line + "\n")
+        message = train(data=str(path))
+        assert f"{path}:2: " in message
+        assert why in message
+        assert main(["data", "check", str(path)]) == 2
+        assert f"{path}:2: row: " in capsys.readouterr().out
+    path.write_bytes('{"question": "1+1?"}'.encode("utf-16"))
+    assert f"{path}:1: not UTF-8 text" in train(data=str(path))
+
+
+def test_tables_that_are_damaged(tmp_path, train):
+    path = tmp_path / "rows.csv"
+    for text, why in (
+        ("question,question\na,b\n", ":1: the header names the column `question` twice"),
+        ("question,answer\na,b\nc\n", ":3: the row has 1 cells, and the header names 2: `question`, `answer`"),
+        ('question,answer\n"a,b\n', ":2: broken CSV"),
+        ("a;b\nq;1\n", ":2: the row has no prompt"),
+        ("", "holds no rows"),
+    ):
+        path.write_text(text)
+        assert why in train(data=str(path))
+    assert "holds no rows" in train(data=str(path))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.parquet").write_bytes(b"")
+    assert "is a folder; name a file in it: `a.parquet`" in train(data=str(tmp_path / "folder"))
+    (tmp_path / "cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08")
+    assert "cut.jsonl.gz cannot be read" in train(data=str(tmp_path / "cut.jsonl.gz"))
+    assert "there is no file" in train(data="x" * 5000 + ".jsonl")
+    assert "there is no file ~no-such-user/rows.jsonl" in train(data="~no-such-user/rows.jsonl")
+
+
+def test_a_parquet_file_whose_text_is_no_text(tmp_path, train):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets, text = (0, 1, 3, 4), b"a\xff\xfeb"
+    buffers = [None, pa.py_buffer(b"".join(o.to_bytes(4, "little") for o in offsets)), pa.py_buffer(text)]
+    path = tmp_path / "rows.parquet"
+    table = {"question": pa.Array.from_buffers(pa.string(), 3, buffers), "answer": ["1", "2", "3"]}
+    pq.write_table(pa.table(table), path)
+    assert f"{path}:2: column `question` cannot be read: it is not UTF-8 text" in train(data=str(path))
+    pq.write_table(pa.table({"question": ["a"], "when": pa.array([10**15], pa.timestamp("s"))}), path)
+    assert f"{path}:1: column `when` cannot be read" in train(data=str(path))
+
+
+def test_recipes_that_nobody_writes(tmp_path, capsys):
+    for text, why in (
+        ("a = " + "[" * 10_000, "nested too deeply"),
+        ("a = " + "[" * 100 + "]" * 100, "nested too deeply"),
+        ("[" + ".".join("a" * 500) + "]\n", "nested too deeply"),
+        ("a" + ".b" * 10**5 + " = 1\n", "nested too deeply"),
+        ("a" + ".b" * 3000 + " = 1\n", "nested too deeply"),
+        ("seed = " + "9" * 5000, "not valid TOML"),
+        ("seed = 0x" + "f" * 50_000, "seed: "),
+        ("x = '" + "y" * (2**20) + "'", "characters, which no recipe needs"),
+        ("seed = 1\nseed = 2\n", "not valid TOML"),
+        ("[curriculum]\nkind = 'staged'\nstages = [" + "1," * 10_000 + "]\n", "stages must rise"),
+        ("[task]\ncolumns = {a = 1}\n", "task.columns.a"),
+        ("[task]\ncolumns = [1]\n", "task.columns"),
+        ("[task]\ntrain = ['a']\n", "task.train"),
+        ("[training]\n" + "x" * 5000 + " = 1\n", "unknown key"),
+        ("seed = \x00", "not valid TOML"),
+    ):
+        message = fails(capsys, "train", recipe(tmp_path, text))
+        assert why in message, text[:40]
+        assert len(message) < 1000
+    assert len(fails(capsys, "train", "--task.columns", "[" * 5000)) < 1000
+    assert "prompt=q,answer=a" in fails(capsys, "verify", tmp_path / "x", "--reward", "answer", "--columns", "q")
+
+
+def test_data_that_moved_or_changed_since_the_run_began(tmp_path, capsys, monkeypatch):
+    data, out = good_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "--data", "rows.jsonl", "--out", str(out)]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--resume", str(out), "--steps", "2", "--quiet"]) == 0  # from any folder
+    moved = data.rename(tmp_path / "elsewhere" / "rows.jsonl")
+    capsys.readouterr()
+    message = fails(capsys, "train", "--resume", out)
+    assert f"there is no file {data} any more" in message
+    assert f"--resume {out} --task.train FILE" in message
+    assert main(["train", "--resume", str(out), "--task.train", "rows.jsonl", "--steps", "3", "--quiet"]) == 0
+    assert f'train = "{moved}"' in (out / "recipe.toml").read_text()
+    told = [json.loads(line).get("data") for line in (out / "audit.jsonl").read_text().splitlines()]
+    assert len({str(data) for data in told if data is not None}) == 1
+    assert main(["audit", "verify", str(out)]) == 0
+    moved.write_text(moved.read_text() + '{"question": "new", "answer": "1"}\n')
+    capsys.readouterr()
+    assert "does not hold what this run began with" in fails(capsys, "train", "--resume", out, "--steps", "4")
+    assert "must be a file or a folder" in fails(capsys, "train", "--resume", out, "--data", "chain:steps=1")
+    assert "reads no file there" in fails(capsys, "train", "--resume", out, "--task.eval", moved)
+    (out / "data.json").write_text("{")
+    assert "data.json cannot be read" in fails(capsys, "train", "--resume", out)
+
+
 def test_a_row_without_a_prompt(tmp_path, train):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "1+1?", "answer": "2"}\n{"answer": "2"}\n')
@@ -153,7 +270,9 @@ def test_a_model_that_pull_would_fetch(capsys, monkeypatch, tmp_path):
 
 
 def test_a_hub_name_with_a_dot_is_not_taken_for_a_folder(train):
-    assert "Qwen/Qwen2.5-0.5B cannot be loaded" in train("--policy.model", "Qwen/Qwen2.5-0.5B")
+    assert "policy.model: Qwen/Qwen2.5-0.5B has no config that can be read" in train(
+        "--policy.model", "Qwen/Qwen2.5-0.5B"
+    )
 
 
 def test_eval_where_nothing_can_be_graded(tmp_path, capsys):

@@ -11,8 +11,9 @@ import pytest
 from sppo.config import Config, keys
 from sppo.errors import DataError, RecipeError
 from sppo.spec import parse_spec, split_specs
-from sppo.tasks.base import in_split, load_pair, load_tasks
-from sppo.tasks.records import read_rows, task_from
+from sppo.tasks.base import ListSource, in_split, load_pair, load_tasks, with_instruction
+from sppo.tasks.records import task_from
+from sppo.tasks.rows import read_rows
 
 
 def write(path, rows):
@@ -94,8 +95,213 @@ def test_every_file_format_reads_the_same(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(r) + "\n" for r in rows))
-    for name in ("a.jsonl", "b.json", "c.parquet", "d.jsonl.gz"):
+    import bz2
+    import lzma
+
+    import pyarrow as pa
+
+    text = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "e.jsonl.bz2").write_bytes(bz2.compress(text))
+    (tmp_path / "f.jsonl.xz").write_bytes(lzma.compress(text))
+    with pa.output_stream(str(tmp_path / "g.jsonl.zst"), compression="zstd") as stream:
+        stream.write(text)
+    (tmp_path / "h.json").write_bytes(text)  # lines by another name
+    (tmp_path / "i.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    for path in sorted(p for p in tmp_path.iterdir()):
+        name = path.name
         assert [row for _, row in read_rows(tmp_path / name)] == rows, name
+
+
+def test_published_layouts_of_references_and_tests():
+    def columns(row):
+        return task_from({"question": "q", **row}, "rows:1").columns
+
+    stdio = {"inputs": ["1\n"], "outputs": ["2\n"]}
+    for truth in (stdio, json.dumps(stdio)):  # Eurus-2-RL's code rows, as an object and as JSON text
+        found = columns({"reward_model": {"ground_truth": truth, "style": "rule"}})
+        assert found["tests"] == stdio
+        assert "answer" not in found
+    cases = [{"input": "1", "output": "2", "testtype": "stdin"}]
+    assert columns({"reward_model": {"ground_truth": json.dumps(cases)}})["tests"] == cases
+    assert columns({"reward_model": {"ground_truth": '["assert f(1) == 2"]'}})["tests"] == ["assert f(1) == 2"]
+    assert columns({"reward_model": json.dumps({"ground_truth": "4"})})["answer"] == "4"  # a table of text alone
+    assert columns({"ground_truth": "4"})["answer"] == "4"
+    assert columns({"reward_model": {"ground_truth": {"target": ["4", "four"]}}})["answer"] == ["4", "four"]
+    assert columns({"answer": "5", "reward_model": {"ground_truth": "4"}})["answer"] == "5"
+    assert columns({"answer": '["34"]'})["answer"] == "34"  # Skywork's lists of one
+    assert columns({"answer": '["a", "b"]'})["answer"] == ["a", "b"]
+    assert columns({"answer": "[1, 2]"})["answer"] == "[1, 2]"  # an interval
+    assert columns({"answer": "[1, 2)"})["answer"] == "[1, 2)"
+    assert columns({"answer": float("nan")})["answer"] is None
+    assert columns({"reward_model": {"ground_truth": float("nan")}}).get("answer") is None
+
+
+def test_a_row_without_a_reference_answer_is_masked_not_scored():
+    from sppo.rewards.base import load_reward
+    from sppo.types import Rollout
+
+    tests = '{"inputs": ["1"], "outputs": ["1"]}'
+    for row in (
+        {"answer": float("nan")},
+        {"reward_model": {"ground_truth": float("nan")}},
+        {"reward_model": {"ground_truth": tests}},  # which are no answer, even to a response that repeats them
+    ):
+        task = task_from({"question": "q", **row}, "rows:1")
+        rollouts = [Rollout(task, [], [], [], "stop", f"The answer is {text}") for text in ("nan", tests)]
+        assert {v.outcome for v in load_reward("answer").judge(rollouts)} == {"invalid_task"}
+
+
+def test_conversations_of_sharegpt_and_instructions_of_alpaca():
+    task = task_from(
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}],
+        },
+        "rows:1",
+    )
+    assert task.prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    assert task.solution == "4"
+    turns = [("human", "a"), ("gpt", "b"), ("human", "c")]
+    task = task_from({"conversations": [{"from": f, "value": v} for f, v in turns], "answer": "1"}, "rows:1")
+    assert [m["role"] for m in task.prompt] == ["user", "assistant", "user"]
+    assert task.solution is None
+    task = task_from({"instruction": "Add.", "input": "2+2", "output": "4"}, "rows:1")
+    assert (task.prompt, task.solution) == ([{"role": "user", "content": "Add.\n\n2+2"}], "4")
+    assert task_from({"instruction": "Hi", "input": "", "output": "o"}, "rows:1").text == "Hi"
+    assert task_from({"prompt": "p", "instruction": "i"}, "rows:1").prompt == "p"
+
+
+def test_tool_calls_in_a_history_are_kept():
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "add", "arguments": '{"a": 1, "b": null}'},
+        "extra": None,
+    }
+    tool = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"properties": {"a": {"type": "int"}, "z": None}}},
+    }
+    history = [
+        {"role": "user", "content": "1+1?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": [{"type": "text", "text": "2"}], "tool_call_id": "c1", "name": None},
+    ]
+    for row in ({"prompt": history, "tools": [tool]}, {"messages": history, "tools": json.dumps([tool])}):
+        task = task_from(row, "rows:1")
+        user, said, answered = task.prompt
+        assert user == {"role": "user", "content": "1+1?"}
+        assert said["content"] == ""
+        assert said["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1, "b": None}}
+        assert answered == {"role": "tool", "content": "2", "tool_call_id": "c1"}
+        assert task.columns["tools"][0]["function"]["parameters"] == {"properties": {"a": {"type": "int"}}}
+        assert task.text == "1+1?\n\n\n\n2"
+    sharegpt = [
+        {"from": "human", "value": "1+1?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "2"},
+    ]
+    said = task_from({"conversations": sharegpt}, "rows:1").prompt[1]
+    assert said["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert task_from({"question": "q", "tools": "hammer"}, "rows:1").columns["tools"] == "hammer"
+
+
+def test_an_instruction_is_added_to_what_the_user_said_last():
+    rows = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
+    rows.append({"role": "tool", "content": "2"})
+    source = with_instruction(ListSource([task_from({"prompt": rows}, "rows:1")]), "Think.")
+    assert [m["content"] for m in source[0].prompt] == ["1+1?\nThink.", "", "2"]
+
+
+def test_tables_of_text(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        '\ufeffquestion,answer,tests\n"1+1,\n then?",2,\n2+2?,4,"[""assert True""]"\n', encoding="utf-8"
+    )
+    (tmp_path / "b.tsv").write_text("question\tanswer\n1+1?\t2\n")
+    source = load_tasks(str(tmp_path / "a.csv"))
+    assert [t.text for t in (source[0], source[1])] == ["1+1,\n then?", "2+2?"]
+    assert source[0].columns["tests"] is None
+    assert [t.id for t in (source[0], source[1])] == ["a.csv:2", "a.csv:4"]  # the lines on which they begin
+    assert load_tasks(str(tmp_path / "b.tsv"))[0].columns["answer"] == "2"
+    (tmp_path / "c.csv").write_text("prompt,answer\n" + '"[{""role"": ""user"", ""content"": ""hi""}]",1\n')
+    assert load_tasks(str(tmp_path / "c.csv"))[0].prompt == [{"role": "user", "content": "hi"}]
+
+
+def test_a_dataset_saved_to_disk(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(5)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:2])}
+    ).save_to_disk(str(tmp_path / "two"))
+    assert [row for _, row in read_rows(tmp_path / "one")] == rows
+    assert len(load_tasks(str(tmp_path / "two" / "test"))) == 2
+    with pytest.raises(DataError, match="the splits `test`, `train`; name one"):
+        load_tasks(str(tmp_path / "two"))
+    damaged = next((tmp_path / "one").glob("*.arrow"))
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_tasks(str(tmp_path / "one"))
+
+
+def test_columns_of_other_names(tmp_path):
+    rows = [{"q": f"{i}+1?", "meta": {"gold": str(i + 1)}} for i in range(50)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    columns = {"question": "q", "answer": "meta.gold"}
+    train, held_out = load_pair(path, None, "", columns)
+    assert len(train) + len(held_out) == 50
+    assert train[0].prompt[0]["content"].endswith("+1?")
+    assert train[0].columns["answer"] == str(int(train[0].columns["q"].split("+")[0]) + 1)
+    with pytest.raises(DataError, match=r"no column `qq`, which is to be `question`; its columns are `q`, `meta`"):
+        load_tasks(path, columns={"question": "qq"})
+    with pytest.raises(DataError, match="its columns are `q`, `meta`"):
+        load_tasks(path)
+    assert (
+        task_from({"question": "q", "a": "1"}, "r:1", {"question": "missing", "answer": "a"}).columns["answer"] == "1"
+    )
+    with pytest.raises(RecipeError, match=r"task\.columns renames"):
+        load_pair("chain:steps=1", None, "", columns)
+    for given in (columns, "question=q, answer=meta.gold"):
+        assert Config.load(None, {"task.columns": given}).task.columns == columns
+    with pytest.raises(RecipeError, match="prompt=q,answer=a"):
+        Config.load(None, {"task.columns": "question"})
+    config = Config.load(None, {"task.columns": columns})
+    (tmp_path / "recipe.toml").write_text(config.to_toml())
+    assert Config.load(tmp_path / "recipe.toml") == config
+
+
+def test_paths_in_a_recipe_are_relative_to_it_or_to_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    beside = write(tmp_path / "recipes" / "a.jsonl", [{"question": "1", "answer": "1"}])
+    here = write(tmp_path / "elsewhere" / "b.jsonl", [{"question": "1", "answer": "1"}])
+    text = '[task]\ntrain = "records:path=a.jsonl,split=train"\neval = "b.jsonl"\n[bootstrap]\ntask = "../recipes/a.jsonl"\n'
+    (tmp_path / "recipes" / "r.toml").write_text(text)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = Config.load("../recipes/r.toml")
+    assert config.data() == {
+        "task.train": f"records:split=train,path={beside}",
+        "task.eval": here,
+        "bootstrap.task": beside,
+    }
+    assert Config.load("../recipes/r.toml", {"task.train": "b.jsonl"}).task.train == here
+    (tmp_path / "recipes" / "r.toml").write_text('[task]\ntrain = "chain:steps=1"\n')
+    assert Config.load("../recipes/r.toml").task.train == "chain:steps=1"
+    assert Config.load(None, {"task.train": "none.jsonl"}).task.train == "none.jsonl"  # said when it is read
+
+
+def test_the_same_rows_elsewhere_are_the_same_problems_and_recipe(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    paths = [write(tmp_path / f / "rows.jsonl", [{"question": f"{i}", "answer": "1"} for i in range(9)]) for f in "ab"]
+    first, second = ([t.id for t in load_tasks(p).tasks] for p in paths)
+    assert first == second == [f"rows.jsonl:{i}" for i in range(1, 10)]
+    assert len({Config.load(None, {"task.train": p}).sha256 for p in paths}) == 1
+    assert (
+        Config.load(None, {"task.train": paths[0] + "x"}).sha256 != Config.load(None, {"task.train": paths[0]}).sha256
+    )
 
 
 def test_splits_of_rows_are_disjoint_and_whole(tmp_path):
@@ -188,4 +394,6 @@ def test_a_list_in_a_spec_is_one_value():
 
     text = "sppo:objective.clip=[0.1, 0.3],training.lr=1e-4,grpo"
     assert split_specs(text) == ["sppo:objective.clip=[0.1, 0.3],training.lr=1e-4", "grpo"]
+    for many in ("a," * 10**5, "[" * 10**5, "a:" + "k=[1,2]," * 10**4, "," * 10**5):
+        split_specs(many)  # at once, whatever it holds
     assert parse_spec(split_specs(text)[0]).options == {"objective.clip": "[0.1, 0.3]", "training.lr": 1e-4}

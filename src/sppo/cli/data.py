@@ -5,15 +5,36 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError, UserError
-from ._shared import emit
+from ..errors import DataError, ModelError, UserError
+from ..tasks.rows import columns_found
+from ._shared import add_columns_option, emit
 
-SHOWN = 20
+ROWS, REASONS = 5, 10
+"""Rows printed for one reason, and reasons printed of one kind."""
+WHAT = {
+    "row": "cannot be read",
+    "prompt": "ask nothing",
+    "template": "are refused by the model's chat template",
+    "reference": "have no reference or tests that the reward can judge by",
+    "over-long": "are too long",
+    "duplicate": "repeat a prompt",
+}
+KINDS = tuple(WHAT)
+"""From rows that are of no use to rows that are merely there twice: the order in which they are listed."""
 MADE = 1000
 """Problems that are looked at of a task that makes them: it may have a million."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one row."""
+
+    row: str
+    kind: str
+    reason: str
 
 
 def add(subparsers: Any) -> None:
@@ -21,15 +42,16 @@ def add(subparsers: Any) -> None:
     group = subparsers.add_parser("data", help="look at a dataset", description="Look at a dataset.")
     commands = group.add_subparsers(metavar="COMMAND", required=True)
     parser = commands.add_parser("check", help="list what cannot be graded", description=__doc__)
-    parser.add_argument("data", metavar="DATA", help="a .jsonl/.parquet file or a task spec")
+    parser.add_argument("data", metavar="DATA", help="a file of rows (.jsonl, .csv, .parquet, …) or a task spec")
     parser.add_argument(
         "--reward",
-        help="the reward that will grade it; 'math' also parses every reference [by the first row: code, gym or answer]",
+        help="the reward that will grade it; 'math' also reads every reference and gives it as its own answer [by the first row: code, gym or answer]",
     )
     parser.add_argument(
         "--threshold", type=float, default=0.0, help="exit 2 when more than this share of rows is bad [0]"
     )
-    parser.add_argument("--model", help="count prompt tokens with this model's tokenizer")
+    add_columns_option(parser)
+    parser.add_argument("--model", help="render and count prompts with this model's tokenizer and chat template")
     parser.add_argument(
         "--max-prompt-tokens",
         type=int,
@@ -50,79 +72,136 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is a share between 0 and 1, not {args.threshold}")
     reward = load_reward(args.reward) if args.reward else None  # a name that is none is said before the file is read
-    problems: list[dict[str, Any]] = []
-    tasks = _read(args, problems)
+    problems: list[Problem] = []
+    tasks, columns = _read(args, problems)
     n = len(tasks) + len(problems)
     if n == 0:
         raise DataError(f"{args.data} holds no rows")
     use = args.reward or (fitting_reward(tasks[0]) if tasks else "answer")
     reward = reward or load_reward(use)
-    problems += _prompt_problems(args, tasks)
+    prompts, read = _prompt_problems(args, tasks)
+    problems += prompts
     check_all = getattr(reward, "check_all", None)
     reasons = check_all(tasks) if check_all else [reward.check(t) for t in tasks]
-    problems += [
-        {"row": t.id, "kind": "reference", "reason": why} for t, why in zip(tasks, reasons, strict=True) if why
-    ]
+    problems += [Problem(t.id, "reference", why) for t, why in zip(tasks, reasons, strict=True) if why]
     reward.close()
-    bad = len({p["row"] for p in problems})
-    kinds = dict(Counter(p["kind"] for p in problems))
+    problems.sort(key=lambda p: KINDS.index(p.kind))
+    bad = len({p.row for p in problems})
+    unusable = len({p.row for p in problems if p.kind != "duplicate"})
+    kinds = dict(Counter(p.kind for p in problems))
     share = bad / n
-    result = {"reward": use, "n": n, "bad": bad, "share": share, "kinds": kinds, "problems": problems}
-    lines = [f"{p['row']}: {p['kind']}: {p['reason']}" for p in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"… and {len(problems) - SHOWN} more (--json lists them all)")
+    result = {
+        "reward": use, "n": n, "bad": bad, "unusable": unusable, "share": share, "kinds": kinds, "columns": columns,
+        "problems": [vars(p) for p in problems], "prompt": read,
+    }  # fmt: skip
+    lines = [line for kind in KINDS if kind in kinds for line in _shown([p for p in problems if p.kind == kind])]
+    if columns:
+        lines.append(f"columns: {columns_found(columns)}")
+    if read:
+        lines.append(read)
     lines.append(
-        f"{bad} of {n} rows ({share:.2%}) have a problem for the reward {use}" + (f": {kinds}" if kinds else "")
+        f"{bad} of {n} rows ({share:.2%}) have a problem for the reward {use}"
+        + (
+            f" ({unusable} cannot be used): {', '.join(f'{kinds[k]} {WHAT[k]}' for k in KINDS if k in kinds)}"
+            if bad
+            else ""
+        )
     )
     emit(result, args.json, "\n".join(lines))
     return 2 if share > args.threshold else 0
 
 
-def _read(args: argparse.Namespace, problems: list[dict[str, Any]]) -> list[Any]:
-    """The tasks; unreadable rows go to `problems` instead of ending the check."""
-    from ..tasks.base import is_records, load_tasks
-    from ..tasks.records import read_rows, task_from
+def _shown(problems: list[Problem]) -> list[str]:
+    """The problems of one kind, those that share a reason in one line."""
+    by_reason: dict[str, list[str]] = {}
+    for p in problems:
+        by_reason.setdefault(p.reason, []).append(p.row)
+    kind = problems[0].kind
+    lines = []
+    for reason, (first, *rest) in list(by_reason.items())[:REASONS]:
+        numbers = ", ".join(row.rpartition(":")[2] for row in rest[:ROWS])
+        also = f" (also {len(rest):,} more: {numbers}{', …' if len(rest) > ROWS else ''})" if rest else ""
+        lines.append(f"{first}: {kind}: {reason}{also}")
+    if len(by_reason) > REASONS:
+        left = sum(len(rows) for rows in list(by_reason.values())[REASONS:])
+        lines.append(f"… and {left:,} more: {kind} (--json lists them all)")
+    return lines
 
-    if not is_records(args.data) or ":" in args.data:
-        source = load_tasks(args.data)
-        return [source[i] for i in range(min(args.n or MADE, len(source)))]
+
+def _read(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[Any], list[str]]:
+    """The tasks, and the columns that the rows have; unreadable rows go to `problems` instead of ending the check."""
+    from ..spec import is_records
+    from ..tasks.base import in_split, load_tasks, record_options
+    from ..tasks.records import rows_of, task_from
+
+    if not is_records(args.data):
+        source = load_tasks(args.data, columns=args.columns)
+        return [source[i] for i in range(min(args.n or MADE, len(source)))], []
     tasks = []
+    columns: dict[str, None] = {}
     broken: list[tuple[int, str]] = []
-    for number, row in read_rows(Path(args.data), broken):
-        if args.n is not None and number > args.n:
+    options = record_options(args.data)
+    split = str(options.pop("split", "all"))
+    rows, where = rows_of(**options, broken=broken)
+    for count, (number, row) in enumerate(rows):
+        if args.n is not None and count >= args.n:
             break
+        columns |= dict.fromkeys(row)
+        name = f"{where}:{number}"
         try:
-            tasks.append(task_from(row, f"{args.data}:{number}"))
+            task = task_from(row, name, args.columns)
         except DataError as error:
-            problems.append({"row": f"{args.data}:{number}", "kind": "row", "reason": str(error).partition(": ")[2]})
-    problems.extend({"row": f"{args.data}:{number}", "kind": "row", "reason": why} for number, why in broken)
-    return tasks
+            problems.append(Problem(name, "row", str(error).removeprefix(f"{name}: ")))
+            continue
+        if in_split(task.text, split):
+            tasks.append(task)
+    problems.extend(Problem(f"{where}:{number}", "row", why) for number, why in broken)
+    problems.sort(key=lambda p: int(p.row.rpartition(":")[2]))
+    return tasks, list(columns)
 
 
-def _prompt_problems(args: argparse.Namespace, tasks: list[Any]) -> list[dict[str, Any]]:
-    from ..models.pretrained import load_tokenizer
+def _prompt_problems(args: argparse.Namespace, tasks: list[Any]) -> tuple[list[Problem], str | None]:
+    """What is wrong with prompts, and one prompt as the model of --model reads it."""
+    from ..models.pretrained import load_tokenizer, prompt_ids
     from ..tasks.records import is_empty
+    from ..training.parts import said_prompt
 
     tokenizer = load_tokenizer(args.model, "--model") if args.model else None
+    chat = bool(getattr(tokenizer, "chat_template", None))
     seen: dict[bytes, str] = {}
     found = []
+    read = None
     for task in tasks:
         if is_empty(task.prompt):
-            found.append({"row": task.id, "kind": "prompt", "reason": "the prompt is empty"})
+            found.append(Problem(task.id, "prompt", "the prompt is empty"))
             continue
-        tokens = len(tokenizer(task.text)["input_ids"]) if tokenizer else len(task.text) // 4
+        tokens = len(task.text) // 4
+        if tokenizer:
+            try:
+                ids = prompt_ids(tokenizer, task, chat)
+            except ModelError as error:
+                found.append(Problem(task.id, "template", str(error).removeprefix(f"task {task.id}: ")))
+                continue
+            tokens = len(ids)
+            read = read or said_prompt("model", task.id, ids, tokenizer.decode(ids, skip_special_tokens=False))
         if tokens > args.max_prompt_tokens:
             about = "" if tokenizer else "about "
             found.append(
-                {
-                    "row": task.id,
-                    "kind": "over-long",
-                    "reason": f"the prompt has {about}{tokens} tokens, the limit is {args.max_prompt_tokens}",
-                }
+                Problem(
+                    task.id,
+                    "over-long",
+                    f"the prompt has {about}{tokens} tokens, the limit is {args.max_prompt_tokens}",
+                )
             )
-        key = hashlib.blake2b(" ".join(task.text.split()).encode(), digest_size=16).digest()
+        key = hashlib.blake2b(" ".join(_whole(task).split()).encode(), digest_size=16).digest()
         if key in seen:
-            found.append({"row": task.id, "kind": "duplicate", "reason": f"the same prompt as {seen[key]}"})
+            found.append(Problem(task.id, "duplicate", f"the same prompt as {seen[key]}"))
         else:
             seen[key] = task.id
-    return found
+    return found, read
+
+
+def _whole(task: Any) -> str:
+    """All that tells one prompt from another: its text, and the tools and tool calls of a conversation."""
+    calls = [] if isinstance(task.prompt, str) else [m["tool_calls"] for m in task.prompt if "tool_calls" in m]
+    return task.text if not calls else f"{task.text}{calls}"

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import RecipeError
-from ..spec import call, is_import, parse_spec, resolve
+from ..spec import Spec, call, is_records, parse_spec, resolve
 from ..types import Prompt, Task
+from ._own import is_own, own_source
 
 GIVEN = "given in Python"
 """What a recipe says in place of an object that a Python user passed: it cannot be loaded by name."""
 HELD_OUT = 0.1
 """The share of all problems that is held out."""
 SPLITS = ("train", "held-out", "all")
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
 
 
 class TaskSource(Protocol):
@@ -45,41 +44,34 @@ def in_split(text: str, split: str) -> bool:
     return (share < HELD_OUT) == (split == "held-out")
 
 
-def is_records(spec: str) -> bool:
-    """True for a spec that reads rows (a file or a hub dataset), False for one that makes problems."""
-    return spec.startswith(("hub:", "records:")) or Path(spec).suffix in FILE_SUFFIXES or Path(spec).exists()
-
-
-def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = None) -> TaskSource:
+def load_tasks(
+    spec: str,
+    *,
+    instruction: str = "",
+    default_split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> TaskSource:
     """The source for a spec or the path of a data file.
 
     Args:
-        spec: `name:key=value,…`, a path that ends in .jsonl, .json or .parquet, or `package.module:object` (a source, or a
-            callable that makes one; it decides its own split).
+        spec: `name:key=value,…`, the path of a file of rows or of a saved dataset, or `package.module:object,key=value,…` (a source, or a
+            callable that makes one from these options; it decides its own split). Its items are tasks or rows.
         instruction: text added to every question.
         default_split: used when the spec names none.
+        columns: `task.columns`, for rows whose columns have other names.
     """
     if spec == GIVEN:
         raise RecipeError(
             "this run's problems were given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
         )
-    if is_import(spec, "sppo.tasks") and not is_records(spec):
-        found = resolve(spec, "sppo.tasks", "build")
-        own: TaskSource = found() if callable(found) else found
-        return with_instruction(own, instruction)
-    if spec.startswith(("hub:", "records:")):
-        parsed = parse_spec(spec)
-        name, words, options = "records", parsed.words, dict(parsed.options)
-        if spec.startswith("hub:"):
-            options["hub"], words = words[0] if words else None, ()
-    elif is_records(spec):
-        name, words, options = "records", (spec,), {}
-    else:
-        parsed = parse_spec(spec)
-        name, words, options = parsed.name, parsed.words, dict(parsed.options)
-    if default_split is not None:
-        options.setdefault("split", default_split)
-    source: TaskSource = call(resolve(name, "sppo.tasks", "build"), f"task {name}", *words, **options)
+    if is_own(spec):
+        return with_instruction(own_source(spec, columns), instruction)
+    named = {"columns": columns} if columns else {}
+    parsed = Spec("records", (), record_options(spec) | named) if is_records(spec) else parse_spec(spec)
+    options = ({} if default_split is None else {"split": default_split}) | parsed.options
+    source: TaskSource = call(
+        resolve(parsed.name, "sppo.tasks", "build"), f"task {parsed.name}", *parsed.words, **options
+    )
     if len(source) == 0:
         raise RecipeError(
             f"task {spec} holds no problems in the split {options.get('split', 'all')!r}: a tenth of all rows is held out, chosen by the "
@@ -88,11 +80,27 @@ def load_tasks(spec: str, *, instruction: str = "", default_split: str | None = 
     return with_instruction(source, instruction)
 
 
-def load_pair(train: str, evaluation: str | None, instruction: str) -> tuple[TaskSource, TaskSource]:
+def record_options(spec: str) -> dict[str, Any]:
+    """The options of `records:…`, `hub:…` or a bare path, as `records.build` takes them."""
+    if not spec.startswith(("hub:", "records:")):
+        return {"path": spec}
+    parsed = parse_spec(spec)
+    options = dict(parsed.options)
+    key = "hub" if parsed.name == "hub" else "path"
+    if parsed.words and key not in options:
+        options[key] = parsed.words[0]
+    return options
+
+
+def load_pair(
+    train: str, evaluation: str | None, instruction: str, columns: Mapping[str, str] | None = None
+) -> tuple[TaskSource, TaskSource]:
     """Training and held-out problems. One spec for both is split by hash; rows that have a file of their own are taken whole."""
+    if columns and not any(is_records(s) or is_own(s) for s in (train, evaluation) if s is not None):
+        raise RecipeError(f"task.columns renames the columns of rows, and task.train = {train!r} makes its problems")
     both = evaluation is None
     held_out = train if evaluation is None else evaluation
-    if both and is_import(train, "sppo.tasks") and not is_records(train):
+    if both and is_own(train):
         raise RecipeError(f"task.train = {train!r} decides its own problems; name held-out ones in task.eval")
     if both and "split=" in train:
         held_out = re.sub(r"split=[\w-]+", "split=held-out", train)
@@ -101,9 +109,17 @@ def load_pair(train: str, evaluation: str | None, instruction: str) -> tuple[Tas
     if not both and held_out == train and is_records(train):
         raise RecipeError(f"task.eval is task.train ({train}); leave it out to hold a tenth of the rows out")
     return (
-        load_tasks(train, instruction=instruction, default_split="train" if both or not is_records(train) else None),
         load_tasks(
-            held_out, instruction=instruction, default_split="held-out" if both or not is_records(held_out) else None
+            train,
+            instruction=instruction,
+            default_split="train" if both or not is_records(train) else None,
+            columns=columns,
+        ),
+        load_tasks(
+            held_out,
+            instruction=instruction,
+            default_split="held-out" if both or not is_records(held_out) else None,
+            columns=columns,
         ),
     )
 
@@ -111,6 +127,11 @@ def load_pair(train: str, evaluation: str | None, instruction: str) -> tuple[Tas
 def with_instruction(source: TaskSource, instruction: str) -> TaskSource:
     """The source with an instruction after every question, or as it is for an empty one."""
     return _Instructed(source, instruction) if instruction else source
+
+
+def rows_in(source: TaskSource) -> TaskSource:
+    """The source without the instruction that was added to it."""
+    return source.source if isinstance(source, _Instructed) else source
 
 
 class _Instructed:
@@ -129,8 +150,9 @@ class _Instructed:
     def _added(self, prompt: Prompt) -> Prompt:
         if isinstance(prompt, str):
             return f"{prompt}\n{self.instruction}"
-        *before, last = prompt
-        return [*before, {**last, "content": f"{last['content']}\n{self.instruction}"}]
+        asked = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=len(prompt) - 1)
+        said = {**prompt[asked], "content": f"{prompt[asked]['content']}\n{self.instruction}"}
+        return [*prompt[:asked], said, *prompt[asked + 1 :]]
 
 
 class ListSource:

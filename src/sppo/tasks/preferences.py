@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import DataError
 from ..types import Prompt
-from .records import read_rows, task_from
+from .records import has_prompt, task_from
+from .rows import columns_found, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Labelled:
 
 
 def read_preferences(path: Path) -> list[Pair] | list[Labelled]:
-    """The rows of a .jsonl, .json or .parquet file. Raises DataError naming the file, the row and the mend."""
+    """The rows of a file (rows.py). Raises DataError naming the file, the row and the mend."""
     pairs: list[Pair] = []
     labelled: list[Labelled] = []
     for number, row in read_rows(path):
@@ -48,7 +49,9 @@ def read_preferences(path: Path) -> list[Pair] | list[Labelled]:
         elif "label" in row:
             labelled.append(_labelled(row, where))
         else:
-            raise DataError(f"{where}: the row has neither `chosen` and `rejected` nor a `label`")
+            raise DataError(
+                f"{where}: the row has neither `chosen` and `rejected` nor a `label`; its columns are {columns_found(row)}"
+            )
         if pairs and labelled:
             raise DataError(f"{where}: the file mixes preference pairs with labels; give each a file of its own")
     if not pairs and not labelled:
@@ -62,7 +65,7 @@ def _pair(row: Mapping[str, Any], where: str) -> Pair:
         raise DataError(
             f"{where}: `chosen` and `rejected` are the same, so nothing can be learnt from the row; leave it out"
         )
-    if not {"prompt", "question", "messages"} & row.keys() and isinstance(row["chosen"], list):
+    if not has_prompt(row) and isinstance(row["chosen"], list):
         row = {**row, "prompt": row["chosen"][:-1]}
         if not row["prompt"]:
             raise DataError(f"{where}: `chosen` holds the answer alone; give the row a `prompt`")
