@@ -106,6 +106,30 @@ def test_a_row_is_the_same_bits_whoever_is_beside_it(shape, dtype):
         assert torch.equal(stepped(model, list(range(23)), threads), together)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pieces_of_a_small_model_s_pass_are_the_same_bits_as_the_whole(shape, dtype):
+    """From some rows on, threads take sequences instead of parts of products: next tokens, and prompts of several tokens."""
+    model = model_of(shape, dtype=dtype)
+    alone = stepped(model, list(range(90)), 1)
+    for threads in (2, 3):
+        assert torch.equal(stepped(model, list(range(90)), threads), alone)
+    lengths = [1 + (7 * b) % 11 for b in range(30)]
+    found = []
+    for threads in (1, 2, 3):
+        slots = Slots(model.config, len(lengths), 16)
+        decoder = decode.Decoder(model, slots)
+        decoder.threads = threads
+        slots.write_prompts(list(range(30)), lengths, torch.device("cpu"))
+        ids_N = torch.arange(sum(lengths)) * 17 % 100
+        logits = decoder.next_logits(ids_N, torch.tensor(lengths).cumsum(0) - 1).clone()
+        found.append(
+            (logits, *(store.clone() for layer in slots.layers for store in (layer.key_store, layer.value_store)))
+        )
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_new_weights_are_sampled_from_at_once():
     policy = policy_of(model_of("whole registers"))
     engine = LocalEngine(policy)

@@ -9,10 +9,12 @@ import platform
 import shutil
 from typing import Any
 
-from ..errors import UserError
+from ..config import Config
+from ..errors import DataError, ModelError, UserError
+from ..types import Task
 from ._shared import add_recipe_options, emit, overrides
 
-PACKAGES = ("torch", "transformers", "datasets", "math-verify", "reasoning-gym", "gguf")
+PACKAGES = ("torch", "transformers", "datasets", "reasoning-gym", "gguf")
 
 
 def add(subparsers: Any) -> None:
@@ -29,42 +31,35 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {"machine": machine}
     changes = overrides(args)
     if args.recipe or "policy.model" in changes:
-        from ..config import Config
-
         plan = _plan(Config.load(args.recipe, changes))
         result["recipe"] = plan
-        lines += ["", *(f"{name:<14}{value}" for name, value in plan.items() if name != "memory_bytes")]
-        lines += [f"  {name:<24}{size / 2**30:7.2f} GiB" for name, size in plan["memory_bytes"].items()]
-        needed, free = plan["memory_bytes"]["total"], _free_memory()
-        verdict = "fits" if needed < free else "does NOT fit"
-        plan["fits"] = needed < free
-        lines.append(f"  about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: {verdict}")
+        lines += ["", *(f"{name:<14}{value}" for name, value in plan.items() if isinstance(value, str))]
+        lines += [f"  {name:<30}{size / 2**30:7.2f} GiB" for name, size in plan["memory_bytes"].items() if size]
+        if "capacity_bytes" in plan:
+            needed, free = plan["memory_bytes"]["total"] / 2**30, plan["capacity_bytes"] / 2**30
+            verdict = "fits" if plan["fits"] else "does NOT fit"
+            lines.append(f"  about {needed:.1f} GiB needed at the peak, {free:.1f} GiB can be had: {verdict}")
     emit(result, args.json, "\n".join(lines))
     return 0
-
-
-def _free_memory() -> int:
-    """Bytes free where the models will be: on the GPU if there is one."""
-    import psutil
-    import torch
-
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else int(psutil.virtual_memory().available)
 
 
 def _machine() -> dict[str, str]:
     import psutil
     import torch
 
+    from ..memory import free_ram
     from ..models.pretrained import native_bfloat16, pick_device
+    from ..threads import cores
 
     device = pick_device()
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else platform.machine()
     memory = psutil.virtual_memory()
+    allowed = cores()
     out = {
         "python": platform.python_version(),
-        "device": f"{device} ({name}), {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
+        "device": f"{device} ({name}), {os.cpu_count()} CPU cores ({allowed} allowed), {torch.get_num_threads()} threads",
         "bfloat16": native_bfloat16(device) or "not native here: float32 is used",
-        "memory": f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
+        "memory": f"{free_ram() / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
         "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
         "engines": f"local ({_decoding()})",
         "sandbox": _sandbox(),
@@ -102,22 +97,15 @@ def _sandbox() -> str:
         return f"not available for the reward `code`: {error}"
 
 
-def _plan(config: Any) -> dict[str, Any]:
-    """Names resolved, and memory by arithmetic: weights, optimiser, the cache of keys and values, one micro-batch."""
-    from ..models.policy import parameter_count
+def _plan(config: Config) -> dict[str, Any]:
+    """Names resolved, and memory as `train` plans it (training/plan.py). What needs data or a network is said where it cannot be had."""
     from ..models.pretrained import choose_dtype, outline, pick_device
-    from ..rewards.base import load_reward
-    from ..tasks.base import load_tasks
+    from ..training.plan import Model, plan
 
-    tasks = load_tasks(config.task.train, instruction=config.task.instruction, default_split="train")
-    reward = load_reward(config.reward.use)
-    unfit = reward.check(tasks[0])
-    reward.close()
-    if unfit:
-        raise UserError(f"reward.use = {config.reward.use!r} cannot grade {config.task.train} ({tasks[0].id}): {unfit}")
     name, device = config.policy.model, pick_device()
+    tasks, problems = _problems(config)
     said = {
-        "problems": f"{config.task.train}: {len(tasks):,}, e.g. {tasks[0].text[:60]!r}",
+        "problems": problems,
         "reward": config.reward.use,
         "engine": config.rollout.engine,
         "algorithm": config.objective.algorithm,
@@ -128,32 +116,77 @@ def _plan(config: Any) -> dict[str, Any]:
         for key, text, shape in (("policy.model", name, Taught), ("critic.model", config.critic.model, Shape)):
             if text.startswith(SPEC):
                 shape.parse(key, text)
-        return {"policy": name, "critic": config.critic.model, **said, "memory_bytes": {"total": 0}}
-    model, critic = (
-        outline(name, role="policy.model", head=True),
-        outline(config.critic.model, role="critic.model", head=False),
-    )
-    parameters, critic_size = parameter_count(model), parameter_count(critic)
-    dtype, why = choose_dtype(config.policy.dtype, parameters, device)
-    c, size = model.config, dtype.itemsize
-    width = config.task.max_prompt_tokens + config.rollout.max_tokens
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    sequences = min(config.rollout.batch, config.rollout.prompts * config.rollout.samples)
-    memory = {
-        "weights": parameters * size,
-        "gradients": parameters * (size + (4 if size < 4 else 0)),
-        "optimiser": parameters * (8 + (4 if size < 4 else 0)),
-        "reference": parameters * size if config.needs_reference else 0,
-        "cache, longest prompts": 2 * c.num_hidden_layers * sequences * heads * head_size * width * size,
-        "one micro-batch, about": config.training.micro_tokens * c.num_hidden_layers * c.hidden_size * 24 * size,
-    }
-    critic_bytes = choose_dtype(config.critic.dtype, critic_size, device)[0].itemsize
-    memory["critic and its optimiser"] = critic_size * (2 * critic_bytes + 8 + (8 if critic_bytes < 4 else 0))
-    memory["total"] = sum(memory.values())
+        return {"policy": name, "critic": config.critic.model, **said, "memory_bytes": {"total": 0}, "fits": True}
+
+    def planned(name: str, dtype: str, head: bool) -> tuple[Model, str]:
+        model = outline(name, role="policy.model" if head else "critic.model", head=head)
+        count = Model(model, torch.float32).parameters
+        chosen, why = choose_dtype(dtype, count, device)
+        text = f"{name}: {count / 1e6:.3g}M parameters in {str(chosen).removeprefix('torch.')} ({why})"
+        return Model(model, chosen), text
+
+    import torch
+
+    policy, said_policy = planned(name, config.policy.dtype, True)
+    critic, said_critic = None, "none: the algorithm has no critic"
+    if config.critic_reads is not None:
+        critic, said_critic = planned(config.critic.model, config.critic.dtype, False)
+    found = plan(config, policy, critic, device, _prompt_tokens(config, tasks))
     return {
-        "critic": f"{config.critic.model}: {critic_size / 1e6:.3g}M parameters",
-        "policy": f"{name}: {parameters / 1e6:.3g}M parameters in {str(dtype).removeprefix('torch.')} ({why})",
+        "critic": said_critic,
+        "policy": said_policy,
         **said,
-        "memory_bytes": memory,
+        "micro-batches": f"{found.micro_tokens:,} tokens"
+        + ("" if config.training.micro_tokens else ", by the memory that is free here"),
+        "memory_bytes": found.parts(),
+        "phases": {phase: sum(found.stays.values()) + sum(parts.values()) for phase, parts in found.phases.items()},
+        "largest phase": found.largest,
+        "micro_tokens": found.micro_tokens,
+        "capacity_bytes": found.capacity,
+        "fits": found.fits,
     }
+
+
+def _problems(config: Config) -> tuple[Any, str]:
+    """The training problems, and what is said of them. Raises UserError where the reward cannot grade the first one."""
+    from ..rewards.base import load_reward
+    from ..tasks.base import load_tasks
+
+    source = config.task.train
+    try:
+        tasks = load_tasks(
+            source, instruction=config.task.instruction, default_split="train", columns=config.task.columns
+        )
+        first = tasks[0]
+    except DataError as error:
+        return None, f"{source}: not to be had here ({error}); prompts are counted at task.max_prompt_tokens"
+    reward = load_reward(config.reward.use)
+    unfit = reward.check(first)
+    reward.close()
+    if unfit:
+        raise UserError(f"reward.use = {config.reward.use!r} cannot grade {source} ({first.id}): {unfit}")
+    return tasks, f"{source}: {len(tasks):,}, e.g. {first.text[:60]!r}"
+
+
+def _prompt_tokens(config: Config, tasks: Any) -> int:
+    """A typical prompt's length by the model's tokenizer; three characters are counted a token where it has none here."""
+    from ..models.pretrained import load, load_tokenizer
+    from ..training.plan import typical_prompt
+
+    limit, name = config.task.max_prompt_tokens, config.policy.model
+    if tasks is None:
+        return limit
+    try:
+        small = name.partition(":")[0] == "tiny"
+        tokenizer = load(name, role="policy.model", head=True)[1] if small else load_tokenizer(name, "policy.model")
+    except ModelError:
+        return typical_prompt(tasks, lambda task: -(-len(task.text) // 3), limit)
+
+    def length(task: Task) -> int:
+        chat = config.policy.chat_template == "auto" and getattr(tokenizer, "chat_template", None)
+        text = render_chat(tokenizer, task) if chat and not isinstance(task.prompt, str) else task.text
+        return len(tokenizer(text)["input_ids"])
+
+    from ..models.pretrained import render_chat
+
+    return typical_prompt(tasks, length, limit)

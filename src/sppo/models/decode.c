@@ -240,50 +240,112 @@ static void gated(const T *gate_up, T *out, long from, long to) {
     }
 }
 
+/* What threads do with some rows: `all` of them share every product and meet between two of them, or one (all = 1) does everything. */
+typedef struct { long me, all; float *score; } Share;
+
+#define SHARE(n, from, to) long from = filled(n) / L * by.me / by.all, to = filled(n) / L * (by.me + 1) / by.all;
+
+INLINE void meet(Share by) {
+    if (by.all > 1) {
+#pragma omp barrier
+    }
+}
+
+/* All layers, over N tokens; room.h holds what comes out. */
+static void read_layers(const Model *m, const Tokens *tokens, const Room *room, long N, Share by) {
+    long q = m->heads * m->size, qkv = q + 2 * m->groups * m->size, hidden = m->hidden;
+    long h_row = filled(hidden), q_row = filled(q), i_row = filled(m->inner), units = N * m->groups, some = units / (32 * by.all) + 1;
+    SHARE(qkv, q0, q1) SHARE(hidden, d0, d1) SHARE(m->inner, i0, i1)
+    for (long n = by.me; n < N; n += by.all) memcpy(room->h + n * h_row, m->embedding + tokens->ids[n] * hidden, hidden * sizeof(T));
+    for (long i = 0; i < m->layers; i++) {
+        const Layer *l = m->layer + i;
+        for (long n = by.me; n < N; n += by.all) normed(room->h + n * h_row, l->norm, hidden, m->epsilon, room->x + n * h_row);
+        meet(by);
+        product(N, room->x, l->qkv, hidden, q0, q1, (Target){room->qkv, 0, l->qkv_bias, filled(qkv), 0});
+        meet(by);
+        for (long u = units * by.me / by.all; u < units * (by.me + 1) / by.all; u++)
+            placed(m, l, unit_at(m, l, room, tokens, u / m->groups, u % m->groups));
+        meet(by);
+#define ATTEND(u) attended(m, l, unit_at(m, l, room, tokens, u / m->groups, u % m->groups), by.score, \
+                           room->seen + u / m->groups * q_row + u % m->groups * (q / m->groups))
+        if (by.all > 1) {
+#pragma omp for schedule(dynamic, some)
+            for (long u = 0; u < units; u++) ATTEND(u);
+        } else {
+            for (long u = 0; u < units; u++) ATTEND(u);
+        }
+#undef ATTEND
+        product(N, room->seen, l->o, q, d0, d1, (Target){room->h, 0, l->o_bias, h_row, 1});
+        meet(by);
+        for (long n = by.me; n < N; n += by.all) normed(room->h + n * h_row, l->mlp_norm, hidden, m->epsilon, room->x + n * h_row);
+        meet(by);
+        product(N, room->x, l->gate_up, hidden, 2 * i0, 2 * i1, (Target){room->gate_up, 0, 0, 2 * i_row, 0});
+        for (long n = 0; n < N; n++) gated(room->gate_up + n * 2 * i_row, room->gated + n * i_row, i0, i1);
+        meet(by);
+        product(N, room->gated, l->down, m->inner, d0, d1, (Target){room->h, 0, 0, h_row, 1});
+        meet(by);
+    }
+}
+
+/* Logits [W, V] after the `wanted` rows of h, normed into x. */
+static void read_logits(const Model *m, const T *h, T *x, const int64_t *wanted, long W, float *logits, Share by) {
+    long h_row = filled(m->hidden);
+    SHARE(m->vocabulary, v0, v1)
+    for (long n = by.me; n < W; n += by.all) normed(h + wanted[n] * h_row, m->norm, m->hidden, m->epsilon, x + n * h_row);
+    meet(by);
+    product(W, x, m->head, m->hidden, v0, v1, (Target){0, logits, 0, filled(m->vocabulary), 0});
+}
+
+enum { SMALL = 4 << 20, PIECES = 64 }; /* bytes of weights that every core's cache holds, about; pieces that a pass is cut into, at most */
+
+/* A small model's tokens are cut into pieces of whole sequences, from starts[i] to starts[i + 1]. Returns how many; 0: all threads share each product. */
+static long cut(const Model *m, const Tokens *tokens, long N, long threads, long *starts) {
+    long q = m->heads * m->size, a_layer = m->hidden * (2 * q + 2 * m->groups * m->size + 3 * m->inner), pieces = 0;
+    long least = (N / (4 * threads) + TALL) / TALL * TALL;
+    if (threads == 1 || (m->layers * a_layer + m->vocabulary * m->hidden) * (long)sizeof(T) > SMALL || N < 2 * threads * TALL) return 0;
+    least = least > N / PIECES + 1 ? least : N / PIECES + 1;
+    starts[0] = 0;
+    for (long n = 1; n < N; n++)
+        if (n - starts[pieces] >= least && tokens->slots[n] != tokens->slots[n - 1]) starts[++pieces] = n;
+    starts[++pieces] = N;
+    return pieces < threads ? 0 : pieces;
+}
+
 /* Float32 logits, [W, filled(V)], after the tokens at the `wanted` rows, when N new tokens have been read.
  *
  * The tokens of a sequence stand in order of their positions, and those before them are in its slot. memory: room_bytes(N, columns of
- * the longest with its new tokens, threads). */
+ * the longest with its new tokens, threads).
+ *
+ * A small model's threads each take some sequences through all layers, the next piece when they are done: they wait for each other twice a pass, not
+ * nine times a layer, and where a core has other work the rest of the pass is done by the others. The matrices of a large one are read once, by all. */
 void read_tokens(const Model *m, const Tokens *tokens, long N, const int64_t *wanted, long W, long threads, char *memory, float *logits) {
-    long q = m->heads * m->size, qkv = q + 2 * m->groups * m->size, hidden = m->hidden;
-    long h_row = filled(hidden), q_row = filled(q), i_row = filled(m->inner), most = 0;
+    long q = m->heads * m->size, qkv = q + 2 * m->groups * m->size, hidden = m->hidden, most = 0, starts[PIECES + 1];
+    long h_row = filled(hidden), v_row = filled(m->vocabulary), pieces = cut(m, tokens, N, threads, starts);
     for (long n = 0; n < N; n++) most = tokens->positions[n] + 1 > most ? tokens->positions[n] + 1 : most;
     Room room;
     laid(m, N, most, threads, (char *)(((uintptr_t)memory + LINE - 1) / LINE * LINE), &room);
     if (hidden % L || q % L) memset(room.h, 0, (char *)room.score - (char *)room.h); /* what fills up a product's rows must be 0 */
 #pragma omp parallel num_threads(threads)
     {
-        long me = omp_get_thread_num(), all = omp_get_num_threads(), units = N * m->groups, some = units / (32 * all) + 1;
-        float *score = room.score + me * (m->heads / m->groups) * most;
-#define SHARE(n, from, to) long from = filled(n) / L * me / all, to = filled(n) / L * (me + 1) / all;
-        SHARE(qkv, q0, q1) SHARE(hidden, d0, d1) SHARE(m->inner, i0, i1) SHARE(m->vocabulary, v0, v1)
-        for (long n = me; n < N; n += all) memcpy(room.h + n * h_row, m->embedding + tokens->ids[n] * hidden, hidden * sizeof(T));
-        for (long i = 0; i < m->layers; i++) {
-            const Layer *l = m->layer + i;
-            for (long n = me; n < N; n += all) normed(room.h + n * h_row, l->norm, hidden, m->epsilon, room.x + n * h_row);
-#pragma omp barrier
-            product(N, room.x, l->qkv, hidden, q0, q1, (Target){room.qkv, 0, l->qkv_bias, filled(qkv), 0});
-#pragma omp barrier
-#pragma omp for
-            for (long u = 0; u < units; u++) placed(m, l, unit_at(m, l, &room, tokens, u / m->groups, u % m->groups));
-#pragma omp for schedule(dynamic, some)
-            for (long u = 0; u < units; u++) {
-                long n = u / m->groups, g = u % m->groups;
-                attended(m, l, unit_at(m, l, &room, tokens, n, g), score, room.seen + n * q_row + g * (q / m->groups));
+        Share by = {omp_get_thread_num(), omp_get_num_threads(), room.score + omp_get_thread_num() * (m->heads / m->groups) * most};
+        if (!pieces) {
+            read_layers(m, tokens, &room, N, by);
+            read_logits(m, room.h, room.x, wanted, W, logits, by);
+        } else {
+            Share alone = {0, 1, by.score};
+#pragma omp for schedule(dynamic, 1)
+            for (long i = 0; i < pieces; i++) {
+                long n = starts[i];
+                Tokens mine = *tokens;
+                Room its = {room.h + n * h_row, room.x + n * h_row, room.qkv + n * filled(qkv), room.seen + n * filled(q),
+                            room.gate_up + n * 2 * filled(m->inner), room.gated + n * filled(m->inner), 0};
+                mine.ids += n, mine.slots += n, mine.positions += n;
+                read_layers(m, &mine, &its, starts[i + 1] - n, alone);
             }
-            product(N, room.seen, l->o, q, d0, d1, (Target){room.h, 0, l->o_bias, h_row, 1});
-#pragma omp barrier
-            for (long n = me; n < N; n += all) normed(room.h + n * h_row, l->mlp_norm, hidden, m->epsilon, room.x + n * h_row);
-#pragma omp barrier
-            product(N, room.x, l->gate_up, hidden, 2 * i0, 2 * i1, (Target){room.gate_up, 0, 0, 2 * i_row, 0});
-            for (long n = 0; n < N; n++) gated(room.gate_up + n * 2 * i_row, room.gated + n * i_row, i0, i1);
-#pragma omp barrier
-            product(N, room.gated, l->down, m->inner, d0, d1, (Target){room.h, 0, 0, h_row, 1});
-#pragma omp barrier
+            long some = W / (4 * by.all) / TALL * TALL + TALL;
+#pragma omp for schedule(dynamic, 1)
+            for (long n = 0; n < W; n += some)
+                read_logits(m, room.h, room.x + n * h_row, wanted + n, W - n < some ? W - n : some, logits + n * v_row, alone);
         }
-        for (long n = me; n < W; n += all) normed(room.h + wanted[n] * h_row, m->norm, hidden, m->epsilon, room.x + n * h_row);
-#pragma omp barrier
-        product(W, room.x, m->head, hidden, v0, v1, (Target){0, logits, 0, filled(m->vocabulary), 0});
-#undef SHARE
     }
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,10 @@ if TYPE_CHECKING:  # `sppo view` needs no torch, and starts without it
 
 PLAIN_EVERY = 15.0
 """Seconds between plain progress lines."""
+PARTS = ("sampling", "judging", "updating")
+"""Of a step, in this order."""
+WITHIN_EVERY, ENDING_EVERY = 60.0, 10.0
+"""Seconds between plain lines about one and the same step; once it is the last one."""
 
 
 def clock(seconds: float) -> str:
@@ -35,6 +41,11 @@ class ProgressDisplay:
         self.bar: TaskID | None = None
         self.name, self.total, self.first, self.began, self.printed = "", 0, 0, 0.0, 0.0
         self.accuracy = ""
+        self.done = 0
+        self.what, self.n, self.of, self.what_began, self.said = "", 0, 0, 0.0, time.monotonic()
+        self.took: dict[str, float] = {}  # seconds of a step's parts, the last time
+        self.ending = False
+        self.status = ""
 
     def note(self, text: str) -> None:
         """Print a statement; warnings stand out, and are printed even under --quiet."""
@@ -47,20 +58,25 @@ class ProgressDisplay:
         """Begin a stage."""
         self.stop()
         self.name, self.total, self.first, self.began, self.printed = name, total, done, time.monotonic(), 0.0
+        self.done, self.what, self.said, self.took, self.status = done, "", time.monotonic(), {}, ""
         if self.live:
             self.progress = Progress(
                 TextColumn("[bold]{task.description:<9}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[status]}"), console=self.console,
+                TextColumn("{task.fields[status]}", markup=False), console=self.console, refresh_per_second=4,
             )  # fmt: skip
             self.bar = self.progress.add_task(name, total=total, completed=done, status="")
             self.progress.start()
 
     def step(self, done: int, metrics: dict[str, Any]) -> None:
         """Show a finished step."""
-        elapsed = time.monotonic() - self.began
+        now = time.monotonic()
+        self._part_ends(now)
+        self.done, self.what, self.said = done, "", now
+        elapsed = now - self.began
         left = elapsed / max(done - self.first, 1) * (self.total - done)
         status = f"{self._status(metrics)} · left {clock(left)}"
         if self.progress is not None and self.bar is not None:
+            self.status = status
             self.progress.update(self.bar, completed=done, status=status)
         elif not self.quiet and (done == self.total or elapsed - self.printed >= PLAIN_EVERY or done == self.first + 1):
             self.printed = elapsed
@@ -68,18 +84,67 @@ class ProgressDisplay:
         if done >= self.total:
             self.stop()
 
-    def rollout(self, done: int, total: int) -> None:
-        """Steps that take long show how far their sampling is."""
+    def within(self, what: str, done: int, total: int) -> None:
+        """Show how far a step is: on a terminal beside the bar, elsewhere in a line per minute at most."""
+        now = time.monotonic()
+        if what != self.what:
+            self._part_ends(now)
+            self.what, self.what_began = what, now
+        self.n, self.of = done, total
         if self.progress is not None and self.bar is not None:
             self.progress.update(
-                self.bar, description=f"{self.name} {100 * done // total}%" if done < total else self.name
+                self.bar, status=f"{self.whereabouts()} · {self.status}" if self.status else self.whereabouts()
             )
+        elif not self.quiet and now - self.said >= (ENDING_EVERY if self.ending else WITHIN_EVERY):
+            self.said = now
+            step = f"{self.name} {self.done}/{self.total}  " if self.name else ""
+            self.console.print(f"{step}{self.whereabouts()}", markup=False, soft_wrap=True)
+
+    def whereabouts(self) -> str:
+        """`updating 3 of 8, about 0:20 left`: how far the step is, and how long it will take yet, where that can be told."""
+        if not self.what:
+            return ""
+        text = f"{self.what} {self.of}" if self.what == "judging" else f"{self.what} {self.n} of {self.of}"
+        left = self._left(time.monotonic())
+        return text if left is None else f"{text}, about {clock(left)} left"
+
+    def _left(self, now: float) -> float | None:
+        """Seconds until the step's end: of this part by how far it is, of the next ones by how long they took the last time."""
+        spent = now - self.what_began
+        if self.n:
+            left = spent / self.n * (self.of - self.n)
+        elif self.what in self.took:
+            left = max(0.0, self.took[self.what] - spent)
+        else:
+            return None
+        if self.what not in PARTS:
+            return left
+        return left + sum(self.took.get(later, 0.0) for later in PARTS[PARTS.index(self.what) + 1 :])
+
+    def _part_ends(self, now: float) -> None:
+        if self.what:
+            self.took[self.what] = now - self.what_began
+
+    def end_soon(self) -> None:
+        """Say that the run ends with this step, how far it is, and go on saying so."""
+        self.ending = True
+        where = self.whereabouts()
+        step = f"finishing step {self.done + 1}" if self.name == "train" else "stopping as soon as it can"
+        self.note(f"warning: {step}{': ' if where else ''}{where}, then saves (press Ctrl-C again to stop at once)")
+
+    def hang_up(self) -> None:
+        """The terminal is gone: nothing may be written to it any more."""
+        self.quiet, self.live = True, False
+        with contextlib.suppress(OSError):
+            self.stop()
+        self.progress, self.console = None, Console(file=io.StringIO())
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Show a held-out accuracy with its interval."""
         self.accuracy = f"{result.accuracy:.3f}"
         if not self.quiet:
             masked = f", {result.masked} could not be graded" if result.masked else ""
+            masked += f", {cut_share(result.truncated, result.overruled)}" if result.truncated else ""
             self.console.print(
                 f"held-out accuracy after step {step}: {result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}] "
                 f"(n={result.n}, {result.mean_tokens:.0f} tokens a response{masked})",
@@ -97,12 +162,20 @@ class ProgressDisplay:
             right = f" · {m['accuracy']:.0%} right" if "accuracy" in m else ""
             return f"loss {m['loss']:.3f}{right}"
         pieces = [f"reward {_number(m['reward/mean'])}"]
+        if m.get("rollout/truncated"):
+            pieces.append(cut_share(m["rollout/truncated"], m.get("rollout/overruled", 0.0)))
         if self.accuracy:
             pieces.append(f"held-out {self.accuracy}")
         if "critic/ece" in m:
             pieces.append(f"critic EV {_number(m['critic/explained_variance'])} ECE {_number(m['critic/ece'])}")
         pieces.append(f"{m['rollout/mean_tokens']:.0f} tok each, {m['tokens_per_second']:,.0f} tok/s")
         return " · ".join(pieces)
+
+
+def cut_share(truncated: float, overruled: float) -> str:
+    """How many responses were cut, by which key, and how many of them the reward would have paid."""
+    lost = f", {overruled:.0%} would have been paid" if overruled else ""
+    return f"{truncated:.0%} cut at rollout.max_tokens{lost}"
 
 
 def _number(value: float | None) -> str:
@@ -124,6 +197,8 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
         f"{summary['steps']} in {clock(summary['seconds'])} of training, {clock(summary['seconds_evaluating'])} of evaluation",
     )
     table.add_row("generated tokens", f"{summary['generated_tokens']:,}")
+    if summary["truncated"]:
+        table.add_row("cut off", f"{cut_share(summary['truncated'], summary['overruled'])} in training")
     if summary["masked"] or summary["passed_over"]:
         table.add_row(
             "not used",
