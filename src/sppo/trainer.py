@@ -9,13 +9,15 @@ The same loop, files and guarantees as `sppo train`; what is given here as objec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .config import Config
-from .errors import DataError, ModelError, UserError
+from .errors import DataError, ModelError, RecipeError, UserError
 from .report.progress import ProgressDisplay
 from .rewards.base import Reward, load_reward
 from .rewards.guard import LIMIT
@@ -24,15 +26,38 @@ from .tasks.records import tasks_from
 from .training.loop import train
 from .training.parts import Parts
 from .training.run import Run
+from .trl_names import translated
 
 RewardLike = str | Callable[..., Any] | Reward
 
 
+def _by_trl_names(cls: type) -> type:
+    """Let a settings class also take TRL's names for what it has no field for (trl_names.py); they become keys of its `recipe`."""
+    by_fields = cls.__init__  # type: ignore[misc]
+    names = [f.name for f in fields(cls)]
+
+    @functools.wraps(by_fields)
+    def initialise(self: Any, *args: Any, **settings: Any) -> None:
+        others = {name: settings.pop(name) for name in list(settings) if name not in names}
+        by_fields(self, *args, **settings)
+        if others:
+            self.recipe = translated(others, names) | dict(self.recipe)
+
+    cls.__init__ = initialise  # type: ignore[misc]
+    return cls
+
+
+@_by_trl_names
 @dataclass
 class SPPOConfig:
     """Settings by the names that users of other trainers have. Anything else goes into `recipe`, by dotted key.
 
     `SPPOConfig(max_steps=50, recipe={"objective.ratio": "token", "critic.model": "tiny"})`
+
+    Arguments of TRL's GRPOConfig that have an exact equivalent are taken (`bf16=True`, `use_vllm=True`, `weight_decay=0.1`); for the others a
+    RecipeError names ours.
+
+    `reward_weights`: one for each of `reward_funcs`. The score is their mean by these weights; 0 measures a reward and pays nothing.
     """
 
     output_dir: str = "runs/sppo"
@@ -60,6 +85,7 @@ class SPPOConfig:
     eval_steps: int | None = None
     save_steps: int | None = None
     report_to: str | list[str] | None = None
+    reward_weights: Sequence[float] | None = None
     resume_from_checkpoint: bool = False
     disable_progress: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -77,10 +103,17 @@ class SPPOConfig:
         }  # fmt: skip
         out: dict[str, Any] = {"run.out": self.output_dir, "seed": self.seed}
         out |= {key: getattr(self, name) for name, key in names.items() if getattr(self, name) is not None}
+        if (
+            schedule := out.get("training.schedule")
+        ) is not None:  # a member of an enumeration is its text; a warm-up is `warmup_steps`
+            schedule = getattr(schedule, "value", schedule)
+            out["training.schedule"] = "constant" if schedule == "constant_with_warmup" else schedule
         if self.epsilon is not None or self.epsilon_high is not None:
             low = 0.2 if self.epsilon is None else self.epsilon
             out["objective.clip"] = [low, low if self.epsilon_high is None else self.epsilon_high]
         if self.report_to is not None:
+            if not isinstance(self.report_to, str | list | tuple):
+                raise RecipeError(f"report_to = {self.report_to!r}: name a tracker or a list of them, or 'none'")
             named = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
             out["run.trackers"] = [] if named == ["none"] else named
         return out | dict(self.recipe)
@@ -92,8 +125,8 @@ class SPPOTrainer:
     Args:
         model: a folder, a hub name, `tiny:…`, or a loaded causal LM (then `processing_class` is its tokenizer).
         reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]`, an object with
-            `judge(rollouts)`, the name of a built-in (`answer`, `math`, `gym`), or a list of these (their mean; the first one
-            is the critic's target).
+            `judge(rollouts)`, the name of a built-in (`answer`, `math`, `gym`) or of your own (`package.module:object`), or a list of
+            these (their mean, weighted by `SPPOConfig(reward_weights=[…])`; the first one is the critic's target).
         train_dataset: a `datasets.Dataset`, any iterable of rows, a file or a task spec such as `chain:steps=3`.
         eval_dataset: the same, held out; by default a tenth of the training rows, chosen by the hash of the prompt.
         critic: a folder, a hub name, `tiny:…`, or a (backbone, tokenizer) pair; a tiny one by default.
@@ -113,7 +146,8 @@ class SPPOTrainer:
     ) -> None:
         self.args = args or SPPOConfig()
         changes = self.args.overrides()
-        self.parts = Parts(reward=_reward(reward_funcs, float(changes.get("reward.limit", LIMIT))))
+        weights = self.args.reward_weights
+        self.parts = Parts(reward=_reward(reward_funcs, float(changes.get("reward.limit", LIMIT)), weights))
         changes["reward.use"] = reward_funcs if isinstance(reward_funcs, str) else GIVEN
         if isinstance(model, str):
             changes["policy.model"] = model
@@ -162,15 +196,27 @@ class SPPOTrainer:
         """Its tokenizer."""
         return self._trained().policy.tokenizer
 
-    def predicted_chance(self, prompts: Iterable[str]) -> list[float]:
-        """The critic's predicted chance that the policy solves each question."""
-        rows = enumerate(({"question": p} for p in prompts), 1)
+    def predicted_chance(self, prompts: Iterable[str | Sequence[Mapping[str, str]] | Mapping[str, Any]]) -> list[float]:
+        """The critic's predicted chance that the policy solves each problem, in order.
+
+        A problem is a question (text), chat messages, or a row as those of `train_dataset`; `task.instruction` is added as in training.
+        Raises UserError where there is no critic that reads prompts, DataError for what is no problem.
+        """
         critic = self._trained().critic
         if critic is None or self.config.critic_reads != "prompt":
             raise UserError(
                 f"objective.algorithm = {self.config.objective.algorithm!r} trains no critic that reads prompts"
             )
-        return critic.logits(tasks_from(rows, "prompts")).sigmoid().tolist()
+        if isinstance(prompts, str | Mapping):
+            raise DataError("predicted_chance takes a list of problems, not one: write predicted_chance([problem])")
+        tasks = tasks_from(_numbered(map(_as_row, prompts), "prompts"), "prompts")
+        source = with_instruction(ListSource(tasks), self.config.task.instruction)
+        asked = [source[i] for i in range(len(source))]
+        for number, task in enumerate(asked, 1):
+            length = len(critic.prompt_ids(task))
+            if not 0 < length <= (critic.context or length):
+                raise DataError(f"prompts:{number}: it has {length} tokens; the critic reads 1 to {critic.context}")
+        return critic.logits(asked).sigmoid().tolist()
 
     def save_model(self, folder: str) -> None:
         """Write policy and tokenizer as an ordinary model folder."""
@@ -183,19 +229,26 @@ class SPPOTrainer:
 
     def _sources(self, train_rows: Any, eval_rows: Any) -> tuple[TaskSource, TaskSource]:
         """Rows or specs into sources; without held-out rows a tenth of the training rows, by hash, is held out."""
-        instruction = self.config.task.instruction
+        instruction, columns = self.config.task.instruction, self.config.task.columns
         if isinstance(train_rows, str) and (eval_rows is None or isinstance(eval_rows, str)):
-            return load_pair(train_rows, eval_rows, instruction)
-        held_out = _source(eval_rows, "eval_dataset", instruction) if eval_rows is not None else None
+            return load_pair(train_rows, eval_rows, instruction, columns)
+        held_out = _source(eval_rows, "eval_dataset", instruction, columns) if eval_rows is not None else None
         if held_out is not None:
-            return _source(train_rows, "train_dataset", instruction), held_out
-        tasks = tasks_from(_numbered(train_rows, "train_dataset"), "train_dataset")
+            return _source(train_rows, "train_dataset", instruction, columns), held_out
+        tasks = tasks_from(_numbered(train_rows, "train_dataset"), "train_dataset", columns)
         train, rest = ([t for t in tasks if in_split(t.text, split)] for split in ("train", "held-out"))
         if not train or not rest:
             raise DataError(
                 f"train_dataset has {len(tasks)} rows, too few to hold {HELD_OUT:.0%} out; pass eval_dataset"
             )
         return with_instruction(ListSource(train), instruction), with_instruction(ListSource(rest), instruction)
+
+
+def _as_row(problem: Any) -> Any:
+    """A question or chat messages as a row of data; a row as it is."""
+    if isinstance(problem, str):
+        return {"question": problem}
+    return {"prompt": list(problem)} if isinstance(problem, Sequence) else problem
 
 
 def _numbered(rows: Any, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -206,21 +259,35 @@ def _numbered(rows: Any, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, row
 
 
-def _source(rows: Any, name: str, instruction: str) -> TaskSource:
+def _source(rows: Any, name: str, instruction: str, columns: Mapping[str, str] | None) -> TaskSource:
     if isinstance(rows, str):
-        return load_tasks(rows, instruction=instruction)
-    return with_instruction(ListSource(tasks_from(_numbered(rows, name), name)), instruction)
+        return load_tasks(rows, instruction=instruction, columns=columns)
+    return with_instruction(ListSource(tasks_from(_numbered(rows, name), name, columns)), instruction)
 
 
-def _reward(rewards: RewardLike | list[RewardLike], limit: float) -> Reward:
+def _reward(rewards: RewardLike | list[RewardLike], limit: float, weights: Sequence[float] | None) -> Reward:
     from .rewards.combine import MixedReward, Part
 
-    if not isinstance(rewards, (list, tuple)):
-        return load_reward(rewards, limit)
-    if not rewards:
+    several = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    if not several:
         raise UserError("reward_funcs is empty; give at least one reward")
-    loaded = [
-        Part(r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__), load_reward(r, limit))
-        for r in rewards
-    ]
-    return loaded[0].reward if len(loaded) == 1 else MixedReward(loaded)
+    checked = _weights(weights, len(several))
+    loaded = [load_reward(r, limit) for r in several]
+    if len(loaded) == 1:
+        return loaded[0]
+    names = [r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__) for r in several]
+    return MixedReward([Part(n, r, weight=w) for n, r, w in zip(names, loaded, checked, strict=True)])
+
+
+def _weights(weights: Sequence[float] | None, n: int) -> list[float]:
+    """Raises UserError where they are not one number of 0 or more for each reward."""
+    found = [1.0] * n if weights is None else [float(w) if isinstance(w, int | float) else math.nan for w in weights]
+    if len(found) != n:
+        raise UserError(f"reward_weights has {len(found)} weights for {n} rewards (reward_funcs); give one each")
+    if not all(0 <= w < math.inf for w in found):
+        raise UserError(
+            f"reward_weights = {list(weights or [])}: a weight is a number of 0 or more (0: measured, pays nothing)"
+        )
+    if not sum(found):
+        raise UserError("reward_weights: at least one weight must be above 0")
+    return found

@@ -275,3 +275,212 @@ def test_the_critic_is_a_product(trained, tmp_path, capsys):
     ):
         assert main(["critic", *map(str, arguments)]) == 2
         assert why in capsys.readouterr().err
+
+
+OPTIONAL = ("a2wsgi", "pynvml", "trio", "h2", "socksio", "opt_einsum", "mistral_common")
+"""What libraries import where it is there."""
+
+
+def test_view_eval_and_solve_import_nothing_from_the_current_folder(trained, tmp_path):
+    import urllib.request
+
+    for name in OPTIONAL:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / f'RAN_{name}')!r}, 'w')")
+    for arguments in (["eval", trained, "--tasks", "chain:steps=1", "--n", "2"], ["solve", trained, "1+1?"]):
+        subprocess.run(
+            [sys.executable, "-m", "sppo", *map(str, arguments)], cwd=tmp_path, check=True, capture_output=True
+        )
+    view = subprocess.Popen(
+        [sys.executable, "-m", "sppo", "view", str(trained)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(view.stdout.readline().strip(), timeout=60) as page:
+            assert page.status == 200
+    finally:
+        view.terminate()
+        view.wait()
+        view.stdout.close()
+    assert list(tmp_path.glob("RAN_*")) == []
+
+
+OWN = '''
+from sppo.models import tiny
+from sppo.rollout.local import LocalEngine
+
+
+class Rows:
+    """Rows, and not tasks: they become tasks as rows of a file do."""
+
+    def __init__(self, n=20):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return {"question": f"{index}+1?", "answer": str(index + 1)}
+
+
+rows = [{"question": f"{i}+2?", "answer": str(i + 2)} for i in range(8)]
+
+
+def engine(policy, fast=False):
+    made = LocalEngine(policy)
+    made.stated = f"my engine, fast={fast}"
+    return made
+
+
+class Tracker:
+    id = "mine"
+
+    def __init__(self, run, name="log"):
+        self.file = open(run.folder / f"{name}.txt", "w")
+
+    def log(self, step, metrics):
+        print(step, file=self.file)
+
+    def close(self, summary):
+        self.file.close()
+
+
+def critic(hidden=32):
+    return tiny.build(hidden=hidden, layers=1, heads=2, head=False)
+
+
+def policy(layers=1):
+    return tiny.build(hidden=32, layers=layers, heads=2)
+
+
+def reward(completions, answer, bonus=0.5):
+    return [float(c[-1]["content"] == a) * bonus for c, a in zip(completions, answer)]
+
+
+def not_an_engine(policy):
+    return 3
+
+
+OWNED = 3
+'''
+
+
+def train_own(capsys, tmp_path, names, code=0):
+    options = {
+        "policy.model": SMALL, "critic.model": SMALL, "task.train": "chain:steps=1", "rollout.prompts": 4, "rollout.max_tokens": 4,
+        "evaluation.n": 4, "training.steps": 1, "run.out": tmp_path / "run",
+    }  # fmt: skip
+    arguments = [str(piece) for key, value in (options | names).items() for piece in (f"--{key}", value)]
+    assert main(["train", *arguments, "--json"]) == code
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"rollout.engine": "mine:engine", "task.train": "mine:Rows", "task.eval": "mine:rows", "run.trackers": "mine:Tracker",
+         "critic.model": "mine:critic", "policy.model": "mine:policy", "reward.use": "mine:reward"},
+        {"rollout.engine": "mine:engine,fast=true", "task.train": "mine:Rows,n=12", "task.eval": "mine:Rows,n=4",
+         "run.trackers": "mine:Tracker,name=other", "critic.model": "mine:critic,hidden=16", "policy.model": "mine:policy,layers=2",
+         "reward.use": "mine:reward,bonus=1"},
+    ],
+)  # fmt: skip
+def test_own_objects_of_every_room_with_and_without_options(tmp_path, capsys, monkeypatch, names):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    with_options = "," in names["rollout.engine"]
+    said = train_own(capsys, tmp_path, names)
+    assert f"my engine, fast={with_options}" in said.err
+    run = tmp_path / "run"
+    assert (run / ("other.txt" if with_options else "log.txt")).read_text() == "0\n"
+    config = json.loads((run / "checkpoints/step-000001/critic/config.json").read_text())
+    assert config["hidden_size"] == (16 if with_options else 32)
+    config = json.loads((run / "checkpoints/step-000001/policy/config.json").read_text())
+    assert config["num_hidden_layers"] == (2 if with_options else 1)
+    assert last_json(sppo(capsys, "train", "--resume", run, "--steps", "2", "--json"))["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("rollout.engine", "mine:not_an_engine", "makes a int without stated, context, generate"),
+        ("rollout.engine", "mine:engine,slow=1", "engine mine:engine has no option 'slow': known: fast"),
+        ("rollout.engine", "mine:rows", "engine mine:rows is a list, which cannot be called"),
+        ("rollout.engine", "mine:nothing", "module 'mine' has no 'nothing'"),
+        ("task.train", "mine:engine,policy=3", "decides its own problems; name held-out ones in task.eval"),
+        ("task.eval", "mine:critic", "mine:critic[0] is a LlamaModel; a problem is a Task, or a row"),
+        ("task.eval", "mine:OWNED", "is a int; a source of problems is a sequence"),
+        ("task.eval", "mine:Tracker", "missing a required argument: 'run'"),
+        ("task.eval", "mine:Rows,m=3", "has no option 'm'"),
+        ("run.trackers", "mine:Tracker,nme=3", "has no option 'nme': did you mean 'name'"),
+        ("run.trackers", "mine:critic,hidden=3", "critic"),
+        ("critic.model", "mine:engine", "missing a required argument: 'policy'"),
+        ("critic.model", "mine:Rows", "it must return a transformers model and its tokenizer"),
+        ("reward.use", "mine:reward,bnus=2", "has no option 'bnus': did you mean 'bonus'"),
+    ],
+)
+def test_own_objects_that_do_not_fit_are_one_sentence(tmp_path, capsys, monkeypatch, key, value, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    assert why in train_own(capsys, tmp_path, {key: value}, code=2).err
+
+
+def test_a_critic_that_lies_next_to_a_model_is_not_its_own(trained, tmp_path, capsys):
+    models = tmp_path / "models"
+    sppo(capsys, "critic", "export", trained, "--out", models / "critic")
+    shutil.copytree(trained / "checkpoints" / "step-000002" / "policy", models / "mine")
+    shutil.copytree(trained / "checkpoints" / "step-000002" / "policy", models / "policy")
+    for name in ("mine", "policy"):
+        solved = last_json(sppo(capsys, "solve", models / name, "3+4?", "--max-tokens", "4", "--json"))
+        assert solved["predicted_chance"] is None
+        assert main(["critic", "score", str(models / name), "--data", "chain:steps=1", "--n", "2"]) == 2
+        assert "is no critic" in capsys.readouterr().err
+        assert main(["critic", "export", str(models / name), "--out", str(tmp_path / "x")]) == 2
+        assert "is no run with a checkpoint" in capsys.readouterr().err
+    for part in ("", "checkpoints/step-000002", "checkpoints/step-000002/policy"):
+        assert last_json(sppo(capsys, "solve", trained / part, "3+4?", "--json"))["predicted_chance"] is not None
+
+
+def test_solve_takes_a_system_message_and_a_conversation(trained, capsys):
+    plain = last_json(sppo(capsys, "solve", trained, "3+4?", "--json"))
+    system = last_json(sppo(capsys, "solve", trained, "3+4?", "--system", "Answer in words.", "--json"))
+    assert system["system"] == "Answer in words."
+    assert system["predicted_chance"] != plain["predicted_chance"]
+    written = json.dumps([{"role": "system", "content": "Answer in words."}, {"role": "user", "content": "3+4?"}])
+    chat = last_json(sppo(capsys, "solve", trained, written, "--json"))
+    assert chat["predicted_chance"] == system["predicted_chance"]
+    assert chat["responses"] == system["responses"]
+    assert main(["solve", str(trained), written, "--system", "twice"]) == 2
+    assert "begin with a system message already" in capsys.readouterr().err
+    assert main(["solve", str(trained), '[{"role": "user"}]']) == 2
+    assert "the question" in capsys.readouterr().err
+    assert last_json(sppo(capsys, "solve", trained, "[1, 2] + [3]?", "--json"))["question"] == "[1, 2] + [3]?"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_eval_writes_every_response(trained, tmp_path, capsys, name):
+    out = tmp_path / name
+    result = last_json(
+        sppo(
+            capsys,
+            "eval",
+            trained,
+            "--tasks",
+            "chain:steps=1,chain:steps=2",
+            "--n",
+            3,
+            "--samples",
+            2,
+            "--out",
+            out,
+            "--json",
+        )
+    )
+    text = out.read_text()
+    rows = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+    assert result["out"] == str(out)
+    assert len(rows) == 2 * 3 * 2
+    for task in result["tasks"]:
+        own = [r["correct"] for r in rows if r["task"] == task["task"] and not r["masked"]]
+        assert sum(own) / len(own) == pytest.approx(task["accuracy"])
+    assert {"id", "prompt", "response", "score", "outcome", "evidence", "finish"} <= rows[0].keys()
+    assert main(["eval", str(trained), "--tasks", "chain:steps=1", "--out", str(tmp_path / "no" / "x.jsonl")]) == 2
+    assert "--out" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ..config import Config, keys, parse_value
 from ..errors import RecipeError, UserError
 from ..sections import RolloutSection
-from ..spec import nearest
+from ..spec import named_columns, nearest
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +85,31 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
         print(json.dumps(result))
 
 
+def add_columns_option(parser: argparse.ArgumentParser) -> None:
+    """`--columns prompt=q,answer=a`, for commands that read rows without a recipe."""
+    parser.add_argument(
+        "--columns",
+        type=_columns,
+        metavar="NAME=COLUMN,…",
+        help="which columns of the rows to use by which name, as task.columns: prompt=q,answer=meta.gold",
+    )
+
+
+def columns_for(args: argparse.Namespace) -> dict[str, str] | None:
+    """`--columns`, else what the recipe of the run in `args.model` says."""
+    path = Path(args.model).expanduser()
+    recipe = _recipe_near(path) if args.columns is None and path.is_dir() else None
+    given: dict[str, str] | None = recipe.task.columns if recipe else args.columns
+    return given
+
+
+def _columns(text: str) -> dict[str, str]:
+    try:
+        return named_columns(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 class Loaded:
     """A trained (or any) model with what its run, if it has one, says about how to sample and judge."""
 
@@ -108,8 +133,8 @@ class Loaded:
         self.policy, self.stated = Policy.load(name, dtype=dtype, device=device, seed=seed, chat_template=template)
         self.name = name
         self.critic: Critic | None = None
-        beside = folder.parent / "critic" if folder else None
-        if with_critic and beside is not None and (beside / "config.json").exists():
+        beside = critic_beside(folder) if folder else None
+        if with_critic and beside is not None:
             self.critic, _ = Critic.load(str(beside), dtype="auto", device=device, seed=seed)
 
     def sampling(self, *, temperature: float | None, **flags: int | float | None) -> Any:
@@ -148,9 +173,20 @@ class Loaded:
         return self.policy.context is None or len(ids) + max_tokens <= self.policy.context
 
 
+def critic_beside(policy: Path) -> Path | None:
+    """The critic that was trained beside a policy: both lie in one checkpoint. A folder `critic` that merely lies next to a model is of another
+    model (`sppo critic export` writes one to models/critic)."""
+    policy = policy.resolve()
+    found = policy.parent / "critic"
+    whole = policy.name == "policy" and (policy.parent / "state.pt").exists()
+    return found if whole and (found / "config.json").exists() else None
+
+
 def _recipe_near(path: Path) -> Config | None:
-    """The recipe of the run that a folder belongs to, or None."""
-    for folder in (path, *path.resolve().parents[:3]):
+    """The recipe of the run that a folder is, or is a checkpoint of, or a model in a checkpoint of; or None."""
+    path = path.resolve()
+    runs = [path, *(run.parent for run in (path.parent, path.parent.parent) if run.name == "checkpoints")]
+    for folder in runs:
         if (folder / "recipe.toml").exists() and (folder / "checkpoints").is_dir():
             return Config.load(folder / "recipe.toml")
     return None

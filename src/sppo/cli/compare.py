@@ -367,7 +367,7 @@ class _Work:
         return ", ".join(f"{e.algorithm} seed {e.seed}: {e.steps_done}/{e.config.training.steps}" for e in self.running)
 
     def _start(self, entry: Entry) -> None:
-        command = [sys.executable, "-m", "sppo.cli.main", "train"]
+        command = [sys.executable, "-P", "-m", "sppo", "train"]
         if any((entry.folder / "checkpoints").glob("step-*")):
             command += ["--resume", str(entry.folder)]
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ModelError, UserError
-from ._shared import emit
+from ._shared import add_columns_option, columns_for, critic_beside, emit
 
 SHOWN = 5
 
@@ -29,6 +29,7 @@ def add(subparsers: Any) -> None:
     score.add_argument(
         "--out", metavar="SCORES.jsonl", help="write every prompt with its chance, in the order of the data"
     )
+    add_columns_option(score)
     score.set_defaults(run=_score)
     for verb in (export, score):
         verb.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -39,10 +40,11 @@ def _export(args: argparse.Namespace) -> int:
     from ..models.pretrained import pick_device
     from ..training.rundir import newest_policy, write_atomic
 
-    source, out = newest_policy(Path(args.path)).parent / "critic", Path(args.out)
-    if not source.parent.is_dir() or not (source.parent / "policy").is_dir():
+    policy, out = newest_policy(Path(args.path)), Path(args.out)
+    if policy.resolve().name != "policy" or not (policy.resolve().parent / "state.pt").exists():
         raise UserError(f"{args.path} is no run with a checkpoint")
-    if not (source / "config.json").exists():
+    source = critic_beside(policy)
+    if source is None:
         raise UserError(f"{args.path} has no critic beside its policy: its algorithm trains none")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; choose another folder for the critic")
@@ -62,6 +64,7 @@ def _card(run: Path, source: Path) -> str:
     """What the folder is, in words and numbers of the run that it comes from."""
     from ..config import Config
     from ..models.critic import HEAD_FILE
+    from ..report.reader import RunReader
 
     if not (run / "recipe.toml").exists():
         return f"# A prompt-only critic\n\nFrom {source}; its run is not known here.\n"
@@ -70,11 +73,11 @@ def _card(run: Path, source: Path) -> str:
         raise UserError(
             f"the critic of objective.baseline = {config.objective.baseline!r} reads responses too, so it ranks no prompts"
         )
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    steps = [m for m in map(json.loads, lines) if m["step"] < int(source.parent.name.removeprefix("step-"))][-20:]
+    last = source.parent.name.removeprefix("step-")
+    steps = [m for m in RunReader(run).metrics() if not last.isdecimal() or m["step"] < int(last)][-20:]
 
     def mean(name: str) -> str:
-        known = [m[name] for m in steps if m.get(name) is not None]
+        known = [m[name] for m in steps if name in m]
         return f"{sum(known) / len(known):.3f}" if known else "not measured"
 
     return f"""# A prompt-only critic
@@ -107,13 +110,14 @@ def _score(args: argparse.Namespace) -> int:
     from ._shared import _recipe_near
 
     path = Path(args.model).expanduser()
-    folder = path if (path / HEAD_FILE).exists() else newest_policy(path).parent / "critic" if path.is_dir() else path
+    own = path if (path / HEAD_FILE).exists() else critic_beside(newest_policy(path)) if path.is_dir() else None
+    folder = own or path
     if not (folder / HEAD_FILE).exists():
         raise ModelError(f"{args.model} is no critic: it has no {HEAD_FILE} (export one: sppo critic export RUN)")
     if args.n is not None and args.n < 1:
         raise UserError(f"--n must be 1 or more, not {args.n}")
     recipe = _recipe_near(folder)
-    source = load_tasks(args.data, instruction=recipe.task.instruction if recipe else "")
+    source = load_tasks(args.data, instruction=recipe.task.instruction if recipe else "", columns=columns_for(args))
     count = len(source) if args.n is None else min(args.n, len(source))
     if count > 200_000:
         raise UserError(f"--data {args.data} holds {count:,} problems; say how many: --n N")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ._shared import Loaded, emit
+from ._shared import Loaded, add_columns_option, columns_for, emit
 
 
 def add(subparsers: Any) -> None:
@@ -33,7 +35,13 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--max-tokens", type=int, help="response limit; default: the run's, else 256")
     parser.add_argument("--instruction", help="text added after every question; default: the run's")
+    add_columns_option(parser)
     parser.add_argument("--batch", type=int, help="sequences decoded together")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write every response to a .jsonl file, or as a list to a .json one: task, problem, prompt, response, score, outcome, evidence",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.set_defaults(run=run)
@@ -45,24 +53,33 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.step_quality import step_checker
     from ..rewards.base import load_reward
     from ..rollout.local import LocalEngine
-    from ..spec import split_specs
-    from ..tasks.base import is_records, load_tasks, with_instruction
+    from ..spec import is_records, located, split_specs
+    from ..tasks.base import load_tasks, with_instruction
+    from ..training.rundir import write_atomic
 
     if args.n < 1 or args.samples < 1:
         raise UserError("--n and --samples must be at least 1")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        raise UserError(f"--out: {args.out} is no file that can be written; name one in a folder that is there")
     specs = split_specs(args.tasks)
     if not specs:
         raise UserError("--tasks names no task")
+    columns = columns_for(args)
     # Every name is checked before a model is loaded: a typo in the third task must not cost the first two.
     sources = {
-        s: load_tasks(s, instruction=args.instruction or "", default_split=None if is_records(s) else "held-out")
+        s: load_tasks(
+            s,
+            instruction=args.instruction or "",
+            default_split=None if is_records(s) else "held-out",
+            columns=columns if is_records(s) else None,
+        )
         for s in specs
     }
     loaded = Loaded(args.model, with_critic=True)
     if loaded.recipe is not None and args.instruction is None:
         sources = {s: with_instruction(source, loaded.recipe.task.instruction) for s, source in sources.items()}
     for spec in specs:
-        if loaded.recipe is not None and is_records(spec) and spec == loaded.recipe.task.train:
+        if loaded.recipe is not None and is_records(spec) and located(spec, None) == loaded.recipe.task.train:
             print(
                 f"warning: the run was trained on {spec} (all but a tenth of it): this is no held-out accuracy; "
                 f"for that: --tasks records:path={spec},split=held-out",
@@ -75,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     engine = LocalEngine(loaded.policy)
     if engine.stated:
         print(engine.stated, file=sys.stderr)
-    results = []
+    keep_cut = loaded.recipe is not None and loaded.recipe.rollout.truncated == "keep"
+    results, rows = [], list[dict[str, Any]]()
     for spec in specs:
         tasks = held_out_tasks(sources[spec], args.n)
         usable = [
@@ -87,10 +105,19 @@ def run(args: argparse.Namespace) -> int:
             )
         result = evaluate(
             engine, loaded.policy, rewards[spec], usable, sampling, samples=args.samples, seed=args.seed,
-            checker=step_checker(spec, usable[0], rewards[spec]), critic=loaded.prompt_critic(usable),
+            checker=step_checker(spec, usable[0], rewards[spec]), critic=loaded.prompt_critic(usable), keep_cut=keep_cut,
         )  # fmt: skip
         rewards[spec].close()
+        rows += [_row(spec, r) for r in result.rollouts]
         results.append({"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)})
+    if args.out:
+        lines = [json.dumps(row, default=str) for row in rows]
+        whole = (
+            "[\n" + ",\n".join(lines) + "\n]\n"
+            if args.out.endswith(".json")
+            else "".join(f"{line}\n" for line in lines)
+        )
+        write_atomic(Path(args.out), whole)
     emit(
         {
             "model": loaded.name,
@@ -98,11 +125,26 @@ def run(args: argparse.Namespace) -> int:
             "max_tokens": sampling.max_tokens,
             "seed": args.seed,
             "tasks": results,
-        },
+        }
+        | ({"out": args.out} if args.out else {}),
         args.json,
-        "\n".join(_lines(r, sampling.temperature) for r in results),
+        "\n".join(
+            [
+                *(_lines(r, sampling.temperature) for r in results),
+                *([f"every response: {args.out}"] if args.out else []),
+            ]
+        ),
     )
     return 0
+
+
+def _row(spec: str, r: Any) -> dict[str, Any]:
+    """One response as a line of `--out`."""
+    v = r.verdict
+    return {
+        "task": spec, "id": r.task.id, "sample": r.sample, "prompt": r.task.prompt, "response": r.text, "tokens": len(r.response_ids),
+        "finish": r.finish, "score": v.score, "correct": v.correct, "outcome": v.outcome, "masked": v.masked, "evidence": dict(v.evidence),
+    }  # fmt: skip
 
 
 def _default_reward(example: Any, loaded: Loaded) -> str:
@@ -127,7 +169,8 @@ def _lines(r: dict[str, Any], temperature: float) -> str:
     passes = "  ".join(f"{k} {v:.3f}" for k, v in r["pass_at_k"].items() if k != "pass@1")
     notes = [f"{r['masked']} could not be graded"] if r["masked"] else []
     notes += [f"{r['passed_over']} prompts too long"] if r["passed_over"] else []
-    notes += [f"{r['truncated']:.0%} cut at the limit"] if r["truncated"] else []
+    lost = f", {r['overruled']:.0%} although the reward would have paid them" if r["overruled"] else ""
+    notes += [f"{r['truncated']:.0%} cut at --max-tokens{lost}"] if r["truncated"] else []
     if r["accuracy"] is None:
         return f"{r['task']}\n  none of {r['masked']} responses could be graded: {r['outcomes']}"
     return (

@@ -75,8 +75,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     as_json = "--json" in arguments
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `mine:reward` is mine.py of the folder one stands in
     try:
         args, extra = build_parser().parse_known_args(arguments)
         if extra and not getattr(args, "takes_keys", False):

@@ -42,7 +42,12 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; choose another folder for the model")
     display = ProgressDisplay(quiet=args.quiet)
-    source = load_tasks(section.task or config.task.train, instruction=config.task.instruction, default_split="train")
+    source = load_tasks(
+        section.task or config.task.train,
+        instruction=config.task.instruction,
+        default_split="train",
+        columns=config.task.columns,
+    )
     policy, stated = Policy.load(
         config.policy.model,
         dtype=config.policy.dtype,
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             source,
             section,
             seed=config.seed,
-            micro_tokens=config.training.micro_tokens,
+            micro_tokens=config.training.micro_budget,
             limit=policy.context,
             on_step=on_step,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from ..errors import UserError
@@ -13,7 +14,12 @@ def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser("solve", help="answer one question", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="a run directory, a checkpoint, a model folder or a hub name")
-    parser.add_argument("question", metavar="QUESTION", help="the question")
+    parser.add_argument(
+        "question",
+        metavar="QUESTION",
+        help='the question, or chat messages as JSON: [{"role": "user", "content": "…"}, …]',
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the question")
     parser.add_argument(
         "--samples", type=int, default=1, help="responses; with several, how often each answer came up [1]"
     )
@@ -32,18 +38,24 @@ def run(args: argparse.Namespace) -> int:
     from ..rewards.confidence import stated_confidence
     from ..rollout.collect import sample_seed
     from ..rollout.local import LocalEngine
-    from ..tasks.base import question
+    from ..tasks.base import ListSource, with_instruction
     from ..types import Task
 
     if args.samples < 1:
         raise UserError("--samples must be at least 1")
-    if any(0xD800 <= ord(c) < 0xE000 for c in args.question):
-        raise UserError("the question is no text: it holds bytes that are not UTF-8")
+    for name, text in (("the question", args.question), ("--system", args.system or "")):
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):
+            raise UserError(f"{name} is no text: it holds bytes that are not UTF-8")
     if not args.question.strip():
         raise UserError("the question is empty")
     loaded = Loaded(args.model, with_critic=True)
     instruction = loaded.recipe.task.instruction if loaded.recipe else ""
-    task = Task("question", question(args.question + (f"\n{instruction}" if instruction else "")))
+    messages = _messages(args.question) or [{"role": "user", "content": args.question}]
+    if args.system is not None:
+        if messages[0]["role"] == "system":
+            raise UserError("--system: the messages begin with a system message already")
+        messages = [{"role": "system", "content": args.system}, *messages]
+    task = with_instruction(ListSource([Task("question", messages)]), instruction)[0]
     temperature = args.temperature if args.temperature is not None else (0.0 if args.samples == 1 else None)
     sampling = loaded.sampling(max_tokens=args.max_tokens, temperature=temperature)
     ids = loaded.policy.prompt_ids(task)
@@ -65,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     stated = [q for text in responses if extract_answer(text) == answer and (q := stated_confidence(text)) is not None]
     confidence = sum(stated) / len(stated) if stated else None
     result = {
-        "question": args.question, "answer": answer, "agreement": count / args.samples, "responses": responses,
+        "question": args.question, "system": args.system, "answer": answer, "agreement": count / args.samples, "responses": responses,
         "finish": [s.finish for s in samples], "predicted_chance": chance,
         "stated_confidence": confidence,
     }  # fmt: skip
@@ -80,3 +92,18 @@ def run(args: argparse.Namespace) -> int:
     cut = "  (cut at the limit)" if samples[0].finish == "length" else ""
     emit(result, args.json, f"{responses[0]}{cut}\n\nanswer: {answer}{agreement}\n{said}")
     return 0
+
+
+def _messages(text: str) -> list[dict[str, str]] | None:
+    """Chat messages that a question is written as, or None for a question in words. Raises UserError where a message cannot be read."""
+    from ..tasks.records import task_from
+
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not (isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found)):
+        return None
+    task = task_from({"prompt": found}, "the question")
+    assert not isinstance(task.prompt, str)
+    return task.prompt

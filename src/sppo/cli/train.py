@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +25,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit 0 when finished, 130 when interrupted, 1 when an alert stopped it (everything is saved)."""
+    from ..config import DATA_KEYS
     from ..report.progress import ProgressDisplay, print_summary
     from ..training.loop import train
     from ..training.run import Run
@@ -31,13 +34,15 @@ def run(args: argparse.Namespace) -> int:
     job: Run | None = None
     try:
         if args.resume is not None:
-            given = overrides(args).keys() - {"training.steps"}
+            given = overrides(args)
+            data = {key: given.pop(key) for key in DATA_KEYS if key in given}
+            given.pop("training.steps", None)
             if args.recipe or given:
                 what = args.recipe or f"--{sorted(given)[0]}"
                 raise UserError(
-                    f"--resume goes on with the run's own recipe; leave {what} out (only --steps may change)"
+                    f"--resume goes on with the run's own recipe; leave {what} out (only --steps may change, and where the data is)"
                 )
-            job = Run.resume(Path(args.resume), display, steps=args.steps)
+            job = Run.resume(Path(args.resume), display, steps=args.steps, data=data)
         else:
             job = Run.new(read_recipe(args), display)
         with interruptible(job, display):
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class interruptible:  # noqa: N801 - reads as a verb in a with statement
-    """Ctrl-C (or SIGTERM) finishes the step and saves; a second one stops at once."""
+    """Ctrl-C (or SIGTERM, or SIGHUP: the terminal is gone) finishes the step and saves; a second one stops at once."""
 
     def __init__(self, job: Any, display: Any) -> None:
         self.job, self.display, self.asked = job, display, False
@@ -73,10 +78,23 @@ class interruptible:  # noqa: N801 - reads as a verb in a with statement
             raise KeyboardInterrupt
         self.asked = True
         self.job.interrupt()
-        self.display.note("warning: stopping after this step (press Ctrl-C again to stop at once)")
+        if number == signal.SIGHUP:
+            self._leave_the_terminal()
+        self.display.end_soon()
+
+    def _leave_the_terminal(self) -> None:
+        """Whatever is written to a terminal that is gone fails; files and pipes stay."""
+        self.display.hang_up()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (sys.stdout, sys.stderr):
+            if stream.isatty():
+                os.dup2(nowhere, stream.fileno())
 
     def __enter__(self) -> None:
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        caught = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else of nohup: the run outlives the terminal
+            caught.append(signal.SIGHUP)
+        self.previous = {s: signal.signal(s, self._handle) for s in caught}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UserError
-from ._shared import emit
+from ._shared import add_columns_option, emit
 
 
 def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser("verify", help="score given responses with a reward", description=__doc__)
     parser.add_argument(
-        "file", metavar="FILE", help=".jsonl/.parquet rows with `response` and the row's answer or tests"
+        "file",
+        metavar="FILE",
+        help="a file of rows (.jsonl, .csv, .parquet, …) with `response` and the row's answer or tests",
     )
     parser.add_argument(
         "--reward", required=True, help="a reward: 'answer', 'math', 'answer:extract=boxed', package.module:object"
@@ -24,6 +26,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--response", metavar="COLUMN", help="the column to score instead of `response`, e.g. canonical_solution"
     )
+    add_columns_option(parser)
     parser.add_argument("--out", metavar="VERDICTS.jsonl", help="write one verdict a row")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.set_defaults(run=run)
@@ -32,7 +35,8 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Judge every row."""
     from ..rewards.base import load_reward
-    from ..tasks.records import read_rows, task_from
+    from ..tasks.records import has_prompt, renamed, task_from
+    from ..tasks.rows import columns_found, read_rows
     from ..training.rundir import no_space, write_atomic
     from ..types import Rollout
 
@@ -42,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     rollouts = []
     for number, row in read_rows(Path(args.file)):
         name = f"{args.file}:{number}"
+        row = renamed(row, args.columns or {}, name)
         if args.response:
             response = row.get(args.response)
         else:
@@ -52,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
             response = response[-1].get("content")
         if not isinstance(response, str):
             raise DataError(
-                f"{name}: the row has no `{args.response or 'response'}` text to score"
-                + ("" if args.response else "; name another column with --response")
+                f"{name}: the row has no `{args.response or 'response'}` text to score; its columns are {columns_found(row)}"
+                + ("" if args.response else "; name another one with --response")
             )
-        if not {"prompt", "question", "messages"} & row.keys():
+        if not has_prompt(row):
             row["prompt"] = ""
         rollouts.append(Rollout(task_from(row, name), [], [], [], "stop", response))
     if not rollouts:

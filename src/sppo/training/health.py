@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import Config
+from ..evaluation.evaluate import Evaluation
 from ..rollout.engine import Sampling
 from ..types import Verdict
 
 LOW_ESS = 0.1
 """Below this effective sample size the importance weights carry almost no information."""
+MANY_CUT, SOME_OVERRULED = 0.5, 0.02
+"""Shares of responses cut at the limit, and of those among them that the reward pays, from which a user must know."""
 
 
 class Health:
@@ -47,7 +50,9 @@ class Health:
                 "correction",
                 f"correcting for {cause} leaves an effective sample size of {correction:.1%} with ratio = {ratio!r}: {mend}",
             )
-        masked = [v for v in verdicts if v.masked and "quarantined" not in v.evidence]
+        fate = "are masked" if self.config.rollout.truncated == "mask" else "score 0"
+        self._cut(metrics["rollout/truncated"], metrics["rollout/overruled"], "step's", fate)
+        masked = [v for v in verdicts if v.masked and not {"quarantined", "truncated"} & v.evidence.keys()]
         lost = next((v for v in masked if f"masked {v.outcome}" not in self._said), None)
         if lost is not None:
             outcomes = ", ".join(f"{k} {v}" for k, v in sorted(Counter(v.outcome for v in verdicts).items()))
@@ -57,8 +62,40 @@ class Health:
                 f"{len(masked)} of this step's samples could not be graded and are masked ({outcomes})"
                 + (f": {str(why)[:300]}" if why else ""),
             )
-        if metrics.get("advantage/std") == 0.0:
-            self._once("flat", "every advantage is the same, so this step teaches nothing (all rewards equal?)")
+        if metrics["reward/spread"] == 0.0:
+            self._once("flat", self._flat(metrics))
+
+    def evaluated(self, result: Evaluation) -> None:
+        """After the first evaluation, before anything is trained."""
+        self._cut(result.truncated, result.overruled, "held-out", "count as wrong")
+
+    def _cut(self, truncated: float, overruled: float, whose: str, fate: str) -> None:
+        """Responses cut at the limit, where it changes their verdict: many of them, or some that the reward pays."""
+        r = self.config.rollout
+        if r.truncated == "keep" or (truncated < MANY_CUT and overruled < SOME_OVERRULED):
+            return
+        lost = f", {overruled:.0%} although the reward would have paid them" if overruled else ""
+        self._once(
+            "overruled" if overruled >= SOME_OVERRULED else "cut",
+            f"{truncated:.0%} of the {whose} responses were cut at rollout.max_tokens = {r.max_tokens} and {fate}{lost}: raise rollout.max_tokens, "
+            "or set rollout.truncated = 'keep' where a response that was cut may be right",
+        )
+
+    def _flat(self, m: dict[str, Any]) -> str:
+        """What a step without any contrast between rewards does, which depends on the baseline."""
+        said = f"every reward of this step is {m['reward/mean']:.2f}, so it shows no response to be better than another"
+        if not m["advantage/size"]:
+            return f"{said}: all advantages are 0, and the policy gets no gradient from them" + (
+                "; objective.kl still pulls it to its start" if self.config.objective.kl else ""
+            )
+        size = f"the advantages are not 0 ({m['advantage/size']:.3f} on average)"
+        if self.config.critic_reads == "tokens":
+            return f"{said}; {size}, and follow the critic's values of tokens alone"
+        return (
+            f"{said}; {size}, because the baseline expected another reward. They cancel out over many responses; in one step they move the "
+            f"policy at random (KL {m.get('policy/kl_step') or 0:.1e} per token)"
+            + ("" if self.config.critic_reads is None else ". The critic learns from it as usual")
+        )
 
     def _once(self, what: str, sentence: str) -> None:
         if what not in self._said:
