@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
-.PHONY: setup quickstart test check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
+.PHONY: setup quickstart test fuzz check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
+.PHONY: bench-busy
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
 
 help:
@@ -15,12 +16,14 @@ help:
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
+	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make test         linter, types, layers and all tests"
+	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
 	@echo "make test-vllm    the vLLM engine, in an environment of its own (.venv-vllm)"
 
 setup: $(VENV)/.ready
 
-# torch first and pinned, so that nothing that depends on it pulls the CUDA build.
+# torch first and pinned, so that nothing that depends on it brings another one. Which build that is, the package index decides: see constraints.txt.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sppo needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +44,10 @@ check: setup
 
 test: check bubblewrap chromium
 	$(BIN)/python -m pytest
+
+# Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
+fuzz: setup bubblewrap
+	$(BIN)/python -m tests.fuzz.run
 
 # The sandbox for model-written programs needs bubblewrap, a Debian package of 50 kB.
 bubblewrap:
@@ -79,6 +86,9 @@ $(SPEED): setup | models/smollm2-135m
 	$(BIN)/python benchmarks/$(@:bench-%=%).py
 bench-rollout: vllm-env
 bench-step: trl-env
+
+bench-busy: setup
+	$(BIN)/python benchmarks/busy.py
 
 bench-sandbox: setup bubblewrap
 	$(BIN)/python benchmarks/sandbox.py
