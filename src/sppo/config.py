@@ -7,7 +7,6 @@ key's description is its help text. This module imports no torch, so that `sppo 
 from __future__ import annotations
 
 import hashlib
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from .algorithms import PRESETS, chosen, preset, with_algorithm
 from .errors import RecipeError
+from .files import read_bytes, readable, reason
 from .sections import (
     BootstrapSection,
     CriticSection,
@@ -34,7 +34,12 @@ from .sections import (
     TaskSection,
     TrainingSection,
 )
-from .spec import nearest, scalar
+from .spec import data_path, is_import, located, nearest, nested_beyond, scalar, with_data_path
+
+DATA_KEYS = ("task.train", "task.eval", "bootstrap.task")
+"""Keys that may name a file of rows."""
+LARGEST, MOST_NESTED, MOST_DOTS = 2**18, 20, 1000
+"""A recipe's size in characters, how deep its lists and tables go, and the dots in one of its lines, at most."""
 
 
 class Config(Section):
@@ -123,7 +128,7 @@ class Config(Section):
 
     def _measures_steps(self, who: str) -> None:
         use = self.reward.use
-        if re.search(r"(?:^|\s)[A-Za-z_]\w*(?:\.\w+)+:", use):  # a reward of the user's own: seen when it has judged
+        if any(is_import(part, "sppo.rewards") for part in use.split()):  # of the user's own: seen when it has judged
             return
         if "steps:" not in use:
             raise ValueError(
@@ -297,8 +302,9 @@ class Config(Section):
             if isinstance(rollout, dict):
                 rollout.setdefault("prompts", RolloutSection.model_fields["prompts"].default)
             tree = with_algorithm(tree, other, _whole(overrides.get("rollout.samples")))
+        _locate(tree, None if path is None else Path(path).parent)
         for dotted, value in overrides.items():
-            _set(tree, dotted, value)
+            _set(tree, dotted, located(value, None) if dotted in DATA_KEYS and isinstance(value, str) else value)
         return cls.validated(tree, where)
 
     @classmethod
@@ -315,8 +321,10 @@ class Config(Section):
                 isinstance(tree.get(k, {}), Mapping) for k, f in cls.model_fields.items() if _section_type(f.annotation)
             ):
                 raise  # a value where a section should be is no recipe of any version
-            found: Config = _unchecked(cls, tree)
-            return found
+            with readable(f"{path} cannot be read", RecipeError):
+                found: Config = _unchecked(cls, tree)
+                found.to_toml()
+                return found
 
     @classmethod
     def validated(cls, tree: Mapping[str, Any], where: str) -> Config:
@@ -332,10 +340,23 @@ class Config(Section):
 
     @property
     def sha256(self) -> str:
-        """The hash of the resolved recipe less where it is written to: the same recipe has the same hash anywhere."""
+        """The hash of the resolved recipe less where it is written to and where its data is: the same recipe has the same hash anywhere."""
         tree = self._plain()
-        tree["run"].pop("out")
+        for where in ("out", "anchor"):
+            tree["run"].pop(where)
+        for key, spec in self.data().items():
+            section, _, name = key.partition(".")
+            tree[section][name] = with_data_path(spec, Path(data_path(spec) or "").name)
         return hashlib.sha256(tomli_w.dumps(tree).encode()).hexdigest()
+
+    def data(self) -> dict[str, str]:
+        """The keys that read files or folders of rows, and their specs."""
+        given = {
+            "task.train": self.task.train,
+            "task.eval": self.task.eval,
+            "bootstrap.task": self.bootstrap.task if self.bootstrap else None,
+        }
+        return {key: spec for key, spec in given.items() if spec and data_path(spec) is not None}
 
     def _plain(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True, warnings=False)  # one that is recalled would warn
@@ -343,21 +364,57 @@ class Config(Section):
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        path = Path(path)
+        piped = path.is_relative_to("/dev")  # a pipe in a folder would be waited for in vain
+        text = path.read_text(encoding="utf-8") if piped else read_bytes(path).decode()
+        if len(text) > LARGEST:
+            raise RecipeError(f"{path} has {len(text):,} characters, which no recipe needs")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):  # tomllib takes the square of a key's parts
+            raise RecursionError
+        tree = tomllib.loads(text)
+        if nested_beyond(tree, MOST_NESTED):
+            raise RecursionError
+        return tree
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; the ones that come with the project are in recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} cannot be read: {reason(error)}") from None
+    except RecursionError:
+        raise RecipeError(
+            f"{path} is nested too deeply: a recipe has sections, keys and lists, and no more levels"
+        ) from None
+    except ValueError as error:  # also a number of thousands of digits
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
 
 
+def _locate(tree: dict[str, Any], folder: Path | None) -> None:
+    """Make the paths of a recipe's data absolute: they are relative to the recipe, else to the current folder."""
+    for dotted in DATA_KEYS:
+        name, _, key = dotted.partition(".")
+        section = tree.get(name)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = located(section[key], folder)
+
+
 def _unchecked(section: type[Section], tree: Mapping[str, Any]) -> Any:
+    """A section of values that need not be allowed here, but are of the kind that a default is."""
     values = {}
     for name, field in section.model_fields.items():
         inner, default = _section_type(field.annotation), field.get_default(call_default_factory=True)
         given = tree.get(name, default)
-        values[name] = _unchecked(inner, given) if inner is not None and isinstance(given, Mapping) else given
+        if inner is not None:
+            values[name] = _unchecked(inner, given) if isinstance(given, Mapping) else given
+            continue
+        kinds = (
+            (int, float)
+            if type(default) in (int, float)
+            else (list, tuple)
+            if isinstance(default, tuple)
+            else type(default)
+        )
+        if default is not None and not isinstance(given, kinds):
+            raise RecipeError(f"{name} = {str(given)[:60]!r} is not of the kind that it is in a recipe")
+        values[name] = given
     return section.model_construct(**values)
 
 
@@ -395,10 +452,11 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[st
 
 def parse_value(text: str) -> Any:
     """A command-line value: a TOML list or number or boolean where it is one, else the text itself."""
-    if text.startswith("["):
+    if text.startswith(("[", "{")):
         try:
-            return tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
+            value = tomllib.loads(f"v = {text}")["v"]
+            return text if nested_beyond(value, MOST_NESTED) else value
+        except (ValueError, RecursionError):
             return text
     return scalar(text)
 
@@ -422,7 +480,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _sentence(error: ValidationError) -> str:
     """The first validation error as one sentence; an unknown key with the nearest known one."""
     first = error.errors()[0]
-    dotted = ".".join(str(part) for part in first["loc"])
+    dotted = _cut(".".join(str(part) for part in first["loc"]), 200)
     if first["type"] == "extra_forbidden":
         known = [name for name, _, _ in keys()]
         section, _, key = dotted.rpartition(".")
@@ -430,6 +488,19 @@ def _sentence(error: ValidationError) -> str:
         if not section:
             siblings = list(Config.model_fields)
         return f"unknown key {dotted!r}: {nearest(key, siblings)}"
-    message = first["msg"].removeprefix("Value error, ")
-    shown = f" (got {first['input']!r})" if dotted and not isinstance(first["input"], dict) else ""
+    message = _cut(first["msg"].removeprefix("Value error, "), 600)
+    shown = f" (got {_shown(first['input'])})" if dotted and not isinstance(first["input"], dict) else ""
     return f"{dotted}: {message[0].lower()}{message[1:]}{shown}" if dotted else message
+
+
+def _shown(value: Any, most: int = 200) -> str:
+    """A value for an error, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else type(value).__name__
+    return _cut(text, most)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

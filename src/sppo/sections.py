@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .algorithms import CHANCES, DEFAULT, PRESETS
-from .spec import nearest
+from .spec import named_columns, nearest
 
 
 class Section(BaseModel):
@@ -45,12 +45,25 @@ class CriticSection(Section):
 class TaskSection(Section):
     """Which problems."""
 
-    train: str = Field("chain:steps=4-6", description="training problems: 'name:key=value,…' or a .jsonl/.parquet file")
+    train: str = Field(
+        "chain:steps=4-6",
+        description="training problems: 'name:key=value,…', or a file of rows (.jsonl, .json, .csv, .tsv, .parquet), absolute or relative to "
+        "the recipe",
+    )
     eval: str | None = Field(
         None, description="held-out problems; default: the held-out share of the training problems"
     )
+    columns: dict[str, str] | None = Field(
+        None,
+        description="which columns of the rows to use by which name, e.g. {prompt = 'q', answer = 'meta.gold'}, or prompt=q,answer=meta.gold",
+    )
     instruction: str = Field("", description="text added after every question, e.g. how to mark the answer")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out and counted, never cut")
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns(cls, value: Any) -> Any:
+        return named_columns(value) if isinstance(value, str) else value
 
 
 class CurriculumSection(Section):
@@ -193,8 +206,10 @@ class RolloutSection(Section):
         (), description="a response ends once it holds one of these strings; EOS always ends it"
     )
     batch: int = Field(128, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
-    truncated: Literal["penalise", "mask"] = Field(
-        "penalise", description="a response cut at max_tokens scores 0, or is masked and leaves every denominator"
+    truncated: Literal["penalise", "mask", "keep"] = Field(
+        "penalise",
+        description="a response cut at max_tokens scores 0 whatever the reward says (penalise), is masked and leaves every denominator (mask), or "
+        "keeps the verdict of the reward (keep)",
     )
 
     @property
@@ -328,6 +343,10 @@ class ObjectiveSection(Section):
         return self
 
 
+MICRO_TOKENS = 16384
+"""Tokens per micro-batch where memory is no matter."""
+
+
 class TrainingSection(Section):
     """The update."""
 
@@ -353,7 +372,12 @@ class TrainingSection(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="AdamW's"
     )
-    micro_tokens: int = Field(16384, ge=1, description="tokens a micro-batch; memory only, not the result")
+    micro_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per micro-batch: memory, and how sums are rounded; default: by the model's size and the memory that is free, at most "
+        f"{MICRO_TOKENS}, said at start and kept in the run's recipe",
+    )
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
         "adamw",
         description="of the policy: AdamW, or with 8-bit moments (bitsandbytes): 6 bytes a weight less, not the same bits",
@@ -369,6 +393,11 @@ class TrainingSection(Section):
     max_bad_updates: int = Field(
         3, ge=1, description="stop after this many non-finite updates in a row (each is skipped and counted)"
     )
+
+    @property
+    def micro_budget(self) -> int:
+        """`micro_tokens`, where it is given or was chosen (training/plan.py)."""
+        return self.micro_tokens or MICRO_TOKENS
 
 
 class SearchSection(Section):
@@ -451,7 +480,22 @@ class RunSection(Section):
         (),
         description="where each step's numbers also go: ['tensorboard', 'wandb:project=mine,mode=offline', 'mlflow', 'trackio']",
     )
-    threads: int = Field(0, ge=0, description="CPU threads; 0: all cores. Bit-identical results need the same number")
+    anchor: str = Field(
+        "",
+        description="a file outside the run that is told the audit chain's head at each line, so that a run written anew is noticed; '': none",
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads; 0: OMP_NUM_THREADS, else the cores that affinity and a container's limit give. Bit-identical results need the "
+        "same number",
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that the run may take, of the GPU's where there is one: training.micro_tokens is chosen by it, and what does not fit is "
+        "said at start; default: what is free",
+    )
 
     @field_validator("trackers", mode="before")
     @classmethod

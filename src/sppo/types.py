@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""A chat message: `role`, `content` (text), and what else a chat template may ask for (`tool_calls`, `name`, …)."""
 Fork = tuple[int, int, int]
 """Where a response was one of several that go on from a prefix: how many tokens that has, which child this is, of how many."""
 Prompt = str | list[Message]

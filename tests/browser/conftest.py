@@ -87,7 +87,8 @@ def serve():
         )
         started.append(process)
         assert process.stdout is not None
-        return process.stdout.readline().strip()
+        addresses[key] = process.stdout.readline().strip()
+        return addresses[key]
 
     yield start
     for process in started:

@@ -47,7 +47,8 @@ def hostile(run, tmp_path_factory) -> Path:
     for row, text in zip(rows, ATTACKS.values(), strict=True):
         ids = tokenizer.encode(text[:20_000], add_special_tokens=False).ids
         row |= {
-            "prompt": text, "response": text, "response_ids": ids, "logps": [-0.5] * len(ids), "log_ratios": [0.1] * len(ids), "tokens": len(ids),
+            "prompt": text, "prompt_ids": ids, "response": text, "response_ids": ids,
+            "logps": [-0.5] * len(ids), "log_ratios": [0.1] * len(ids), "tokens": len(ids),
             "task_id": text[:300], "evidence": json.dumps({text[:300]: text, "nested": [{"x": text[:300]}], "steps": [{"text": text[:99]}]}),
         }  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
@@ -77,8 +78,8 @@ def test_a_rollout_is_shown_as_text(site, tab, name):
     row = list(ATTACKS).index(name)
     tab.goto(f"{site}/rollouts/1/{row}", timeout=20_000)
     assert tab.locator("h1").inner_text().startswith(f"Rollout 1:{row}")
-    shown = tab.locator("pre.text").first.text_content()
-    assert shown == visible(ATTACKS[name][:100_000])
+    prompt = tab.locator("pre.text").first.text_content()
+    assert prompt == visible(ATTACKS[name][:20_000])
     tokens = "".join(tab.locator(".t").all_text_contents())
     by_character = "".join(
         visible(c) for c in ATTACKS[name][:1000].replace("\ufffe", "\ufffd")

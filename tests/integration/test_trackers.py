@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 import warnings
 from pathlib import Path
 
@@ -122,7 +123,10 @@ def test_wandb_offline(tmp_path):
     assert json.loads((out / "trackers.json").read_text())["wandb"] == known
     kept = list((out / "wandb").glob(f"offline-run-*-{known}/run-{known}.wandb"))
     assert len(kept) == 2
-    assert all(b"reward/mean" in p.read_bytes() for p in kept)
+    deadline = time.monotonic() + 120  # a process of wandb's writes them
+    while not all(b"reward/mean" in p.read_bytes() for p in kept):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_trackio(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def test_a_run_leaves_what_other_tools_rely_on(tmp_path):
     for line in (out / "audit.jsonl").read_text().splitlines():
         entry = json.loads(line)
         assert entry["previous"] == previous
-        assert entry["rollouts_sha256"] == file_sha256(out / "rollouts" / f"step-{entry['step']:06d}.parquet")
+        if "step" in entry:
+            assert entry["rollouts_sha256"] == file_sha256(out / "rollouts" / f"step-{entry['step']:06d}.parquet")
         previous = entry["sha256"]
 
 
@@ -180,16 +182,19 @@ def test_sigkill_at_five_random_moments_and_resume_give_the_identical_policy(tmp
     assert len(list((run / "rollouts").glob("*.parquet"))) == 12
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_its_kind_finish_the_step_save_and_say_how_to_go_on(tmp_path, asked):
     process = sppo("train", *options(KILLABLE | {"training.steps": "2000"}), "--out", tmp_path / "run", "--json")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    process.send_signal(asked)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert f"sppo train --resume {tmp_path / 'run'}" in err
+    if asked != signal.SIGHUP:  # whose terminal is gone
+        assert re.search(r"finishing step \d+.*then saves", err)
+        assert f"sppo train --resume {tmp_path / 'run'}" in err
     summary = json.loads(out.splitlines()[-1])
     assert summary["stopped"] == "interrupted"
     assert (tmp_path / "run" / "checkpoints" / f"step-{summary['steps']:06d}" / "state.pt").exists()

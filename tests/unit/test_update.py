@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
 
 from sppo.errors import EngineMismatch, ModelError, NonFinite, RecipeError, StaleWeights
 from sppo.models import tiny
-from sppo.models.policy import Policy
+from sppo.models.policy import Policy, fingerprint
 from sppo.rollout.canary import Canary
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
@@ -262,3 +263,56 @@ def test_an_engine_of_other_weights_is_not_held(policy):
     other = copy.copy(policy)
     assert LocalEngine(policy).holds(policy)
     assert not LocalEngine(other).holds(policy)
+
+
+def blocks(*rows, dtype=torch.int64):
+    """A model of one parameter with these rows of 4,096 words of eight bytes."""
+    model = torch.nn.Module()
+    model.p = torch.nn.Parameter(torch.stack(rows).flatten().view(dtype), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_knows_where_every_word_is(dtype):
+    """Swapped, moved and doubled blocks, and flipped highest bits, which a product cannot carry up."""
+    rows = [torch.randint(-(2**63), 2**63 - 1, (4096,), generator=torch.Generator().manual_seed(i)) for i in range(40)]
+    whole = fingerprint(blocks(*rows, dtype=dtype))
+    assert whole == fingerprint(blocks(*[r.clone() for r in rows], dtype=dtype))
+    top = torch.tensor(-(2**63))
+    others = [[*rows[1:], rows[0]], rows[:-1], [*rows, rows[0] * 0]]
+    for i in range(len(rows)):
+        for j in range(i):
+            swapped, flipped = list(rows), list(rows)
+            swapped[i], swapped[j] = rows[j], rows[i]
+            flipped[i], flipped[j] = rows[i] ^ top, rows[j] ^ top
+            others += [swapped, flipped]
+    lanes = list(rows)
+    lanes[3] = rows[3].roll(1)
+    found = {fingerprint(blocks(*r, dtype=dtype)) for r in [*others, lanes]}
+    assert whole not in found
+    assert len(found) == len(others) + 1
+
+
+def test_every_single_bit_changes_a_fingerprint():
+    model, _ = tiny.build(hidden=32, layers=1, heads=2)
+    before, rng = fingerprint(model), random.Random(1)
+    assert fingerprint(model) == before
+    for _ in range(300):
+        p = rng.choice(list(model.parameters()))
+        bits = p.detach().view(-1).view(torch.uint8)
+        at, bit = rng.randrange(len(bits)), 1 << rng.randrange(8)
+        bits[at] ^= bit
+        assert fingerprint(model) != before
+        bits[at] ^= bit
+    assert fingerprint(model) == before
+
+
+def test_two_blocks_that_change_places_change_a_fingerprint():
+    model, _ = tiny.build(hidden=128, layers=3, heads=4)
+    before = fingerprint(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            flat = p.view(-1)
+            if flat.numel() >= 16384:
+                flat[:8192], flat[8192:16384] = flat[8192:16384].clone(), flat[:8192].clone()
+    assert fingerprint(model) != before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..models.policy import Policy
 from ..rewards.base import Reward
 from ..rewards.confidence import stated_confidence
 from ..rewards.steps import Checker
-from ..rollout.collect import collect
+from ..rollout.collect import collect, overruled
 from ..rollout.engine import Engine, Sampling
 from ..tasks.base import TaskSource
 from ..types import Rollout, Task, Verdict
@@ -33,6 +33,8 @@ class Evaluation:
     pass_at_k: dict[str, float]
     mean_tokens: float
     truncated: float
+    overruled: float
+    """The share of responses that the reward pays and that count as wrong, because they were cut at the limit."""
     masked: int
     outcomes: dict[str, int]
     measures: dict[str, float]
@@ -62,12 +64,18 @@ def evaluate(
     seed: int = 0,
     checker: Checker | None = None,
     critic: Critic | None = None,
+    keep_cut: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation.
 
     With a `checker` of steps, `measures` also says how many right answers were reached by wrong ones. A `critic` must read the prompt alone.
+    A response cut at the limit is wrong whatever the reward says, unless `keep_cut` (`rollout.truncated = "keep"`).
     """
-    rollouts = collect(engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"))
+    rollouts = collect(
+        engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"),
+        truncated="keep" if keep_cut else "penalise", progress=progress,
+    )  # fmt: skip
     means: list[float] = []
     passes: dict[int, list[float]] = {k: [] for k in _powers(samples)}
     for start in range(0, len(rollouts), samples):
@@ -89,6 +97,7 @@ def evaluate(
         pass_at_k={f"pass@{k}": sum(v) / len(v) for k, v in passes.items() if v},
         mean_tokens=sum(len(r.response_ids) for r in rollouts) / max(len(rollouts), 1),
         truncated=sum(r.finish == "length" for r in rollouts) / max(len(rollouts), 1),
+        overruled=overruled([r.verdict for r in rollouts if r.verdict]),
         masked=sum(r.verdict.masked for r in rollouts if r.verdict),
         outcomes=dict(Counter(r.verdict.outcome for r in rollouts if r.verdict)),
         measures=mean_measures([r.verdict for r in rollouts if r.verdict])

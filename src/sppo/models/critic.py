@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
+from ..files import readable
 from ..objective.ratio import wide
 from ..types import Task
 from .policy import Policy, _count, parameter_count
-from .pretrained import choose_dtype, ensure_pad, load, render_chat
+from .pretrained import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -53,11 +54,12 @@ class Critic(nn.Module):
         backbone, tokenizer = load(name, role="critic.model", head=False, seed=seed)
         parameters = parameter_count(backbone)
         chosen, why = choose_dtype(dtype, parameters, device)
-        critic = cls(backbone.to(dtype=chosen), tokenizer, name=name)
         trained = Path(name).expanduser() / HEAD_FILE
-        if trained.exists():
-            critic.head.load_state_dict(load_file(trained))
-            critic.trained = True
+        with readable(f"critic.model: {name} cannot be used", ModelError):
+            critic = cls(backbone.to(dtype=chosen), tokenizer, name=name)
+            if trained.exists():
+                critic.head.load_state_dict(load_file(trained))
+                critic.trained = True
         return critic.to(device), (
             f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
             + ("the prompt only" if reads == "prompt" else "prompt and response: a value for every token")
@@ -87,10 +89,18 @@ class Critic(nn.Module):
 
     def prompt_ids(self, task: Task) -> list[int]:
         """The prompt through the critic's own tokenizer (and chat template, if it has one)."""
-        if getattr(self.tokenizer, "chat_template", None) and not isinstance(task.prompt, str):
-            text = render_chat(self.tokenizer, task)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer(task.text)["input_ids"]
+        ids = prompt_ids(self.tokenizer, task, bool(getattr(self.tokenizer, "chat_template", None)))
+        return embedded(ids, self.backbone, "critic.model")
+
+    def refuses(self, task: Task) -> str | None:
+        """Why the critic's own template refuses a prompt, or None."""
+        if isinstance(task.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
+            return None
+        try:
+            render_chat(self.tokenizer, task)
+        except ModelError as error:
+            return f"{str(error).removeprefix(f'task {task.id}: ')} (critic.model)"
+        return None
 
     def forward(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits c(x), [B] in float32, for prompts given as ids; right-padded, read at the last real token."""

@@ -97,6 +97,16 @@ _FORWARDS = {
 }
 
 
+def fusable_family(model: Any) -> bool:
+    """Whether a causal model's norms and gated units are of a kind that is computed here, by its name and sizes alone."""
+    kind, config = type(model), model.config
+    if kind.__name__.removesuffix("ForCausalLM") not in _FAMILIES or not kind.__module__.startswith(
+        "transformers.models."
+    ):
+        return False
+    return config.hidden_size % REGISTER == 0 and config.intermediate_size % REGISTER == 0
+
+
 def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
     """The norms, gated units, attentions and the embedding of a model that are computed here as by themselves, each with its forward.
     None unless all weights are on one device and in one dtype, for which there is compiled code."""

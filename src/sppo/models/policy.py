@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ModelError
+from ..files import readable
 from ..types import Task
 from . import packed as packing
 from .attention_cuda import HALF
@@ -30,7 +31,7 @@ from .head_cuda import exact_logits, wide_products
 from .lent import fusable, fused
 from .logprobs import exact_products, token_logps, token_logps_from_logits
 from .narrow import narrow_linear
-from .pretrained import choose_dtype, ensure_pad, first_line, load, render_chat
+from .pretrained import choose_dtype, embedded, ensure_pad, first_line, load, prompt_ids, render_chat
 
 LANES = 8 * 4096
 """Bytes that a fingerprint adds up beside each other."""
@@ -69,7 +70,8 @@ class Policy:
         model, tokenizer = load(name, role="policy.model", head=True, seed=seed)
         parameters = parameter_count(model)
         chosen, why = choose_dtype(dtype, parameters, device)
-        policy = cls(model.to(device=device, dtype=chosen), tokenizer, chat_template=chat_template, name=name)
+        with readable(f"policy.model: {name} cannot be used", ModelError):
+            policy = cls(model.to(device=device, dtype=chosen), tokenizer, chat_template=chat_template, name=name)
         style = "chat template" if policy.chat else "plain text (no chat template)"
         head = "" if policy.direct_head else "; its head is more than a projection, so full logits are held"
         padded = "" if policy.packs else f"; updates are padded, not packed: {policy.unpacked_why}"
@@ -105,21 +107,35 @@ class Policy:
 
     def prompt_ids(self, task: Task) -> list[int]:
         """The ids the model reads for a task: chat messages through the template, text as it is; one BOS at most."""
+        ids = embedded(prompt_ids(self.tokenizer, task, self.chat), self.model, self.name)
         if self.chat and not isinstance(task.prompt, str):
-            text = render_chat(self.tokenizer, task)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids
         if not isinstance(task.prompt, str) and any(m["role"] == "assistant" for m in task.prompt):
             raise ModelError(
                 f"task {task.id} is a conversation, and {self.name} has no chat template; use a chat model or plain-text prompts"
             )
-        ids = self.tokenizer(task.text)["input_ids"]
         if ids and ids[-1] in self.eos_ids:  # some tokenizers close what they tokenise; a prompt must stay open
             ids = ids[:-1]
         return ids
 
+    def refuses(self, task: Task) -> str | None:
+        """Why a prompt cannot be put to this model, or None: its template refuses it, or it is a conversation and there is no template."""
+        if isinstance(task.prompt, str) or (not self.chat and len(task.prompt) == 1):
+            return None  # nothing to render
+        try:
+            render_chat(self.tokenizer, task) if self.chat else self.prompt_ids(task)
+        except ModelError as error:
+            return str(error).removeprefix(f"task {task.id}: ")
+        return None
+
+    def rendered(self, ids: Sequence[int]) -> str:
+        """What ids say, special tokens included: a prompt as the model reads it."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def response_ids(self, text: str) -> list[int]:
         """The ids of a response to be learnt by supervision: its text, then the EOS."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_ids[0]]
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_ids[0]]
+        return embedded(ids, self.model, self.name)
 
     def probe(self, prompt: int, response: int) -> tuple[list[int], list[int]]:
         """Pseudo-random ids for the engine's canary, the same for every model of a vocabulary: so many of a prompt, of a response."""
@@ -315,7 +331,7 @@ class Policy:
     # -- identity --------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A cheap, exact hash of the weights: changes when any bit of any weight does (short of a contrived tie)."""
+        """A cheap hash of the weights, bit for bit (see `fingerprint`)."""
         return fingerprint(self.model)
 
     def save(self, folder: Path) -> None:
@@ -325,19 +341,46 @@ class Policy:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """An exact integer checksum of all weights, at memory speed: the sums of their bits, eight bytes at a time, over 4,096 lanes."""
-    total = hashlib.blake2b(digest_size=8)
+    """A hash of all weights at about memory speed, the same on every device: 32 hexadecimal digits.
+
+    Bytes are taken as rows of 4,096 lanes of eight bytes. Each word is multiplied by an odd number of its row's own, its upper half is folded
+    into its lower one, and each lane is summed modulo 2⁶⁴; names and lanes go through BLAKE2b. Per word that is one-to-one, so weights that
+    differ in one word of a lane never have the same sum; moved or swapped blocks, and any other change that was not made for it, have with a
+    chance of about 2⁻³² a lane or less. The multipliers are public: who wants two policies of one fingerprint can construct them. Files are
+    vouched for by SHA-256 (audit/chain.py).
+    """
+    total = hashlib.blake2b(digest_size=16)
     for name, p in sorted(model.named_parameters()):
         flat = p.detach().reshape(-1)
         if flat.storage_offset() * flat.element_size() % 8:  # eight bytes must be whole
             flat = flat.clone()
         bits = flat.view(torch.uint8)
         whole = len(bits) - len(bits) % LANES
-        lanes = bits[:whole].view(torch.int64).view(-1, LANES // 8).sum(0)
-        total.update(name.encode())
-        total.update(lanes.cpu().numpy().tobytes())
+        total.update(f"{name}:{len(bits)}:".encode())
+        total.update(_lanes(bits[:whole].view(torch.int64).view(-1, LANES // 8)).cpu().numpy().tobytes())
         total.update(bits[whole:].cpu().numpy().tobytes())
     return total.hexdigest()
+
+
+def _lanes(word_RL: Tensor) -> Tensor:
+    """Σ over rows of fold(word · odd multiplier of the row), [L] of int64, in blocks that stay in a processor's cache."""
+    lane_L = word_RL.new_zeros(word_RL.size(1))
+    odd_R = _odd(word_RL.size(0), word_RL.device)
+    rows = 2048 if word_RL.is_cuda else 16
+    for first in range(0, word_RL.size(0), rows):
+        mixed = word_RL[first : first + rows] * odd_R[first : first + rows, None]
+        half = mixed.view(torch.int32)
+        half[:, ::2] ^= half[:, 1::2]  # so that the highest bits, which a product cannot carry up any more, count twice
+        lane_L += mixed.sum(0)
+    return lane_L
+
+
+def _odd(rows: int, device: torch.device) -> Tensor:
+    """An odd pseudo-random multiplier for each row (SplitMix64 of its number), [R] of int64."""
+    x = (torch.arange(1, rows + 1, device=device) * -0x61C8864680B583EB).contiguous()
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
+from ..files import first_line, read_json, readable
 from ..spec import call, parse_spec
 from ..types import Task
 from . import tiny
@@ -20,6 +18,8 @@ from .pull import SOURCES
 
 transformers.utils.logging.disable_progress_bar()
 
+MOST_LAYERS = 10_000
+"""Of a model that is loaded; no model has a tenth of that."""
 LARGE = 50_000_000
 """Parameters from which bfloat16 pays; below, a step is dominated by other things and float32 is simply more exact."""
 
@@ -47,20 +47,45 @@ def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple
 
 
 def outline(name: str, *, role: str, head: bool) -> Any:
-    """The model without its weights (on the meta device), to count with; the same errors as `load`."""
+    """The model without its weights (on the meta device), to count with; a folder needs its config.json only. The same errors as `load`.
+
+    Never runs code that comes with a model (`auto_map`): a model that needs it is refused."""
     if name == "tiny" or name.startswith("tiny:"):
         return load(name, role=role, head=head)[0]
-    name = existing(name, role)
-    try:
-        with torch.device("meta"):
-            return (AutoModelForCausalLM if head else AutoModel).from_config(AutoConfig.from_pretrained(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{role}: {name} cannot be loaded: {first_line(error)}") from error
+    name = existing(name, role, weights=False)
+    with readable(f"{role}: {name} cannot be loaded", ModelError), torch.device("meta"):
+        factory = AutoModelForCausalLM if head else AutoModel
+        return factory.from_config(load_config(name, role), trust_remote_code=False)
+
+
+def load_config(name: str, role: str) -> Any:
+    """The config of a model folder or hub name; code that comes with a model is never run. Raises ModelError."""
+    with readable(f"{role}: {name} has no config that can be read", ModelError):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:  # making them would take for ever
+            raise ValueError(f"num_hidden_layers is {layers!r}")
+        return config
+
+
+def load_weights(factory: Any, name: str, role: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A float32 model of a folder or hub name by one of transformers' factories, and transformers' report of what it lacked. Raises
+    ModelError."""
+    with readable(f"{role}: {name} cannot be loaded", ModelError):
+        model, report = factory.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+        )
+        return model, report
 
 
 def saved_dtype(folder: str) -> str:
-    """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would choose."""
-    return str(json.loads((Path(folder) / "config.json").read_text()).get("dtype", "float32"))
+    """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would choose. Raises ModelError."""
+    path = Path(folder) / "config.json"
+    with readable(f"{path} cannot be read", ModelError):
+        dtype = read_json(path).get("dtype", "float32")
+        if dtype not in ("float32", "bfloat16", "float16", "float64"):
+            raise ValueError(f"its dtype is {dtype!r}")
+        return str(dtype)
 
 
 def pick_device() -> torch.device:
@@ -82,18 +107,12 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
     if name == "tiny" or name.startswith("tiny:"):
         return call(tiny.build, "tiny", seed=seed, head=head, **parse_spec(name).options)
     name = existing(name, role)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if head and config.is_encoder_decoder:
-            raise ModelError(
-                f"{role}: {name} is an encoder-decoder ({config.model_type}); a policy must be a causal LM"
-            )
-        factory = AutoModelForCausalLM if head else AutoModel
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, report = factory.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{role}: {name} cannot be loaded: {first_line(error)}") from error
+    config = load_config(name, role)
+    if head and config.is_encoder_decoder:
+        raise ModelError(f"{role}: {name} is an encoder-decoder ({config.model_type}); a policy must be a causal LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = load_weights(AutoModelForCausalLM if head else AutoModel, name, role)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
     if missing:
         raise ModelError(
@@ -104,12 +123,11 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
 
 def load_tokenizer(name: str, role: str) -> Any:
     """The tokenizer of a model folder or hub name, with a pad token: its own, or its EOS (padding is always masked)."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{role}: {name} has no tokenizer that can be loaded: {first_line(error)}") from error
-    ensure_pad(tokenizer, f"{role}: {name}")
-    return tokenizer
+    with readable(f"{role}: {name} has no tokenizer that can be loaded", ModelError):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        ensure_pad(tokenizer, f"{role}: {name}")
+        tokenizer.decode(tokenizer("3+4 = seven\n")["input_ids"])  # some that are broken say so when they are used
+        return tokenizer
 
 
 def ensure_pad(tokenizer: Any, where: str) -> int:
@@ -123,20 +141,62 @@ def ensure_pad(tokenizer: Any, where: str) -> int:
 
 
 def render_chat(tokenizer: Any, task: Task, answer: bool = True) -> str:
-    """Chat messages through the template, open for the assistant's turn (`answer`); what the template refuses becomes a sentence."""
+    """Chat messages through the template, open for the assistant's turn (`answer`); the row's `tools`, if it has any, go along.
+
+    Raises ModelError where the template refuses: one row's conversation, whatever the template raises.
+    """
     try:
-        return tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=answer)
-    except (TemplateError, ValueError, TypeError) as error:
+        rendered: str = tokenizer.apply_chat_template(
+            task.prompt, tools=_tools(task), tokenize=False, add_generation_prompt=answer
+        )
+        return rendered
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program
         raise ModelError(
             f"task {task.id}: the model's chat template refuses this conversation: {first_line(error)}"
         ) from error
 
 
-def existing(name: str, role: str) -> str:
-    """The name, if it is a usable folder or may be a hub name."""
+def prompt_ids(tokenizer: Any, task: Task, chat: bool) -> list[int]:
+    """A prompt's ids: chat messages through the template (`chat`), anything else as plain text; never two BOS in a row.
+
+    A template writes its own BOS, and a plain prompt may have been rendered before it became a row: the tokenizer's own BOS would be a second.
+    """
+    if chat and not isinstance(task.prompt, str):
+        ids = tokenizer(render_chat(tokenizer, task), add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(task.text)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    while start is not None and ids[:2] == [start, start]:
+        ids = ids[1:]
+    return list(ids)
+
+
+def embedded(ids: list[int], model: Any, name: str) -> list[int]:
+    """The ids. Raises ModelError where one is beyond the model's embedding: a tokenizer of another model, or one that was changed."""
+    rows = model.get_input_embeddings().weight.size(0)
+    if ids and max(ids) >= rows:
+        raise ModelError(
+            f"{name}: its tokenizer gives the id {max(ids)}, and the model has {rows} embeddings: they are not of one model"
+        )
+    return ids
+
+
+def _tools(task: Task) -> list[Any] | None:
+    """The functions that a row describes for the template (tasks/records.py); None for a column of that name that is something else."""
+    tools = task.columns.get("tools")
+    described = isinstance(tools, list) and all(
+        isinstance(t, dict) and ("function" in t or "parameters" in t) for t in tools
+    )
+    return tools if described and tools else None
+
+
+def existing(name: str, role: str, weights: bool = True) -> str:
+    """The name, if it is a usable folder (with `weights`, unless they are not needed) or may be a hub name."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        _check_folder(folder, role)
+        _check_folder(folder, role, weights)
         name = str(folder)
     elif folder.name in SOURCES:
         raise ModelError(f"{role}: there is no folder {name} yet; fetch it with: sppo pull {folder.name} --to {name}")
@@ -145,16 +205,19 @@ def existing(name: str, role: str) -> str:
     return name
 
 
-def _check_folder(folder: Path, role: str) -> None:
+def _check_folder(folder: Path, role: str, weights: bool) -> None:
     if not (folder / "config.json").exists():
         inner = next((p.parent for p in sorted(folder.glob("**/config.json"))), None)
         hint = f"; did you mean {inner}?" if inner else ""
         raise ModelError(f"{role}: {folder} has no config.json, so it is not a model folder{hint}")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+    files = [
+        p
+        for pattern in ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+        for p in folder.glob(pattern)
+    ]
+    if odd := [p.name for p in sorted(files) if not p.is_file()]:  # a pipe would be read for ever
+        raise ModelError(f"{role}: {folder}/{odd[0]} is no regular file, so {folder} cannot be loaded")
+    if weights and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ModelError(
             f"{role}: {folder} has a config.json but no weights (*.safetensors); was the download cut off?"
         )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

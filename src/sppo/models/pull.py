@@ -66,6 +66,7 @@ def pull(name: str, folder: Path) -> bool:
 def _fetch(source: Source, work: Path) -> Path:
     command = [
         sys.executable,
+        "-P",  # no module of the current folder
         "-m",
         "pip",
         "download",

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from ..errors import ModelError
 from ..objective.ratio import wide
@@ -24,7 +23,16 @@ from ..types import Prompt, Task
 from . import packed as packing
 from . import tiny
 from .policy import _count, parameter_count
-from .pretrained import choose_dtype, ensure_pad, existing, first_line, load, load_tokenizer, render_chat
+from .pretrained import (
+    choose_dtype,
+    ensure_pad,
+    existing,
+    load,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    render_chat,
+)
 
 CENTER_KEY = "sppo_center"
 """In `config.json`: the mean score of the training responses. Preferences fix scores only up to a shift."""
@@ -195,20 +203,17 @@ def _one(logits_BK: Tensor) -> Tensor:
 
 def _pretrained(name: str, seed: int, fresh: bool) -> tuple[Any, Any]:
     name = existing(name, "reward model")
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.is_encoder_decoder:
-            raise ModelError(
-                f"reward model: {name} is an encoder-decoder ({config.model_type}); take an encoder or a decoder"
-            )
-        options = {"num_labels": 1} if fresh else {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=fresh, **options
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"reward model: {name} cannot be loaded: {first_line(error)}") from error
+    config = load_config(name, "reward model")
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"reward model: {name} is an encoder-decoder ({config.model_type}); take an encoder or a decoder"
+        )
+    options = {"num_labels": 1} if fresh else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = load_weights(
+            AutoModelForSequenceClassification, name, "reward model", ignore_mismatched_sizes=fresh, **options
+        )
     missing = sorted(report["missing_keys"])
     if missing and not fresh:
         raise ModelError(

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification
 
 from ..errors import ModelError
 from ..objective.ratio import wide
 from .policy import _count, parameter_count
-from .pretrained import choose_dtype, ensure_pad, existing, first_line, load_tokenizer
+from .pretrained import choose_dtype, ensure_pad, existing, load_config, load_tokenizer, load_weights
 
 
 class StepModel:
@@ -36,13 +35,8 @@ class StepModel:
     ) -> tuple[StepModel, str]:
         """The model of a folder or hub name, and the sentence to state. Raises ModelError when it cannot score steps."""
         name = existing(name, "step model")
-        try:
-            AutoConfig.from_pretrained(name)
-            model, report = AutoModelForTokenClassification.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"step model: {name} cannot be loaded: {first_line(error)}") from error
+        load_config(name, "step model")
+        model, report = load_weights(AutoModelForTokenClassification, name, "step model")
         if report["missing_keys"]:
             raise ModelError(
                 f"step model: {name} has no trained head ({min(report['missing_keys'])} is missing), so its scores would be noise"

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..evaluation.compare import Curve
+from ..files import read_bytes, read_json, readable
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
@@ -27,20 +28,19 @@ STEP_MEANS = {
 
 def read_curve(run: Path) -> Curve:
     """The learning curve of a finished run's directory. Raises UserError when it holds none."""
-    try:
-        summary = json.loads((run / "summary.json").read_text())
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{run} holds no finished run: {error}") from None
-    tokens, seconds, accuracy = [0.0], [0.0], [float(summary["accuracy_before"])]
+    tokens, seconds, accuracy = [0.0], [0.0], list[float]()
     spent = used = 0.0
-    for m in steps:
-        spent += m["rollout/tokens"] + m["rollout/beside_tokens"]
-        used += sum(v for k, v in m.items() if k.startswith("seconds/"))
-        if m.get("eval/accuracy") is not None:
-            tokens.append(spent)
-            seconds.append(used)
-            accuracy.append(float(m["eval/accuracy"]))
+    with readable(f"{run} holds no finished run that can be read", UserError):
+        summary = read_json(run / "summary.json")
+        steps = [json.loads(line) for line in read_bytes(run / "metrics.jsonl").decode().split("\n") if line]
+        accuracy.append(float(summary["accuracy_before"]))
+        for m in steps:
+            spent += m["rollout/tokens"] + m["rollout/beside_tokens"]
+            used += sum(v for k, v in m.items() if k.startswith("seconds/"))
+            if m.get("eval/accuracy") is not None:
+                tokens.append(spent)
+                seconds.append(used)
+                accuracy.append(float(m["eval/accuracy"]))
     means = {short: _mean([m.get(long) for m in steps]) for long, short in STEP_MEANS.items()}
     return Curve(tokens, seconds, accuracy, means)
 

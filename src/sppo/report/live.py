@@ -110,7 +110,7 @@ class Site:
         run, (step, row) = self._run(request), (request.path_params["step"], request.path_params["row"])
         found = await run_in_threadpool(run.rollouts.one, step, row)
         if found is None:
-            unread = step in run.rollouts.steps() and step not in dict(run.rollouts.counts())
+            unread = step in run.rollouts.steps() and row < dict(run.rollouts.counts()).get(step, 10**9)
             why = " Its file cannot be read; sppo audit verify says more." if unread else ""
             return self._render(
                 request, "missing.html", "rollouts", {"what": f"Step {step} has no rollout {row}.{why}"}, 404

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from ..rewards.steps import split_steps
 from .progress import clock
-from .reader import RunReader
+from .reader import MOST, RunReader
 from .rollouts import SURPRISED
 
 STATIC = Path(__file__).parent / "static"
@@ -79,8 +79,9 @@ def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
     """One rollout for the eye: its tokens with probability and ratio, cut into steps; its verdict's evidence as rows."""
     try:
         evidence = json.loads(found["evidence"] or "{}")
-    except ValueError:
-        evidence = {"evidence": found["evidence"]}
+        rows = _rows(evidence)
+    except (ValueError, AttributeError, RecursionError):
+        evidence, rows = {}, [("evidence", str(found["evidence"])[:MOST_TEXT])]
     ids = found["response_ids"][:MOST_TOKENS]
     pieces, logps, ratios = run.pieces(ids), found["logps"], found["log_ratios"]
     ends = _step_ends(found["response"], evidence)
@@ -100,9 +101,10 @@ def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
     value, correct = found["value"], found["correct"]
     surprised = value is not None and not found["masked"] and abs(correct - value) >= SURPRISED
     return {
-        **found, "steps": [s for s in steps if s["tokens"]], "evidence_rows": _rows(evidence), "surprised": surprised,
+        **found, "steps": [s for s in steps if s["tokens"]], "evidence_rows": rows, "surprised": surprised,
         "shown_tokens": len(ids), "total_tokens": len(found["response_ids"]), "sequence_logp": sum(found["logps"]),
         "sequence_ratio": sum(ratios) if ratios else None, "ratio": math.exp(min(sum(ratios), 700.0)) if ratios else None,
+        "read": run.rendered(found["prompt_ids"][:MOST_TEXT]), "prompt_tokens": len(found["prompt_ids"]),
         "columns": _columns(found["task"]), "cited": _cited(run, found), "has_ratio": bool(ratios) and any(ratios),
     }  # fmt: skip
 
@@ -111,9 +113,9 @@ def _columns(task: str | None) -> list[tuple[str, str]]:
     """What the row gave to the rewards: its reference answer, its tests, whatever it has."""
     try:
         columns = json.loads(task or "{}").get("columns", {})
-    except (ValueError, AttributeError):
+        return _rows(columns) if isinstance(columns, dict) else []
+    except (ValueError, AttributeError, RecursionError):
         return []
-    return _rows(columns) if isinstance(columns, dict) else []
 
 
 WHY_HERE = {
@@ -142,17 +144,19 @@ def _step_ends(text: str, evidence: dict[str, Any]) -> list[int]:
     found = _scored_steps(evidence)
     try:
         ends = [int(s["end"]) for s in found] or [end for _, end in split_steps(text[:MOST_TEXT])]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         ends = []
     return [end + 1 for end in ends[:-1]]
 
 
 def _step_scores(evidence: dict[str, Any]) -> list[float | None]:
-    return [s.get("score") if isinstance(s, dict) else None for s in _scored_steps(evidence)]
+    scores = [s.get("score") if isinstance(s, dict) else None for s in _scored_steps(evidence)]
+    return [s if isinstance(s, (int, float)) and -MOST < s < MOST else None for s in scores]
 
 
 def _scored_steps(evidence: dict[str, Any]) -> list[Any]:
-    parts = [evidence, *(p for p in evidence.get("parts", []) if isinstance(p, dict))]
+    inside = evidence.get("parts")
+    parts = [evidence, *(p for p in (inside if isinstance(inside, list) else []) if isinstance(p, dict))]
     return next(
         (
             p["steps"]

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from ..errors import RecipeError, RewardError
-from ..spec import call, is_import, parse_spec, resolve
+from ..spec import call, call_own, is_import, nearest, parse_spec, resolve
 from ..tasks.base import GIVEN
 from ..types import OUTCOMES, Rollout, Task, Verdict
 from .guard import LIMIT, Fault, guarded
 
 TEST_COLUMNS = ("tests", "test_list", "test", "input_output")
 """Where rows keep their tests, in the order in which they are looked at."""
+GIVEN_TO_ALL = ("prompts", "completions", "completion_ids")
+"""What a callable is given of the responses, by these names."""
 
 
 class Reward(Protocol):
@@ -66,10 +68,34 @@ def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
                 )
         return MixedReward(parts)
     if is_import(use, "sppo.rewards"):
-        found = resolve(use, "sppo.rewards", "build")
-        return _adapt(found() if inspect.isclass(found) else found, use, limit)
+        return _own(use, limit)
     spec = parse_spec(use)
     return call(resolve(spec.name, "sppo.rewards", "build"), f"reward {spec.name}", *spec.words, **spec.options)
+
+
+def _own(use: str, limit: float) -> Reward:
+    """`package.module:object` with options: those of a class, or of a function that takes no completions, make the reward; those of a function that
+    judges completions are given to it with each call."""
+    spec = parse_spec(use, "sppo.rewards")
+    found = resolve(spec.name, "sppo.rewards", "build")
+    if not callable(found) and (spec.words or spec.options):
+        raise RecipeError(
+            f"reward {spec.name} is a {type(found).__name__} already made, which takes no options ({use!r})"
+        )
+    if not inspect.isclass(found) and (hasattr(found, "judge") or _judges(found)):
+        if spec.words:
+            raise RecipeError(f"reward {use!r}: {spec.words[0]!r} has no name: write options as key=value")
+        return _adapt(found, spec.name, limit, spec.options)
+    return _adapt(call_own(found, f"reward {spec.name}", *spec.words, **spec.options), use, limit)
+
+
+def _judges(function: Any) -> bool:
+    """Whether a callable is a reward itself, and not something that makes one."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(p.kind is p.VAR_KEYWORD or p.name in ("completions", "prompts") for p in parameters)
 
 
 def fitting_reward(task: Task) -> str:
@@ -79,32 +105,47 @@ def fitting_reward(task: Task) -> str:
     return "code" if any(task.columns.get(name) not in (None, "", [], {}) for name in TEST_COLUMNS) else "answer"
 
 
-def _adapt(reward: Any, name: str, limit: float) -> Reward:
+def _adapt(reward: Any, name: str, limit: float, options: Mapping[str, Any] | None = None) -> Reward:
     if hasattr(reward, "judge"):
+        if options:
+            raise RecipeError(f"reward {name} is an object already made, which takes no options ({', '.join(options)})")
         return _UserJudge(reward, name, limit)
     if callable(reward):
-        return CallableReward(reward, name, limit)
+        return CallableReward(reward, name, limit, options or {})
     raise RewardError(f"reward {name} is neither callable nor has a judge(rollouts) method")
 
 
 class CallableReward:
     """A user's `f(prompts, completions, **columns)`: checked at every call, because a silent 0 is the worst answer.
 
-    Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat prompts.
+    Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat prompts. `options` go with each
+    call, before columns of the same name.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, limit: float = LIMIT) -> None:
-        self.function, self.name, self.limit = function, name, limit
+    def __init__(
+        self, function: Callable[..., Any], name: str, limit: float = LIMIT, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raises RecipeError for an option that the function does not take."""
+        self.function, self.name, self.limit, self.options = function, name, limit, dict(options or {})
         parameters = inspect.signature(function).parameters.values()
         self.takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters}
+        for key in self.options:
+            if key in GIVEN_TO_ALL or not (self.takes_any or key in self.takes):
+                known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in GIVEN_TO_ALL]
+                raise RecipeError(f"reward {name} has no option {key!r}: {nearest(key, known)}")
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Raises RewardError naming the reward and the mend when it raises, hangs or returns what it may not (see guard.py)."""
         return guarded(self.name, self.limit, rollouts, self._call)
 
     def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:
-        columns = {key for r in rollouts for key in r.task.columns} - {"prompts", "completions", "prompt", "completion"}
+        columns = {key for r in rollouts for key in r.task.columns} - {
+            *GIVEN_TO_ALL,
+            "prompt",
+            "completion",
+            *self.options,
+        }
         chosen = columns if self.takes_any else columns & self.takes
         arguments: dict[str, Any] = {key: [r.task.columns.get(key) for r in rollouts] for key in sorted(chosen)}
         if self.takes_any or "completion_ids" in self.takes:
@@ -113,7 +154,10 @@ class CallableReward:
         completions = [
             r.text if isinstance(r.task.prompt, str) else [{"role": "assistant", "content": r.text}] for r in rollouts
         ]
-        scores = self.function(prompts=prompts, completions=completions, **arguments)
+        arguments |= {"prompts": prompts, "completions": completions, **self.options}
+        if not self.takes_any:
+            arguments = {key: value for key, value in arguments.items() if key in self.takes}
+        scores = self.function(**arguments)
         if not isinstance(scores, (list, tuple)):
             scores = getattr(scores, "tolist", lambda: scores)()
         if not isinstance(scores, (list, tuple)) or len(scores) != len(rollouts):

@@ -22,7 +22,7 @@ from ..types import Rollout, Task, Verdict
 from .base import Reward
 
 Role = Literal["+", "and", "gate"]
-_JOINT = re.compile(r"\s+(\+|and|gate)\s+")
+_JOINT = re.compile(r"(?<!\s)\s+(\+|and|gate)\s+")
 _WEIGHTED = re.compile(r"([0-9.]+)\s*\*\s*(\S.*)")
 _DANGLING = re.compile(r"(?:\+|and|gate)\s.*|.*\s(?:\+|and|gate)|.*\s\*.*")
 

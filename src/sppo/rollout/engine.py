@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from ..errors import RecipeError
 from ..models.policy import Policy
 from ..sections import RolloutSection
+from ..spec import make
 from ..types import Fork
 from .sampler import Cut
 
@@ -105,6 +107,21 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of processes and memory."""
+
+
+ASKED = ("stated", "context", "generate", "score", "sync", "holds", "close")
+
+
+def load_engine(use: str, policy: Policy) -> Engine:
+    """The engine that `rollout.engine` names, made with the policy. Raises RecipeError, also for an own object that lacks what an engine needs."""
+    engine = make(use, "sppo.rollout", "engine", policy)
+    missing = [name for name in ASKED if not hasattr(engine, name)]
+    if missing:
+        raise RecipeError(
+            f"rollout.engine = {use!r} makes a {type(engine).__name__} without {', '.join(missing)}: an engine has {', '.join(ASKED)} "
+            "(rollout/engine.py says what each is)"
+        )
+    return engine
 
 
 @runtime_checkable

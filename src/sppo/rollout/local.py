@@ -182,6 +182,8 @@ def _decode(
                 done += len(finished)
                 if progress:
                     progress(done)
+    if not captured:
+        slots.release()
 
 
 def _next(

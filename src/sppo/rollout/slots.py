@@ -85,6 +85,12 @@ class Slots(Cache):
         if stores:
             torch._foreach_zero_(stores)
 
+    def release(self) -> None:
+        """Let go of all memory now: layers and table refer to each other, and would wait for the garbage collector."""
+        for layer in self.layers:
+            layer.key_store = layer.value_store = None
+            layer.is_initialized = False
+
     @property
     def bytes(self) -> int:
         """What they hold."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RecipeError
-from ..spec import Spec, call, is_import, parse_spec, resolve
+from ..spec import make, parse_spec
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,27 @@ class Trackers:
         if known.exists() and specs:
             ids = json.loads(known.read_text())
         for text in specs:
-            spec = Spec(text) if is_import(text, "sppo.trackers") else parse_spec(text)
-            told = TrackedRun(run.name, run.folder, run.recipe, run.step, ids.get(spec.name))
+            name = parse_spec(text, "sppo.trackers").name
+            told = TrackedRun(run.name, run.folder, run.recipe, run.step, ids.get(name))
             try:
-                self.running[text] = call(
-                    resolve(spec.name, "sppo.trackers", "build"), f"tracker {spec.name}", told, **spec.options
-                )
+                self.running[text] = make(text, "sppo.trackers", "tracker", told)
+                missing = [part for part in ("id", "log", "close") if not hasattr(self.running[text], part)]
+                if missing:
+                    raise RecipeError(
+                        f"run.trackers: {text} makes a {type(self.running.pop(text)).__name__} without {', '.join(missing)}"
+                    )
             except RecipeError:
                 self.close({})
                 raise
             except ImportError as error:
                 self.close({})
                 raise RecipeError(
-                    f"run.trackers: {spec.name} is not installed ({error}): pip install 'sppo[trackers]'"
+                    f"run.trackers: {name} is not installed ({error}): pip install 'sppo[trackers]'"
                 ) from None
             except Exception as error:
                 self.close({})
                 raise RecipeError(f"run.trackers: {text} does not start: {_first_line(error)}") from error
-            ids[spec.name] = self.running[text].id
+            ids[name] = self.running[text].id
         if specs:
             part = known.with_suffix(".tmp")
             part.write_text(json.dumps(ids) + "\n")

@@ -23,7 +23,12 @@ def bootstrap(run: Run) -> None:
         return
     source = run.train_tasks
     if section.task is not None:
-        source = load_tasks(section.task, instruction=run.config.task.instruction, default_split="train")
+        source = load_tasks(
+            section.task,
+            instruction=run.config.task.instruction,
+            default_split="train",
+            columns=run.config.task.columns,
+        )
     run.observer.stage("bootstrap", section.steps)
     began = time.monotonic()
 
@@ -47,7 +52,7 @@ def bootstrap(run: Run) -> None:
         return not run.interrupted and solved < section.until
 
     supervised(
-        run.policy, source, section, seed=run.config.seed, micro_tokens=run.config.training.micro_tokens,
+        run.policy, source, section, seed=run.config.seed, micro_tokens=run.config.training.micro_budget,
         limit=run.policy.context, on_step=on_step,
     )  # fmt: skip
     run.state.seconds_bootstrap = time.monotonic() - began - run.state.seconds_evaluating

@@ -174,7 +174,7 @@ class PromptCritic(_Trained):
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol."""
         o, keep_B = self.config.objective, batch.keep_B
-        logit_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens)
+        logit_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget)
         value_B = logit_B.sigmoid()
         metrics: dict[str, Any] = {}
         earned_B = batch.correct_B if o.stakes else reward_B  # what stakes turns into a baseline is a chance of success
@@ -202,7 +202,7 @@ class PromptCritic(_Trained):
         target_b, share_b = batch.correct_B[rows], batch.share_B[rows]
         length_b = torch.tensor([len(p) for p in prompts])
         total = 0.0
-        for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_tokens):
+        for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_budget):
             logit = self.model([prompts[i] for i in part.tolist()])
             loss = functional.binary_cross_entropy_with_logits(
                 logit, target_b[part].to(logit.device), weight=share_b[part].to(logit.device), reduction="sum"
@@ -289,7 +289,7 @@ class TokenCritic(_Trained):
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
     def _parts(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        return micro_batches(rows, batch.prompt_len_B + batch.response_len_B, self.config.training.micro_tokens)
+        return micro_batches(rows, batch.prompt_len_B + batch.response_len_B, self.config.training.micro_budget)
 
     def _logits(self, batch: Batch, part: Tensor) -> Tensor:
         width = int((batch.prompt_len_B[part] + batch.response_len_B[part]).max())

@@ -69,7 +69,8 @@ def _collect(run: Run, tasks: list[Task], seed: tuple[int | str, ...]) -> list[R
     r = run.config.rollout
     return collect(
         run.engine, run.policy, run.reward, tasks, run.sampling,
-        samples=r.samples, seed=seed, truncated=r.truncated, progress=run.on_rollout, branching=Branching.of(r),
+        samples=r.samples, seed=seed, truncated=r.truncated, branching=Branching.of(r),
+        progress=lambda done: run.within("sampling", done, len(tasks) * r.samples), judging=lambda count: run.within("judging", 0, count),
     )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ class StepCredit(_Gated, PromptCritic):
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See credit.Credit; [B, T]."""
-        value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens).sigmoid()
+        value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget).sigmoid()
         rest_B = reward_B - value_B
         prefixes: list[Prefix] = []
         seen: list[tuple[int, int, float]] = []
@@ -217,7 +217,7 @@ class SiblingCredit(_Gated, PromptCritic):
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See credit.Credit; [B, T], 0 where another row stands for the token."""
-        value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_tokens).sigmoid()
+        value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget).sigmoid()
         advantage_BT = torch.zeros_like(batch.behaviour_logp_BT)
         if not batch.nodes:  # nothing forked
             advantage_BT += (reward_B - value_B)[:, None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import EngineMismatch, NonFinite, RunFailure
+from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..objective.kl import kl_in_reward, sequence_kl
@@ -51,6 +53,9 @@ class Learner:
         self.ratio_checked = False
         self.critic_seconds = 0.0
         self.trace: Trace  # of the last update
+        self.progress: Callable[[int, int], None] = lambda done, total: None  # micro-batches of an update
+        self._done = self._total = 0
+        self.tight = False  # memory is: what a micro-batch freed goes back at once
 
     # -- the advantage -----------------------------------------------------------------------------------------------
 
@@ -99,6 +104,8 @@ class Learner:
         reference_BT = self._all_logps(self._reference(), batch) if self._loss_reads_reference() else None
         tally = Tally()
         updates = [minibatch for plan in plans for minibatch in plan]
+        self._done, self._total = 0, sum(map(len, updates))
+        self.progress(0, self._total)
         for number, minibatch in enumerate(updates):
             rows = torch.cat(minibatch)
             self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
@@ -113,6 +120,8 @@ class Learner:
             tally.add("update/grad_norm", norm)
             self._check_finite(norm)
             self._teach_critic(batch, rows, lr["critic"], tally)
+            if self.tight:
+                give_back()
         metrics = tally.metrics(len(updates))
         self.trace = tally.trace(batch)
         if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
@@ -134,7 +143,7 @@ class Learner:
         order = torch.randperm(int(units.max()) + 1, generator=generator)
         length_B = batch.prompt_len_B + batch.response_len_B
         minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
-        return [micro_batches(m, length_B, self.config.training.micro_tokens, self.policy.packs) for m in minibatches]
+        return [micro_batches(m, length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches]
 
     def _policy_gradient(
         self,
@@ -210,6 +219,10 @@ class Learner:
                 behaviour_bT + batch.kept_BT[part, :width].to(logp_bT.device),
                 logp_bT.detach(),
             )
+            if self.tight:
+                give_back()
+            self._done += 1
+            self.progress(self._done, self._total)
 
     def _teach(self, lessons: Lessons, number: int, updates: int, tally: Tally) -> None:
         """Add the gradient of every updates-th lesson from `number` on: weight times the mean negative log-probability of a token, over as
@@ -218,7 +231,7 @@ class Learner:
         rows = torch.arange(number, len(batch), updates)
         length_B, total = batch.prompt_len_B + batch.response_len_B, 0.0
         weight_B = torch.tensor(lessons.weights) / batch.response_len_B
-        for part in micro_batches(rows, length_B, self.config.training.micro_tokens, self.policy.packs):
+        for part in micro_batches(rows, length_B, self.config.training.micro_budget, self.policy.packs):
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
             loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
@@ -290,7 +303,7 @@ class Learner:
     def _all_logps(self, policy: Policy, batch: Batch) -> Tensor:
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
         length_B = batch.prompt_len_B + batch.response_len_B
-        for part in micro_batches(torch.arange(len(batch)), length_B, self.config.training.micro_tokens, policy.packs):
+        for part in micro_batches(torch.arange(len(batch)), length_B, self.config.training.micro_budget, policy.packs):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         return out_BT

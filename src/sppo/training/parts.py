@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..config import Config
-from ..errors import RecipeError
+from ..errors import ModelError, RecipeError
 from ..models.control import ControlCritic, ControlPolicy, Taught, is_control
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..models.pretrained import saved_dtype
 from ..rewards.base import Reward
-from ..tasks.base import TaskSource
+from ..spec import is_import, make
+from ..tasks._own import checked
+from ..tasks.base import ListSource, TaskSource, rows_in
 from ..types import Task
+
+SHOWN_HEAD, SHOWN_TAIL = 240, 120
+"""Characters of a rendered prompt that are shown at the start of a run."""
 
 
 @dataclass
@@ -35,6 +41,8 @@ def load_policy(
     config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Callable[[str], None]
 ) -> Policy:
     """The saved checkpoint's policy, else the given one, else the recipe's; `note` hears what it is."""
+    if given is None and saved is None:
+        given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
         model, tokenizer = given
         policy = Policy(model.to(device), tokenizer, chat_template=config.policy.chat_template, name="the given model")
@@ -62,6 +70,8 @@ def load_critic(
     """The same of the critic; None where the algorithm has none."""
     if config.critic_reads is None:
         return None
+    if given is None and saved is None:
+        given = _own_model(config.critic.model, "critic.model")
     if given is not None and saved is None:
         return Critic(*given, name="the given critic").to(device)
     name = str(saved / "critic") if saved else config.critic.model
@@ -70,6 +80,18 @@ def load_critic(
     critic, stated = kind.load(name, dtype=dtype, device=device, seed=config.seed + 1, reads=config.critic_reads)
     note(stated)
     return critic
+
+
+def _own_model(name: str, key: str) -> tuple[Any, Any] | None:
+    """What `package.module:object,key=value` makes, a (model, tokenizer) pair; None for any other name."""
+    if is_control(name) or not is_import(name, "sppo.models") or Path(name).exists():
+        return None
+    made = make(name, "sppo.models", key)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], PreTrainedModel) and callable(made[1])):
+        raise ModelError(
+            f"{key} = {name!r} makes a {type(made).__name__}; it must return a transformers model and its tokenizer"
+        )
+    return made
 
 
 def one_control_task(config: Config, policy: Policy, critic: Critic | None) -> None:
@@ -111,14 +133,45 @@ class PromptLimit:
         if room < self.tokens:
             self.tokens, self.why = room, f"what rollout.max_tokens leaves of the model's {context} positions"
 
+    def refused(self, task: Task) -> str | None:
+        """Why a chat template, the policy's or the critic's, does not take a task's messages, or None."""
+        return self.policy.refuses(task) or (self.critic.refuses(task) if self.critic is not None else None)
+
+    def refusals(self, source: TaskSource) -> list[str]:
+        """Every row of a file that a chat template refuses, with the reason; problems that are made one by one are not looked through."""
+        if not isinstance(rows_in(source), ListSource):
+            return []
+        found = ((task.id, self.refused(task)) for task in (source[i] for i in range(len(source))))
+        return [f"{name}: {why}" for name, why in found if why is not None]
+
     def __call__(self, task: Task) -> str | None:
         """Why a task's prompt cannot be used, or None."""
-        length = len(self.policy.prompt_ids(task))
+        checked(task)
+        try:
+            length = len(self.policy.prompt_ids(task))
+            read = 0 if self.critic is None else len(self.critic.prompt_ids(task))
+        except ModelError as error:  # a chat template refuses it
+            return str(error).removeprefix(f"task {task.id}: ")
         if length == 0:
             return "the prompt is empty"
         if length > self.tokens:
             return f"the prompt has {length} tokens, the limit is {self.tokens} ({self.why})"
         limit = self.critic.context if self.critic is not None else None
-        if self.critic is not None and limit is not None and (length := len(self.critic.prompt_ids(task))) > limit:
-            return f"the prompt has {length} tokens for the critic, which reads {limit} at most"
+        if limit is not None and read > limit:
+            return f"the prompt has {read} tokens for the critic, which reads {limit} at most"
         return None
+
+
+def shown_prompt(policy: Policy, task: Task) -> str:
+    """One task's prompt exactly as the policy reads it, for the start of a run."""
+    ids = policy.prompt_ids(task)
+    return said_prompt("policy", task.id, ids, policy.rendered(ids))
+
+
+def said_prompt(who: str, name: str, ids: Sequence[int], text: str) -> str:
+    """A rendered prompt, special tokens included, on one line; a long one says how much of its middle is left out."""
+    left_out = len(text) - SHOWN_HEAD - SHOWN_TAIL
+    shown = repr(text)
+    if left_out > 0:
+        shown = f"{text[:SHOWN_HEAD]!r} … {left_out:,} characters … {text[-SHOWN_TAIL:]!r}"
+    return f"the {who} reads, for {name} ({len(ids)} tokens): {shown}"

@@ -10,7 +10,7 @@ import contextlib
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..config import Config, flattened
 from ..errors import DataError, RecipeError, RewardError, UserError
 from ..evaluation.evaluate import Evaluation, evaluate, held_out_tasks, mean_measures
 from ..evaluation.step_quality import step_checker
-from ..memory import keep_memory
+from ..memory import give_back, keep_memory
 from ..models.control import ControlPolicy
 from ..models.policy import parameter_count, weights_sha256
 from ..models.pretrained import pick_device
@@ -34,9 +34,11 @@ from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import fitting_reward, load_reward
 from ..rewards.combine import MixedReward, adds
 from ..rollout.canary import Canary
-from ..rollout.engine import Engine, Sampling, TreeEngine
-from ..spec import call, parse_spec, resolve
+from ..rollout.collect import overruled
+from ..rollout.engine import Engine, Sampling, TreeEngine, load_engine
 from ..tasks.base import GIVEN, load_pair
+from ..tasks.rows import columns_found
+from ..threads import fitted
 from ..trackers.base import TrackedRun, Trackers
 from ..types import Task
 from . import checkpoint
@@ -49,8 +51,10 @@ from .health import Health
 from .learner import Learner
 from .observer import Observer, Silent
 from .optim import optimiser_class
-from .parts import Parts, PromptLimit, load_critic, load_policy, one_control_task
-from .rundir import RunDirectory
+from .parts import Parts, PromptLimit, load_critic, load_policy, one_control_task, shown_prompt
+from .plan import Model, plan, typical_prompt
+from .provenance import data_of, moved, must_be_the_same, must_be_there
+from .rundir import DATA, RunDirectory
 from .search import Search
 
 
@@ -61,12 +65,12 @@ class Run:
         self, config: Config, directory: RunDirectory, observer: Observer, parts: Parts, saved: Path | None
     ) -> None:
         keep_memory()
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
+        torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
         self.config, self.directory, self.observer = config, directory, observer
         self.state = State()
         self.interrupted = False
         self.fingerprint = ""  # of the weights at the last sync
+        self.tight = False  # the plan takes a good part of the memory that can be had
         self.fresh = False  # made by this process, with nothing in its folder that cannot be made again
         self._clock: dict[str, float] = {}
         for why in config.without_effect():
@@ -83,19 +87,22 @@ class Run:
         if parts.train is not None and parts.evaluation is not None:
             self.train_tasks, self.eval_tasks = parts.train, parts.evaluation
         else:
-            self.train_tasks, self.eval_tasks = load_pair(config.task.train, config.task.eval, config.task.instruction)
+            self.train_tasks, self.eval_tasks = load_pair(
+                config.task.train, config.task.eval, config.task.instruction, config.task.columns
+            )
+        self.data = data_of(config)
+        must_be_the_same(directory.path, self.data)
         self.policy = load_policy(config, parts.policy, saved, device, observer.note)
         if config.training.checkpoint_activations:
             self.policy.checkpoint_activations()
+        self.reward.check(self.train_tasks[0])  # raises where this machine cannot judge its kind at all
         self.critic = load_critic(config, parts.critic, saved, device, observer.note)
         one_control_task(config, self.policy, self.critic)
+        config = self.config = self._planned(config, device)
         if saved is None:
             critic_size = parameter_count(self.critic) if self.critic is not None else 0
             config = self.config = config.with_rates(parameter_count(self.policy.model), critic_size)
-            directory.write_recipe(config)
-        spec = parse_spec(config.rollout.engine)
-        factory = resolve(spec.name, "sppo.rollout", "build")
-        self.engine: Engine = call(factory, f"engine {spec.name}", self.policy, **spec.options)
+        self.engine: Engine = load_engine(config.rollout.engine, self.policy)
         if self.engine.stated:
             observer.note(self.engine.stated)
         if config.rollout.kind == "tree" and not (isinstance(self.engine, TreeEngine) and self.engine.branches):
@@ -106,14 +113,20 @@ class Run:
         self.monitors = Monitors(config.monitors, self.reward, config.seed, config.reward.limit)
         self.stopped = ""  # by which alert
         self.too_long = PromptLimit(config, self.policy, self.critic, self.engine.context)
+        for which, source in (("training", self.train_tasks), ("held-out", self.eval_tasks)):
+            if refused := self.too_long.refusals(source):
+                more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
+                observer.note(f"warning: {len(refused)} of {len(source)} {which} rows are left out: {refused[0]}{more}")
         held_out = held_out_tasks(self.eval_tasks, config.evaluation.n)
         self.held_out = [t for t in held_out if self.too_long(t) is None]
         if not self.held_out:
             raise RecipeError(f"no held-out problem can be used: {held_out[0].id}: {self.too_long(held_out[0])}")
         if len(self.held_out) < len(held_out):
             observer.note(
-                f"{len(held_out) - len(self.held_out)} of {len(held_out)} held-out prompts are over the limit and left out"
+                f"{len(held_out) - len(self.held_out)} of {len(held_out)} held-out prompts are over the limit or refused, and left out"
             )
+        if not isinstance(self.policy, ControlPolicy):
+            observer.note(shown_prompt(self.policy, self.held_out[0]))
         self.curriculum = curriculum(
             config.curriculum,
             self.train_tasks,
@@ -121,7 +134,7 @@ class Run:
             self.too_long,
             self.critic,
             self.held_out,
-            config.training.micro_tokens,
+            config.training.micro_budget,
         )
         self.searcher = Search(config.search, self) if config.search else None
         self.step_checker = step_checker(config.task.eval or config.task.train, self.held_out[0], self.reward)
@@ -133,6 +146,24 @@ class Run:
         if saved is not None:
             self._make_learner()
             self.state = checkpoint.load(saved, self.learner, self.curriculum, self.monitors)
+            if self.searcher is not None:
+                self.searcher.recall(self.state.step)
+
+    def _planned(self, config: Config, device: torch.device) -> Config:
+        """The recipe with `training.micro_tokens` chosen where it is open; says what the run will need of memory."""
+        if isinstance(self.policy, ControlPolicy):  # networks of a few thousand weights
+            return config
+        prompt = typical_prompt(
+            self.train_tasks, lambda task: len(self.policy.prompt_ids(task)), config.task.max_prompt_tokens
+        )
+        critic = None if self.critic is None else Model(self.critic.backbone, next(self.critic.parameters()).dtype)
+        found = plan(config, Model(self.policy.model, self.policy.dtype), critic, device, prompt)
+        self.observer.note(found.stated())
+        self.tight = found.tight
+        if device.type == "cpu":
+            keep_memory(found.capacity)
+        training = config.training.model_copy(update={"micro_tokens": found.micro_tokens})
+        return config.model_copy(update={"training": training})
 
     @classmethod
     def new(cls, config: Config, observer: Observer | None = None, parts: Parts | None = None) -> Run:
@@ -141,6 +172,8 @@ class Run:
         try:
             job = cls(config, directory, observer or Silent(), parts or Parts(), None)
             job.fresh = True
+            directory.write_recipe(job.config)
+            directory.seal_beginning(job.config, job.verifier, job.data)
             return job
         except BaseException:
             directory.discard()  # nothing has happened yet: the next try may use the same folder
@@ -148,11 +181,22 @@ class Run:
 
     @classmethod
     def resume(
-        cls, path: Path, observer: Observer | None = None, parts: Parts | None = None, steps: int | None = None
+        cls,
+        path: Path,
+        observer: Observer | None = None,
+        parts: Parts | None = None,
+        steps: int | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> Run:
-        """A run from its newest complete checkpoint (or its beginning, if it never got that far)."""
-        directory, config = RunDirectory.open_existing(path)
+        """A run from its newest complete checkpoint (or its beginning, if it never got that far); `data` says where its files of rows are now.
+        Raises a UserError, and changes nothing in the run, where it cannot be gone on with."""
+        directory, known = RunDirectory.open_existing(path)
+        config, job = known, None
         try:
+            if data:
+                config = moved(config, data)
+                must_be_the_same(path, data_of(config))
+            must_be_there(config, path)
             found = directory.checkpoints()
             saved = found[-1] if found else None
             done = int(saved.name.removeprefix("step-")) if saved else 0
@@ -164,15 +208,27 @@ class Run:
                     raise RecipeError(
                         f"--steps {steps}: {path} has already done {done}; give more, or leave --steps out"
                     )
-                directory.write_recipe(config)
+            chain = directory.chain  # one that is damaged is said now
+            if saved is not None and (why := chain.vouches_for(saved)):
+                raise DataError(
+                    f"--resume: {saved} is not what was saved: {why}. Put it back as it was, or move it away to go on from an older checkpoint"
+                )
             config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(path)})})
-            directory.forget_from(done)
             going = f"resuming {path} after step {done}" if saved else f"resuming {path} from its beginning"
             if done >= config.training.steps:
                 going = f"{path} has done its {done} steps; to go on, resume it with --steps N above that"
             (observer or Silent()).note(going)
-            return cls(config, directory, observer or Silent(), parts or Parts(), saved)
+            job = cls(config, directory, observer or Silent(), parts or Parts(), saved)
+            # Now that everything is loaded, and not before, the run is changed.
+            recipe = job.config.model_copy(update={"run": known.run})  # the folder may have been moved
+            if recipe != known:
+                directory.write_recipe(recipe)
+            directory.forget_from(done)
+            directory.seal_beginning(job.config, job.verifier, job.data, after=done)
+            return job
         except BaseException:
+            if job is not None:
+                job.close()
             directory.close()
             raise
 
@@ -188,6 +244,10 @@ class Run:
     def _make_learner(self) -> None:
         """The learner, and π_ref, the policy at step 0 (after any bootstrap), if the recipe reads it."""
         self.learner = Learner(self.policy, self.critic, None, self.config)
+        self.learner.tight = self.tight
+        if self.tight:
+            give_back()
+        self.learner.progress = lambda done, total: self.within("updating", done, total)
         if not self.config.needs_reference:
             return
         if self.resumed_from is None:
@@ -231,20 +291,25 @@ class Run:
                 hint = "" if fits == self.config.reward.use else f"; these problems look made for reward.use = {fits!r}"
                 raise DataError(
                     f"none of the {len(self.held_out)} held-out problems can be graded by {self.config.reward.use!r}: {min(reasons)}{hint}"
+                    f"; the columns are {columns_found(self.held_out[0].columns)}"
                 )
             self.state.before = result.as_dict()
+            self.directory.data(self.data)
             self.directory.start(self.state.before)
             self.observer.evaluation(0, result)
+            self.health.evaluated(result)
             if self.critic is not None:
                 self.critic.start_at(result.accuracy)
             self.save()
         else:
+            if not (self.directory.path / DATA).exists():  # of a version that kept no hashes: from now on they count
+                self.directory.data(self.data)
             self.sync()
         self.observer.stage("train", self.config.training.steps, self.state.step)
 
-    def on_rollout(self, done: int) -> None:
-        """Progress inside a step."""
-        self.observer.rollout(done, self.config.rollout.prompts * self.config.rollout.samples)
+    def within(self, what: str, done: int, total: int) -> None:
+        """Progress inside a step: `what` is `sampling`, `judging`, `updating` or `evaluating`."""
+        self.observer.within(what, done, total)
 
     def sync(self) -> None:
         """Give the engine the learner's weights, and make sure that it has them."""
@@ -290,14 +355,19 @@ class Run:
         graded = sum(share for _, share in kept)
         tokens = batch.tokens
         masked = len(batch) - int(batch.keep_B.sum())
+        cut = sum(r.finish == "length" for r in batch.rollouts)
         spent = self._clock
         self._clock = {}
         self.state.step = step + 1
         self.state.seconds += sum(spent.values())
         self.state.generated_tokens += tokens + gathered.beside_tokens
+        self.state.responses += len(batch)
+        self.state.truncated += cut
+        self.state.overruled += sum("paid_before_cut" in v.evidence for v in verdicts)
         self.state.masked += masked + sum(v.masked for v in discarded)
         metrics = {
             "reward/mean": sum(v.score * share for v, share in kept) / graded if kept else None,
+            "reward/spread": max(v.score for v, _ in kept) - min(v.score for v, _ in kept) if kept else None,
             "reward/correct": sum(v.correct * share for v, share in kept) / graded if kept else None,
             "rollout/masked": masked,
             "rollout/beside_tokens": gathered.beside_tokens,
@@ -305,7 +375,8 @@ class Run:
             "rollout/thrown_away_masked": sum(v.masked for v in discarded),
             "rollout/tokens": tokens,
             "rollout/mean_tokens": float(batch.response_len_B.float().mean()),
-            "rollout/truncated": sum(r.finish == "length" for r in batch.rollouts) / len(batch),
+            "rollout/truncated": cut / len(batch),
+            "rollout/overruled": overruled(verdicts),
             **{f"outcome/{name}": count for name, count in sorted(Counter(v.outcome for v in verdicts).items())},
             **{f"reward/{name}": value for name, value in mean_measures(verdicts).items()},
             "engine/canary_gap": self.canary_gap,
@@ -314,6 +385,7 @@ class Run:
             **self.curriculum.metrics(),
             **gathered.metrics,
             "advantage/std": float(advantage_B[batch.keep_B].std()) if len(batch) - masked > 1 else None,
+            "advantage/size": float(credit.abs().mean()) if len(credit) else None,
             "advantage/variance": float(credit.var()) if len(credit) > 1 else None,
             **metrics,
             **{f"seconds/{name}": seconds for name, seconds in spent.items()},
@@ -330,10 +402,6 @@ class Run:
             self.observer.note(f"warning: alert at step {step}: {alert.what} ({alert.why}); {alert.advice}")
             if alert.action == "stop":
                 self.interrupted, self.stopped = True, f"alert: {alert.what}"
-        self.directory.record(
-            step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
-            self.learner.trace.log_ratio_BT.tolist(), self.learner.trace.clipped_B.tolist(),
-        )  # fmt: skip
         position = self.curriculum.position
         last = step + 1 == self.config.training.steps
         every = self.config.evaluation.every
@@ -349,6 +417,10 @@ class Run:
                 **{f"eval/{who}_{key}": found[key] for who, found in result.calibration.items() for key in ("ece", "brier", "auc", "aurc")},
                 "eval/mean_tokens": result.mean_tokens, "critic/ev_ceiling": self._ceiling(result),
             }  # fmt: skip
+        self.directory.record(
+            step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
+            self.learner.trace.log_ratio_BT.tolist(), self.learner.trace.clipped_B.tolist(),
+        )  # fmt: skip
         self.directory.metrics(step, metrics)
         self.directory.seal(
             step,
@@ -380,6 +452,8 @@ class Run:
             "seconds_evaluating": self.state.seconds_evaluating,
             "generated_tokens": self.state.generated_tokens,
             "masked": self.state.masked,
+            "truncated": self.state.truncated / max(self.state.responses, 1),
+            "overruled": self.state.overruled / max(self.state.responses, 1),
             "alerts": sorted(self.monitors.raised, key=self.monitors.raised.__getitem__),
             "passed_over": self.curriculum.passed_over,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -408,16 +482,19 @@ class Run:
         began = time.monotonic()
         e = self.config.evaluation
         sampling = Sampling.of(self.config.rollout, e.temperature)
+        problems = tasks or self.held_out
         result = evaluate(
             self.engine,
             self.policy,
             self.reward,
-            tasks or self.held_out,
+            problems,
             sampling,
             samples=e.samples,
             seed=self.config.seed,
             checker=self.step_checker,
             critic=self.critic if tasks is None and self.config.critic_reads == "prompt" else None,
+            keep_cut=self.config.rollout.truncated == "keep",
+            progress=lambda done: self.within("evaluating", done, len(problems) * e.samples),
         )
         self.state.seconds_evaluating += time.monotonic() - began
         return result
@@ -427,6 +504,8 @@ class Run:
         """Time a phase of the step."""
         began = time.monotonic()
         yield
+        if self.tight and name == "rollout":
+            give_back()
         self._clock[name] = self._clock.get(name, 0.0) + time.monotonic() - began
 
     @contextlib.contextmanager

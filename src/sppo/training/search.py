@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import RecipeError, RewardError
+from ..files import read_bytes, readable
 from ..rollout.collect import sample_seed
 from ..rollout.mcts import Found, Ids, Judged, search
 from ..rollout.responses import ending_ids
@@ -58,8 +59,13 @@ class Search:
         self.ungraded = 0  # in the present step
         self.reason, self.warned = "", False
         _task(run.held_out[0])
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            self._keep(_solution(json.loads(line)))
+
+    def recall(self, before: int) -> None:
+        """Read back what was found before a step. Raises DataError."""
+        with readable(f"{self.path} cannot be gone on from"):
+            for line in read_bytes(self.path).decode().split("\n") if self.path.exists() else ():
+                if line and (entry := json.loads(line))["step"] < before:
+                    self._keep(_solution(entry))
 
     def step(self, step: int, rollouts: Sequence[Rollout]) -> tuple[Lessons | None, dict[str, Any]]:
         """Search the hard problems among a step's, and choose what is to be learnt with its update; also metrics."""
@@ -110,7 +116,7 @@ class Search:
         if isinstance(credit := run.learner.credit, TokenCritic):
             first: list[float] = credit.values(pack(rollouts, run.policy.pad_id))[:, 0].tolist()
             return first
-        return run.critic.logits([r.task for r in rollouts], run.config.training.micro_tokens).sigmoid().tolist()
+        return run.critic.logits([r.task for r in rollouts], run.config.training.micro_budget).sigmoid().tolist()
 
     def _search(self, step: int, hard: Sequence[Rollout]) -> list[Found]:
         run, longest = self.run, self.run.config.rollout.max_tokens

@@ -42,6 +42,8 @@ def supervised(
     def unusable(task: Task) -> str | None:
         if task.solution is None:
             return "it has no worked solution (a `solution` or `messages` column)"
+        if (refused := policy.refuses(task)) is not None:
+            return refused
         prompt, response = policy.prompt_ids(task), policy.response_ids(task.solution)
         if limit is not None and len(prompt) + len(response) > limit:
             return f"prompt and solution take {len(prompt) + len(response)} tokens, the limit is {limit}"
