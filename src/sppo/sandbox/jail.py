@@ -26,7 +26,7 @@ from ..errors import SandboxUnavailable
 from .job import Limits, Result, Status
 
 INSIDE = (
-    "world.py", "zygote.py", "program.py", "asserts.py", "nodes.py", "codec.py", "seccomp.py", "landlock.py", "counter.py",
+    "world.py", "zygote.py", "program.py", "asserts.py", "nodes.py", "codec.py", "seccomp.py", "landlock.py", "kernel.py", "counter.py",
 )  # fmt: skip
 SYSTEM_PYTHON = "/usr/bin/python3"
 FIRST_UID = 65_000

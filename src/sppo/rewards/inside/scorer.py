@@ -36,6 +36,7 @@ sys.path += SETUP["path"]
 import guards  # type: ignore[import-not-found]  # noqa: E402  this folder's
 import landlock  # noqa: E402  sandbox/inside
 import seccomp  # noqa: E402
+from kernel import as_filter, check, drop_capabilities, libc  # noqa: E402
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 MEMORY = 2 << 30
@@ -44,7 +45,6 @@ LONGEST_LINE = 1 << 16
 GRACE, LOOK_MILLISECONDS = 3.0, 500
 """Seconds beyond its limit of processor time that a verdict may take on a processor of its own, and how often that is looked at."""
 LINUX = sys.platform == "linux"
-libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NoPlots(types.ModuleType):
@@ -74,18 +74,6 @@ class NoPlots(types.ModuleType):
         """Nothing to run."""
 
 
-class FilterProgram(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-
-
-class CapabilityHeader(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
-
-
-class CapabilityData(ctypes.Structure):
-    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
-
-
 class Evaluated(BaseException):
     """A scorer that is taken not to evaluate answers is about to run one."""
 
@@ -103,7 +91,7 @@ def confine() -> None:
     limits = (("AS", size), ("FSIZE", 0), ("NOFILE", 64), ("CORE", 0), ("MEMLOCK", 0), ("MSGQUEUE", 0))
     for name, most in limits:
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-    libc.capset(ctypes.byref(CapabilityHeader(0x20080522, 0)), ctypes.byref((CapabilityData * 2)()))
+    drop_capabilities()
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if SETUP["mode"] == "landlock":
         hold_back(SETUP["readable"])
@@ -116,22 +104,14 @@ def hold_back(readable: list[str]) -> None:
     landlock.restrict(landlock.ruleset(landlock.ALL_FILES, dict.fromkeys(readable, landlock.LOOK)))
 
 
-def check(result: int, what: str) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
-
-
-def make_filter() -> FilterProgram | None:
+def make_filter() -> ctypes.Structure | None:
     try:
         code = seccomp.program(False, unix=False)
     except OSError:  # an architecture without a list of calls
         if SETUP["mode"] != "none":
             raise
         return None
-    buffer = ctypes.create_string_buffer(code, len(code))
-    made = FilterProgram(len(code) // 8, ctypes.addressof(buffer))
-    made.keep = buffer
+    made: ctypes.Structure = as_filter(code)
     return made
 
 

@@ -26,6 +26,7 @@ import counter  # this folder's
 import landlock
 import program  # what the program's own process does
 import seccomp
+from kernel import as_filter, check, drop_capabilities, libc
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x08000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_RDONLY = 2, 4, 1
@@ -45,34 +46,11 @@ SOCKET_BYTES = 1 << 18  # what one socket or pipe can hold by default: net.core.
 JAIL_BYTES = 64 << 20  # the interpreter and its library in memory (world.py), and this process
 SIGNALS = 1024  # queued signals and timers
 
-libc = ctypes.CDLL(None, use_errno=True)
 libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
-class FilterProgram(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-
-
-class CapabilityHeader(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
-
-
-class CapabilityData(ctypes.Structure):
-    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
-
-
 def make_filter(fork):
-    code = seccomp.program(fork, unix=ISOLATED)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    made = FilterProgram(len(code) // 8, ctypes.addressof(buffer))
-    made.keep = buffer
-    return made
-
-
-def check(result, what):
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, "%s: %s" % (what, os.strerror(code)))
+    return as_filter(seccomp.program(fork, unix=ISOLATED))
 
 
 def address_space(limits):
@@ -100,7 +78,7 @@ def drop_everything(limits, readable):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (soft, soft if hard is None else hard))
     if not FILTERS:
         return
-    check(libc.capset(ctypes.byref(CapabilityHeader(0x20080522, 0)), ctypes.byref((CapabilityData * 2)())), "capset")
+    drop_capabilities()
     libc.prctl(PR_CAP_AMBIENT, 4, 0, 0, 0)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if readable is not None:

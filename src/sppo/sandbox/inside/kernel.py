@@ -1,0 +1,36 @@
+"""What a process asks of the kernel when it gives its rights up, for the zygote of programs and for the scorer of gym answers."""
+
+import ctypes
+import os
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class FilterProgram(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+
+class CapabilityHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class CapabilityData(ctypes.Structure):
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+def check(result, what):
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, "%s: %s" % (what, os.strerror(code)))
+
+
+def drop_capabilities():
+    check(libc.capset(ctypes.byref(CapabilityHeader(0x20080522, 0)), ctypes.byref((CapabilityData * 2)())), "capset")
+
+
+def as_filter(code):
+    """The bytes of a system-call filter (seccomp.py) as prctl takes them."""
+    buffer = ctypes.create_string_buffer(code, len(code))
+    made = FilterProgram(len(code) // 8, ctypes.addressof(buffer))
+    made.keep = buffer
+    return made
