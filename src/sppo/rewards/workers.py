@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..sandbox.inside.kernel import seconds_in_line
+
 PATIENCE = 60.0
 """Times its limit that a job may take by the wall, where the processor was busy with something else."""
 TICK = 0.05
@@ -105,15 +107,6 @@ class WorkerPool:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
-
-
-def seconds_in_line(pid: int) -> float:
-    """How long a process has waited for a processor that was busy with something else; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 class _Worker:

@@ -36,7 +36,7 @@ sys.path += SETUP["path"]
 import guards  # type: ignore[import-not-found]  # noqa: E402  this folder's
 import landlock  # noqa: E402  sandbox/inside
 import seccomp  # noqa: E402
-from kernel import as_filter, check, drop_capabilities, libc  # noqa: E402
+from kernel import as_filter, check, drop_capabilities, libc, seconds_in_line  # noqa: E402
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 MEMORY = 2 << 30
@@ -165,15 +165,6 @@ def verdict(job: dict[str, Any], problems: Any) -> dict[str, Any]:
         return {"crashed": "out of memory"}
     except Exception as error:  # the library's, of an answer in a form that it does not expect
         return {"unread": (f"{type(error).__name__}: {error}")[:300]}
-
-
-def seconds_in_line(pid: int) -> float:
-    """How long a process has waited for a processor that was busy with something else; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 def answer(job: dict[str, Any]) -> Any:

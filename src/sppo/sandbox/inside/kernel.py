@@ -34,3 +34,12 @@ def as_filter(code):
     made = FilterProgram(len(code) // 8, ctypes.addressof(buffer))
     made.keep = buffer
     return made
+
+
+def seconds_in_line(pid):
+    """How long a process has waited for a processor that was busy with something else; 0 where the system does not tell."""
+    try:
+        with open("/proc/%d/schedstat" % pid) as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
