@@ -1,13 +1,13 @@
 """What exploration and credit give: each study is a few runs that differ in a switch, on paired seeds, from one start a seed.
 
     staged     chains of eight operations: sampled as they are, or reached from short ones stage by stage (curriculum.kind = "staged")
-    search     chains of ten operations that sampling does not solve: SPPO (by stakes), GRPO, and SPPO with search and its buffer
+    search     chains of ten operations that sampling does not solve: SPPO (optimal baseline), GRPO, and SPPO with search and its buffer
     mixed      one problem in four trivial, one open, two hopeless, 64 a step: drawn as they come, or by the critic (curriculum.kind = "predicted")
     steps      right answers by wrong steps: the answer alone, or with the checker's step scores (added, and added and fading)
     sloppy     the same after demonstrations that write one step in eight wrongly, and go on from the right value
     gamed      a step scorer that can be pleased (it likes steps that end in 0): not read, added to the reward, or as the hybrid's Φ; and the
                hybrid with a scorer that says nothing
-    variance   the gradient's variance on long responses at a policy that stands still: SPPO, SPPO by stakes, and the hybrid by steps and by segments
+    variance   the gradient's variance on long responses at a policy that stands still: SPPO, sppo, sppo-optimal, and the hybrid by steps and by segments
 
 `python benchmarks/exploration.py STUDY [--seeds 5] [--jobs 2]`; `--seeds 6,8,9` names them. What was run is kept and not run again. Last line: one JSON object.
 Tree rollouts, search and prediction-driven sampling differ in keys that `sppo compare` takes: docs/exploration.md has the commands.
@@ -126,7 +126,7 @@ STUDIES = {
         {"uniform": {}, "predicted": {"curriculum.kind": "predicted", "curriculum.floor": 0.02}},
         {
             **QUICK,
-            "objective.algorithm": "sppo-stakes",
+            "objective.algorithm": "sppo-optimal",
             "rollout.prompts": 64,
             "training.steps": 256,
             "evaluation.every": 32,
@@ -163,7 +163,7 @@ STUDIES = {
         "recipes/quickstart.toml",
         {
             "sppo": {"reward.use": CHECKED, "objective.ratio": "token"},
-            "sppo-stakes": {"reward.use": CHECKED, "objective.ratio": "token", "objective.stakes": True},
+            "sppo-optimal": {"reward.use": CHECKED, "objective.ratio": "token", "objective.optimal_baseline": True},
             "hybrid, steps": {"reward.use": CHECKED, **HYBRID},
             "hybrid, segments": {
                 "objective.algorithm": "sppo-hybrid",

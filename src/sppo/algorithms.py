@@ -12,7 +12,7 @@ from typing import Any
 
 SPPO: dict[str, dict[str, Any]] = {
     "objective": {
-        "ratio": "sequence", "baseline": "critic", "stakes": False, "scale": "none", "surrogate": "clip", "average": "auto",
+        "ratio": "sequence", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none", "surrogate": "clip", "average": "auto",
         "clip": [0.2, 0.2], "dual_clip": 3.0, "phi": "segments",
     },
     "rollout": {"samples": 1, "resample": 0, "kind": "samples"},
@@ -26,17 +26,17 @@ def _like_sppo(
     return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
-DEFAULT = "sppo-stakes"
-"""What a recipe runs that names no algorithm, nor what its baseline is: the one that won the comparison of docs/evidence.md."""
+DEFAULT = "sppo"
+"""What a recipe runs that names no algorithm: SPPO as it was published (docs/evidence.md has what else was tried)."""
 CHANCES = ("critic", "centred", "beta")
-"""Baselines that are a chance of success, whose odds `objective.stakes` can shift."""
+"""Baselines that are a chance of success, whose odds `objective.optimal_baseline` can shift."""
 GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Sequence-Level PPO, arXiv 2604.08865: Â = R − V(x), one sample a prompt, the whole response's ratio clipped.
     "sppo": SPPO,
     # SPPO with the prompt's baseline of least variance: V(x), its odds shifted by what is at stake. docs/algorithm.md
-    "sppo-stakes": _like_sppo(stakes=True),
+    "sppo-optimal": _like_sppo(optimal_baseline=True),
     # SPPO with what the critic missed on the step's other problems added to V(x): nothing is blamed for its lag. docs/algorithm.md
     "sppo-centred": _like_sppo(baseline="centred"),
     # SPPO with what it throws away: V(x) shrunk towards the prompt's own past rewards and its other samples. docs/algorithm.md
@@ -66,13 +66,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+RENAMED = {"sppo-stakes": "sppo-optimal"}
+"""Presets of earlier versions."""
+
+
 def chosen(tree: Mapping[str, Any]) -> Any:
-    """The algorithm that a recipe names, or runs without naming one. Keys of its own about the baseline are of `sppo`, as it was published."""
+    """The algorithm that a recipe names, or the default; no other key changes it."""
     objective = tree.get("objective", {})
-    if not isinstance(objective, Mapping):
-        return DEFAULT  # refused where it is validated
-    own = objective.get("baseline") or objective.get("ev_gate") or objective.get("scale") == "batch"
-    return objective.get("algorithm", "sppo" if own else DEFAULT)
+    return objective.get("algorithm", DEFAULT) if isinstance(objective, Mapping) else DEFAULT
 
 
 def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
     if after["objective"]["baseline"] != "critic":
         objective.pop("ev_gate", None)  # of a critic that is not there
     if after["objective"]["baseline"] not in CHANCES:
-        objective.pop("stakes", None)
+        objective.pop("optimal_baseline", None)
     objective["algorithm"] = name
     return out
 

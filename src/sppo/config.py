@@ -42,6 +42,10 @@ LARGEST, MOST_NESTED, MOST_DOTS = 2**18, 20, 1000
 """A recipe's size in characters, how deep its lists and tables go, and the dots in one of its lines, at most."""
 
 
+RENAMED = {"objective.stakes": "objective.optimal_baseline"}
+"""Keys of earlier versions."""
+
+
 class Config(Section):
     """A whole recipe. Read one with `Config.load`, write one with `to_toml`."""
 
@@ -483,6 +487,8 @@ def _sentence(error: ValidationError) -> str:
     dotted = _cut(".".join(str(part) for part in first["loc"]), 200)
     if first["type"] == "extra_forbidden":
         known = [name for name, _, _ in keys()]
+        if dotted in RENAMED:
+            return f"{dotted!r} has a new name: {RENAMED[dotted]!r}"
         section, _, key = dotted.rpartition(".")
         siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
         if not section:

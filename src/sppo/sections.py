@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .algorithms import CHANCES, DEFAULT, PRESETS
+from .algorithms import CHANCES, DEFAULT, PRESETS, RENAMED
 from .spec import named_columns, nearest
 
 
@@ -239,10 +239,16 @@ class ObjectiveSection(Section):
         "a value for every token and GAE; batch, others, group: the mean of the batch's other rewards, of the prompt's other samples, of all its "
         "samples; greedy: the greedy response's reward",
     )  # fmt: skip
-    stakes: bool = Field(
+    baseline_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="of baseline = 'critic': V(x) times this; 0.5 and 0 are the controls that any other baseline must beat",
+    )
+    optimal_baseline: bool = Field(
         False,
-        description="with baseline = 'critic', 'centred' or 'beta': shift its odds so that the gradient varies least, by how hard right and wrong "
-        "responses pulled in earlier steps (what sppo-stakes, the default, is)",
+        description="with baseline = 'critic', 'centred' or 'beta': shift its odds to the baseline of least gradient variance, measured in earlier "
+        "steps (preset sppo-optimal)",
     )
     scale: Literal["none", "group", "batch"] = Field(
         "none",
@@ -314,6 +320,8 @@ class ObjectiveSection(Section):
     @field_validator("algorithm")
     @classmethod
     def _known_algorithm(cls, value: str) -> str:
+        if value in RENAMED:
+            raise ValueError(f"{value!r} has a new name: {RENAMED[value]!r}")
         if value not in PRESETS:
             raise ValueError(nearest(value, list(PRESETS)))
         return value
@@ -329,14 +337,18 @@ class ObjectiveSection(Section):
                 f"average = {self.average!r} is about tokens, and ratio is {self.ratio!r}: set ratio = 'token' (or leave it to the preset of "
                 f"algorithm = {self.algorithm!r}), or average = 'auto'"
             )
-        if self.stakes and self.baseline not in CHANCES:
+        if self.optimal_baseline and self.baseline not in CHANCES:
             raise ValueError(
-                f"stakes shifts the odds of a chance of success, and baseline = {self.baseline!r} is none: use 'critic', 'centred' or 'beta', or "
-                "set stakes = false"
+                f"optimal_baseline shifts the odds of a chance of success, and baseline = {self.baseline!r} is none: use 'critic', 'centred' or 'beta', or "
+                "set optimal_baseline = false"
             )
-        if self.stakes and self.scale == "batch":
+        if self.optimal_baseline and self.scale == "batch":
             raise ValueError(
-                "scale = 'batch' takes back the shift that stakes has given the baseline: leave it out, or set stakes = false"
+                "scale = 'batch' takes back the shift of optimal_baseline: leave it out, or set optimal_baseline = false"
+            )
+        if self.baseline_weight != 1 and (self.baseline != "critic" or self.ev_gate or self.optimal_baseline):
+            raise ValueError(
+                "baseline_weight is about baseline = 'critic' as it is, without optimal_baseline or ev_gate"
             )
         if self.ev_gate and self.baseline != "critic":
             raise ValueError("ev_gate is about baseline = 'critic'")

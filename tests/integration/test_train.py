@@ -327,7 +327,7 @@ def test_a_reward_that_breaks_loses_no_step(tmp_path):
     }
     FLAKY.update(after=10**9, calls=0)
     whole, _ = run_small(tmp_path / "whole", **overrides)
-    FLAKY.update(after=3, calls=0)  # the evaluation before, and two steps
+    FLAKY.update(after=4, calls=0)  # the evaluation before, the base rate, and two steps
     with pytest.raises(RewardError, match=r"the judge is gone.*step 2 is saved.*--resume"):
         run_small(tmp_path / "broken", **overrides)
     FLAKY.update(after=10**9)

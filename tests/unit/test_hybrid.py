@@ -12,11 +12,11 @@ from sppo.errors import RecipeError
 from sppo.rewards.base import load_reward
 from sppo.training.batch import pack
 from sppo.training.credit import credit
-from sppo.training.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stretch_stakes
+from sppo.training.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stretch_scores
 from sppo.training.loop import train
+from sppo.training.optimal_baseline import squared_scores
 from sppo.training.run import Run
 from sppo.training.segments import seen_ends, segment_starts, token_ends
-from sppo.training.stakes import stakes
 from sppo.types import Rollout, Task, Verdict
 
 from ..conftest import small_config, small_critic, small_policy
@@ -98,13 +98,13 @@ def test_the_gradient_is_unbiased_for_any_scores_and_any_gate(seed):
     gate.cross, gate.square = torch.rand(KINDS, generator=random).tolist(), [1.0] * KINDS
     prefixes = [(s, t, t, float(gap[INDEX[y[:t]]])) for s, y in enumerate(RESPONSES) for t in range(1, len(y))]
     stake_ST = torch.rand(len(RESPONSES), LIMIT, generator=random)
-    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, stretch_stakes(stake_ST, prefixes), LIMIT)
+    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, stretch_scores(stake_ST, prefixes), LIMIT)
     assert metrics["hybrid/eta"] > 0.1
     found = expected_gradient(theta, theta, advantage_ST, ratio="token", mask=MASK_ST)
     assert error(found, true_gradient(theta, reward_S)) < 1e-10
     late = [(s, t - 1, place, g) for s, t, place, g in prefixes]  # the control: credit that sees its own token
     gate.cross, gate.square = [0.8] * KINDS, [1.0] * KINDS
-    biased, _ = gate.less(reward_S - 0.37, late, stretch_stakes(stake_ST, late), LIMIT)
+    biased, _ = gate.less(reward_S - 0.37, late, stretch_scores(stake_ST, late), LIMIT)
     assert (
         error(expected_gradient(theta, theta, biased, ratio="token", mask=MASK_ST), true_gradient(theta, reward_S))
         > 1e-3
@@ -120,7 +120,7 @@ def test_the_gate_by_hand():
     stake_BT = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 1.0]])  # from each prefix on, 1
 
     def learnt(prefixes):
-        return gate.less(rest_B, prefixes, stretch_stakes(stake_BT, prefixes), 3)
+        return gate.less(rest_B, prefixes, stretch_scores(stake_BT, prefixes), 3)
 
     first, metrics = learnt([(0, 1, 1, 0.4), (1, 1, 1, 0.2), (1, 2, 2, 0.3)])
     assert torch.equal(first, torch.tensor([[0.5] * 3, [-0.5] * 3]))  # nothing is known yet
@@ -135,14 +135,14 @@ def test_the_gate_by_hand():
     assert gate.cross[2] == pytest.approx(2 * 0.5 * 0.4)
 
 
-def test_stakes_are_what_a_wrong_baseline_costs():
+def test_squared_scores_are_what_a_wrong_baseline_costs():
     """(1 − π)² of the tokens from a prefix to the next, with mean 1; nothing beyond a response."""
     policy = small_policy()
     batch = pack([said(policy, "7+5=2;A:2"), said(policy, "A:2")], policy.pad_id)
-    stake_BT = stakes(policy, batch)
+    stake_BT = squared_scores(policy, batch)
     assert torch.allclose(stake_BT[0], torch.tensor((1 - math.exp(-1)) ** 2))
     assert stake_BT[1, 4:].abs().max() == 0
-    found = stretch_stakes(stake_BT, [(0, 2, 1, 0.1), (0, 6, 2, 0.1), (1, 1, 1, 0.1)])  # 4, 4 and 3 tokens
+    found = stretch_scores(stake_BT, [(0, 2, 1, 0.1), (0, 6, 2, 0.1), (1, 1, 1, 0.1)])  # 4, 4 and 3 tokens
     assert found == pytest.approx([12 / 11, 12 / 11, 9 / 11])
     assert levelled([0.0, 0.0]) == [1.0, 1.0]
     assert levelled([]) == []
@@ -156,7 +156,7 @@ def test_the_fit_is_the_baseline_of_least_variance():
     stake_BT = torch.tensor([[0.1**2]] * 9 + [[0.9**2]])
     for gap in (0.4, -0.5):
         prefixes = [(i, 0, 1, gap) for i in range(10)]
-        gate.less(rest_B, prefixes, stretch_stakes(stake_BT, prefixes), 1)
+        gate.less(rest_B, prefixes, stretch_scores(stake_BT, prefixes), 1)
     assert gate.eta(1, 0.4) == 0.0  # a Φ of 0.9 would be worse than b
     assert b + gate.eta(1, -0.5) * -0.5 == pytest.approx(0.1)  # of one of 0 four fifths are taken
 

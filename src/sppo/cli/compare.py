@@ -27,7 +27,7 @@ from ..errors import RecipeError, RunFailure, UserError
 from ..spec import nearest, parse_spec, split_specs
 from ._shared import add_recipe_options, emit, overrides
 
-DEFAULT = "sppo-stakes,sppo,grpo,rloo,reinforce"
+DEFAULT = "sppo,sppo-optimal,grpo,rloo,reinforce"
 START = "checkpoints/step-000000/policy"
 AMBITION = 0.8
 """Without --target: so much of the way from the start to the best mean accuracy at the end."""

@@ -32,6 +32,8 @@ class Evaluation:
     samples: int
     pass_at_k: dict[str, float]
     mean_tokens: float
+    entropy: float | None
+    """Nats per token: the mean of −log π over what was sampled; None where nothing was, or greedily."""
     truncated: float
     overruled: float
     """The share of responses that the reward pays and that count as wrong, because they were cut at the limit."""
@@ -88,6 +90,7 @@ def evaluate(
             if k <= len(graded):
                 passes[k].append(pass_at_k(len(graded), solved, k))
     accuracy, low, high = accuracy_interval(means, samples)
+    tokens = sum(len(r.logps) for r in rollouts)
     return Evaluation(
         accuracy=accuracy,
         low=low,
@@ -95,6 +98,7 @@ def evaluate(
         n=len(means),
         samples=samples,
         pass_at_k={f"pass@{k}": sum(v) / len(v) for k, v in passes.items() if v},
+        entropy=-sum(map(sum, (r.logps for r in rollouts))) / tokens if tokens and sampling.temperature else None,
         mean_tokens=sum(len(r.response_ids) for r in rollouts) / max(len(rollouts), 1),
         truncated=sum(r.finish == "length" for r in rollouts) / max(len(rollouts), 1),
         overruled=overruled([r.verdict for r in rollouts if r.verdict]),

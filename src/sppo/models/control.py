@@ -241,9 +241,9 @@ class ControlPolicy(Policy):
         success, length = self.states.outcomes[int(ids[0])]
         return f"{'success' if success else 'failure'} after {length} steps"
 
-    def stakes(self, logp_BT: Tensor) -> Tensor:
+    def squared_score(self, logp_BT: Tensor) -> Tensor:
         """See `Policy`; a density does not tell how long its score is: all alike."""
-        return super().stakes(logp_BT) if self.environment.actions else torch.ones_like(logp_BT)
+        return super().squared_score(logp_BT) if self.environment.actions else torch.ones_like(logp_BT)
 
     def response_logps(
         self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor, temperature: float

@@ -229,7 +229,7 @@ class Policy:
         logp_BT = self.response_logps(ids_BL, prompt_len_B, response_len_B, 1.0).logp_BT
         return [logps[: len(r)] for logps, r in zip(logp_BT.tolist(), responses, strict=True)]
 
-    def stakes(self, logp_BT: Tensor) -> Tensor:
+    def squared_score(self, logp_BT: Tensor) -> Tensor:
         """(1 − π)² of each token, [B, T]: the squared length of its score in logits, but for a factor between 1 and 2."""
         return (1 - logp_BT.exp()).square()
 

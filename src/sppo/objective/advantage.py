@@ -16,9 +16,9 @@ from torch import Tensor
 from .ratio import wide
 
 
-def critic_advantage(reward_B: Tensor, critic_logit_B: Tensor) -> Tensor:
-    """R − σ(c(x)), without gradient. Shapes [B], [B] → [B]."""
-    return (wide(reward_B) - torch.sigmoid(wide(critic_logit_B))).detach()
+def critic_advantage(reward_B: Tensor, critic_logit_B: Tensor, weight: float = 1.0) -> Tensor:
+    """R − weight·σ(c(x)), without gradient. Shapes [B], [B] → [B]."""
+    return (wide(reward_B) - weight * torch.sigmoid(wide(critic_logit_B))).detach()
 
 
 def group_sums(x_B: Tensor, mask_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:

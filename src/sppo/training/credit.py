@@ -39,7 +39,7 @@ from ..objective.diagnostics import critic_quality, explained_variance
 from .batch import Batch, micro_batches
 from .history import History
 from .optim import MasterAdamW
-from .stakes import Odds
+from .optimal_baseline import OptimalBaseline
 
 EV_MEMORY = 0.9
 """Decay of the running explained variance that the EV gate reads."""
@@ -164,12 +164,12 @@ class _Trained:
 
 class PromptCritic(_Trained):
     """R − b(x), b from V(x) = σ(c(x)): as it is, with what it missed on the others, or shrunk towards what was seen of the prompt; and with
-    `objective.stakes`, moved from the best prediction to the best baseline."""
+    `objective.optimal_baseline`, moved from the best prediction to the best baseline."""
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
         self.history = History(config.objective.half_life)
-        self.odds = Odds(policy, config.objective)
+        self.optimal = OptimalBaseline(policy, config.objective)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol."""
@@ -177,7 +177,9 @@ class PromptCritic(_Trained):
         logit_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget)
         value_B = logit_B.sigmoid()
         metrics: dict[str, Any] = {}
-        earned_B = batch.correct_B if o.stakes else reward_B  # what stakes turns into a baseline is a chance of success
+        earned_B = (
+            batch.correct_B if o.optimal_baseline else reward_B
+        )  # what OptimalBaseline turns into a baseline is a chance of success
         if o.baseline == "beta":
             metrics["critic/strength"] = self.history.strength
             advantage_B = earned_B - self._shrunk(batch, earned_B, value_B)
@@ -187,12 +189,12 @@ class PromptCritic(_Trained):
         elif o.ev_gate:
             advantage_B = gated_advantage(earned_B, logit_B, keep_B, self.running_ev)
         else:
-            advantage_B = critic_advantage(earned_B, logit_B)
-        if o.stakes:
-            metrics["critic/shift"] = self.odds.shift
+            advantage_B = critic_advantage(earned_B, logit_B, o.baseline_weight)
+        if o.optimal_baseline:
+            metrics["critic/shift"] = self.optimal.shift
             chance_B = earned_B - advantage_B
-            advantage_B = reward_B - self.odds.baseline(chance_B)
-            self.odds.learn(batch, chance_B, reward_B)
+            advantage_B = reward_B - self.optimal.baseline(chance_B)
+            self.optimal.learn(batch, chance_B, reward_B)
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_B, reward_B, batch, o.scale), value_B, metrics
 
@@ -234,14 +236,14 @@ class PromptCritic(_Trained):
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, masters, and what was measured."""
-        return super().state_dict() | {"history": self.history.state_dict(), "odds": self.odds.state_dict()}
+        return super().state_dict() | {"history": self.history.state_dict(), "optimal": self.optimal.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         super().load_state_dict(state)
         self.history.load_state_dict(state["history"])
-        if "odds" in state:  # else of a version that knew none
-            self.odds.load_state_dict(state["odds"])
+        if "optimal" in state:  # else of a version that knew none
+            self.optimal.load_state_dict(state["optimal"])
 
 
 class TokenCritic(_Trained):

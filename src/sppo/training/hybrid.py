@@ -33,8 +33,8 @@ from ..rewards.steps import SPLITS
 from ..types import Rollout
 from .batch import Batch
 from .credit import Found, PromptCritic, TokenCritic, _Trained, scaled
+from .optimal_baseline import DOUBT, MEMORY, squared_scores
 from .segments import seen_ends, segment_starts, token_ends
-from .stakes import DOUBT, MEMORY, stakes
 
 PLACES = 16
 """Prefixes are told apart by how many steps they hold, up to so many."""
@@ -43,7 +43,7 @@ Prefix = tuple[int, int, int, float]
 """The row of a response, the first token after some of its steps, how many steps (at most PLACES), and Φ − b there."""
 
 
-def stretch_stakes(stake_BT: Tensor, prefixes: Sequence[Prefix]) -> list[float]:
+def stretch_scores(stake_BT: Tensor, prefixes: Sequence[Prefix]) -> list[float]:
     """The stakes from each prefix to the next of its row, or to the row's end; on average 1."""
     until_BT = functional.pad(stake_BT.double().cumsum(1), (1, 0))
     out = []
@@ -138,7 +138,7 @@ class StepCredit(_Gated, PromptCritic):
                 seen.append((place, bad, float(rest_B[b])))
         for sums in (self.effect, self.number):
             sums[:] = [[MEMORY * x for x in row] for row in sums]
-        weights = stretch_stakes(stakes(self.policy, batch), prefixes)
+        weights = stretch_scores(squared_scores(self.policy, batch), prefixes)
         for (place, bad, rest), weight in zip(seen, weights, strict=True):
             self.effect[place][bad] += weight * rest
             self.number[place][bad] += weight
@@ -189,7 +189,7 @@ class SegmentCredit(_Gated, TokenCritic):
             for place, start in enumerate(starts)
             if place and batch.keep_B[b]
         ]
-        weights = stretch_stakes(stakes(self.policy, batch), prefixes)
+        weights = stretch_scores(squared_scores(self.policy, batch), prefixes)
         advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, weights, token_BT.size(1))
         metrics |= self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
@@ -222,7 +222,7 @@ class SiblingCredit(_Gated, PromptCritic):
         if not batch.nodes:  # nothing forked
             advantage_BT += (reward_B - value_B)[:, None]
         seen = []
-        until_BT = functional.pad(stakes(self.policy, batch).cumsum(1), (1, 0))
+        until_BT = functional.pad(squared_scores(self.policy, batch).cumsum(1), (1, 0))
         worth = returns(batch.nodes, reward_B.tolist(), batch.keep_B.tolist())
         for node, (q, others) in zip(batch.nodes, worth, strict=True):
             if q is None:

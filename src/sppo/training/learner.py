@@ -22,9 +22,9 @@ from ..errors import EngineMismatch, NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
-from ..objective.kl import kl_in_reward, sequence_kl
+from ..objective.kl import kl_in_reward
+from ..objective.loss import Scored, denominator, policy_loss
 from ..objective.ratio import log_ratio
-from ..objective.surrogate import cispo, normalised_sum, plain, response_means, surrogate
 from .batch import Batch, micro_batches
 from .credit import credit
 from .optim import MasterAdamW, learning_rate
@@ -159,65 +159,41 @@ class Learner:
         o = self.config.objective
         rows = torch.cat(minibatch)
         sequences, tokens = float(batch.share_B[rows].sum()), float(batch.count_BT[rows].sum())
-        denominator = sequences
-        if o.ratio == "token":
-            constant = sequences * self.config.rollout.max_tokens
-            denominator = {"auto": tokens, "tokens": tokens, "responses": sequences, "constant": constant}[o.average]
+        divisor = denominator(o, sequences, tokens, self.config.rollout.max_tokens)
         for part in minibatch:
             current = self._logps(self.policy, batch, part)
-            logp_bT, mask_bT = current.logp_BT, current.mask_BT
-            width = mask_bT.size(1)
+            width, device = current.mask_BT.size(1), current.logp_BT.device
             if number == 0:
-                self._settle_first(old_BT, part, logp_bT, width)
-            old_bT = old_BT[part, :width].to(logp_bT.device)
-            behaviour_bT = batch.behaviour_logp_BT[part, :width].to(logp_bT.device)
-            anchor_bT = old_bT
-            if o.anchor == "reference":
-                assert reference_BT is not None
-                anchor_bT = reference_BT[part, :width].to(logp_bT.device)
-            log_r = log_ratio(logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
-            advantage = advantage_B[part, :width] if advantage_B.dim() == 2 else advantage_B[part]
-            if o.ratio == "token" and advantage.dim() == 1:
-                advantage = advantage[:, None]
-            advantage = advantage.to(logp_bT.device)
-            if o.surrogate == "clip":
-                value, clipped = surrogate(log_r, advantage, o.clip, o.dual_clip or None)
-            else:
-                logp = log_ratio(logp_bT, torch.zeros_like(logp_bT), mask_bT, o.ratio, o.kappa)
-                value, clipped = (
-                    cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
-                )
-            element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
-            if batch.nodes:  # what leaves share counts once
-                count_bT = batch.count_BT[part, :width].to(logp_bT.device)
-                element_mask, value = count_bT > 0, value * count_bT
-            if o.engine_correction:
-                mismatch = log_ratio(old_bT, behaviour_bT, mask_bT, o.ratio, o.kappa)
-                mismatch = mismatch.clamp(max=math.log(o.engine_correction))
-                value = value * mismatch.exp()
-                tally.correction.append(mismatch[element_mask].cpu())
-            if o.average == "responses":
-                value = response_means(value, mask_bT)
-            loss = -normalised_sum(value, element_mask, denominator)
-            if o.kl > 0 and o.kl_form != "reward":
-                assert reference_BT is not None
-                kl_b = sequence_kl(logp_bT, reference_BT[part, :width].to(logp_bT.device), mask_bT, o.kl_form)
-                if batch.weight_B is not None:
-                    kl_b = kl_b * batch.weight_B[part].to(kl_b.device)
-                loss = loss + o.kl * kl_b.sum() / sequences
-            loss.backward()
+                self._settle_first(old_BT, part, current.logp_BT, width)
+
+            def of(full: Tensor, part: Tensor = part, width: int = width, device: torch.device = device) -> Tensor:
+                return (full[part, :width] if full.dim() == 2 else full[part]).to(device)
+
+            x = Scored(
+                current.logp_BT,
+                of(old_BT),
+                of(batch.behaviour_logp_BT),
+                current.mask_BT,
+                of(batch.count_BT) if batch.nodes else None,
+                None if reference_BT is None else of(reference_BT),
+                None if batch.weight_B is None else of(batch.weight_B),
+            )
+            found = policy_loss(x, of(advantage_B), o, sequences=sequences, divisor=divisor)
+            found.value.backward()
+            if found.correction is not None:
+                tally.correction.append(found.correction[found.element_mask].cpu())
             tally.observe(
                 number,
                 part,
-                loss.detach(),
-                log_r.detach(),
-                clipped,
-                element_mask,
+                found.value.detach(),
+                found.log_ratio.detach(),
+                found.clipped,
+                found.element_mask,
                 current.entropy_BT,
-                mask_bT,
-                old_bT,
-                behaviour_bT + batch.kept_BT[part, :width].to(logp_bT.device),
-                logp_bT.detach(),
+                x.mask_bT,
+                x.old_bT,
+                x.behaviour_bT + of(batch.kept_BT),
+                x.logp_bT.detach(),
             )
             if self.tight:
                 give_back()

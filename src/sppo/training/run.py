@@ -34,7 +34,7 @@ from ..objective.diagnostics import explained_variance_ceiling
 from ..rewards.base import fitting_reward, load_reward
 from ..rewards.combine import MixedReward, adds
 from ..rollout.canary import Canary
-from ..rollout.collect import overruled
+from ..rollout.collect import collect, overruled
 from ..rollout.engine import Engine, Sampling, TreeEngine, load_engine
 from ..tasks.base import GIVEN, load_pair
 from ..tasks.rows import columns_found
@@ -56,6 +56,9 @@ from .plan import Model, plan, typical_prompt
 from .provenance import data_of, moved, must_be_the_same, must_be_there
 from .rundir import DATA, RunDirectory
 from .search import Search
+
+BASE_RATE_PROBLEMS = 256
+"""Training problems on which the critic's start is measured."""
 
 
 class Run:
@@ -299,13 +302,25 @@ class Run:
             self.observer.evaluation(0, result)
             self.health.evaluated(result)
             if self.critic is not None:
-                self.critic.start_at(result.accuracy)
+                self.critic.start_at(self._base_rate(result.accuracy))
             self.save()
         else:
             if not (self.directory.path / DATA).exists():  # of a version that kept no hashes: from now on they count
                 self.directory.data(self.data)
             self.sync()
         self.observer.stage("train", self.config.training.steps, self.state.step)
+
+    def _base_rate(self, otherwise: float) -> float:
+        """The share solved of training problems as the first steps will sample them; `otherwise` where none can be graded."""
+        before = self.curriculum.state_dict()
+        tasks = self.curriculum.sample(BASE_RATE_PROBLEMS)
+        self.curriculum.load_state_dict(before)
+        rollouts = collect(
+            self.engine, self.policy, self.reward, tasks, self.sampling, seed=(self.config.seed, "base rate"),
+            truncated=self.config.rollout.truncated, progress=lambda done: self.within("evaluating", done, len(tasks)),
+        )  # fmt: skip
+        graded = [r.verdict.correct for r in rollouts if r.verdict and not r.verdict.masked]
+        return sum(graded) / len(graded) if graded else otherwise
 
     def within(self, what: str, done: int, total: int) -> None:
         """Progress inside a step: `what` is `sampling`, `judging`, `updating` or `evaluating`."""
@@ -384,6 +399,7 @@ class Run:
             "data/passed_over": self.curriculum.passed_over,
             **self.curriculum.metrics(),
             **gathered.metrics,
+            "advantage/mean": float(advantage_B[batch.keep_B].mean()) if masked < len(batch) else None,
             "advantage/std": float(advantage_B[batch.keep_B].std()) if len(batch) - masked > 1 else None,
             "advantage/size": float(credit.abs().mean()) if len(credit) else None,
             "advantage/variance": float(credit.var()) if len(credit) > 1 else None,
@@ -415,7 +431,8 @@ class Run:
                 "eval/accuracy": self.state.last["accuracy"], "eval/low": result.low, "eval/high": result.high,
                 **{f"eval/{name}": value for name, value in result.measures.items()},
                 **{f"eval/{who}_{key}": found[key] for who, found in result.calibration.items() for key in ("ece", "brier", "auc", "aurc")},
-                "eval/mean_tokens": result.mean_tokens, "critic/ev_ceiling": self._ceiling(result),
+                "eval/mean_tokens": result.mean_tokens, "eval/entropy": result.entropy,
+                **{f"eval/{name}": value for name, value in result.pass_at_k.items()}, "critic/ev_ceiling": self._ceiling(result),
             }  # fmt: skip
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),

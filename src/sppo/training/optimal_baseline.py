@@ -29,12 +29,12 @@ DOUBT = 8.0
 """Every running mean is as if so many responses without any effect had been seen besides."""
 
 
-def stakes(policy: Policy, batch: Batch) -> Tensor:
+def squared_scores(policy: Policy, batch: Batch) -> Tensor:
     """Of each token when it was sampled, [B, T]; 0 beyond a response."""
-    return torch.where(batch.mask_BT, policy.stakes(batch.behaviour_logp_BT + batch.kept_BT), 0.0)
+    return torch.where(batch.mask_BT, policy.squared_score(batch.behaviour_logp_BT + batch.kept_BT), 0.0)
 
 
-class Odds:
+class OptimalBaseline:
     """log(w₁/w₀), R₁ and R₀ of earlier batches.
 
     Hard problems have other responses than easy ones, and more wrong ones; w₁ and w₀ must be of the *same* problems. So there a right
@@ -72,7 +72,9 @@ class Odds:
 
     def learn(self, batch: Batch, chance_B: Tensor, reward_B: Tensor) -> None:
         """Take in a batch's responses, each as right as it was found to be, and the chances that they were given before. [B] × 2."""
-        stake_B = stakes(self.policy, batch).double().sum(1) / batch.response_len_B.clamp(min=1) ** (2 * self.power)
+        stake_B = squared_scores(self.policy, batch).double().sum(1) / batch.response_len_B.clamp(min=1) ** (
+            2 * self.power
+        )
         if batch.weight_B is not None:
             stake_B = stake_B * batch.weight_B.square()  # the curriculum's factor of the advantage scales the score
         known_B = batch.keep_B & stake_B.isfinite() & reward_B.isfinite()

@@ -1,4 +1,4 @@
-"""The baseline by stakes: what it is fitted to, that it is the one of least variance, and that the gradient stays what it is."""
+"""The optimal baseline: what it is fitted to, that it is the one of least variance, and that the gradient stays what it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sppo.models.control import ControlPolicy
 from sppo.objective.advantage import shifted
 from sppo.training.batch import Batch
 from sppo.training.credit import credit
-from sppo.training.stakes import DOUBT, MEMORY, Odds, stakes
+from sppo.training.optimal_baseline import DOUBT, MEMORY, OptimalBaseline, squared_scores
 
 from ..conftest import small_config, small_critic, small_policy
 from ..exact.tabular import MASK_ST, logps, parameters, probabilities, rewards, scores
@@ -38,11 +38,13 @@ def batch_of(logp_BT, correct_B, mask_BT=None, **changes) -> Batch:
     return Batch(**parts | changes)
 
 
-def odds_of(**objective) -> Odds:
-    return Odds(small_policy(), small_config(**{f"objective.{k}": v for k, v in objective.items()}).objective)
+def odds_of(**objective) -> OptimalBaseline:
+    return OptimalBaseline(
+        small_policy(), small_config(**{f"objective.{k}": v for k, v in objective.items()}).objective
+    )
 
 
-def learn(odds: Odds, batch: Batch, chance) -> None:
+def learn(odds: OptimalBaseline, batch: Batch, chance) -> None:
     odds.learn(batch, torch.as_tensor(chance).expand(len(batch)), batch.reward_B)
 
 
@@ -87,7 +89,7 @@ def test_a_density_says_nothing_of_its_score():
     batch = batch_of(torch.tensor([[1.5, -2.0]]), torch.tensor([1.0]))
     for task, expected in (("pendulum", 1.0), ("precision-cartpole", (1 - math.exp(-2.0)) ** 2)):
         policy = ControlPolicy._made(task, 8, 1, 0, "mlp")
-        assert float(stakes(policy, batch)[0, 1]) == pytest.approx(expected)
+        assert float(squared_scores(policy, batch)[0, 1]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 3.0)])
@@ -112,7 +114,7 @@ def noise(probability_S, square_S, reward_S, baseline) -> float:
 def test_the_gradient_varies_least(seed, shaped, monkeypatch):
     """Every response of a small policy, as often as it comes. V is the true chance of success: the best prediction, not the best baseline.
     Shaped: right and wrong ones earn more or less, by how they look."""
-    monkeypatch.setattr("sppo.training.stakes.DOUBT", 1e-9)
+    monkeypatch.setattr("sppo.training.optimal_baseline.DOUBT", 1e-9)
     theta, right_S = parameters(seed), rewards(seed)
     reward_S = 0.7 * right_S - 0.4 + torch.linspace(0, 0.3, len(right_S), dtype=torch.float64) if shaped else right_S
     probability_S = probabilities(theta)
@@ -137,7 +139,7 @@ def test_shifted_odds():
 def test_what_the_critic_missed_is_a_chance_too_where_rewards_are_not():
     """Eight failures that earn −1.5, V = ½: with what V missed the chance is 0, and nobody is blamed for what everybody earns."""
     policy = small_policy()
-    keys = {"objective.algorithm": "sppo-centred", "objective.stakes": True}
+    keys = {"objective.algorithm": "sppo-centred", "objective.optimal_baseline": True}
     made = credit(small_config(**keys), policy, small_critic())
     made.model.logits = lambda tasks, tokens: torch.zeros(len(tasks))
     batch = batch_of(torch.full((8, 1), HALF), torch.zeros(8), reward_B=torch.full((8,), -1.5))
@@ -148,37 +150,38 @@ def test_what_the_critic_missed_is_a_chance_too_where_rewards_are_not():
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "sppo-hybrid"])
-def test_stakes_want_a_chance_of_success(name):
-    with pytest.raises(RecipeError, match="stakes shifts the odds of a chance of success"):
-        Config.load(None, {"objective.algorithm": name, "objective.stakes": True})
-    mine = Config.load(None, {"objective.algorithm": "sppo-centred", "objective.stakes": True})
-    assert not mine.as_algorithm(name, {}).objective.stakes
-    with pytest.raises(RecipeError, match="stakes shifts the odds"):  # named, and contradicted
-        Config.load(None, {"objective.algorithm": "sppo-stakes", "objective.baseline": "batch"})
+def test_the_optimal_baseline_needs_a_chance_of_success(name):
+    with pytest.raises(RecipeError, match="optimal_baseline shifts the odds of a chance of success"):
+        Config.load(None, {"objective.algorithm": name, "objective.optimal_baseline": True})
+    mine = Config.load(None, {"objective.algorithm": "sppo-centred", "objective.optimal_baseline": True})
+    assert not mine.as_algorithm(name, {}).objective.optimal_baseline
+    with pytest.raises(RecipeError, match="optimal_baseline shifts the odds"):  # named, and contradicted
+        Config.load(None, {"objective.algorithm": "sppo-optimal", "objective.baseline": "batch"})
     with pytest.raises(RecipeError, match="takes back the shift"):
-        Config.load(None, {"objective.stakes": True, "objective.scale": "batch"})
+        Config.load(None, {"objective.optimal_baseline": True, "objective.scale": "batch"})
 
 
 @pytest.mark.parametrize(
-    ("keys", "algorithm", "stakes_on"),
-    [
-        ({}, "sppo-stakes", True), ({"objective.clip": [0.1, 0.2]}, "sppo-stakes", True),
-        ({"objective.baseline": "centred"}, "sppo", False), ({"objective.baseline": "batch"}, "sppo", False),
-        ({"objective.ev_gate": True}, "sppo", False), ({"objective.scale": "batch"}, "sppo", False),
-        ({"objective.baseline": "beta", "objective.stakes": True}, "sppo", True), ({"objective.algorithm": "sppo"}, "sppo", False),
-    ],
+    "keys",
+    [{"objective.baseline": "centred"}, {"objective.baseline": "batch"}, {"objective.ev_gate": True}, {"objective.scale": "batch"}],
 )  # fmt: skip
-def test_the_default_is_for_who_says_nothing_of_the_baseline(keys, algorithm, stakes_on):
-    config = Config.load(None, keys)
-    assert (config.objective.algorithm, config.objective.stakes) == (algorithm, stakes_on)
-    assert Config.load(None, {**keys, "objective.algorithm": "sppo"}).objective.stakes == bool(
-        keys.get("objective.stakes")
-    )
+def test_no_other_key_changes_the_algorithm(keys):
+    default = Config.load(None).objective.algorithm
+    assert Config.load(None, keys).objective.algorithm == default
+    named = Config.load(None, {**keys, "objective.algorithm": "sppo"}).objective
+    assert (named.algorithm, named.optimal_baseline) == ("sppo", False)
+
+
+def test_earlier_names_are_refused_with_the_new_ones():
+    with pytest.raises(RecipeError, match="'objective.stakes' has a new name: 'objective.optimal_baseline'"):
+        Config.load(None, {"objective.stakes": True})
+    with pytest.raises(RecipeError, match="'sppo-stakes' has a new name: 'sppo-optimal'"):
+        Config.load(None, {"objective.algorithm": "sppo-stakes"})
 
 
 def test_it_learns_from_earlier_batches_only_and_is_kept():
     policy = small_policy()
-    made = credit(small_config(**{"objective.algorithm": "sppo-stakes"}), policy, small_critic())
+    made = credit(small_config(**{"objective.algorithm": "sppo-optimal"}), policy, small_critic())
     made.model.logits = lambda tasks, tokens: torch.zeros(len(tasks))
     logp_BT = torch.log(torch.tensor([[0.9]] * 9 + [[0.1]]))
     batch = batch_of(logp_BT, torch.tensor([1.0] * 9 + [0.0]))
@@ -186,14 +189,14 @@ def test_it_learns_from_earlier_batches_only_and_is_kept():
     first, _, metrics = made.advantage(batch, batch.reward_B)
     assert first.tolist() == pytest.approx([0.5] * 9 + [-0.5])
     assert metrics["critic/shift"] == 0.0
-    again = credit(small_config(**{"objective.algorithm": "sppo-stakes"}), policy, small_critic())
+    again = credit(small_config(**{"objective.algorithm": "sppo-optimal"}), policy, small_critic())
     state = made.state_dict()
     again.load_state_dict(state)
-    assert again.odds.shift == made.odds.shift < -0.5
-    baseline = float(made.odds.baseline(torch.tensor([0.5])))
+    assert again.optimal.shift == made.optimal.shift < -0.5
+    baseline = float(made.optimal.baseline(torch.tensor([0.5])))
     second, value_B, _ = made.advantage(batch, batch.reward_B)
     assert second.tolist() == pytest.approx([1 - baseline] * 9 + [-baseline])
     assert value_B.tolist() == pytest.approx([0.5] * 10)  # what is measured and shown is V
-    assert again.odds.shift != made.odds.shift  # the state was a copy
-    del state["odds"]  # of a version that knew none
+    assert again.optimal.shift != made.optimal.shift  # the state was a copy
+    del state["optimal"]  # of a version that knew none
     again.load_state_dict(state)
