@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: setup quickstart test fuzz check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-busy
+.PHONY: bench-busy bench-pretrained
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-trl, bench-stability   the evidence (docs/evidence.md): against TRL's own trainer, and by length"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
+	@echo "make bench-pretrained   baselines and ratios on SmolLM2-135M: with a GPU, --jobs 8"
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make test         linter, types, layers and all tests"
@@ -110,6 +111,9 @@ bench-head: setup
 
 bench-reward-model: setup
 	$(BIN)/python benchmarks/reward_model.py
+
+bench-pretrained: setup | models/smollm2-135m
+	$(BIN)/python benchmarks/pretrained.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -127,9 +127,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(changes.pop("run.out", None) or f"runs/compare-{Path(args.recipe).stem}")
     if (out / "recipe.toml").exists() or (out.exists() and not out.is_dir()):
         raise UserError(f"--out {out} is a run or a file, not a folder for a comparison: choose another")
-    for key, why in {"run.threads": "--jobs decides it", "training.measure_noise": "it is always on here"}.items():
-        if key in changes:
-            raise UserError(f"--{key} has no place in a comparison: {why}")
+    if "run.threads" in changes:
+        raise UserError("--run.threads has no place in a comparison: --jobs decides it")
+    changes.setdefault("training.measure_noise", True)  # a large model may rather not hold copies of its gradient
     labels, entries = _entries(args, changes, out)
     try:
         _write_recipes(entries, out)
@@ -250,7 +250,7 @@ def _entries(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> tu
         for label in labels:
             algorithm, options = named[label]
             folder = out / re.sub(r"[^\w.=-]+", "-", label) / f"seed-{seed}"
-            fixed = {"seed": seed, "run.out": str(folder), "run.threads": threads, "training.measure_noise": True}
+            fixed = {"seed": seed, "run.out": str(folder), "run.threads": threads}
             config = first.as_algorithm(algorithm, options | fixed)
             start = None
             if config.bootstrap is not None:
