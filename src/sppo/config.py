@@ -176,9 +176,9 @@ class Config(Section):
             raise ValueError(
                 "rollout.kind = 'tree' counts every shared token once: leave objective.scale and objective.average out"
             )
-        if o.kl > 0 and o.kl_form != "reward":
+        if o.kl > 0 and o.kl_form != "reward" and not o.kl_of_tokens:
             raise ValueError(
-                "rollout.kind = 'tree' has no whole responses in its loss: set objective.kl_form = 'reward'"
+                "rollout.kind = 'tree' has no whole responses in its loss: set objective.kl_level = 'token', or kl_form = 'reward'"
             )
 
     def _search(self) -> None:
@@ -262,6 +262,7 @@ class Config(Section):
             *((f"objective.{key}", o.baseline == name, f"objective.baseline = {name!r}") for key, name in of_baseline.items()),
             ("objective.kappa", o.ratio == "family", "objective.ratio = 'family'"),
             ("objective.kl_form", o.kl > 0, "objective.kl above 0"),
+            ("objective.kl_level", o.kl > 0 and o.kl_form != "reward", "a KL in the loss: objective.kl above 0, kl_form = 'k2' or 'k3'"),
             *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget", "leaves")),
             ("rollout.segments", segments, "rollout.kind = 'tree', objective.phi = 'segments' and [search]"),
             *((f"curriculum.{key}", predicted, "curriculum.kind = 'predicted'") for key in ("floor", "pool", "corrected")),

@@ -287,7 +287,19 @@ class ObjectiveSection(Section):
     kl: float = Field(0.0, ge=0, description="weight of the KL to the frozen start; 0 holds no reference model")
     kl_form: Literal["reward", "k2", "k3"] = Field(
         "reward",
-        description="reward: exact, inside the reward; k2: exact reverse-KL gradient on policy; k3: gradient of KL(ref||policy)",
+        description="reward: log policy/ref, inside the reward (of tokens that have an advantage of their own, each token's from it on); k2, k3: "
+        "its half square, or exp(-x)-1+x, in the loss. Of whole responses and on policy, reward and k2 have the gradient of KL(policy||ref), k3 "
+        "that of KL(ref||policy); of tokens none is a whole response's (docs/algorithm.md)",
+    )
+    kl_level: Literal["auto", "sequence", "token"] = Field(
+        "auto",
+        description="of kl_form = 'k2' and 'k3': of whole responses, averaged over them, or of each token, averaged as the loss is (GRPO's); "
+        "auto: as the ratio",
+    )
+    entropy_bonus: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the entropy of each token's distribution, averaged as the loss is (PPO's bonus against collapse)",
     )
     ev_gate: bool = Field(
         False,
@@ -325,6 +337,11 @@ class ObjectiveSection(Section):
         if value not in PRESETS:
             raise ValueError(nearest(value, list(PRESETS)))
         return value
+
+    @property
+    def kl_of_tokens(self) -> bool:
+        """Whether a KL in the loss is of each token."""
+        return self.kl_level == "token" or (self.kl_level == "auto" and self.ratio == "token")
 
     @model_validator(mode="after")
     def _fits_together(self) -> ObjectiveSection:

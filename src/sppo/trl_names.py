@@ -18,6 +18,7 @@ Settings = dict[str, Any]
 KEYS = {
     "weight_decay": "training.weight_decay",
     "delta": "objective.dual_clip",
+    "entropy_coef": "objective.entropy_bonus",
     "save_total_limit": "run.keep",
     "num_generations_eval": "evaluation.samples",
 }
@@ -44,7 +45,7 @@ _CHOICES: dict[str, dict[Any, Settings]] = {
     "save_strategy": {"steps": _DONE}, "eval_strategy": {"steps": _DONE}, "eval_on_start": {True: _DONE},
     "log_completions": {True: _DONE, False: _DONE}, "remove_unused_columns": {False: _DONE}, "shuffle_dataset": {True: _DONE},
     "disable_dropout": {True: _DONE}, "cast_lm_head_to_fp32": {True: _DONE}, "repetition_penalty": {1.0: _DONE},
-    "adam_epsilon": {1e-8: _DONE}, "entropy_coef": {0.0: _DONE}, "top_entropy_quantile": {1.0: _DONE}, "sync_ref_model": {False: _DONE},
+    "adam_epsilon": {1e-8: _DONE}, "use_bias_correction_kl": {False: _DONE}, "top_entropy_quantile": {1.0: _DONE}, "sync_ref_model": {False: _DONE},
     "push_to_hub": {False: _DONE}, "torch_compile": {False: _DONE}, "use_liger_kernel": {False: _DONE}, "do_train": {True: _DONE, False: _DONE},
     "full_determinism": {True: _DONE}, "load_best_model_at_end": {False: _DONE},
     "multi_objective_aggregation": {"sum_then_normalize": _DONE}, "use_adaptive_entropy": {False: _DONE}, "average_tokens_across_devices": {True: _DONE},
@@ -78,12 +79,14 @@ _INSTEAD = {
         ("multi_objective_aggregation", "several rewards are their weighted mean (reward_weights)"),
         (
             "entropy_ use_adaptive_entropy",
-            "there is no entropy bonus here; metrics.jsonl shows the entropy ('policy/entropy')",
+            "the weight of the entropy bonus is fixed (entropy_coef, recipe={'objective.entropy_bonus': …}); metrics.jsonl shows the entropy "
+            "('policy/entropy')",
         ),
         ("top_entropy_quantile", "every token counts"),
         (
             "use_bias_correction_kl",
-            "recipe={'objective.kl_form': 'reward' (or 'k2', 'k3')} is the form of the KL whose weight is beta",
+            "the KL whose weight is beta is not weighted by the ratio; recipe={'objective.kl_form': 'reward' (or 'k2', 'k3'), "
+            "'objective.kl_level': 'sequence' (or 'token')} is its form",
         ),
         ("sync_ref_model ref_model_", "the reference is the frozen start of the run"),
         (

@@ -100,11 +100,11 @@ def whitened(advantage: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), out, torch.zeros_like(out))
 
 
-def gae(reward_B: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Tensor:
-    """Generalised advantages of a reward that comes with the last token, undiscounted (arXiv 1506.02438 eq. 16, γ = 1).
+def gae(reward: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Tensor:
+    """Generalised advantages, undiscounted (arXiv 1506.02438 eq. 16, γ = 1).
 
     Args:
-        reward_B: [B], earned by the response's last token.
+        reward: [B], earned by the response's last token; or [B, T], by each token.
         value_BT: [B, T], V of the state before each token; what lies beyond a response may be anything.
         mask_BT: True on the response's own tokens.
         decay: λ.
@@ -117,9 +117,12 @@ def gae(reward_B: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Te
     length_B = inside_BT.sum(1)
     following_BT = torch.cat([value_BT[:, 1:], torch.zeros_like(value_BT[:, :1])], 1)
     delta_BT = torch.where(inside_BT, following_BT - value_BT, torch.zeros_like(value_BT))
-    rows = torch.arange(len(reward_B), device=value_BT.device)
+    rows = torch.arange(len(reward), device=value_BT.device)
     some_B = length_B > 0
-    delta_BT[rows[some_B], length_B[some_B] - 1] += wide(reward_B)[some_B]
+    if reward.dim() == 2:
+        delta_BT = torch.where(inside_BT, delta_BT + wide(reward), delta_BT)
+    else:
+        delta_BT[rows[some_B], length_B[some_B] - 1] += wide(reward)[some_B]
     out_BT, running_B = torch.zeros_like(delta_BT), torch.zeros_like(delta_BT[:, 0])
     for t in reversed(range(delta_BT.size(1))):
         running_B = delta_BT[:, t] + decay * running_B

@@ -1,6 +1,6 @@
 """The whole policy loss of one micro-batch, as a pure function of tensors.
 
-    loss = −Σ_elements count·correction·surrogate / denominator + β·KL
+    loss = −Σ_elements count·correction·surrogate / denominator + β·KL − w·entropy
 
 The denominators are of the whole minibatch, over all micro-batches: splitting a minibatch does not change its gradient.
 """
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from ..sections import ObjectiveSection
-from .kl import sequence_kl
-from .ratio import log_ratio
+from .kl import sequence_kl, token_kl
+from .ratio import log_ratio, wide
 from .surrogate import cispo, normalised_sum, plain, response_means, surrogate
+
+ENTROPY_CAP = 2.0
+"""The most that a token's importance weight can be in the entropy bonus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class Scored:
 
     `logp_bT` carries the gradient. `behaviour_bT` is of the distribution that was sampled from, `reference_bT` of the frozen start,
     where the loss reads it. `count_bT` is how often a token counts (0 beyond a response; below 1 where responses share it), `weight_b`
-    what undoes how a curriculum chose the prompts.
+    what undoes how a curriculum chose the prompts. `entropy_bT` is of the distribution that each token could have been drawn from, without
+    gradient, where the loss reads it.
     """
 
     logp_bT: Tensor
@@ -35,6 +39,7 @@ class Scored:
     count_bT: Tensor | None = None
     reference_bT: Tensor | None = None
     weight_b: Tensor | None = None
+    entropy_bT: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +98,50 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
     loss = -normalised_sum(value, element_mask, divisor)
     if o.kl > 0 and o.kl_form != "reward":
         assert x.reference_bT is not None
-        kl_b = sequence_kl(x.logp_bT, x.reference_bT, mask_bT, o.kl_form)
-        if x.weight_b is not None:
-            kl_b = kl_b * x.weight_b
-        loss = loss + o.kl * kl_b.sum() / sequences
+        if o.kl_of_tokens:
+            loss = loss + o.kl * token_mean(token_kl(x.logp_bT, x.reference_bT, mask_bT, o.kl_form), x, o, divisor)
+        else:
+            kl_b = sequence_kl(x.logp_bT, x.reference_bT, mask_bT, o.kl_form)
+            if x.weight_b is not None:
+                kl_b = kl_b * x.weight_b
+            loss = loss + o.kl * kl_b.sum() / sequences
+    if o.entropy_bonus > 0:
+        loss = loss - o.entropy_bonus * token_mean(entropy_bonus(x), x, o, divisor)
     return Loss(loss, log_r, clipped, element_mask, correction)
+
+
+def token_mean(term_bT: Tensor, x: Scored, objective: ObjectiveSection, divisor: float) -> Tensor:
+    """Terms of tokens, averaged as the loss is, so that a weight of theirs means the same beside any ratio's surrogate. [b, T] → scalar.
+
+    Token ratios: over tokens, over responses of token means, or by a constant (`objective.average`). Ratios of whole responses: the sum of a
+    response over T^κ, which is what their log ratio divides by, and then over responses.
+    """
+    o = objective
+    if x.weight_b is not None:
+        term_bT = term_bT * x.weight_b[:, None]
+    value = log_ratio(term_bT, torch.zeros_like(term_bT), x.mask_bT, o.ratio, o.kappa)
+    element_mask = x.mask_bT if o.ratio == "token" else torch.ones_like(value, dtype=torch.bool)
+    if x.count_bT is not None:
+        value = value * x.count_bT
+    if o.average == "responses":
+        value = response_means(value, x.mask_bT)
+    return normalised_sum(value, element_mask, divisor)
+
+
+def entropy_bonus(x: Scored) -> Tensor:
+    """H_t of each token's distribution, with its gradient by the score function (PPO's bonus, arXiv 1707.06347 eq. 9). [b, T], 0 beyond.
+
+        ∇H_t = −E_{v~π}[(log π(v) + H_t) ∇ log π(v)]
+
+    one draw of which is the token that was sampled; the exact entropy in it is the control variate that makes the factor's mean 0. A token
+    drawn from μ counts π(v)/μ(v), detached and at most ENTROPY_CAP, so that later updates, and tokens that a cut made likelier, have the same
+    expectation; what a cut never draws is missing from it. It is each state's own entropy along the responses sampled, as in PPO: that a
+    token leads to states of more entropy is not credited to it.
+    """
+    assert x.entropy_bT is not None
+    logp_bT, entropy_bT = wide(x.logp_bT), wide(x.entropy_bT).detach()
+    now_bT = logp_bT.detach()
+    weight_bT = (now_bT - wide(x.behaviour_bT)).clamp(max=math.log(ENTROPY_CAP)).exp()
+    nothing = torch.zeros_like(now_bT)
+    factor_bT = torch.where(x.mask_bT, weight_bT * (now_bT + entropy_bT), nothing)
+    return torch.where(x.mask_bT, entropy_bT, nothing) - factor_bT * torch.where(x.mask_bT, logp_bT - now_bT, nothing)

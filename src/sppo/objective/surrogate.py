@@ -6,7 +6,8 @@ with the dual clip for Â < 0 (arXiv 1912.09729 eq. 5):   max( L, c·Â ).
 
 Clipping happens iff Â > 0 and ℓ > log(1+ε_hi), or Â < 0 and ℓ < log(1−ε_lo); the dual clip iff Â < 0 and ℓ > log c.
 So the only ratios that are exponentiated are bounded by max(1+ε_hi, c), and a response of 8,192 tokens whose joint
-ratio is e^200 is simply a clipped one. A clipped element contributes its bound, and no gradient.
+ratio is e^200 is simply a clipped one. A clipped element contributes its bound, and no gradient. Without a dual clip
+ratios of negative advantages have no bound; past e^30 they grow linearly in ℓ (`bounded_exp`).
 
 This module is for maximising: the learner minimises the negative.
 """
@@ -18,8 +19,19 @@ import math
 import torch
 from torch import Tensor
 
-CEILING = 60.0
-"""Without a dual clip, Â < 0 leaves large ratios unbounded; past e^60 they are held there, where float32 is still finite."""
+CEILING = 30.0
+"""From here on e^x goes on as its tangent. Squares of gradients are summed in float32, which overflow past e^44: an update would be skipped."""
+
+
+def bounded_exp(x: Tensor, less: float = 0.0) -> Tensor:
+    """e^x, less 0 or 1; beyond CEILING the tangent there: e^C·(1 + x − C). Any shape.
+
+    Value and slope are finite and continuous, and the slope is positive everywhere. A clamp in its place has no slope beyond: what should
+    be pushed back most gets no gradient, or what another summand leaves (k3 = e^−ℓ − 1 + ℓ then pushes away from the reference).
+    """
+    held = x.clamp(max=CEILING)
+    within = torch.expm1(held) if less else held.exp()
+    return torch.where(x > CEILING, math.exp(CEILING) * (1 + x - CEILING) - less, within)
 
 
 def surrogate(
@@ -51,8 +63,9 @@ def surrogate(
         bound = torch.where(runaway, dual_clip, bound)
         clipped = clipped | runaway
     # Where clipped, the exponent is replaced before exp: the unused branch of a `where` still sends NaN gradients.
-    safe = torch.where(clipped, torch.zeros_like(log_ratio), log_ratio).clamp(max=CEILING)
-    return torch.where(clipped, bound, safe.exp()) * advantage, clipped
+    # Without a dual clip, Â < 0 leaves large ratios unbounded, and they are what must be pushed back most.
+    safe = torch.where(clipped, torch.zeros_like(log_ratio), log_ratio)
+    return torch.where(clipped, bound, bounded_exp(safe)) * advantage, clipped
 
 
 def cispo(log_ratio: Tensor, logp: Tensor, advantage: Tensor, clip: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ class Batch:
     greedy_B: Tensor | None = None
     weight_B: Tensor | None = None
     nodes: Sequence[Node] = ()
+    cost_BT: Tensor | None = None
+    """What the KL in the reward charges each token, where the credit charges tokens (Learner.advantage); no reward here holds it."""
     share_B: Tensor = field(default_factory=lambda: torch.ones(1))
     count_BT: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
     """How much each token counts in a loss: 1, or the weight of its node in the row that stands for it; else 0."""

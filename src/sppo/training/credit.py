@@ -36,6 +36,7 @@ from ..objective.advantage import (
     whitened,
 )
 from ..objective.diagnostics import critic_quality, explained_variance
+from ..objective.kl import to_go
 from .batch import Batch, micro_batches
 from .history import History
 from .optim import MasterAdamW
@@ -52,6 +53,8 @@ class Credit(Protocol):
     """What the learner asks for advantages, and teaches with each minibatch."""
 
     critic: Critic | None
+    charges_tokens: bool
+    """Whether a KL in the reward is charged to each token, as `batch.cost_BT` has it; else `reward_B` is less the response's."""
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """Advantages from everything known before this batch; masked rollouts get whatever, and are not used."""
@@ -91,10 +94,20 @@ def scaled(advantage: Tensor, reward_B: Tensor, batch: Batch, scale: str) -> Ten
     return whitened(advantage, keep) if scale == "batch" else advantage
 
 
+def charged(advantage_BT: Tensor, batch: Batch) -> Tensor:
+    """Advantages less what the KL in the reward charges from each token on, where it charges tokens. [B, T] → [B, T].
+
+    Its value is 0 and its λ is 1: a critic of chances cannot predict it, and without one a smaller λ would forgive a token what follows
+    more than some 1/(1 − λ) tokens later. So the expected gradient is that of β·KL(π‖π_ref), whatever λ is.
+    """
+    return advantage_BT if batch.cost_BT is None else advantage_BT - to_go(batch.cost_BT, batch.mask_BT)
+
+
 class Samples:
     """Baselines of the step's own rewards: peers without a critic."""
 
     critic: Critic | None = None
+    charges_tokens = False
 
     def __init__(self, config: Config) -> None:
         self.baseline, self.scale = config.objective.baseline, config.objective.scale
@@ -129,6 +142,8 @@ class Samples:
 
 class _Trained:
     """What both critics share: the optimiser, micro-batches and the metrics of a prediction."""
+
+    charges_tokens = False
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         t = config.training
@@ -249,8 +264,11 @@ class PromptCritic(_Trained):
 class TokenCritic(_Trained):
     """PPO's: a value for the state before every token, generalised advantages, and λ-returns as the critic's target.
 
-    The value is σ of the critic's read-out and learns by cross-entropy, as the prompt critic does: returns lie in [0, 1].
+    The value is σ of the critic's read-out and learns by cross-entropy, as the prompt critic does: returns lie in [0, 1]. A KL in the
+    reward does not, and stays out of value and target (`charged`).
     """
+
+    charges_tokens = True
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
@@ -261,7 +279,7 @@ class TokenCritic(_Trained):
         """See the protocol; advantages are [B, T]."""
         decay, mask_BT = self.config.objective.gae_lambda, batch.mask_BT
         value_BT = self.values(batch)
-        advantage_BT = gae(reward_B, value_BT, mask_BT, decay)
+        advantage_BT = charged(gae(reward_B, value_BT, mask_BT, decay), batch)
         self.target_BT = (gae(batch.correct_B, value_BT, mask_BT, decay) + value_BT).clamp(0, 1)
         value_B = value_BT[:, 0]  # before the first token: of the prompt alone
         metrics = self.quality(batch, value_B)

@@ -32,7 +32,7 @@ from ..objective.tree import returns
 from ..rewards.steps import SPLITS
 from ..types import Rollout
 from .batch import Batch
-from .credit import Found, PromptCritic, TokenCritic, _Trained, scaled
+from .credit import Found, PromptCritic, TokenCritic, _Trained, charged, scaled
 from .optimal_baseline import DOUBT, MEMORY, squared_scores
 from .segments import seen_ends, segment_starts, token_ends
 
@@ -116,6 +116,8 @@ class _Gated(_Trained):
 class StepCredit(_Gated, PromptCritic):
     """Φ from the reward's step scores."""
 
+    charges_tokens = True
+
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
         # running sums of R − b, and of responses, by place and by the worst score so far: below a half, below one, one
@@ -144,7 +146,7 @@ class StepCredit(_Gated, PromptCritic):
             self.number[place][bad] += weight
         advantage_BT, metrics = self.gate.less(rest_B, prefixes, weights, batch.behaviour_logp_BT.size(1))
         metrics |= self.quality(batch, value_B)
-        return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+        return scaled(charged(advantage_BT, batch), reward_B, batch, self.config.objective.scale), value_B, metrics
 
     def _stretches(self, rollout: Rollout) -> list[tuple[int, int, int]]:
         """(first token, how many judged steps lie before it, how bad the worst of them is) of each stretch between two steps' ends."""
@@ -192,7 +194,7 @@ class SegmentCredit(_Gated, TokenCritic):
         weights = stretch_scores(squared_scores(self.policy, batch), prefixes)
         advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, weights, token_BT.size(1))
         metrics |= self.quality(batch, value_B)
-        return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+        return scaled(charged(advantage_BT, batch), reward_B, batch, self.config.objective.scale), value_B, metrics
 
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
         """Cross-entropy of the value at every segment's start against the response's correctness."""

@@ -22,7 +22,7 @@ from ..errors import EngineMismatch, NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
-from ..objective.kl import kl_in_reward
+from ..objective.kl import kl_cost
 from ..objective.loss import Scored, denominator, policy_loss
 from ..objective.ratio import log_ratio
 from .batch import Batch, micro_batches
@@ -67,7 +67,11 @@ class Learner:
         reward_B, o = batch.reward_B, self.config.objective
         if o.kl > 0 and o.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
-            reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
+            cost_BT = kl_cost(batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
+            if self.credit.charges_tokens:
+                batch.cost_BT = cost_BT
+            else:
+                reward_B = reward_B - cost_BT.sum(1)
         began = time.perf_counter()
         advantage, value_B, metrics = self.credit.advantage(batch, reward_B)
         self.critic_seconds = time.perf_counter() - began
@@ -177,6 +181,7 @@ class Learner:
                 of(batch.count_BT) if batch.nodes else None,
                 None if reference_BT is None else of(reference_BT),
                 None if batch.weight_B is None else of(batch.weight_B),
+                current.entropy_BT,
             )
             found = policy_loss(x, of(advantage_B), o, sequences=sequences, divisor=divisor)
             found.value.backward()
