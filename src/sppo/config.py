@@ -262,7 +262,7 @@ class Config(Section):
             *((f"objective.{key}", o.baseline == name, f"objective.baseline = {name!r}") for key, name in of_baseline.items()),
             ("objective.kappa", o.ratio == "family", "objective.ratio = 'family'"),
             ("objective.kl_form", o.kl > 0, "objective.kl above 0"),
-            ("objective.kl_level", o.kl > 0 and o.kl_form != "reward", "a KL in the loss: objective.kl above 0, kl_form = 'k2' or 'k3'"),
+            ("objective.kl_level", o.kl > 0 and o.kl_form != "reward", "a KL in the loss: objective.kl above 0, kl_form other than 'reward'"),
             *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget", "leaves")),
             ("rollout.segments", segments, "rollout.kind = 'tree', objective.phi = 'segments' and [search]"),
             *((f"curriculum.{key}", predicted, "curriculum.kind = 'predicted'") for key in ("floor", "pool", "corrected")),

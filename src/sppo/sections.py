@@ -285,15 +285,14 @@ class ObjectiveSection(Section):
         description="the ratio's denominator: the sampling policy (exact), or the frozen start (see docs/algorithm.md)",
     )
     kl: float = Field(0.0, ge=0, description="weight of the KL to the frozen start; 0 holds no reference model")
-    kl_form: Literal["reward", "k2", "k3"] = Field(
+    kl_form: Literal["reward", "k2", "k3", "k3-weighted"] = Field(
         "reward",
-        description="reward: log policy/ref, inside the reward (of tokens that have an advantage of their own, each token's from it on); k2, k3: "
-        "its half square, or exp(-x)-1+x, in the loss. Of whole responses and on policy, reward and k2 have the gradient of KL(policy||ref), k3 "
-        "that of KL(ref||policy); of tokens none is a whole response's (docs/algorithm.md)",
+        description="reward: x = log policy/ref inside the reward; in the loss k2: x^2/2, k3: exp(-x)-1+x (GRPO's), k3-weighted: k3 times the ratio to "
+        "the sampling policy (TRL's). Of whole responses, on policy: the gradient of KL(policy||ref), k3 that of KL(ref||policy); see docs/algorithm.md",
     )
     kl_level: Literal["auto", "sequence", "token"] = Field(
         "auto",
-        description="of kl_form = 'k2' and 'k3': of whole responses, averaged over them, or of each token, averaged as the loss is (GRPO's); "
+        description="of a KL in the loss: of whole responses, averaged over them, or of each token, averaged as the loss is (GRPO's); "
         "auto: as the ratio",
     )
     entropy_bonus: float = Field(
@@ -341,7 +340,8 @@ class ObjectiveSection(Section):
     @property
     def kl_of_tokens(self) -> bool:
         """Whether a KL in the loss is of each token."""
-        return self.kl_level == "token" or (self.kl_level == "auto" and self.ratio == "token")
+        whole = ("sequence", "geometric", "family")
+        return self.kl_level == "token" or (self.kl_level == "auto" and self.ratio not in whole)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ObjectiveSection:

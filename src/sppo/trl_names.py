@@ -28,6 +28,7 @@ _DONE: Settings = {}
 _CHOICES: dict[str, dict[Any, Settings]] = {
     "bf16": {True: {"policy.dtype": "bfloat16"}, False: {"policy.dtype": "float32"}},
     "mask_truncated_completions": {True: {"rollout.truncated": "mask"}, False: {"rollout.truncated": "keep"}},
+    "use_bias_correction_kl": {True: {"objective.kl_form": "k3-weighted"}, False: {"objective.kl_form": "k3"}},
     "importance_sampling_level": {"token": {"objective.ratio": "token"}, "sequence": {"objective.ratio": "geometric"}},
     "scale_rewards": {
         "group": {"objective.scale": "group"}, True: {"objective.scale": "group"},
@@ -45,7 +46,7 @@ _CHOICES: dict[str, dict[Any, Settings]] = {
     "save_strategy": {"steps": _DONE}, "eval_strategy": {"steps": _DONE}, "eval_on_start": {True: _DONE},
     "log_completions": {True: _DONE, False: _DONE}, "remove_unused_columns": {False: _DONE}, "shuffle_dataset": {True: _DONE},
     "disable_dropout": {True: _DONE}, "cast_lm_head_to_fp32": {True: _DONE}, "repetition_penalty": {1.0: _DONE},
-    "adam_epsilon": {1e-8: _DONE}, "use_bias_correction_kl": {False: _DONE}, "top_entropy_quantile": {1.0: _DONE}, "sync_ref_model": {False: _DONE},
+    "adam_epsilon": {1e-8: _DONE}, "top_entropy_quantile": {1.0: _DONE}, "sync_ref_model": {False: _DONE},
     "push_to_hub": {False: _DONE}, "torch_compile": {False: _DONE}, "use_liger_kernel": {False: _DONE}, "do_train": {True: _DONE, False: _DONE},
     "full_determinism": {True: _DONE}, "load_best_model_at_end": {False: _DONE},
     "multi_objective_aggregation": {"sum_then_normalize": _DONE}, "use_adaptive_entropy": {False: _DONE}, "average_tokens_across_devices": {True: _DONE},
@@ -85,8 +86,8 @@ _INSTEAD = {
         ("top_entropy_quantile", "every token counts"),
         (
             "use_bias_correction_kl",
-            "the KL whose weight is beta is not weighted by the ratio; recipe={'objective.kl_form': 'reward' (or 'k2', 'k3'), "
-            "'objective.kl_level': 'sequence' (or 'token')} is its form",
+            "recipe={'objective.kl_form': 'reward' (or 'k2', 'k3', 'k3-weighted'), 'objective.kl_level': 'sequence' (or 'token')} is the form of "
+            "the KL whose weight is beta",
         ),
         ("sync_ref_model ref_model_", "the reference is the frozen start of the run"),
         (

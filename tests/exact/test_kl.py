@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sppo.objective.advantage import gae
-from sppo.objective.kl import kl_cost, sequence_kl, to_go, token_kl
+from sppo.objective.kl import kl_cost, sequence_kl, to_go, token_kl, weighted_k3
 from sppo.objective.loss import Scored, policy_loss
 from sppo.objective.ratio import log_ratio
 from sppo.objective.surrogate import CEILING, bounded_exp, surrogate
@@ -31,9 +31,10 @@ def forward_kl(theta, reference):
     return (ref.exp() * (ref - logp)).sum()
 
 
-def over_fixed_prefixes(theta, reference, direction, weight_S=None):
-    """Σ_s d(s)·KL at the prefix s, with d(s), the chance that π_θ writes it, held; times the mean of a response's `weight_S` given s."""
-    share_S = probabilities(theta).detach() * (1.0 if weight_S is None else weight_S)
+def over_fixed_prefixes(theta, reference, direction, weight_S=None, sampled=None):
+    """Σ_s d(s)·KL at the prefix s, with d(s), the chance that π_θ (or `sampled`) writes it, held; times the mean of a response's `weight_S`
+    given s."""
+    share_S = probabilities(theta if sampled is None else sampled).detach() * (1.0 if weight_S is None else weight_S)
     d_P = torch.zeros(len(PREFIXES), dtype=theta.dtype)
     for s, y in enumerate(RESPONSES):
         for t in range(len(y)):
@@ -76,7 +77,8 @@ def test_the_table_of_whole_responses(seed, objective):
     k1_S = sequence_kl(logps(theta), logps(reference).detach(), MASK_ST, "k1")
     k1 = gradient((probabilities(theta).detach() * k1_S).sum(), theta)
     assert float(k1.abs().max()) < TOLERANCE  # zero: useless
-    assert gap(expected_gradient(theta, reference, kl_form="k2", **objective), reverse) < TOLERANCE
+    for form in ("k2", "k3-weighted"):
+        assert gap(expected_gradient(theta, reference, kl_form=form, **objective), reverse) < TOLERANCE
     k3 = expected_gradient(theta, reference, kl_form="k3", **objective)
     assert gap(k3, forward) < TOLERANCE
     assert gap(k3, reverse) > 1e-3  # the other direction, really
@@ -93,7 +95,8 @@ def test_the_table_of_whole_responses(seed, objective):
 )
 def test_the_table_of_tokens(seed, objective):
     theta, reference = parameters(seed).requires_grad_(), parameters(seed + 30)
-    for form, direction, whole in (("k2", "reverse", reverse_kl), ("k3", "forward", forward_kl)):
+    forms = (("k2", "reverse", reverse_kl), ("k3-weighted", "reverse", reverse_kl), ("k3", "forward", forward_kl))
+    for form, direction, whole in forms:
         found = expected_gradient(theta, reference, kl_form=form, **objective)
         assert gap(found, gradient(over_fixed_prefixes(theta, reference, direction), theta)) < TOLERANCE
         assert gap(found, gradient(whole(theta, reference), theta)) > 1e-3  # what a token does to later prefixes is not in it
@@ -123,10 +126,32 @@ def test_auto_is_the_level_of_the_ratio():
 
 
 @pytest.mark.parametrize(("form", "level"), [("k2", "sequence"), ("k3", "sequence"), ("k2", "token"), ("k3", "token")])
-def test_off_policy_nothing_is_exact(form, level):
+def test_off_policy_they_are_not_exact(form, level):
     theta, reference, old = parameters(0).requires_grad_(), parameters(30), parameters(0) + 0.3 * parameters(50)
     on, off = (expected_gradient(theta, reference, s, kl_form=form, ratio="sequence", kl_level=level) for s in (None, old))
     assert gap(on, off) > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_the_ratio_weighs_is_exact_off_policy_too(seed):
+    """Of whole responses; of tokens, over the prefixes that the policy that sampled writes."""
+    theta, reference, old = parameters(seed).requires_grad_(), parameters(seed + 30), parameters(seed + 60)
+    whole, tokens = (
+        expected_gradient(theta, reference, old, kl_form="k3-weighted", ratio="sequence", kl_level=level)
+        for level in ("sequence", "token")
+    )
+    assert gap(whole, gradient(reverse_kl(theta, reference), theta)) < TOLERANCE
+    assert gap(tokens, gradient(over_fixed_prefixes(theta, reference, "reverse", sampled=old), theta)) < TOLERANCE
+
+
+def test_the_weighted_gradient_is_that_of_the_product():
+    x, w = torch.linspace(-9, 9, 37, dtype=torch.float64), torch.linspace(3, -5, 37, dtype=torch.float64)
+    logp = torch.zeros_like(x).requires_grad_()
+    product = (logp + w).exp() * (torch.expm1(-logp - x) + logp + x)
+    found = weighted_k3(logp + x, logp + w)
+    assert torch.allclose(found, product, rtol=1e-12)
+    slopes = [torch.autograd.grad(y.sum(), logp)[0] for y in (found, product)]
+    assert torch.allclose(*slopes, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["k1", "k3"])
@@ -178,7 +203,7 @@ def test_unknown_form_is_refused():
 
 # -- the sign, far from the reference ------------------------------------------------------------------------------------
 
-FAR = sorted({*(float(x) for x in range(-200, 201)), -0.01, 0.01, -1e-4, 1e-4, -59.9, -60.1, -29.9, -30.1, -88.8})
+FAR = sorted({*(float(x) for x in range(-200, 201, 5)), -1.0, 1.0, -0.01, 0.01, -1e-4, 1e-4, -59.9, -60.1, -29.9, -30.1, -88.8})
 
 
 def one_response(log_ratio_to_ref, tokens, dtype):
@@ -191,10 +216,11 @@ def one_response(log_ratio_to_ref, tokens, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize(("form", "level"), [("k2", "sequence"), ("k3", "sequence"), ("k2", "token"), ("k3", "token")])
+@pytest.mark.parametrize("form", ["k2", "k3", "k3-weighted"])
+@pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
 def test_the_kl_in_the_loss_pulls_towards_the_reference_wherever_the_policy_is(dtype, tokens, form, level, ratio):
-    """Minimising moves log π against the gradient, so its sign must be that of ℓ_ref. 1 − e^{−x} for k3, x for k2."""
+    """Minimising moves log π against the gradient, so its sign must be that of ℓ_ref. 1 − e^{−x} for k3, x for the others."""
     o = ObjectiveSection(kl=1.0, kl_form=form, kl_level=level, ratio=ratio)
     for l_ref in FAR:
         logp_bT, x = one_response(l_ref, tokens, dtype)
@@ -205,7 +231,7 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference_wherever_the_policy_is(d
         assert math.isfinite(float(found.square().sum()))  # a gradient's norm is finite too, in float32
         assert torch.equal(found.sign(), torch.full_like(found, math.copysign(1, l_ref) if l_ref else 0.0)), l_ref
         at = l_ref if level == "sequence" else l_ref / tokens
-        true = at if form == "k2" else -math.expm1(min(-at, CEILING))
+        true = -math.expm1(min(-at, CEILING)) if form == "k3" else at
         assert found.flatten().tolist() == pytest.approx([true] * tokens, rel=1e-5 if dtype == torch.float32 else 1e-12, abs=1e-6)
 
 

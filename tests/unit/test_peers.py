@@ -176,13 +176,13 @@ def gradients(policy):
     return found
 
 
-def ours(policy, name, batch, advantage, old_BT, **changes):
+def ours(policy, name, batch, advantage, old_BT, reference_BT=None, **changes):
     """Loss and gradient of the learner's own path, in two micro-batches."""
     learner, tally = a_learner(policy, name, training__micro_tokens=150, **changes), Tally()
     plan = learner._plan(batch, torch.arange(len(batch)), 0, 0)
     minibatch = [part for each in plan for part in each]
     assert len(minibatch) > 1
-    learner._policy_gradient(batch, advantage, minibatch, old_BT, None, 1, tally)
+    learner._policy_gradient(batch, advantage, minibatch, old_BT, reference_BT, 1, tally)
     return sum(tally.values["loss/1"]), gradients(policy)
 
 
@@ -301,6 +301,34 @@ def test_loss_and_gradient_equal_trls(name, tmp_path):
     assert math.isclose(our_loss, float(loss.detach()), rel_tol=1e-4, abs_tol=1e-5)
     assert torch.allclose(gradient, theirs, atol=1e-5)
     assert float(theirs.abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "corrected"), [*((name, False) for name in TRL), *((name, True) for name in TRL if name != "gspo")]
+)
+def test_the_kl_to_the_start_equals_trls(name, corrected, tmp_path):
+    """`beta`: k3 of each token, averaged as each loss is; times its ratio by TRL's default (for GSPO the response's, and here each token's)."""
+    pytest.importorskip("trl")
+    policy = small_policy()
+    batch = a_batch(policy, name)
+    old_BT = off_policy(policy, batch)
+    with torch.no_grad():
+        reference_BT = logps(small_policy(seed=5), batch)
+    advantage_B = a_learner(policy, name).advantage(batch)[0]
+    trainer = trl_trainer("GRPO", policy, tmp_path, use_bias_correction_kl=corrected, **TRL[name])
+    trainer.beta = 0.3
+    inputs = trl_inputs(policy, batch, advantage_B, old_BT) | {"ref_per_token_logps": reference_BT}
+    loss = trainer._compute_loss(policy.model, inputs)
+    loss.backward()
+    theirs = gradients(policy)
+    form = "k3-weighted" if corrected else "k3"
+    changes = {"objective__kl": 0.3, "objective__kl_form": form, "objective__kl_level": "token"}
+    our_loss, gradient = ours(policy, name, batch, advantage_B, old_BT, reference_BT, **changes)
+    assert math.isclose(our_loss, float(loss.detach()), rel_tol=1e-4, abs_tol=1e-5)
+    assert torch.allclose(gradient, theirs, atol=1e-5)
+    without = ours(policy, name, batch, advantage_B, old_BT)[1]
+    assert float((gradient - without).abs().max()) > 1e-3
 
 
 # -- presets and recipes -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ With d_t = log π_θ(y_t | s_t) − log π_ref(y_t | s_t), s_t the prompt and wh
     k1             x                     exact: ∇KL(π_θ‖π_ref)              0  (E[∇ log π] = 0): useless, so not offered
     k2             ½ x²                  biased                             exact: ∇KL(π_θ‖π_ref)
     k3             e^{−x} − 1 + x        biased                             ∇KL(π_ref‖π_θ): the *other* direction
+    k3-weighted    r·k3, r = π_θ/π_old   –                                  exact: ∇KL(π_θ‖π_ref), off policy too (r·x·∇ log π: below)
 
 Token by token, x = d_t, summed over a response:
 
@@ -15,13 +16,14 @@ Token by token, x = d_t, summed over a response:
                    prefixes after it is left out, so it is not ∇KL(π_θ‖π_ref)
     k3             Σ_s d(s) ∇KL(π_ref(·|s)‖π_θ(·|s)): the other direction, on the policy's prefixes and not on the reference's (GRPO's term,
                    arXiv 2402.03300 eq. 3, 4, which divides by the response's length: below)
+    k3-weighted    as k2, and in later updates too, with d(s) the chance that π_old writes s (DeepSeek-V3.2, arXiv 2512.02556; TRL's)
 
 All of this holds on policy: in a step's first update, where nothing is cut (top-p and its kind). Later updates and cuts sample from another
-distribution, and no importance weight corrects these terms. A response's mean in place of its sum (`average = "responses"`, GRPO's own, and
+distribution, and but for k3-weighted no importance weight corrects these terms. A response's mean in place of its sum (`average = "responses"`, GRPO's own, and
 ratios that divide by length) weighs each token by 1/T. T is known at the end only, and depends on the token: the expectation is then no KL's
 gradient at all, not even over fixed prefixes. tests/exact/test_kl.py enumerates every row.
 
-A recipe's `kl_form` is `reward` (k1, detached, inside the reward), `k2` or `k3`, and its `kl_level` says of what. The KL inside the reward
+A recipe's `kl_form` is `reward` (k1, detached, inside the reward) or one of those in the loss, and its `kl_level` says of what. The KL inside the reward
 shapes the advantage only: it never reaches a target that is a chance of success.
 """
 
@@ -46,6 +48,16 @@ def estimator(x: Tensor, form: str) -> Tensor:
     if form == "k3":
         return bounded_exp(-x, less=1.0) + x
     raise ValueError(f"unknown KL estimator {form!r}: k1, k2 or k3")
+
+
+def weighted_k3(x: Tensor, log_weight: Tensor) -> Tensor:
+    """r·k3 of log ratios x, element by element, where r = e^log_weight moves with the policy as x does.
+
+    ∇(r·k3) = r·(k3 + 1 − e^{−x})·∇ log π = r·x·∇ log π. The gradient is written so, and not left to the two factors, whose tangents past e^30
+    would not cancel.
+    """
+    weight, held = bounded_exp(log_weight.detach()), x.detach()
+    return weight * (estimator(held, "k3") + held * (x - held))
 
 
 def sequence_kl(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, form: str) -> Tensor:

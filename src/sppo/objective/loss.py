@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..sections import ObjectiveSection
-from .kl import sequence_kl, token_kl
+from .kl import estimator, weighted_k3
 from .ratio import log_ratio, wide
 from .surrogate import cispo, normalised_sum, plain, response_means, surrogate
 
@@ -98,29 +98,32 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
     loss = -normalised_sum(value, element_mask, divisor)
     if o.kl > 0 and o.kl_form != "reward":
         assert x.reference_bT is not None
-        if o.kl_of_tokens:
-            loss = loss + o.kl * token_mean(token_kl(x.logp_bT, x.reference_bT, mask_bT, o.kl_form), x, o, divisor)
+        level = "token" if o.kl_of_tokens else "sequence"
+        d = log_ratio(x.logp_bT, x.reference_bT, mask_bT, level)
+        if o.kl_form == "k3-weighted":
+            kl = weighted_k3(d, log_ratio(x.logp_bT, x.old_bT, mask_bT, level))
         else:
-            kl_b = sequence_kl(x.logp_bT, x.reference_bT, mask_bT, o.kl_form)
-            if x.weight_b is not None:
-                kl_b = kl_b * x.weight_b
-            loss = loss + o.kl * kl_b.sum() / sequences
+            kl = estimator(d, o.kl_form)
+        if o.kl_of_tokens:
+            loss = loss + o.kl * token_mean(kl, x, o, element_mask, divisor)
+        else:
+            loss = loss + o.kl * (kl if x.weight_b is None else kl * x.weight_b).sum() / sequences
     if o.entropy_bonus > 0:
-        loss = loss - o.entropy_bonus * token_mean(entropy_bonus(x), x, o, divisor)
+        loss = loss - o.entropy_bonus * token_mean(entropy_bonus(x), x, o, element_mask, divisor)
     return Loss(loss, log_r, clipped, element_mask, correction)
 
 
-def token_mean(term_bT: Tensor, x: Scored, objective: ObjectiveSection, divisor: float) -> Tensor:
+def token_mean(term_bT: Tensor, x: Scored, objective: ObjectiveSection, element_mask: Tensor, divisor: float) -> Tensor:
     """Terms of tokens, averaged as the loss is, so that a weight of theirs means the same beside any ratio's surrogate. [b, T] → scalar.
 
-    Token ratios: over tokens, over responses of token means, or by a constant (`objective.average`). Ratios of whole responses: the sum of a
-    response over T^κ, which is what their log ratio divides by, and then over responses.
+    Ratios of tokens (elements are [b, T]): over tokens, over responses of token means, or by a constant (`objective.average`). Ratios of whole
+    responses: a response's sum over T^κ, as its log ratio is, and then over responses.
     """
     o = objective
     if x.weight_b is not None:
         term_bT = term_bT * x.weight_b[:, None]
-    value = log_ratio(term_bT, torch.zeros_like(term_bT), x.mask_bT, o.ratio, o.kappa)
-    element_mask = x.mask_bT if o.ratio == "token" else torch.ones_like(value, dtype=torch.bool)
+    kind = o.ratio if element_mask.dim() == 1 else "token"
+    value = log_ratio(term_bT, torch.zeros_like(term_bT), x.mask_bT, kind, o.kappa)
     if x.count_bT is not None:
         value = value * x.count_bT
     if o.average == "responses":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,7 @@ class Learner:
             ref_BT = self._all_logps(self._reference(), batch)
             cost_BT = kl_cost(batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
             if self.credit.charges_tokens:
-                batch.cost_BT = cost_BT
+                batch = replace(batch, cost_BT=cost_BT)
             else:
                 reward_B = reward_B - cost_BT.sum(1)
         began = time.perf_counter()
