@@ -73,7 +73,10 @@ def test_later_updates_have_the_same_expectation_over_the_states_that_were_sampl
 
 def test_a_far_token_counts_the_cap_at_most():
     theta, old = parameters(0).requires_grad_(), parameters(0) + 2 * parameters(50)
-    assert float((bonus(theta, old, ratio="sequence")[1] - gradient(along_the_samples(theta, old), theta)).abs().max()) > 1e-3
+    assert (
+        float((bonus(theta, old, ratio="sequence")[1] - gradient(along_the_samples(theta, old), theta)).abs().max())
+        > 1e-3
+    )
     x = scored(theta, old)
     ratio_ST = (logps(theta) - logps(old)).exp().detach()
     factor_ST = -gradient_by_token(x)

@@ -99,10 +99,14 @@ def test_the_table_of_tokens(seed, objective):
     for form, direction, whole in forms:
         found = expected_gradient(theta, reference, kl_form=form, **objective)
         assert gap(found, gradient(over_fixed_prefixes(theta, reference, direction), theta)) < TOLERANCE
-        assert gap(found, gradient(whole(theta, reference), theta)) > 1e-3  # what a token does to later prefixes is not in it
+        assert (
+            gap(found, gradient(whole(theta, reference), theta)) > 1e-3
+        )  # what a token does to later prefixes is not in it
 
 
-@pytest.mark.parametrize("objective", [{"ratio": "token", "average": "responses"}, {"ratio": "geometric", "kl_level": "token"}])
+@pytest.mark.parametrize(
+    "objective", [{"ratio": "token", "average": "responses"}, {"ratio": "geometric", "kl_level": "token"}]
+)
 def test_a_responses_mean_is_no_kls_gradient(objective):
     """GRPO's own: 1/T is known at the end only, and depends on the token. Zero in expectation at π_θ = π_ref all the same."""
     theta, reference = parameters(0).requires_grad_(), parameters(30)
@@ -117,7 +121,9 @@ def test_a_responses_mean_is_no_kls_gradient(objective):
 def test_auto_is_the_level_of_the_ratio():
     theta, reference = parameters(0).requires_grad_(), parameters(30)
     for ratio, level in (("token", "token"), ("sequence", "sequence"), ("geometric", "sequence")):
-        auto, named = (expected_gradient(theta, reference, kl_form="k2", ratio=ratio, kl_level=x) for x in ("auto", level))
+        auto, named = (
+            expected_gradient(theta, reference, kl_form="k2", ratio=ratio, kl_level=x) for x in ("auto", level)
+        )
         other = expected_gradient(
             theta, reference, kl_form="k2", ratio=ratio, kl_level={"token": "sequence", "sequence": "token"}[level]
         )
@@ -128,7 +134,9 @@ def test_auto_is_the_level_of_the_ratio():
 @pytest.mark.parametrize(("form", "level"), [("k2", "sequence"), ("k3", "sequence"), ("k2", "token"), ("k3", "token")])
 def test_off_policy_they_are_not_exact(form, level):
     theta, reference, old = parameters(0).requires_grad_(), parameters(30), parameters(0) + 0.3 * parameters(50)
-    on, off = (expected_gradient(theta, reference, s, kl_form=form, ratio="sequence", kl_level=level) for s in (None, old))
+    on, off = (
+        expected_gradient(theta, reference, s, kl_form=form, ratio="sequence", kl_level=level) for s in (None, old)
+    )
     assert gap(on, off) > 1e-3
 
 
@@ -191,7 +199,9 @@ def test_each_token_charged_with_what_follows_is_exact_too_and_a_discount_is_not
         return gradient((probabilities(theta).detach() * torch.where(MASK_ST, value, 0.0).sum(1)).sum(), theta)
 
     assert gap(found(to_go(cost_ST, MASK_ST)), truth) < TOLERANCE
-    assert gap(found(cost_ST.sum(1, keepdim=True).expand_as(cost_ST)), truth) < TOLERANCE  # of the whole response: noisier
+    assert (
+        gap(found(cost_ST.sum(1, keepdim=True).expand_as(cost_ST)), truth) < TOLERANCE
+    )  # of the whole response: noisier
     assert gap(found(gae(cost_ST, torch.zeros_like(cost_ST), MASK_ST, 0.5)), truth) > 1e-3
     assert gap(found(cost_ST), truth) > 1e-3  # of its own alone
 
@@ -203,7 +213,9 @@ def test_unknown_form_is_refused():
 
 # -- the sign, far from the reference ------------------------------------------------------------------------------------
 
-FAR = sorted({*(float(x) for x in range(-200, 201, 5)), -1.0, 1.0, -0.01, 0.01, -1e-4, 1e-4, -59.9, -60.1, -29.9, -30.1, -88.8})
+FAR = sorted(
+    {*(float(x) for x in range(-200, 201, 5)), -1.0, 1.0, -0.01, 0.01, -1e-4, 1e-4, -59.9, -60.1, -29.9, -30.1, -88.8}
+)
 
 
 def one_response(log_ratio_to_ref, tokens, dtype):
@@ -232,7 +244,9 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference_wherever_the_policy_is(d
         assert torch.equal(found.sign(), torch.full_like(found, math.copysign(1, l_ref) if l_ref else 0.0)), l_ref
         at = l_ref if level == "sequence" else l_ref / tokens
         true = -math.expm1(min(-at, CEILING)) if form == "k3" else at
-        assert found.flatten().tolist() == pytest.approx([true] * tokens, rel=1e-5 if dtype == torch.float32 else 1e-12, abs=1e-6)
+        assert found.flatten().tolist() == pytest.approx(
+            [true] * tokens, rel=1e-5 if dtype == torch.float32 else 1e-12, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -74,7 +74,9 @@ def test_ppos_kl_is_charged_from_each_token_on_whatever_lambda_is(cut, decay):
     for b, r in enumerate(batch.rollouts):
         length = len(r.response_ids)
         v = [*values[b, :length].tolist(), 0.0]
-        cost = [BETA * (new - ref) for new, ref in zip(logps(policy, r).tolist(), logps(reference, r).tolist(), strict=True)]
+        cost = [
+            BETA * (new - ref) for new, ref in zip(logps(policy, r).tolist(), logps(reference, r).tolist(), strict=True)
+        ]
         for t in range(length):
             advantage = target = 0.0
             for k in range(t, length):
@@ -91,7 +93,8 @@ def test_the_first_of_many_tokens_is_charged_for_all_of_them():
     batch = a_batch(policy, 4, max_tokens=200)
     assert int(batch.response_len_B.max()) > 100
     with_kl, without = (
-        a_learner(policy, reference, objective__algorithm="ppo", objective__kl=kl).advantage(batch)[0] for kl in (BETA, 0.0)
+        a_learner(policy, reference, objective__algorithm="ppo", objective__kl=kl).advantage(batch)[0]
+        for kl in (BETA, 0.0)
     )
     with torch.no_grad():
         for b, r in enumerate(batch.rollouts):
@@ -127,7 +130,9 @@ def test_what_is_charged_to_whom(changes):
     """A whole response's KL where it has one advantage, and each token's from it on where tokens have their own."""
     policy, reference = small_policy(), small_policy(seed=5)
     batch = a_batch(policy)
-    shaped, plain = (a_learner(policy, reference, objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0))
+    shaped, plain = (
+        a_learner(policy, reference, objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
+    )
     costs = [BETA * (logps(policy, r) - logps(reference, r)) for r in batch.rollouts]
     whole = torch.stack([c.sum() for c in costs]).float()
     if shaped.dim() == 1:
@@ -179,9 +184,12 @@ def by_hand(policy, reference, batch, o, max_tokens=12):
         share = (
             1 / (n * length**kappa)
             if kappa is not None
-            else {"auto": 1 / tokens, "tokens": 1 / tokens, "responses": 1 / (n * length), "constant": 1 / (n * max_tokens)}[
-                o.average
-            ]
+            else {
+                "auto": 1 / tokens,
+                "tokens": 1 / tokens,
+                "responses": 1 / (n * length),
+                "constant": 1 / (n * max_tokens),
+            }[o.average]
         )
         rows, new = table(policy, r), logps(policy, r)
         d = new - logps(reference, r).detach()

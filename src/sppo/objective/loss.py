@@ -100,10 +100,8 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
         assert x.reference_bT is not None
         level = "token" if o.kl_of_tokens else "sequence"
         d = log_ratio(x.logp_bT, x.reference_bT, mask_bT, level)
-        if o.kl_form == "k3-weighted":
-            kl = weighted_k3(d, log_ratio(x.logp_bT, x.old_bT, mask_bT, level))
-        else:
-            kl = estimator(d, o.kl_form)
+        weight = log_ratio(x.logp_bT, x.old_bT, mask_bT, level)
+        kl = weighted_k3(d, weight) if o.kl_form == "k3-weighted" else estimator(d, o.kl_form)
         if o.kl_of_tokens:
             loss = loss + o.kl * token_mean(kl, x, o, element_mask, divisor)
         else:
