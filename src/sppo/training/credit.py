@@ -209,7 +209,7 @@ class PromptCritic(_Trained):
             loss = functional.binary_cross_entropy_with_logits(
                 logit, target_b[part].to(logit.device), weight=share_b[part].to(logit.device), reduction="sum"
             ) / float(share_b.sum())
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
@@ -286,7 +286,7 @@ class TokenCritic(_Trained):
             target = self.target_BT[part, :width].to(logit.device)
             loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
             loss = torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum() / max(tokens, 1)
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
