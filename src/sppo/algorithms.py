@@ -7,13 +7,14 @@ what the loss averages over; `samples` is what its paper or reference code sampl
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 SPPO: dict[str, dict[str, Any]] = {
     "objective": {
         "ratio": "sequence", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none", "surrogate": "clip", "average": "auto",
-        "clip": [0.2, 0.2], "dual_clip": 3.0, "phi": "segments",
+        "clip": [0.2, 0.2], "gate_temperature": [1.0, 1.05], "dual_clip": 3.0, "phi": "segments",
     },
     "rollout": {"samples": 1, "resample": 0, "kind": "samples"},
 }  # fmt: skip
@@ -59,6 +60,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "dr-grpo": _like_sppo(samples=8, **GROUP, average="constant"),
     # GSPO, arXiv 2507.18071 eq. 5 and 7, with the clip of its section 5.1.
     "gspo": _like_sppo(samples=8, **GROUP | {"ratio": "geometric"}, scale="group", clip=[3e-4, 4e-4]),
+    # GSPO-token, arXiv 2507.18071 eq. 13 and 14: the same ratio and clip, but every token may have an advantage of its own. As it stands, all tokens of a
+    # response share one, and this is gspo; with objective.baseline = "hybrid" they do not.
+    "gspo-token": _like_sppo(
+        samples=8, **GROUP | {"ratio": "geometric-token"}, scale="group", average="responses", clip=[3e-4, 4e-4]
+    ),
+    # GMPO, arXiv 2507.20673: the geometric mean of a response's token ratios, each clipped to [e^-0.4, e^0.4].
+    "gmpo": _like_sppo(
+        samples=8, **GROUP, scale="group", surrogate="gmpo", average="responses", clip=[-math.expm1(-0.4), math.expm1(0.4)]
+    ),
+    # SAPO, arXiv 2511.20347: a sigmoid gate on each token's ratio in place of the clip.
+    "sapo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="sapo", average="responses"),
     # CISPO, arXiv 2506.13585 eq. 4 and 5: the ratio's weight is clipped and detached, no token loses its gradient. A weight of 5 at most.
     "cispo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="cispo", average="tokens", clip=[1.0, 4.0]),
     # DAPO, arXiv 2503.14476 eq. 8 to 12: clip-higher, the mean over tokens, groups that teach nothing sampled again.

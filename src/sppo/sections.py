@@ -225,6 +225,10 @@ class RolloutSection(Section):
         return value
 
 
+PER_TOKEN = ("token", "geometric-token")
+"""Values of `objective.ratio` that give every token a ratio, and can take an advantage for each."""
+
+
 class ObjectiveSection(Section):
     """The clipped sequence-level surrogate, or a peer's."""
 
@@ -263,17 +267,23 @@ class ObjectiveSection(Section):
     half_life: float = Field(
         1.0, gt=0, description="of baseline = 'beta': nats by which the policy moves until a past reward counts half"
     )
-    surrogate: Literal["clip", "cispo", "plain"] = Field(
+    surrogate: Literal["clip", "cispo", "gmpo", "sapo", "plain"] = Field(
         "clip",
-        description="clip: PPO's; cispo: a clipped weight on the log-probability; plain: the log-probability alone (REINFORCE)",
+        description="clip: PPO's; cispo: a clipped weight on the log-probability; gmpo: the geometric mean of a response's clipped token ratios; sapo: a "
+        "sigmoid gate instead of the clip; plain: the log-probability alone (REINFORCE)",
+    )
+    gate_temperature: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (1.0, 1.05),
+        description="of surrogate = 'sapo': [where the advantage is positive, elsewhere]; the higher, the faster a token far off policy loses its gradient",
     )
     average: Literal["auto", "tokens", "responses", "constant"] = Field(
         "auto",
         description="what a loss of token ratios averages over: all tokens (auto), each response's tokens and then responses, or "
         "responses times rollout.max_tokens; sequence ratios: responses (auto)",
     )
-    ratio: Literal["sequence", "geometric", "token", "family"] = Field(
-        "sequence", description="importance ratio: exp(l), exp(l/T) (GSPO), per token, or exp(l/T^kappa)"
+    ratio: Literal["sequence", "geometric", "token", "geometric-token", "family"] = Field(
+        "sequence",
+        description="importance ratio: exp(l), exp(l/T) (GSPO), per token, exp(l/T) with each token's own gradient (GSPO-token), or exp(l/T^kappa)",
     )
     kappa: float = Field(0.5, ge=0, le=1, description="the family's exponent; 0 is sequence, 1 is geometric")
     clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
@@ -328,11 +338,15 @@ class ObjectiveSection(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ObjectiveSection:
-        if self.baseline == "token-critic" and self.ratio != "token":
+        if self.baseline == "token-critic" and self.ratio not in PER_TOKEN:
             raise ValueError("baseline = 'token-critic' gives every token an advantage of its own: set ratio = 'token'")
-        if self.baseline == "hybrid" and self.ratio != "token":
+        if self.baseline == "hybrid" and self.ratio not in PER_TOKEN:
             raise ValueError("baseline = 'hybrid' gives every token an advantage of its own: set ratio = 'token'")
-        if self.average != "auto" and self.ratio != "token":
+        if self.surrogate == "gmpo" and (self.ratio != "token" or self.average != "responses"):
+            raise ValueError(
+                "surrogate = 'gmpo' takes one mean over each response's token ratios: set ratio = 'token' and average = 'responses'"
+            )
+        if self.average != "auto" and self.ratio not in PER_TOKEN:
             raise ValueError(
                 f"average = {self.average!r} is about tokens, and ratio is {self.ratio!r}: set ratio = 'token' (or leave it to the preset of "
                 f"algorithm = {self.algorithm!r}), or average = 'auto'"

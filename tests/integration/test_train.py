@@ -115,6 +115,13 @@ def test_the_same_recipe_and_seed_give_the_same_policy(tmp_path):
         {"objective__dual_clip": 0, "objective__engine_correction": 0},
         {"rollout__samples": 2, "rollout__truncated": "mask"},
         {"training__minibatches": 1},
+        {
+            "objective__algorithm": "gspo-token",
+            "objective__baseline": "hybrid",
+            "objective__scale": "none",
+            "rollout__samples": 2,
+        },
+        {"objective__algorithm": "sapo", "objective__gate_temperature": (2.0, 4.0)},
         {"policy__dtype": "bfloat16"},
         *({"objective__algorithm": name} for name in PRESETS if name != "sppo"),
     ],
