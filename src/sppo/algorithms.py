@@ -15,6 +15,7 @@ SPPO: dict[str, dict[str, Any]] = {
     "objective": {
         "ratio": "sequence", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none", "surrogate": "clip", "average": "auto",
         "clip": [0.2, 0.2], "gate_temperature": [1.0, 1.05], "dual_clip": 3.0, "phi": "segments",
+        "value_loss": "cross-entropy", "value_clip": 0.0,
     },
     "rollout": {"samples": 1, "resample": 0, "kind": "samples"},
 }  # fmt: skip
@@ -46,8 +47,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sppo-hybrid": _like_sppo(ratio="token", baseline="hybrid"),
     # SPPO on trees of responses, each stretch of tokens against V(x) and the other children of its fork. docs/exploration.md
     "sppo-tree": _like_sppo(kind="tree", ratio="token", baseline="hybrid", phi="siblings"),
-    # PPO, arXiv 1707.06347 eq. 7, with a value for every token, GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
-    "ppo": _like_sppo(ratio="token", baseline="token-critic", scale="batch", average="tokens", dual_clip=0.0),
+    # PPO, arXiv 1707.06347 eq. 7, with a value for every token that learns by squared error (eq. 9), GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
+    "ppo": _like_sppo(
+        ratio="token", baseline="token-critic", value_loss="squared", scale="batch", average="tokens", dual_clip=0.0
+    ),
     # REINFORCE, Williams 1992, against the mean of the batch's other rewards.
     "reinforce": _like_sppo(baseline="batch", surrogate="plain", dual_clip=0.0),
     # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples.
@@ -124,6 +127,9 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
         rollout["prompts"] = max(1, responses // ((samples or kept) + _greedy(after)))
     if after["objective"]["baseline"] != "critic":
         objective.pop("ev_gate", None)  # of a critic that is not there
+    if after["objective"]["baseline"] != "token-critic":
+        objective.pop("value_loss", None)
+        objective.pop("value_clip", None)
     if after["objective"]["baseline"] not in CHANCES:
         objective.pop("optimal_baseline", None)
     objective["algorithm"] = name

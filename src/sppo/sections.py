@@ -259,6 +259,15 @@ class ObjectiveSection(Section):
         description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
     )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of baseline = 'token-critic'")
+    value_loss: Literal["cross-entropy", "squared"] = Field(
+        "cross-entropy",
+        description="of baseline = 'token-critic': cross-entropy of a chance, or PPO's squared error of a value that may be any number",
+    )
+    value_clip: float = Field(
+        0.0,
+        ge=0,
+        description="of value_loss = 'squared': a value that has moved by more than this in a step moves no further (PPO2's code); 0: no clip",
+    )
     phi: Literal["segments", "steps", "siblings"] = Field(
         "segments",
         description="of baseline = 'hybrid': the critic at the segments' ends; the step scores that the reward measures (+ 0 * steps:…); how a "
@@ -340,6 +349,12 @@ class ObjectiveSection(Section):
     def _fits_together(self) -> ObjectiveSection:
         if self.baseline == "token-critic" and self.ratio not in PER_TOKEN:
             raise ValueError("baseline = 'token-critic' gives every token an advantage of its own: set ratio = 'token'")
+        if self.value_loss == "squared" and self.baseline != "token-critic":
+            raise ValueError(
+                f"value_loss = 'squared' is of baseline = 'token-critic', and V(x) of {self.baseline!r} is a chance: set value_loss = 'cross-entropy'"
+            )
+        if self.value_clip and self.value_loss != "squared":
+            raise ValueError("value_clip is of value_loss = 'squared': set that, or value_clip = 0")
         if self.baseline == "hybrid" and self.ratio not in PER_TOKEN:
             raise ValueError("baseline = 'hybrid' gives every token an advantage of its own: set ratio = 'token'")
         if self.surrogate == "gmpo" and (self.ratio != "token" or self.average != "responses"):

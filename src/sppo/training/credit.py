@@ -36,6 +36,7 @@ from ..objective.advantage import (
     whitened,
 )
 from ..objective.diagnostics import critic_quality, explained_variance
+from ..objective.value import squared_error
 from .batch import Batch, micro_batches
 from .history import History
 from .optim import MasterAdamW
@@ -134,6 +135,7 @@ class _Trained:
         t = config.training
         self.critic: Critic | None = critic
         self.model, self.policy, self.config = critic, policy, config
+        critic.reads_out(linear=config.objective.value_loss == "squared")
         self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
 
@@ -249,12 +251,14 @@ class PromptCritic(_Trained):
 class TokenCritic(_Trained):
     """PPO's: a value for the state before every token, generalised advantages, and λ-returns as the critic's target.
 
-    The value is σ of the critic's read-out and learns by cross-entropy, as the prompt critic does: returns lie in [0, 1].
+    With `objective.value_loss = "squared"`, PPO's own, the value is the critic's read-out, and any number. With "cross-entropy" it is σ of that, a chance,
+    as the prompt critic's, and so are its targets.
     """
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
         self.target_BT: Tensor | None = None
+        self.value_BT: Tensor | None = None  # before the step's updates
         critic.reads_tokens_of(policy)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
@@ -262,7 +266,8 @@ class TokenCritic(_Trained):
         decay, mask_BT = self.config.objective.gae_lambda, batch.mask_BT
         value_BT = self.values(batch)
         advantage_BT = gae(reward_B, value_BT, mask_BT, decay)
-        self.target_BT = (gae(batch.correct_B, value_BT, mask_BT, decay) + value_BT).clamp(0, 1)
+        target_BT = gae(batch.correct_B, value_BT, mask_BT, decay) + value_BT
+        self.target_BT, self.value_BT = target_BT if self.model.linear else target_BT.clamp(0, 1), value_BT
         value_B = value_BT[:, 0]  # before the first token: of the prompt alone
         metrics = self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
@@ -273,18 +278,22 @@ class TokenCritic(_Trained):
         value_BT = torch.zeros_like(batch.behaviour_logp_BT)
         for part in self._parts(batch, torch.arange(len(batch))):
             logit = self._logits(batch, part)
-            value_BT[part, : logit.size(1)] = logit.sigmoid().cpu()
+            value_BT[part, : logit.size(1)] = self.model.value(logit).cpu()
         return value_BT
 
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
-        """Cross-entropy of every token's value against its λ-return."""
+        """Cross-entropy or squared error of every token's value against its λ-return, the mean over tokens."""
         assert self.target_BT is not None
+        assert self.value_BT is not None
         tokens, total = int(batch.response_len_B[rows].sum()), 0.0
         for part in self._parts(batch, rows):
             logit = self._logits(batch, part)
             width = logit.size(1)
-            target = self.target_BT[part, :width].to(logit.device)
-            loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
+            target, old = (x[part, :width].to(logit.device) for x in (self.target_BT, self.value_BT))
+            if self.model.linear:
+                loss_bT = squared_error(logit, target, old, self.config.objective.value_clip)
+            else:
+                loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
             loss = torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum() / max(tokens, 1)
             self.optimiser.backward(loss)
             total += float(loss.detach())
