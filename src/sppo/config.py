@@ -172,6 +172,11 @@ class Config(Section):
             raise ValueError(
                 "rollout.kind = 'tree' makes its samples by branching: leave rollout.samples and rollout.resample out"
             )
+        if o.ratio != "token":
+            raise ValueError(
+                f"rollout.kind = 'tree' has stretches of tokens that several responses share, and objective.ratio = {o.ratio!r} is of a whole response: "
+                "set objective.ratio = 'token'"
+            )
         if o.scale != "none" or o.average == "responses":
             raise ValueError(
                 "rollout.kind = 'tree' counts every shared token once: leave objective.scale and objective.average out"
@@ -261,6 +266,7 @@ class Config(Section):
         reads: list[tuple[str, bool, str]] = [
             *((f"objective.{key}", o.baseline == name, f"objective.baseline = {name!r}") for key, name in of_baseline.items()),
             ("objective.kappa", o.ratio == "family", "objective.ratio = 'family'"),
+            ("objective.gate_temperature", o.surrogate == "sapo", "objective.surrogate = 'sapo'"),
             ("objective.kl_form", o.kl > 0, "objective.kl above 0"),
             ("objective.kl_level", o.kl > 0 and o.kl_form != "reward", "a KL in the loss: objective.kl above 0, kl_form other than 'reward'"),
             *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget", "leaves")),

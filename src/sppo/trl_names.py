@@ -69,7 +69,7 @@ _INSTEAD = {
         (
             "loss_type sapo_ vespo_ off_policy_mask_threshold router_aux_loss_coef label_ prediction_loss_only neftune_noise_alpha",
             "a loss is part of an algorithm here, and SPPO's own is the default: recipe={'objective.algorithm': 'grpo'} (or 'dr-grpo', 'dapo', "
-            "'gspo', 'cispo') is the peer's, and 'objective.average' says what it averages over",
+            "'gspo', 'gspo-token', 'gmpo', 'cispo', 'sapo') is the peer's, and 'objective.average' says what it averages over",
         ),
         ("scale_rewards", "recipe={'objective.scale': 'none' (or 'group', or 'batch', which whitens)}"),
         (
@@ -186,6 +186,8 @@ def translated(settings: Mapping[str, Any], ours: list[str]) -> Settings:
     for name, value in given.items():
         if name in ("adam_beta1", "adam_beta2"):
             out["training.betas"] = [given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.95)]
+        elif name in _GATE:
+            out["objective.gate_temperature"] = [given.get(key, usual) for key, usual in _GATE.items()]
         elif name == "use_vllm":
             out["rollout.engine"] = "vllm" if value else "local"
         elif name in _ENGINE_OPTIONS and given.get("use_vllm"):
@@ -202,8 +204,9 @@ def translated(settings: Mapping[str, Any], ours: list[str]) -> Settings:
     return out
 
 
+_GATE = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
 _ENGINE_OPTIONS = {"vllm_gpu_memory_utilization": "memory", "vllm_max_model_length": "context"}
-_TAKEN = {*KEYS, *_CHOICES, *_ENGINE_OPTIONS, "use_vllm", "adam_beta1", "adam_beta2"}
+_TAKEN = {*KEYS, *_CHOICES, *_ENGINE_OPTIONS, *_GATE, "use_vllm", "adam_beta1", "adam_beta2"}
 
 
 def _known(name: str) -> bool:

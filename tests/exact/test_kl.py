@@ -8,13 +8,25 @@ import pytest
 import torch
 
 from sppo.objective.advantage import gae
-from sppo.objective.kl import kl_cost, sequence_kl, to_go, token_kl, weighted_k3
+from sppo.objective.kl import kl_cost, sequence_kl, token_kl, weighted_k3
 from sppo.objective.loss import Scored, policy_loss
 from sppo.objective.ratio import log_ratio
 from sppo.objective.surrogate import CEILING, bounded_exp, surrogate
 from sppo.sections import ObjectiveSection
 
-from .tabular import INDEX, MASK_ST, PREFIXES, RESPONSES, gradient, logps, parameters, probabilities, rewards, total
+from .tabular import (
+    INDEX,
+    MASK_ST,
+    PREFIXES,
+    RESPONSES,
+    gradient,
+    logps,
+    parameters,
+    probabilities,
+    rewards,
+    scores,
+    total,
+)
 
 TOLERANCE = 1e-10
 
@@ -198,12 +210,34 @@ def test_each_token_charged_with_what_follows_is_exact_too_and_a_discount_is_not
         value, _ = surrogate(log_r, reward_S[:, None] - 0.2 - charge_ST, clip=None)
         return gradient((probabilities(theta).detach() * torch.where(MASK_ST, value, 0.0).sum(1)).sum(), theta)
 
-    assert gap(found(to_go(cost_ST, MASK_ST)), truth) < TOLERANCE
+    assert gap(found(gae(cost_ST, torch.zeros_like(cost_ST), MASK_ST, 1.0)), truth) < TOLERANCE
     assert (
         gap(found(cost_ST.sum(1, keepdim=True).expand_as(cost_ST)), truth) < TOLERANCE
     )  # of the whole response: noisier
     assert gap(found(gae(cost_ST, torch.zeros_like(cost_ST), MASK_ST, 0.5)), truth) > 1e-3
     assert gap(found(cost_ST), truth) > 1e-3  # of its own alone
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_charging_what_follows_varies_less(seed):
+    theta, reference = parameters(seed), parameters(seed + 30)
+    cost_ST, score_STP, p_S = kl_cost(logps(theta), logps(reference), MASK_ST, 1.0), scores(theta), probabilities(theta)
+    follows_ST = gae(cost_ST, torch.zeros_like(cost_ST), MASK_ST, 1.0)
+    spread = []
+    for charge_ST in (follows_ST, cost_ST.sum(1, keepdim=True)):
+        each_SP = (charge_ST[..., None] * score_STP).sum(1)
+        mean_P = (p_S[:, None] * each_SP).sum(0)
+        spread.append(float((p_S[:, None] * (each_SP - mean_P).square()).sum()))
+    assert spread[0] < spread[1]
+
+
+@pytest.mark.parametrize("form", ["k2", "k3"])
+def test_as_rewards_the_others_are_biased(form):
+    theta, reference = parameters(0).requires_grad_(), parameters(30)
+    reward_S = sequence_kl(logps(theta), logps(reference), MASK_ST, form).detach()
+    found = gradient((probabilities(theta).detach() * reward_S * total(logps(theta))).sum(), theta)
+    for truth in (reverse_kl, forward_kl):
+        assert gap(found, gradient(truth(theta, reference), theta)) > 1e-3
 
 
 def test_unknown_form_is_refused():
@@ -256,7 +290,9 @@ def test_the_kl_in_the_reward_pulls_towards_the_reference_wherever_the_policy_is
         for l_ref in FAR:
             logp_bT, x = one_response(l_ref, 4, dtype)
             cost_bT = kl_cost(x.old_bT, x.reference_bT, x.mask_bT, 0.1)
-            advantage = -cost_bT.sum(1) if ratio == "sequence" else -to_go(cost_bT, x.mask_bT)
+            advantage = (
+                -cost_bT.sum(1) if ratio == "sequence" else -gae(cost_bT, torch.zeros_like(cost_bT), x.mask_bT, 1.0)
+            )
             (found,) = torch.autograd.grad(policy_loss(x, advantage, o, sequences=1, divisor=1).value, logp_bT)
             assert torch.equal(found.sign(), torch.full_like(found, math.copysign(1, l_ref) if l_ref else 0.0)), l_ref
 

@@ -63,12 +63,14 @@ def logps(policy, rollout):
 @torch.no_grad()
 @pytest.mark.parametrize("cut", [None, Cut(top_k=4)])
 @pytest.mark.parametrize("decay", [0.95, 1.0, 0.5])
-def test_ppos_kl_is_charged_from_each_token_on_whatever_lambda_is(cut, decay):
-    """GAE of the score alone, less every later token's β·(log π − log π_ref) under the whole softmax; the critic's target is correctness."""
+@pytest.mark.parametrize("value_loss", ["cross-entropy", "squared"])
+def test_ppos_kl_against_a_loop(cut, decay, value_loss):
+    """β·(log π − log π_ref) of each token under the whole softmax. A chance of success does not hold it, so each token is charged with all that
+    follows, and the target is correctness. A value that may be any number does: it is a reward among GAE's, and in the target."""
     policy, reference = small_policy(), small_policy(seed=5)
     batch = a_batch(policy, cut=cut)
     changes = {"objective__algorithm": "ppo", "objective__kl": BETA, "objective__gae_lambda": decay}
-    learner = a_learner(policy, reference, **changes)
+    learner = a_learner(policy, reference, objective__value_loss=value_loss, **changes)
     found, _, _ = learner.advantage(batch)
     values = learner.credit.values(batch)
     for b, r in enumerate(batch.rollouts):
@@ -78,28 +80,32 @@ def test_ppos_kl_is_charged_from_each_token_on_whatever_lambda_is(cut, decay):
             BETA * (new - ref) for new, ref in zip(logps(policy, r).tolist(), logps(reference, r).tolist(), strict=True)
         ]
         for t in range(length):
-            advantage = target = 0.0
+            alone = charge = 0.0
             for k in range(t, length):
-                last = k == length - 1
-                advantage += decay ** (k - t) * (v[k + 1] - v[k] + (r.verdict.score if last else 0.0))
-                target += decay ** (k - t) * (v[k + 1] - v[k] + (r.verdict.correct if last else 0.0))
-            assert float(found[b, t]) == pytest.approx(advantage - sum(cost[t:]), abs=1e-4)
-            assert float(learner.credit.target_BT[b, t]) == pytest.approx(min(max(target + v[t], 0.0), 1.0), abs=1e-5)
+                reward = r.verdict.score if k == length - 1 else 0.0
+                alone += decay ** (k - t) * (reward + v[k + 1] - v[k])
+                charge += cost[k] * (decay ** (k - t) if value_loss == "squared" else 1.0)
+            assert float(found[b, t]) == pytest.approx(alone - charge, abs=1e-4)
+            target = alone - charge + v[t] if value_loss == "squared" else min(max(alone + v[t], 0.0), 1.0)
+            assert float(learner.credit.target_BT[b, t]) == pytest.approx(target, abs=1e-4)
 
 
-def test_the_first_of_many_tokens_is_charged_for_all_of_them():
-    """With λ = .95 a charge at the last of 200 tokens alone would reach the first one as .95^199 = 4e-5 of itself."""
+@torch.no_grad()
+@pytest.mark.parametrize("value_loss", ["cross-entropy", "squared"])
+def test_the_first_of_many_tokens_is_charged_for_those_that_follow(value_loss):
+    """With λ = .95 a charge at the last of 200 tokens alone would reach the first one as .95^199 = 4e-5 of itself. Charged at each token, the next
+    twenty or so reach it directly, and the rest through the value of the state they lead to; without such a value all of them."""
     policy, reference = small_policy(), small_policy(seed=5)
     batch = a_batch(policy, 4, max_tokens=200)
     assert int(batch.response_len_B.max()) > 100
+    changes = {"objective__algorithm": "ppo", "objective__value_loss": value_loss}
     with_kl, without = (
-        a_learner(policy, reference, objective__algorithm="ppo", objective__kl=kl).advantage(batch)[0]
-        for kl in (BETA, 0.0)
+        a_learner(policy, reference, objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
     )
-    with torch.no_grad():
-        for b, r in enumerate(batch.rollouts):
-            whole = float((logps(policy, r) - logps(reference, r)).sum())
-            assert float(without[b, 0] - with_kl[b, 0]) == pytest.approx(BETA * whole, rel=1e-3, abs=1e-3)
+    for b, r in enumerate(batch.rollouts):
+        cost = BETA * (logps(policy, r) - logps(reference, r))
+        reaches = 0.95 ** torch.arange(len(cost)) if value_loss == "squared" else torch.ones(len(cost))
+        assert float(without[b, 0] - with_kl[b, 0]) == pytest.approx(float((reaches * cost).sum()), rel=1e-3, abs=1e-3)
     assert float((without - with_kl)[:, 0].abs().max()) > 0.1
 
 
@@ -108,6 +114,7 @@ REWARDED = [
     {"objective__algorithm": "sppo-centred"},
     {"objective__algorithm": "reinforce"},
     {"objective__algorithm": "ppo"},
+    {"objective__algorithm": "ppo", "objective__value_loss": "cross-entropy"},
     {"objective__algorithm": "sppo-hybrid"},
 ]
 
@@ -141,9 +148,11 @@ def test_what_is_charged_to_whom(changes):
         expected = whole - (whole.sum() - whole) / 7 if of_others else whole
         assert torch.allclose(plain - shaped, expected, atol=1e-4)
         return
+    decay = 0.95 if changes == {"objective__algorithm": "ppo"} else 1.0
     for b, cost in enumerate(costs):
         for t in range(len(cost)):
-            assert float(plain[b, t] - shaped[b, t]) == pytest.approx(float(cost[t:].sum()), abs=1e-4)
+            expected = sum(decay ** (k - t) * float(cost[k]) for k in range(t, len(cost)))
+            assert float(plain[b, t] - shaped[b, t]) == pytest.approx(expected, abs=1e-4)
 
 
 # -- in the loss ---------------------------------------------------------------------------------------------------------

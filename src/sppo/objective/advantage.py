@@ -110,7 +110,8 @@ def gae(reward: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Tens
         decay: λ.
 
     Returns:
-        [B, T], without gradient; 0 beyond a response. With a constant V the first token's is λ^(T−1) times the last one's.
+        [B, T], without gradient; 0 beyond a response. With a constant V and a reward at the end the first token's is λ^(T−1) times
+        the last one's; with V = 0 and λ = 1 each token's is the sum of the rewards from it on.
     """
     inside_BT = mask_BT.bool()
     value_BT = torch.where(inside_BT, wide(value_BT), torch.zeros_like(wide(value_BT))).detach()

@@ -11,7 +11,8 @@ With d_t = log π_θ(y_t | s_t) − log π_ref(y_t | s_t), s_t the prompt and wh
 
 Token by token, x = d_t, summed over a response:
 
-    k1             as a reward for each token, each token credited with those from it on (`to_go`): exact, with less variance than ℓ_ref
+    k1             as a reward for each token, each token charged with those from it on: exact, with less variance than ℓ_ref,
+                   since what was paid before a token does not depend on it
     k2             Σ_s d(s) ∇KL(π_θ(·|s)‖π_ref(·|s)), d(s) the chance that π_θ writes the prefix s, held fixed: what a token does to the
                    prefixes after it is left out, so it is not ∇KL(π_θ‖π_ref)
     k3             Σ_s d(s) ∇KL(π_ref(·|s)‖π_θ(·|s)): the other direction, on the policy's prefixes and not on the reference's (GRPO's term,
@@ -19,12 +20,12 @@ Token by token, x = d_t, summed over a response:
     k3-weighted    as k2, and in later updates too, with d(s) the chance that π_old writes s (DeepSeek-V3.2, arXiv 2512.02556; TRL's)
 
 All of this holds on policy: in a step's first update, where nothing is cut (top-p and its kind). Later updates and cuts sample from another
-distribution, and but for k3-weighted no importance weight corrects these terms. A response's mean in place of its sum (`average = "responses"`, GRPO's own, and
-ratios that divide by length) weighs each token by 1/T. T is known at the end only, and depends on the token: the expectation is then no KL's
-gradient at all, not even over fixed prefixes. tests/exact/test_kl.py enumerates every row.
+distribution, and only k3-weighted has an importance weight for the former. A response's mean in place of its sum (`average = "responses"`,
+GRPO's own, and ratios that divide by length) weighs each token by 1/T, which is known at the end only and depends on the token: the expectation
+is then no KL's gradient, not even over fixed prefixes. tests/exact/test_kl.py enumerates every row.
 
-A recipe's `kl_form` is `reward` (k1, detached, inside the reward) or one of those in the loss, and its `kl_level` says of what. The KL inside the reward
-shapes the advantage only: it never reaches a target that is a chance of success.
+A recipe's `kl_form` is `reward` (k1, detached, inside the reward) or one of those in the loss; `kl_level` says of what the latter are. The KL
+inside the reward shapes the advantage, and never a target that is a chance of success.
 """
 
 from __future__ import annotations
@@ -73,13 +74,3 @@ def token_kl(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, form: str) -
 def kl_cost(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, weight: float) -> Tensor:
     """β·k1 of each token, for the *sampling* policy's log-probabilities, detached: what the reward is less. [B, T] × 3 → [B, T]."""
     return weight * token_kl(logp_BT.detach(), ref_logp_BT, mask_BT, "k1")
-
-
-def to_go(cost_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Each token's costs from itself to the response's end; 0 beyond. [B, T] × 2 → [B, T].
-
-    What was paid before a token does not depend on it: leaving it out changes no expected gradient, and lowers its variance.
-    """
-    inside_BT = mask_BT.bool()
-    cost_BT = torch.where(inside_BT, cost_BT, torch.zeros_like(cost_BT))
-    return torch.where(inside_BT, cost_BT.flip(1).cumsum(1).flip(1), torch.zeros_like(cost_BT))

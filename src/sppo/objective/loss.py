@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sections import ObjectiveSection
+from ..sections import PER_TOKEN, ObjectiveSection
 from .kl import estimator, weighted_k3
 from .ratio import log_ratio, wide
-from .surrogate import cispo, normalised_sum, plain, response_means, surrogate
+from .surrogate import cispo, geometric_mean, normalised_sum, plain, response_means, soft_gate, surrogate
 
 ENTROPY_CAP = 2.0
 """The most that a token's importance weight can be in the entropy bonus."""
@@ -56,7 +56,7 @@ class Loss:
 
 def denominator(objective: ObjectiveSection, sequences: float, tokens: float, max_tokens: int) -> float:
     """What a minibatch's sum is divided by: its unmasked sequences, its tokens, or a constant (`objective.average`)."""
-    if objective.ratio != "token":
+    if objective.ratio not in PER_TOKEN:
         return sequences
     constant = sequences * max_tokens
     return {"auto": tokens, "tokens": tokens, "responses": sequences, "constant": constant}[objective.average]
@@ -78,14 +78,18 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
         assert x.reference_bT is not None
         anchor_bT = x.reference_bT
     log_r = log_ratio(x.logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
-    if o.ratio == "token" and advantage.dim() == 1:
+    if o.ratio in PER_TOKEN and advantage.dim() == 1:
         advantage = advantage[:, None]
     if o.surrogate == "clip":
         value, clipped = surrogate(log_r, advantage, o.clip, o.dual_clip or None)
+    elif o.surrogate == "gmpo":
+        value, clipped = geometric_mean(log_r, mask_bT, advantage, o.clip)
+    elif o.surrogate == "sapo":
+        value, clipped = soft_gate(log_r, advantage, o.gate_temperature)
     else:
         logp = log_ratio(x.logp_bT, torch.zeros_like(x.logp_bT), mask_bT, o.ratio, o.kappa)
         value, clipped = cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
-    element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
+    element_mask = mask_bT if o.ratio in PER_TOKEN else torch.ones_like(log_r, dtype=torch.bool)
     if x.count_bT is not None:  # what responses share counts once
         element_mask, value = x.count_bT > 0, value * x.count_bT
     correction = None

@@ -36,7 +36,7 @@ from ..objective.advantage import (
     whitened,
 )
 from ..objective.diagnostics import critic_quality, explained_variance
-from ..objective.kl import to_go
+from ..objective.value import squared_error
 from .batch import Batch, micro_batches
 from .history import History
 from .optim import MasterAdamW
@@ -94,13 +94,15 @@ def scaled(advantage: Tensor, reward_B: Tensor, batch: Batch, scale: str) -> Ten
     return whitened(advantage, keep) if scale == "batch" else advantage
 
 
-def charged(advantage_BT: Tensor, batch: Batch) -> Tensor:
-    """Advantages less what the KL in the reward charges from each token on, where it charges tokens. [B, T] → [B, T].
+def charged(advantage_BT: Tensor, batch: Batch, decay: float = 1.0) -> Tensor:
+    """Advantages less what the KL in the reward charges from each token on, where it charges tokens: Σ_k λ^(k−t)·β·k1_k. [B, T] → [B, T].
 
-    Its value is 0 and its λ is 1: a critic of chances cannot predict it, and without one a smaller λ would forgive a token what follows
-    more than some 1/(1 − λ) tokens later. So the expected gradient is that of β·KL(π‖π_ref), whatever λ is.
+    λ is 1 where no value predicts these charges: a smaller one would forgive a token what follows more than some 1/(1 − λ) tokens later, and
+    so the expected gradient is that of β·KL(π‖π_ref).
     """
-    return advantage_BT if batch.cost_BT is None else advantage_BT - to_go(batch.cost_BT, batch.mask_BT)
+    if batch.cost_BT is None:
+        return advantage_BT
+    return advantage_BT - gae(batch.cost_BT, torch.zeros_like(batch.cost_BT), batch.mask_BT, decay)
 
 
 class Samples:
@@ -149,6 +151,7 @@ class _Trained:
         t = config.training
         self.critic: Critic | None = critic
         self.model, self.policy, self.config = critic, policy, config
+        critic.reads_out(linear=config.objective.value_loss == "squared")
         self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
 
@@ -224,7 +227,7 @@ class PromptCritic(_Trained):
             loss = functional.binary_cross_entropy_with_logits(
                 logit, target_b[part].to(logit.device), weight=share_b[part].to(logit.device), reduction="sum"
             ) / float(share_b.sum())
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
@@ -264,8 +267,9 @@ class PromptCritic(_Trained):
 class TokenCritic(_Trained):
     """PPO's: a value for the state before every token, generalised advantages, and λ-returns as the critic's target.
 
-    The value is σ of the critic's read-out and learns by cross-entropy, as the prompt critic does: returns lie in [0, 1]. A KL in the
-    reward does not, and stays out of value and target (`charged`).
+    With `objective.value_loss = "squared"`, PPO's own, the value is the critic's read-out, and any number: its target is the return of all that
+    is paid, a KL in the reward included, token by token. With "cross-entropy" it is σ of that, a chance, as the prompt critic's, and so are its
+    targets: what shapes the reward stays out of them, and the KL has no value to be compared with (`charged`).
     """
 
     charges_tokens = True
@@ -273,14 +277,17 @@ class TokenCritic(_Trained):
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
         self.target_BT: Tensor | None = None
+        self.value_BT: Tensor | None = None  # before the step's updates
         critic.reads_tokens_of(policy)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol; advantages are [B, T]."""
         decay, mask_BT = self.config.objective.gae_lambda, batch.mask_BT
         value_BT = self.values(batch)
-        advantage_BT = charged(gae(reward_B, value_BT, mask_BT, decay), batch)
-        self.target_BT = (gae(batch.correct_B, value_BT, mask_BT, decay) + value_BT).clamp(0, 1)
+        linear = self.model.linear
+        advantage_BT = charged(gae(reward_B, value_BT, mask_BT, decay), batch, decay if linear else 1.0)
+        target_BT = (advantage_BT if linear else gae(batch.correct_B, value_BT, mask_BT, decay)) + value_BT
+        self.target_BT, self.value_BT = target_BT if linear else target_BT.clamp(0, 1), value_BT
         value_B = value_BT[:, 0]  # before the first token: of the prompt alone
         metrics = self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
@@ -291,20 +298,24 @@ class TokenCritic(_Trained):
         value_BT = torch.zeros_like(batch.behaviour_logp_BT)
         for part in self._parts(batch, torch.arange(len(batch))):
             logit = self._logits(batch, part)
-            value_BT[part, : logit.size(1)] = logit.sigmoid().cpu()
+            value_BT[part, : logit.size(1)] = self.model.value(logit).cpu()
         return value_BT
 
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
-        """Cross-entropy of every token's value against its λ-return."""
+        """Cross-entropy or squared error of every token's value against its λ-return, the mean over tokens."""
         assert self.target_BT is not None
+        assert self.value_BT is not None
         tokens, total = int(batch.response_len_B[rows].sum()), 0.0
         for part in self._parts(batch, rows):
             logit = self._logits(batch, part)
             width = logit.size(1)
-            target = self.target_BT[part, :width].to(logit.device)
-            loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
+            target, old = (x[part, :width].to(logit.device) for x in (self.target_BT, self.value_BT))
+            if self.model.linear:
+                loss_bT = squared_error(logit, target, old, self.config.objective.value_clip)
+            else:
+                loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
             loss = torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum() / max(tokens, 1)
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 

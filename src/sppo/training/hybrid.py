@@ -209,7 +209,7 @@ class SegmentCredit(_Gated, TokenCritic):
                 functional.binary_cross_entropy_with_logits(logit_bT[row_N, start_N], target_N, reduction="sum")
                 / number
             )
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 

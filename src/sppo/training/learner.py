@@ -185,7 +185,7 @@ class Learner:
                 current.entropy_BT,
             )
             found = policy_loss(x, of(advantage_B), o, sequences=sequences, divisor=divisor)
-            found.value.backward()
+            self.policy_optimiser.backward(found.value)
             if found.correction is not None:
                 tally.correction.append(found.correction[found.element_mask].cpu())
             tally.observe(
@@ -217,7 +217,7 @@ class Learner:
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
             loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
-            loss.backward()
+            self.policy_optimiser.backward(loss)
             total += float(loss.detach())
         if len(rows):
             tally.add("search/loss", total)
@@ -233,8 +233,7 @@ class Learner:
 
     def _gradient(self) -> Tensor:
         """The policy's gradient as one vector."""
-        parts = [p.grad.detach().flatten().float().cpu() for p in self.policy.model.parameters() if p.grad is not None]
-        return torch.cat(parts)
+        return torch.cat([g.flatten().float().cpu() for g in self.policy_optimiser.gradients()])
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 

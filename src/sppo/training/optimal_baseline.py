@@ -45,7 +45,9 @@ class OptimalBaseline:
         self.policy = policy
         # a response's score is divided by its length, to this power
         by_token = float(objective.average == "responses")
-        self.power = {"geometric": 1.0, "family": objective.kappa, "token": by_token}.get(objective.ratio, 0.0)
+        self.power = {"geometric": 1.0, "family": objective.kappa, "token": by_token, "geometric-token": by_token}.get(
+            objective.ratio, 0.0
+        )
         # running sums, of wrong and of right responses: stakes of the same problems, stakes, stakes times what was earned
         self.paired, self.stake, self.earned = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
         self.number = 0.0
