@@ -126,6 +126,7 @@ def test_the_same_recipe_and_seed_give_the_same_policy(tmp_path):
         {"rollout__overlong": 0.5},
         {"objective__algorithm": "sapo", "objective__gate_temperature": (2.0, 4.0)},
         {"policy__dtype": "bfloat16"},
+        {"policy__dtype": "bfloat16", "critic__dtype": "bfloat16", "training__micro_tokens": 64},
         *({"objective__algorithm": name} for name in PRESETS if name != "sppo"),
     ],
 )
