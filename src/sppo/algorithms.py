@@ -17,14 +17,14 @@ SPPO: dict[str, dict[str, Any]] = {
         "clip": [0.2, 0.2], "gate_temperature": [1.0, 1.05], "dual_clip": 3.0, "phi": "segments",
         "value_loss": "cross-entropy", "value_clip": 0.0,
     },
-    "rollout": {"samples": 1, "resample": 0, "kind": "samples"},
+    "rollout": {"samples": 1, "resample": 0, "overlong": 0.0, "kind": "samples"},
 }  # fmt: skip
 
 
 def _like_sppo(
-    samples: int = 1, resample: int = 0, kind: str = "samples", **objective: Any
+    samples: int = 1, resample: int = 0, overlong: float = 0.0, kind: str = "samples", **objective: Any
 ) -> dict[str, dict[str, Any]]:
-    rollout = {"samples": samples, "resample": resample, "kind": kind}
+    rollout = {"samples": samples, "resample": resample, "overlong": overlong, "kind": kind}
     return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
@@ -53,8 +53,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     ),
     # REINFORCE, Williams 1992, against the mean of the batch's other rewards.
     "reinforce": _like_sppo(baseline="batch", surrogate="plain", dual_clip=0.0),
-    # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples.
-    "rloo": _like_sppo(samples=4, baseline="others", dual_clip=0.0),
+    # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples, without a ratio or a clip.
+    "rloo": _like_sppo(samples=4, baseline="others", surrogate="plain", dual_clip=0.0),
     # ReMax, arXiv 2310.10505 algorithm 2: against the reward of the greedy response.
     "remax": _like_sppo(baseline="greedy", surrogate="plain", dual_clip=0.0),
     # GRPO, arXiv 2402.03300 eq. 3: group mean and deviation, token ratios, the mean over responses of their means.
@@ -76,8 +76,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sapo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="sapo", average="responses"),
     # CISPO, arXiv 2506.13585 eq. 4 and 5: the ratio's weight is clipped and detached, no token loses its gradient. A weight of 5 at most.
     "cispo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="cispo", average="tokens", clip=[1.0, 4.0]),
-    # DAPO, arXiv 2503.14476 eq. 8 to 12: clip-higher, the mean over tokens, groups that teach nothing sampled again.
-    "dapo": _like_sppo(samples=8, resample=3, **GROUP, scale="group", average="tokens", clip=[0.2, 0.28]),
+    # DAPO, arXiv 2503.14476 eq. 8 to 13: clip-higher, the mean over tokens, groups that teach nothing sampled again, and a penalty on the last fifth of a
+    # response's tokens (4,096 of 20,480 in the paper).
+    "dapo": _like_sppo(
+        samples=8, resample=3, overlong=0.2, **GROUP, scale="group", average="tokens", clip=[0.2, 0.28]
+    ),
 }  # fmt: skip
 
 

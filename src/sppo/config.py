@@ -231,6 +231,10 @@ class Config(Section):
             raise ValueError(
                 "rollout.top_k, top_p, min_p and stop are about text: leave them out with rollout.engine = 'control'"
             )
+        if r.overlong:
+            raise ValueError(
+                "rollout.overlong is about long responses, and a long episode may be a good one: set it to 0 with rollout.engine = 'control'"
+            )
         if r.resample > 2:
             raise ValueError(
                 "rollout.engine = 'control' holds a step's last few blocks of episodes only: set rollout.resample to 2 at most"

@@ -188,6 +188,13 @@ class RolloutSection(Section):
         description="replace prompts whose samples all score the same, in at most so many more rounds (DAPO's dynamic sampling); 0: keep them",
     )
     max_tokens: int = Field(256, ge=1, description="response limit, EOS included")
+    overlong: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="the last share of max_tokens in which a response loses score, in a line up to half of what a right answer earns (DAPO's soft "
+        "over-long punishment); what counts as right, and is learnt by the critic, stays; 0: no penalty",
+    )
     temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
     top_k: int = Field(0, ge=0, description="draw among so many of the likeliest tokens; 0: all of them")
     top_p: float = Field(

@@ -129,8 +129,10 @@ def test_the_same_recipe_and_seed_give_the_same_policy(tmp_path):
         },
         {"objective__algorithm": "ppo", "objective__value_loss": "cross-entropy"},
         {"objective__algorithm": "ppo", "objective__value_clip": 0.05, "training__minibatches": 4},
+        {"rollout__overlong": 0.5},
         {"objective__algorithm": "sapo", "objective__gate_temperature": (2.0, 4.0)},
         {"policy__dtype": "bfloat16"},
+        {"policy__dtype": "bfloat16", "critic__dtype": "bfloat16", "training__micro_tokens": 64},
         *({"objective__algorithm": name} for name in PRESETS if name != "sppo"),
     ],
 )

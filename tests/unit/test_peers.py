@@ -103,7 +103,7 @@ def test_each_presets_advantage_by_hand(name):
 @pytest.mark.parametrize("name", ["grpo", "gspo", "gspo-token", "gmpo", "sapo", "cispo", "dapo"])
 def test_grpo_and_its_kin_divide_by_the_groups_deviation(name):
     policy = small_policy()
-    found = a_learner(policy, name).advantage(a_batch(policy, name))[0]
+    found = a_learner(policy, name, rollout__overlong=0).advantage(a_batch(policy, name))[0]
     expected = (torch.tensor(SCORES) - 0.5) / (math.sqrt(1 / 3) + 1e-4)
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -285,10 +285,17 @@ TRL = {
     "gmpo": {},
 }  # fmt: skip
 WRITTEN_OUT = {
+    "rloo": ("rloo", {"objective__surrogate": "clip"}, {}),
     "bnpo": ("grpo", {"objective__average": "tokens"}, {"loss_type": "bnpo"}),
-    "luspo": ("gspo", {"objective__ratio": "geometric-token", "objective__average": "constant"}, {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}),
+    "luspo": (
+        "gspo", {"objective__ratio": "geometric-token", "objective__average": "constant"},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    ),
     "two-sided": ("grpo", {"objective__dual_clip": 1.3}, {"loss_type": "grpo", "delta": 1.3}),
-    "sapo at other temperatures": ("sapo", {"objective__gate_temperature": (3.0, 5.0)}, {"loss_type": "sapo", "sapo_temperature_pos": 3.0, "sapo_temperature_neg": 5.0}),
+    "sapo at other temperatures": (
+        "sapo", {"objective__gate_temperature": (3.0, 5.0)},
+        {"loss_type": "sapo", "sapo_temperature_pos": 3.0, "sapo_temperature_neg": 5.0},
+    ),
 }  # fmt: skip
 """What TRL has a name for and a recipe writes out: (preset, the recipe's keys, TRL's)."""
 
@@ -332,7 +339,7 @@ def trl_inputs(policy, batch, advantage_B, old_BT):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", [*TRL, "rloo", *WRITTEN_OUT])
+@pytest.mark.parametrize("case", [*TRL, *WRITTEN_OUT])
 def test_loss_and_gradient_equal_trls(case, tmp_path):
     """The same ids, advantages and old log-probabilities through TRL's own trainer (1.16)."""
     pytest.importorskip("trl")

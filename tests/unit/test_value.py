@@ -114,7 +114,7 @@ def test_a_saved_critic_says_what_its_read_out_means(tmp_path):
         again.head.bias.fill_(1.5)
     assert float(again.chances(tasks)) == 1.0
     assert a_learner(again)[0].credit.critic.linear
-    with pytest.raises(RecipeError, match="set objective.value_loss = 'squared'"):
+    with pytest.raises(RecipeError, match=r"set objective.value_loss = 'squared'"):
         a_learner(again, objective__value_loss="cross-entropy")
     with pytest.raises(RecipeError, match="trained by squared error"):
         Learner(small_policy(), again, None, small_config().with_rates(1, 1))
@@ -122,7 +122,7 @@ def test_a_saved_critic_says_what_its_read_out_means(tmp_path):
     small_critic().save(tmp_path / "chance")
     chance, _ = Critic.load(str(tmp_path / "chance"), dtype="float32", device=torch.device("cpu"), seed=0)
     assert float(chance.chances(tasks)) == 0.5
-    with pytest.raises(RecipeError, match="set objective.value_loss = 'cross-entropy'"):
+    with pytest.raises(RecipeError, match=r"set objective.value_loss = 'cross-entropy'"):
         a_learner(chance)
 
 

@@ -49,6 +49,18 @@ def group_mean(reward_B: Tensor, mask_B: Tensor, group_B: Tensor) -> Tensor:
     return sum_B / count_B.clamp(min=1)
 
 
+def overlong_penalty(length_B: Tensor, max_tokens: int, share: float) -> Tensor:
+    """What DAPO's soft over-long punishment takes from a score (arXiv 2503.14476 eq. 13), for lengths in tokens. [B] → [B], in [0, ½].
+
+        ½ · clip( (length − (max_tokens − cache)) / cache, 0, 1 ),   cache = share·max_tokens
+
+    The paper's scores are 1 and −1, and its penalty takes 1 at most: half of what is between them. Scores here are 1 and 0. The group's mean and
+    deviation make the same advantages of both.
+    """
+    cache = share * max_tokens
+    return ((wide(length_B) - (max_tokens - cache)) / cache).clamp(0, 1) / 2
+
+
 STRATUM = 16
 """Problems of one difficulty are a stratum of their own where a step has at least so many of them."""
 

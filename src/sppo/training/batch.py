@@ -53,6 +53,16 @@ class Batch:
         return sum(n.end - n.start for n in self.nodes) if self.nodes else int(self.response_len_B.sum())
 
     @property
+    def flat_B(self) -> Tensor:
+        """True where a prompt's graded samples all scored the same (or fewer than two were graded): nothing of the same group is better, [B]."""
+        groups = int(self.group_B[-1]) + 1
+        low_G, high_G = torch.full((groups,), torch.inf), torch.full((groups,), -torch.inf)
+        group_b, score_b = self.group_B[self.keep_B], self.reward_B[self.keep_B].float()
+        low_G.scatter_reduce_(0, group_b, score_b, "amin")
+        high_G.scatter_reduce_(0, group_b, score_b, "amax")
+        return ~(low_G < high_G)[self.group_B]
+
+    @property
     def mask_BT(self) -> Tensor:
         """True on each response's own tokens."""
         return torch.arange(self.behaviour_logp_BT.size(1))[None] < self.response_len_B[:, None]

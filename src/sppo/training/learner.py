@@ -23,6 +23,7 @@ from ..errors import EngineMismatch, NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
+from ..objective.advantage import overlong_penalty
 from ..objective.kl import kl_cost
 from ..objective.loss import Scored, denominator, policy_loss
 from ..objective.ratio import log_ratio
@@ -65,7 +66,15 @@ class Learner:
 
         Call before `update`: the values must not have seen these rewards. Masked rollouts get whatever, and are not used.
         """
-        reward_B, o = batch.reward_B, self.config.objective
+        reward_B, o, r = batch.reward_B, self.config.objective, self.config.rollout
+        shaping: dict[str, Any] = {}
+        if r.overlong:
+            penalty_B = overlong_penalty(batch.response_len_B, r.max_tokens, r.overlong)
+            reward_B = reward_B - penalty_B
+            shaping["reward/overlong"] = float(penalty_B[batch.keep_B].mean()) if batch.keep_B.any() else None
+            if batch.greedy_B is not None:
+                length_B = torch.tensor([len(x.greedy.response_ids) for x in batch.rollouts if x.greedy is not None])
+                batch = replace(batch, greedy_B=batch.greedy_B - overlong_penalty(length_B, r.max_tokens, r.overlong))
         if o.kl > 0 and o.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
             cost_BT = kl_cost(batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
@@ -78,7 +87,7 @@ class Learner:
         self.critic_seconds = time.perf_counter() - began
         if batch.weight_B is not None:
             advantage = advantage * (batch.weight_B if advantage.dim() == 1 else batch.weight_B[:, None])
-        return advantage, value_B, metrics
+        return advantage, value_B, metrics | shaping
 
     # -- the update --------------------------------------------------------------------------------------------------
 
@@ -97,6 +106,15 @@ class Learner:
         self.trace = Trace.empty(batch)
         if len(kept) == 0:
             return {"update/skipped": "every rollout was masked"}
+        if self._leaves_flat_groups_out():
+            mixed = (batch.keep_B & ~batch.flat_B).nonzero()[:, 0]
+            left_out = {"update/left_out": len(kept) - len(mixed)}
+            if len(mixed):
+                kept = mixed
+            else:  # nothing to learn from: lessons may be
+                advantage_B = torch.zeros_like(advantage_B)
+        else:
+            left_out = {}
         lr = {
             "policy": learning_rate(t.lr, step, t.steps, warmup=t.warmup, schedule=t.schedule),
             "critic": learning_rate(t.critic_lr, step, t.steps, warmup=t.warmup, schedule=t.schedule),
@@ -131,11 +149,20 @@ class Learner:
         self.trace = tally.trace(batch)
         if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
             self.credit.moved(2 * metrics["policy/kl_step"] * float(batch.response_len_B[kept].float().mean()))
-        return metrics | {
-            "update/lr": lr["policy"],
-            "update/critic_seconds": self.critic_seconds,  # of the whole step's
-            "update/skipped_non_finite": self.bad_total,
-        }
+        return (
+            metrics
+            | left_out
+            | {
+                "update/lr": lr["policy"],
+                "update/critic_seconds": self.critic_seconds,  # of the whole step's
+                "update/skipped_non_finite": self.bad_total,
+            }
+        )
+
+    def _leaves_flat_groups_out(self) -> bool:
+        """Whether prompts whose samples still agree after the last round of `rollout.resample` leave every sum and denominator, as those do that
+        were replaced (DAPO, arXiv 2503.14476 eq. 11). A critic's baseline learns from them."""
+        return self.config.rollout.resample > 0 and self.config.critic_reads is None
 
     def _plan(self, batch: Batch, kept: Tensor, step: int, epoch: int) -> list[list[Tensor]]:
         """Minibatches of micro-batches: a permutation that is a function of (seed, step, epoch). A prompt's samples stay together, so
