@@ -105,7 +105,13 @@ def policy_loss(
 
 
 def lessons_loss(
-    model, rollouts: Sequence[Rollout], weights: Sequence[float], most: int, updates: int, number: int, temperature: float
+    model,
+    rollouts: Sequence[Rollout],
+    weights: Sequence[float],
+    most: int,
+    updates: int,
+    number: int,
+    temperature: float,
 ) -> Tensor:
     """What an update learns of verified solutions: every updates-th from `number` on, as many as there could be in the mean's denominator."""
     loss = torch.zeros((), dtype=torch.float64)

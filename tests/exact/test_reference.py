@@ -7,10 +7,8 @@ step has the same size whatever the gradient's, so weights after it hide any fac
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-import math
 import random
 from dataclasses import dataclass, replace
 
@@ -21,13 +19,16 @@ from torch import nn
 from sppo.models import tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
+from sppo.sections import CurriculumSection
+from sppo.tasks.base import ListSource
 from sppo.training.batch import pack
+from sppo.training.curriculum import Predicted
 from sppo.training.learner import Learner
 from sppo.training.search import Lessons
 from sppo.types import Rollout, Task, Verdict
 
-from . import reference
 from ..conftest import small_config
+from . import reference
 
 TOLERANCE = 1e-9
 MAX_TOKENS = 12
@@ -124,13 +125,17 @@ def some_rollouts(
         verdict = Verdict(SCORES[b], outcome, correctness=RIGHT[b])
         greedy = Rollout(task, [5], [6], [0.0], "stop", "", verdict=Verdict(float(b % 3 == 0), "wrong"))
         out.append(
-            Rollout(task, policy.prompt_ids(task), ids, [0.0] * len(ids), "stop", "", b % samples, verdict, greedy=greedy)
+            Rollout(
+                task, policy.prompt_ids(task), ids, [0.0] * len(ids), "stop", "", b % samples, verdict, greedy=greedy
+            )
         )
     for b, logps in enumerate(numbers(plain(policy.model), out, temperature)):
         kept = [-0.5 * rng.random() for _ in logps] if cut else []
         shift = noise * (1 if b % 2 else -1)
         engine = [x + shift + 0.3 * noise * rng.gauss(0, 1) for x in logps]
-        out[b] = replace(out[b], kept=kept, logps=[x - k for x, k in zip(engine, kept or [0.0] * len(logps), strict=True)])
+        out[b] = replace(
+            out[b], kept=kept, logps=[x - k for x, k in zip(engine, kept or [0.0] * len(logps), strict=True)]
+        )
     return out
 
 
@@ -320,7 +325,9 @@ def test_every_updates_gradient_is_the_plain_one(case):
     compare_advantages(advantage, expected, rollouts)
 
     kept = batch.keep_B.nonzero()[:, 0]
-    plan = [torch.cat(part).tolist() for epoch in range(case.updates[1]) for part in learner._plan(batch, kept, 0, epoch)]
+    plan = [
+        torch.cat(part).tolist() for epoch in range(case.updates[1]) for part in learner._plan(batch, kept, 0, epoch)
+    ]
     seen = watch(learner.policy_optimiser, policy.model)
     metrics = learner.update(batch, advantage, 0)
     assert len(seen) == len(plan) == case.updates[0] * case.updates[1]
@@ -337,3 +344,166 @@ def test_every_updates_gradient_is_the_plain_one(case):
             )  # fmt: skip
 
         assert agree(update, model, loss) > 1e-4 or case.surrogate == "clip"
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+def test_the_cases_clip_some_and_not_all(surrogate):
+    """Bounds that never bite would prove nothing."""
+    shares = []
+    for case in cases():
+        if case.surrogate != surrogate or case.anchor == "reference" or case.updates == (1, 1):
+            continue
+        policy = a_policy()
+        learner = Learner(policy, a_critic(), None, configured(replace(case, kl="off", baseline="critic")))
+        batch = pack(some_rollouts(policy, samples=case.samples, noise=case.noise), policy.pad_id)
+        shares.append(learner.update(batch, batch.reward_B - 0.5, 0)["ratio/clip_fraction"])
+    assert sum(0.1 < x < 0.9 for x in shares) >= len(shares) // 3
+
+
+# -- advantages --------------------------------------------------------------------------------------------------------------
+
+BASELINES = {
+    "critic": {},
+    "half": {"objective__baseline": "critic", "objective__baseline_weight": 0.5},
+    "centred": {},
+    "batch": {},
+    "others": {},
+    "group": {},
+    "greedy": {},
+    "token-critic": {"objective__ratio": "token"},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_advantages_are_the_plain_ones(name, scale, masked):
+    """With a KL in the reward, a cut, and a curriculum's weights."""
+    changes = {"objective__baseline": name} | BASELINES[name]
+    config = small_config(
+        **changes, objective__scale=scale, objective__kl=0.1, objective__kl_form="reward", rollout__samples=4,
+        rollout__prompts=2, rollout__temperature=0.8, training__micro_tokens=20, objective__gae_lambda=0.9,
+    )  # fmt: skip
+    policy, critic, start = a_policy(), a_critic(), a_policy(seed=5)
+    rollouts = some_rollouts(policy, samples=4, cut=True, masked=masked, weighted=True, noise=0.1, temperature=0.8)
+    learner = Learner(policy, critic if config.critic_reads else None, start.reference(), config)
+    o = config.objective
+    found, value_B, _ = learner.advantage(pack(rollouts, policy.pad_id))
+    ref = numbers(plain(start.model), rollouts, 0.8)
+    values = judged_by(plain_critic(critic), rollouts, o.baseline)
+    compare_advantages(found, reference.advantages(rollouts, reference.paid(rollouts, o, ref), o, values), rollouts)
+    if value_B is not None:
+        first = [v[0] for v in values] if name == "token-critic" else values
+        assert value_B.tolist() == pytest.approx(first, abs=1e-9)
+
+
+# -- the critic --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [100_000, 12])
+@pytest.mark.parametrize("updates", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("baseline", ["critic", "token-critic"])
+def test_the_critics_gradient_is_the_plain_one(baseline, updates, micro):
+    """It learns correctness, whatever is paid: rewards here are shaped, and hold a KL. Its targets are of the values before the step."""
+    config = small_config(
+        objective__baseline=baseline, objective__ratio="token", objective__kl=0.1, objective__kl_form="reward",
+        objective__gae_lambda=0.9, training__micro_tokens=micro, training__minibatches=updates[0], training__epochs=updates[1],
+        training__critic_lr=3e-3, training__lr=1e-3, objective__engine_gap_limit=1e9,
+    )  # fmt: skip
+    policy, critic, start = a_policy(), a_critic(), a_policy(seed=5)
+    rollouts = some_rollouts(policy, masked=True, weighted=True, noise=0.1, cut=True)
+    learner = Learner(policy, critic, start.reference(), config)
+    batch = pack(rollouts, policy.pad_id)
+    model = plain_critic(critic)
+    values = judged_by(model, rollouts, baseline)
+    advantage, _, _ = learner.advantage(batch)
+    kept = batch.keep_B.nonzero()[:, 0]
+    plan = [torch.cat(part).tolist() for epoch in range(updates[1]) for part in learner._plan(batch, kept, 0, epoch)]
+    seen = watch(learner.credit.optimiser, critic)
+    learner.update(batch, advantage, 0)
+    assert len(seen) == len(plan)
+    for rows, update in zip(plan, seen, strict=True):
+        some = [rollouts[i] for i in rows]
+        if baseline == "critic":
+            assert agree(update, model, lambda m, some=some: reference.prompt_critic_loss(m, some)) > 1e-3
+        else:
+            aims = reference.targets(some, [values[i] for i in rows], 0.9)
+            assert (
+                agree(update, model, lambda m, some=some, aims=aims: reference.token_critic_loss(m, some, aims)) > 1e-3
+            )
+
+
+# -- which rows, when --------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_trains_on_every_row_once_and_keeps_a_prompts_samples_together():
+    policy = a_policy()
+    batch = pack(some_rollouts(policy, samples=2, masked=True), policy.pad_id)
+    kept = batch.keep_B.nonzero()[:, 0]
+    learner = Learner(policy, a_critic(), None, small_config(training__minibatches=2, training__micro_tokens=20))
+    orders = []
+    for step, epoch in itertools.product(range(4), range(3)):
+        plan = learner._plan(batch, kept, step, epoch)
+        minibatches = [torch.cat(parts).tolist() for parts in plan]
+        assert sorted(i for rows in minibatches for i in rows) == kept.tolist()
+        assert len(minibatches) == 2
+        groups = [{int(batch.group_B[i]) for i in rows} for rows in minibatches]
+        assert not groups[0] & groups[1]
+        assert all(len(g) == 2 for g in groups)  # of four prompts
+        orders.append(tuple(sorted(groups[0])))
+        assert minibatches == [torch.cat(parts).tolist() for parts in learner._plan(batch, kept, step, epoch)]
+    assert len(set(orders)) > 3  # another order in each step and epoch
+    assert len(set(orders[:3])) > 1
+
+
+# -- lessons -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [(1, 1), (2, 2)])
+def test_lessons_add_their_own_gradient_and_no_more(updates):
+    config = small_config(
+        objective__ratio="token", training__minibatches=updates[0], training__epochs=updates[1], training__micro_tokens=20,
+        rollout__temperature=0.7, training__lr=1e-3,
+    )  # fmt: skip
+    policy, critic = a_policy(), a_critic()
+    rollouts, solutions = some_rollouts(policy, temperature=0.7), some_rollouts(policy, seed=9, temperature=0.7)[1:6]
+    weights, most, number = [0.5, 1.0, 0.25, 0.8, 0.1], 7, updates[0] * updates[1]
+    learner = Learner(policy, critic, None, config)
+    batch = pack(rollouts, policy.pad_id)
+    model, old = plain(policy.model), numbers(plain(policy.model), rollouts, 0.7)
+    advantage, _, _ = learner.advantage(batch)
+    expected = [float(a) for a in advantage]
+    plan = [
+        torch.cat(part).tolist()
+        for epoch in range(updates[1])
+        for part in learner._plan(batch, torch.arange(8), 0, epoch)
+    ]
+    seen = watch(learner.policy_optimiser, policy.model)
+    learner.update(batch, advantage, 0, Lessons(pack(solutions, policy.pad_id), weights, most))
+    assert len(seen) == number
+    for n, (rows, update) in enumerate(zip(plan, seen, strict=True)):
+
+        def loss(model, rows=rows, n=n):
+            mine = [[x[i] for i in rows] for x in (rollouts, expected, old)]
+            own = reference.policy_loss(
+                model, mine[0], mine[1], config.objective, old=mine[2], reference=None, temperature=0.7, max_tokens=12
+            )
+            return own + reference.lessons_loss(model, solutions, weights, most, number, n, 0.7)
+
+        agree(update, model, loss)
+
+
+# -- a curriculum's weights --------------------------------------------------------------------------------------------------
+
+
+def test_a_curriculums_weights_are_the_plain_ones():
+    critic = a_critic()
+    tasks = [Task(f"t{i}", p) for i, p in enumerate(PROMPTS)]
+    chances = judged_by(
+        plain_critic(critic), [Rollout(t, [], [], [], "stop", "") for t in tasks], "critic"
+    )  # what it reads is the prompt alone
+    section = CurriculumSection(kind="predicted", pool=4, floor=0.07)
+    found = Predicted(section, ListSource(tasks), 0, lambda t: None, critic).sample(2)  # of a pool of all eight
+    expected = dict(zip((t.id for t in tasks), reference.neyman(chances, 0.07), strict=True))
+    assert [t.weight for t in found] == pytest.approx([expected[t.id] for t in found], rel=1e-9)
+    assert len(set(expected.values())) == 8
