@@ -10,6 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 REFERENCE = "tests/exact/test_reference.py"
+GRADIENT = REFERENCE + "::test_every_updates_gradient_is_the_plain_one"
+ADVANTAGES = REFERENCE + "::test_advantages_are_the_plain_ones"
+CRITIC = REFERENCE + "::test_the_critics_gradient_is_the_plain_one"
+LESSONS = REFERENCE + "::test_lessons_add_their_own_gradient_and_no_more"
+PLAN = REFERENCE + "::test_every_epoch_trains_on_every_row_once_and_keeps_a_prompts_samples_together"
+NEYMAN = REFERENCE + "::test_a_curriculums_weights_are_the_plain_ones"
 LOSS = "tests/exact/test_loss_gradient.py"
 TRAPS = "tests/exact/test_traps.py"
 KL = "tests/exact/test_kl.py"
@@ -56,8 +62,8 @@ def of(file: str, *tests: str):
 
 # -- objective/advantage.py ------------------------------------------------------------------------------------------------
 
-m = of("objective/advantage.py", ADVANTAGE, REFERENCE)
-m("a baseline's weight is ignored", "weight * torch.sigmoid(", "torch.sigmoid(", REFERENCE)
+m = of("objective/advantage.py", ADVANTAGE, ADVANTAGES)
+m("a baseline's weight is ignored", "weight * torch.sigmoid(", "torch.sigmoid(", ADVANTAGES)
 m("a masked sample is in its group's sums", "torch.where(keep_B, wide(x_B), torch.zeros_like(wide(x_B)))", "wide(x_B)")
 m("a masked sample is counted in its group", "index_add_(0, group_B, keep_B.to(x_B.dtype))", "index_add_(0, group_B, torch.ones_like(x_B))")
 m("a sample is in its own leave-one-out mean", "(sum_B - own_B) / (count_B", "sum_B / (count_B")
@@ -85,7 +91,7 @@ m("ties are won", "count_G.cumsum(0) - (count_G - 1) / 2", "count_G.cumsum(0)")
 
 # -- objective/kl.py -------------------------------------------------------------------------------------------------------
 
-m = of("objective/kl.py", KL, REFERENCE)
+m = of("objective/kl.py", KL, GRADIENT)
 m("k2 is twice itself", "0.5 * total_B.square()", "total_B.square()")
 m("k3 of the other policy", "torch.expm1((-total_B).clamp(max=60.0)) + total_B", "torch.expm1(total_B) - total_B")
 m("the KL is a reward", "reward_B - weight *", "reward_B + weight *")
@@ -93,7 +99,7 @@ m("the KL in the reward has a gradient", "logp_BT.detach(), ref_logp_BT", "logp_
 
 # -- objective/loss.py -----------------------------------------------------------------------------------------------------
 
-m = of("objective/loss.py", REFERENCE)
+m = of("objective/loss.py", GRADIENT)
 m("sequence ratios are averaged over tokens", '!= "token":\n        return sequences', '!= "token":\n        return tokens')
 m("responses' means are averaged over tokens", '"responses": sequences, "constant"', '"responses": tokens, "constant"')
 m("constant is the tokens there are", "sequences * max_tokens", "tokens")
@@ -115,24 +121,24 @@ m("a KL form is ignored", "mask_bT, o.kl_form)", 'mask_bT, "k2")')
 
 # -- objective/ratio.py ----------------------------------------------------------------------------------------------------
 
-m = of("objective/ratio.py", LOSS, REFERENCE)
+m = of("objective/ratio.py", LOSS, GRADIENT)
 m("kappa is ignored", "KAPPA.get(ratio, kappa)", "KAPPA.get(ratio, 0.5)")
 m("every ratio is geometric", "length_B**exponent", "length_B")
 m("padding is in the ratio", "torch.where(inside_BT, difference_BT, torch.zeros_like(difference_BT))", "difference_BT.nan_to_num(nan=0.1)")
 
 # -- objective/surrogate.py ------------------------------------------------------------------------------------------------
 
-m = of("objective/surrogate.py", LOSS, REFERENCE)
+m = of("objective/surrogate.py", LOSS, GRADIENT)
 m("the upper bound is the lower one", "log_ratio > math.log1p(high)", "log_ratio > math.log1p(low)")
 m("log(1 - e) is -log(1 + e)", "return math.log1p(-low) if", "return -math.log1p(low) if")
 m("what should fall is clipped above", "above = positive & (", "above = (")
 m("what should rise is clipped below", "below = negative & (", "below = (")
 m("the dual clip cuts good responses", "runaway = negative & (", "runaway = (")
 m("a clipped element keeps its gradient", "torch.where(clipped, bound, safe.exp())", "torch.where(clipped, bound + safe.exp() - safe.exp().detach() + (log_ratio - log_ratio.detach()), safe.exp())")
-m("CISPO's weight has a gradient", "log_ratio = log_ratio.detach()", "log_ratio = log_ratio * 1", REFERENCE)
-m("CISPO's weight has no lower bound", "log_ratio.clamp(min=_log_low(low), max=", "log_ratio.clamp(max=", REFERENCE)
-m("REINFORCE forgets the advantage", "value = advantage.to(logp.dtype) * logp", "value = advantage.to(logp.dtype).sign() * logp", REFERENCE)
-m("a response's mean is over the width", "mask_BT.sum(1, keepdim=True).clamp(min=1).to(value_BT.dtype)", "mask_BT.size(1)", REFERENCE)
+m("CISPO's weight has a gradient", "log_ratio = log_ratio.detach()", "log_ratio = log_ratio * 1", GRADIENT)
+m("CISPO's weight has no lower bound", "log_ratio.clamp(min=_log_low(low), max=", "log_ratio.clamp(max=", GRADIENT)
+m("REINFORCE forgets the advantage", "value = advantage.to(logp.dtype) * logp", "value = advantage.to(logp.dtype).sign() * logp", GRADIENT)
+m("a response's mean is over the width", "mask_BT.sum(1, keepdim=True).clamp(min=1).to(value_BT.dtype)", "mask_BT.size(1)", GRADIENT)
 m("an empty batch divides by zero", "max(float(denominator), 1.0)", "float(denominator)", TRAPS)
 m("masked elements are multiplied by zero", "torch.where(mask.bool(), value, torch.zeros_like(value))", "value * mask", TRAPS)
 m("huge ratios overflow", ".clamp(max=CEILING)", "")
@@ -147,18 +153,18 @@ m("what was not graded is worth its score", "elif keep[node.leaf]:", "else:")
 
 # -- training/credit.py ----------------------------------------------------------------------------------------------------
 
-m = of("training/credit.py", REFERENCE)
-m("the token critic learns shaped rewards", "gae(batch.correct_B, value_BT,", "gae(reward_B, value_BT,")
-m("the token critic's target lacks the value", "mask_BT, decay) + value_BT).clamp(0, 1)", "mask_BT, decay)).clamp(0, 1)")
-m("the token critic's target leaves [0, 1]", "+ value_BT).clamp(0, 1)", "+ value_BT)")
-m("the token critic's mean is over the whole batch", "int(batch.response_len_B[rows].sum())", "int(batch.response_len_B.sum())")
-m("the token critic learns padding", "torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum()", "loss_bT.sum()")
-m("the critic learns shaped rewards", "batch.correct_B[rows], batch.share_B[rows]", "batch.reward_B[rows], batch.share_B[rows]")
-m("the critic's loss is a mean of means", "/ float(share_b.sum())", "/ float(share_b[part].sum())")
-m("whitening is forgotten", 'return whitened(advantage, keep) if scale == "batch" else advantage', "return advantage")
-m("whitening includes what is masked", "batch.keep_B[:, None] & batch.mask_BT", "batch.mask_BT")
-m("others are the whole batch", "leave_one_out_mean(reward_B, keep_B, batch.group_B)", "leave_one_out_mean(reward_B, keep_B)")
-m("the control's weight does not arrive", "critic_advantage(earned_B, logit_B, o.baseline_weight)", "critic_advantage(earned_B, logit_B)")
+m = of("training/credit.py", GRADIENT)
+m("the token critic learns shaped rewards", "gae(batch.correct_B, value_BT,", "gae(reward_B, value_BT,", CRITIC)
+m("the token critic's target lacks the value", "mask_BT, decay) + value_BT).clamp(0, 1)", "mask_BT, decay)).clamp(0, 1)", CRITIC)
+m("the token critic's target leaves [0, 1]", "+ value_BT).clamp(0, 1)", "+ value_BT)", CRITIC)
+m("the token critic's mean is over the whole batch", "int(batch.response_len_B[rows].sum())", "int(batch.response_len_B.sum())", CRITIC)
+m("the token critic learns padding", "torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum()", "loss_bT.sum()", CRITIC)
+m("the critic learns shaped rewards", "batch.correct_B[rows], batch.share_B[rows]", "batch.reward_B[rows], batch.share_B[rows]", CRITIC)
+m("the critic's loss is a mean of means", "/ float(share_b.sum())", "/ float(share_b[part].sum())", CRITIC)
+m("whitening is forgotten", 'return whitened(advantage, keep) if scale == "batch" else advantage', "return advantage", ADVANTAGES)
+m("whitening includes what is masked", "batch.keep_B[:, None] & batch.mask_BT", "batch.mask_BT", ADVANTAGES)
+m("others are the whole batch", "leave_one_out_mean(reward_B, keep_B, batch.group_B)", "leave_one_out_mean(reward_B, keep_B)", ADVANTAGES)
+m("the control's weight does not arrive", "critic_advantage(earned_B, logit_B, o.baseline_weight)", "critic_advantage(earned_B, logit_B)", ADVANTAGES)
 m("beta sees the sample itself", "sum_B - own_B, count_B - keep_B.to(count_B.dtype)", "sum_B, count_B", PEERS)
 m("beta forgets the past", "past_BN[:, 1] + others_sum_B, past_BN[:, 0] + others_B)", "others_sum_B, others_B)", WIRES)
 m("beta remembers what was masked", "            if keep:\n", "            if True:\n", WIRES)
@@ -210,43 +216,43 @@ m("a leaf's stake is not weighted", "stake * node.weight**2", "stake", TREES, WI
 
 # -- training/learner.py ---------------------------------------------------------------------------------------------------
 
-m = of("training/learner.py", REFERENCE)
-m("the KL in the reward is of the cut distribution", "batch.behaviour_logp_BT + batch.kept_BT, ref_BT", "batch.behaviour_logp_BT, ref_BT")
+m = of("training/learner.py", GRADIENT)
+m("the KL in the reward is of the cut distribution", "batch.behaviour_logp_BT + batch.kept_BT, ref_BT", "batch.behaviour_logp_BT, ref_BT", ADVANTAGES)
 m("`old` is taken anew each epoch", "            rows = torch.cat(minibatch)\n            self._policy_gradient(", "            rows = torch.cat(minibatch)\n            if number and number % len(plans[0]) == 0:\n                self._fill_old(old_BT, batch, plans[0])\n            self._policy_gradient(")
 m("`old` is the present policy", "            if number == 0:\n                self._settle_first(", "            if self.ratio_checked or number == 0:\n                self._settle_first(")
 m("masked samples are in the sequence denominator", "float(batch.share_B[rows].sum())", "float(len(batch) * len(rows) / batch.keep_B.sum())")
 m("the token denominator is of all minibatches", "float(batch.count_BT[rows].sum())", "float(batch.count_BT.sum())")
 m("the KL's denominator is the micro-batch's", "o, sequences=sequences,", "o, sequences=float(len(part)),")
 m("the loss is a mean of means", "divisor=divisor)", "divisor=divisor * len(part) / len(rows))")
-m("the curriculum's weight does not reach the advantage", "if batch.weight_B is not None:\n            advantage =", "if batch.weight_B is None:\n            advantage = advantage\n        elif False:\n            advantage =")
+m("the curriculum's weight does not reach the advantage", "if batch.weight_B is not None:\n            advantage =", "if batch.weight_B is None:\n            advantage = advantage\n        elif False:\n            advantage =", ADVANTAGES)
 m("the curriculum's weight does not reach the KL", "None if batch.weight_B is None else of(batch.weight_B),", "None,")
 m("the mismatch weight forgets the cut", "                of(batch.behaviour_logp_BT),\n", "                of(batch.behaviour_logp_BT) + of(batch.kept_BT),\n")
 m("the temperature is 1", "            self.config.rollout.temperature,\n        )", "            1.0,\n        )")
 m("the engine's `old` forgets the cut", "old_BT[rest] = engine_BT[rest]", "old_BT[rest] = batch.behaviour_logp_BT[rest]")
 m("a cut keeps the engine from serving", "engine_BT = batch.behaviour_logp_BT + batch.kept_BT\n", "engine_BT = batch.behaviour_logp_BT\n", UPDATE)
 m("the engine always serves", "tally.served = float(weight.abs().max()) <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))", "tally.served = True")
-m("a lesson is learnt with the weight of all", "/ (lessons.most / updates)", "/ len(rows)")
-m("a long lesson weighs more", "torch.tensor(lessons.weights) / batch.response_len_B", "torch.tensor(lessons.weights) / 1")
-m("each update learns all lessons", "rows = torch.arange(number, len(batch), updates)", "rows = torch.arange(0, len(batch))")
-m("a prompt's samples are split", "if units.max() + 1 < count and not batch.nodes:", "if not batch.nodes:")
-m("every epoch has the same order", "* 1_009 + epoch)", "* 1_009)")
-m("every step has the same order", "self.config.seed * 1_000_003 + step)", "self.config.seed * 1_000_003)")
+m("a lesson is learnt with the weight of all", "/ (lessons.most / updates)", "/ len(rows)", LESSONS)
+m("a long lesson weighs more", "torch.tensor(lessons.weights) / batch.response_len_B", "torch.tensor(lessons.weights) / 1", LESSONS)
+m("each update learns all lessons", "rows = torch.arange(number, len(batch), updates)", "rows = torch.arange(0, len(batch))", LESSONS)
+m("a prompt's samples are split", "if units.max() + 1 < count and not batch.nodes:", "if not batch.nodes:", PLAN)
+m("every epoch has the same order", "* 1_009 + epoch)", "* 1_009)", PLAN)
+m("every step has the same order", "self.config.seed * 1_000_003 + step)", "self.config.seed * 1_000_003)", PLAN)
 m("masked samples are trained on", "kept = batch.keep_B.nonzero()[:, 0]", "kept = torch.arange(len(batch))")
 m("the policy moved half as far", "2 * metrics[\"policy/kl_step\"] *", "metrics[\"policy/kl_step\"] *", WIRES)
 m("the critic learns at the policy's rate", 'self._teach_critic(batch, rows, lr["critic"], tally)', 'self._teach_critic(batch, rows, lr["policy"], tally)', WIRES)
 m("the rate has no schedule", "learning_rate(t.lr, step, t.steps,", "learning_rate(t.lr, 0, t.steps,", WIRES)
 m("an engine far away is fine", "if gap is not None and gap > limit:", "if gap is not None and gap > 1e9 * limit:", TRAPS)
 m("a random model is fine", "if not gap <= tolerance:", "if gap > 1e9:", TRAPS)
-m("the critic learns from the whole batch each time", "learnt = self.credit.learn(batch, rows, lr)", "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)")
+m("the critic learns from the whole batch each time", "learnt = self.credit.learn(batch, rows, lr)", "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)", CRITIC)
 
 # -- training/batch.py -----------------------------------------------------------------------------------------------------
 
-m = of("training/batch.py", REFERENCE)
+m = of("training/batch.py", GRADIENT)
 m("nothing is masked", "torch.tensor([not v.masked for v in verdicts])", "torch.tensor([True for v in verdicts])")
 m("a greedy response without a verdict is a baseline", "torch.tensor([not v.masked for v in greedy] or [True])", "torch.tensor([True])", PEERS)
 m("correctness is the score", "torch.tensor([v.correct for v in verdicts])", "torch.tensor([v.score for v in verdicts])")
-m("a curriculum's weights are dropped", "if any(r.task.weight != 1.0 for r in rollouts) else None", "if not rollouts else None")
-m("every response is a prompt's only one", "b > 0 and r.sample == 0", "b > 0")
+m("a curriculum's weights are dropped", "if any(r.task.weight != 1.0 for r in rollouts) else None", "if not rollouts else None", ADVANTAGES)
+m("every response is a prompt's only one", "b > 0 and r.sample == 0", "b > 0", ADVANTAGES)
 m("a shared token counts once for each leaf", "= node.weight", "= 1.0", TREES)
 m("what a cut left is forgotten", "if r.kept:", "if not r:")
 m("a token after the response is its own", "< self.response_len_B[:, None]", "<= self.response_len_B[:, None]")
@@ -258,8 +264,8 @@ m("a tree's nodes point into another tree", "above=n.above + already", "above=n.
 m = of("training/curriculum.py", CURRICULUM)
 m("what was chosen is not divided out", "weight_M.mean() / weight_M if self.section.corrected", "np.ones_like(weight_M) if self.section.corrected")
 m("the weight is upside down", "weight_M.mean() / weight_M", "weight_M / weight_M.mean()")
-m("variance for deviation", "np.sqrt(value_M * (1 - value_M))", "value_M * (1 - value_M)", REFERENCE)
-m("no floor", "np.sqrt(value_M * (1 - value_M)) + self.section.floor", "np.sqrt(value_M * (1 - value_M))", REFERENCE)
+m("variance for deviation", "np.sqrt(value_M * (1 - value_M))", "value_M * (1 - value_M)", NEYMAN)
+m("no floor", "np.sqrt(value_M * (1 - value_M)) + self.section.floor", "np.sqrt(value_M * (1 - value_M))", NEYMAN)
 m("the marks never move", "(np.arange(n) + uniform)", "(np.arange(n) + 0.5)")
 m("the mean clears a stage", "self.accuracy[1] < self.section.clear", "self.accuracy[0] < self.section.clear")
 m("nothing is rehearsed", "round(n * self.section.rehearse) if self.stage else 0", "0")
@@ -282,9 +288,9 @@ m("a flat group stays", "rollouts = [x for group in mixed for x in group] + fres
 # -- training/search.py, rollout/mcts.py -----------------------------------------------------------------------------------
 
 m = of("training/search.py", SEARCH)
-m("every lesson weighs the same", "max(0.0, 1 - v / self.section.enough)", "1.0")
-m("the lessons' weight is ignored", "self.section.weight * max(", "max(")
-m("a lesson is not judged again", "if f is not None and f.solved and i not in no", "if f is not None and i not in no")
+m("every lesson weighs the same", "max(0.0, 1 - v / self.section.enough)", "1.0", WIRES)
+m("the lessons' weight is ignored", "self.section.weight * max(", "max(", WIRES)
+m("a lesson is not judged again", "if f is not None and f.solved and i not in no", "if f is not None and i not in no", WIRES)
 m("few lessons weigh as much as many", "[w for _, w in taught], self.section.batch)", "[w for _, w in taught], len(taught))", SEARCH, WIRES)
 m("a prefix is worth its best step", "[min((score for score, place", "[max((score for score, place", SEARCH, WIRES)
 m("an unfinished response has an outcome", 'outcome = verdict.correct if rollout.finish == "stop" else', "outcome = verdict.correct if True else")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -24,11 +25,17 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}
 
 from tests.mutants.mutants import FAST, MUTANTS, Mutant
 
@@ -39,7 +46,8 @@ ENOUGH = 0.95
 HEAVY = (
     "torch", "torch._dynamo", "torch.utils.checkpoint", "transformers", "transformers.models.llama.modeling_llama",
     "transformers.models.bert.modeling_bert", "transformers.integrations.sdpa_attention", "tokenizers", "safetensors.torch", "datasets",
-    "pyarrow", "pydantic", "pytest", "jinja2", "rich.console", "plotly", "starlette.applications", "uvicorn", "mpmath", "re2", "psutil",
+    "pyarrow", "pydantic", "pydantic.fields", "pydantic.main", "pydantic.functional_validators", "pydantic.plugin._loader", "platformdirs",
+    "tomllib", "tomli_w", "_pytest.main", "_pytest.python", "_pytest.terminal", "pytest", "jinja2", "rich.console", "plotly", "mpmath", "re2", "psutil",
 )  # fmt: skip
 """What the package and its tests import."""
 PASSED, FAILED, HUNG = 0, 1, -1
@@ -51,7 +59,9 @@ def applied(mutant: Mutant, source: Path) -> Iterator[None]:
     path = source / "sppo" / mutant.file
     before, stat = path.read_text(), path.stat()
     if before.count(mutant.old) != 1:
-        raise SystemExit(f"{mutant.name}: its text is found {before.count(mutant.old)} times in {mutant.file}, not once")
+        raise SystemExit(
+            f"{mutant.name}: its text is found {before.count(mutant.old)} times in {mutant.file}, not once"
+        )
     path.write_text(before.replace(mutant.old, mutant.new))
     os.utime(path, (stat.st_atime, stat.st_mtime + 3600))
     try:
@@ -61,14 +71,15 @@ def applied(mutant: Mutant, source: Path) -> Iterator[None]:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def tested(source: Path, tests: Sequence[str], log: Path) -> int:
+def tested(source: Path, tests: Sequence[str], log: Path, *, mutated: bool) -> int:
     """pytest's exit code for these files against the package in `source`, in a forked process; or HUNG."""
+    gc.freeze()  # what is there need not be looked through again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fork of a process with threads; they are idle
         child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        _child(source, tests, log)
+        _child(source, tests, log, mutated)
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -80,24 +91,27 @@ def tested(source: Path, tests: Sequence[str], log: Path) -> int:
     return HUNG
 
 
-def _child(source: Path, tests: Sequence[str], log: Path) -> None:
+def _child(source: Path, tests: Sequence[str], log: Path, mutated: bool) -> None:
     """Run and leave, without what the parent would do at its end."""
     code = 99
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        os.environ["PYTHONPATH"] = str(source)
+        os.environ |= {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1" if mutated else ""}
+        sys.dont_write_bytecode = mutated
         sys.path.insert(0, str(source))
         import pytest
 
         import sppo
 
         assert Path(sppo.__file__).is_relative_to(source), f"{sppo.__file__} is not the copy"
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(ROOT), *tests]))
+        options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = int(pytest.main([*options, "--rootdir", str(ROOT), *tests]))
         sys.stdout.flush()
     except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+        traceback.print_exception(error)
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -129,7 +143,7 @@ def main() -> int:
         source, log = Path(folder) / "src", Path(folder) / "log"
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         compileall.compile_dir(source, quiet=1)
-        if not options.only and (code := tested(source, FAST, log)) != PASSED:
+        if not options.only and (code := tested(source, FAST, log, mutated=False)) != PASSED:
             print(f"the tests fail without any mutant ({code}):\n{log.read_text(errors='replace')[-3000:]}")
             return 2
         print(f"{len(chosen)} mutants; without one the tests pass in {time.monotonic() - began:.0f} s", flush=True)
@@ -137,13 +151,16 @@ def main() -> int:
         for mutant in chosen:
             start = time.monotonic()
             with applied(mutant, source):
-                code = tested(source, mutant.tests if options.named else order(mutant), log)
+                code = tested(source, mutant.tests if options.named else order(mutant), log, mutated=True)
             seconds = time.monotonic() - start
             if code not in (PASSED, FAILED, HUNG):
                 print(f"{mutant.name}: pytest ends with {code}\n{log.read_text(errors='replace')[-3000:]}")
                 return 2
             by = "SURVIVES" if code == PASSED else "killed" if code == FAILED else "killed (hangs)"
-            print(f"{by:9} {seconds:5.1f} s  {mutant.file}: {mutant.name}  {killer(log) if code == FAILED else ''}", flush=True)
+            print(
+                f"{by:9} {seconds:5.1f} s  {mutant.file}: {mutant.name}  {killer(log) if code == FAILED else ''}",
+                flush=True,
+            )
             if code == PASSED:
                 survivors.append(mutant)
     for mutant in survivors:
