@@ -91,8 +91,8 @@ class Tally:
     def trace(self, batch: Batch) -> Trace:
         out = Trace.empty(batch)
         for part, log_ratio_bT, clipped_b in self.traced:
-            out.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT
-            out.clipped_B[part] = clipped_b
+            out.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT.to(out.log_ratio_BT.dtype)
+            out.clipped_B[part] = clipped_b.to(out.clipped_B.dtype)
         return out
 
     def metrics(self, updates: int) -> dict[str, Any]:
