@@ -359,6 +359,8 @@ class Run:
         metrics: dict[str, Any],
     ) -> None:
         """Write the step down; evaluate and checkpoint when it is time."""
+        n = len(gathered.rollouts)  # groups that were thrown away are counted, and not written down
+        batch, advantage, value_B = batch.first(n), advantage[:n], None if value_B is None else value_B[:n]
         advantage_B, credit = advantage, advantage[batch.keep_B]
         if advantage.dim() == 2:  # each token's own: the mean over each response's tokens
             own_BT = batch.count_BT > 0
@@ -436,7 +438,7 @@ class Run:
             }  # fmt: skip
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
-            self.learner.trace.log_ratio_BT.tolist(), self.learner.trace.clipped_B.tolist(),
+            self.learner.trace.log_ratio_BT[:n].tolist(), self.learner.trace.clipped_B[:n].tolist(),
         )  # fmt: skip
         self.directory.metrics(step, metrics)
         self.directory.seal(
