@@ -14,7 +14,7 @@ from torch import Tensor
 
 MEMORY = 0.9
 """Decay of running sums, a step."""
-DOUBT = 8.0
+DOUBT = 1.0
 """So many responses that were right, and so many that were wrong, are taken to have earned 1 and 0 besides."""
 
 

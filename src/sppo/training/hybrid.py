@@ -32,8 +32,8 @@ from ..rewards.steps import SPLITS
 from ..types import Rollout
 from .batch import Batch
 from .credit import Found, PromptCritic, TokenCritic, _Trained, scaled
-from .earned import DOUBT, MEMORY
-from .optimal_baseline import squared_scores
+from .earned import MEMORY
+from .optimal_baseline import DOUBT, squared_scores
 from .segments import seen_ends, segment_starts, token_ends
 
 PLACES = 16

@@ -22,7 +22,10 @@ from ..objective.advantage import shifted
 from ..objective.ratio import wide
 from ..sections import ObjectiveSection
 from .batch import Batch
-from .earned import DOUBT, MEMORY, Earned
+from .earned import MEMORY, Earned
+
+DOUBT = 8.0
+"""Every running mean is as if so many responses without any effect had been seen besides."""
 
 
 def squared_scores(policy: Policy, batch: Batch) -> Tensor:
