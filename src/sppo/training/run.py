@@ -301,7 +301,7 @@ class Run:
             self.directory.start(self.state.before)
             self.observer.evaluation(0, result)
             self.health.evaluated(result)
-            if self.critic is not None:
+            if self.critic is not None and not self.critic.trained:
                 self.critic.start_at(self._base_rate(result.accuracy))
             self.save()
         else:
@@ -312,13 +312,17 @@ class Run:
 
     def _base_rate(self, otherwise: float) -> float:
         """The share solved of training problems as the first steps will sample them; `otherwise` where none can be graded."""
-        before = self.curriculum.state_dict()
+        began = time.monotonic()
+        before = (
+            self.curriculum.state_dict()
+        )  # the first step begins with the very problems that it would have begun with
         tasks = self.curriculum.sample(BASE_RATE_PROBLEMS)
         self.curriculum.load_state_dict(before)
         rollouts = collect(
             self.engine, self.policy, self.reward, tasks, self.sampling, seed=(self.config.seed, "base rate"),
             truncated=self.config.rollout.truncated, progress=lambda done: self.within("evaluating", done, len(tasks)),
         )  # fmt: skip
+        self.state.seconds_evaluating += time.monotonic() - began
         graded = [r.verdict.correct for r in rollouts if r.verdict and not r.verdict.masked]
         return sum(graded) / len(graded) if graded else otherwise
 
