@@ -37,7 +37,7 @@ GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Sequence-Level PPO, arXiv 2604.08865: Â = R − V(x), one sample a prompt, the whole response's ratio clipped.
     "sppo": SPPO,
-    # SPPO with the prompt's baseline of least variance: V(x), its odds shifted by what is at stake. docs/algorithm.md
+    # SPPO with the prompt's baseline of least variance: V(x), its odds shifted by squared scores. docs/algorithm.md
     "sppo-optimal": _like_sppo(optimal_baseline=True),
     # SPPO with what the critic missed on the step's other problems added to V(x): nothing is blamed for its lag. docs/algorithm.md
     "sppo-centred": _like_sppo(baseline="centred"),

@@ -120,6 +120,11 @@ def test_the_same_recipe_and_seed_give_the_same_policy(tmp_path):
         {"objective__ev_gate": True},
         {"objective__dual_clip": 0, "objective__engine_correction": 0},
         {"rollout__samples": 2, "rollout__truncated": "mask"},
+        {"reward__use": "answer + 0.5 * format:pattern=.", "rollout__truncated": "keep"},
+        *(
+            {"objective__algorithm": name, "rollout__samples": 2, "rollout__resample": 2}
+            for name in ("sppo", "sppo-beta", "sppo-hybrid", "ppo")
+        ),
         {"training__minibatches": 1},
         {
             "objective__algorithm": "gspo-token",

@@ -38,6 +38,7 @@ from ..objective.advantage import (
 from ..objective.diagnostics import critic_quality, explained_variance
 from ..objective.value import squared_error
 from .batch import Batch, micro_batches
+from .earned import Earned
 from .history import History
 from .optim import MasterAdamW
 from .optimal_baseline import OptimalBaseline
@@ -154,13 +155,22 @@ class _Trained:
         critic.reads_out(linear=config.objective.value_loss == "squared")
         self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
+        self.earned = Earned()
+
+    def left(self, batch: Batch, reward_B: Tensor, value_B: Tensor, weight: float = 1.0) -> Tensor:
+        """Rewards less (`weight` times) what such chances of success earned beyond V in earlier batches: what V is a baseline of. Then this batch
+        is learnt from. [B] × 2 → [B]; the rewards themselves where nothing shapes them (earned.py)."""
+        left_B = reward_B - weight * self.earned.beyond(value_B)
+        known_B = batch.graded_B & reward_B.isfinite()
+        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])
+        return left_B
 
     def moved(self, nats: float) -> None:
         """The policy moved by so much in this step (KL of a whole response)."""
 
     def quality(self, batch: Batch, value_B: Tensor) -> dict[str, Any]:
         """How good the predictions were, made before these rewards were seen."""
-        correct_b, value_b = batch.correct_B[batch.keep_B], value_B[batch.keep_B]
+        correct_b, value_b = batch.correct_B[batch.graded_B], value_B[batch.graded_B]
         metrics: dict[str, Any] = critic_quality(correct_b, value_b)
         metrics["critic/value_mean"] = float(value_b.mean()) if len(value_b) else None
         ev = explained_variance(correct_b, value_b)
@@ -172,12 +182,13 @@ class _Trained:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, masters, and what was measured."""
-        return {"optimiser": self.optimiser.state_dict(), "running_ev": self.running_ev}
+        return {"optimiser": self.optimiser.state_dict(), "running_ev": self.running_ev, "earned": self.earned.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         self.optimiser.load_state_dict(state["optimiser"])
         self.running_ev = state["running_ev"]
+        self.earned.sums = list(state.get("earned", self.earned.sums))  # of a version that knew none
 
 
 class PromptCritic(_Trained):
@@ -191,26 +202,27 @@ class PromptCritic(_Trained):
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol."""
-        o, keep_B = self.config.objective, batch.keep_B
+        o, keep_B = self.config.objective, batch.graded_B
         logit_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget)
         value_B = logit_B.sigmoid()
         metrics: dict[str, Any] = {}
-        earned_B = (
-            batch.correct_B if o.optimal_baseline else reward_B
-        )  # what OptimalBaseline turns into a baseline is a chance of success
+        paid_B = batch.correct_B  # what OptimalBaseline turns into a baseline is a chance of success
+        if not o.optimal_baseline:
+            trusted = not o.ev_gate or (self.running_ev or 0.0) > 0  # the gate is for R as it is
+            paid_B = self.left(batch, reward_B, value_B, o.baseline_weight if trusted else 0.0)
         if o.baseline == "beta":
             metrics["critic/strength"] = self.history.strength
-            advantage_B = earned_B - self._shrunk(batch, earned_B, value_B)
+            advantage_B = paid_B - self._shrunk(batch, paid_B, value_B)
         elif o.baseline == "centred":
             stratum_B = strata([r.task.difficulty for r in batch.rollouts], keep_B, batch.group_B)
-            advantage_B = centred_advantage(earned_B, logit_B, keep_B, stratum_B)
+            advantage_B = centred_advantage(paid_B, logit_B, keep_B, stratum_B)
         elif o.ev_gate:
-            advantage_B = gated_advantage(earned_B, logit_B, keep_B, self.running_ev)
+            advantage_B = gated_advantage(paid_B, logit_B, keep_B, self.running_ev)
         else:
-            advantage_B = critic_advantage(earned_B, logit_B, o.baseline_weight)
+            advantage_B = critic_advantage(paid_B, logit_B, o.baseline_weight)
         if o.optimal_baseline:
             metrics["critic/shift"] = self.optimal.shift
-            chance_B = earned_B - advantage_B
+            chance_B = paid_B - advantage_B
             advantage_B = reward_B - self.optimal.baseline(chance_B)
             self.optimal.learn(batch, chance_B, reward_B)
         metrics |= self.quality(batch, value_B)
@@ -236,7 +248,7 @@ class PromptCritic(_Trained):
         self.history.clock += nats
 
     def _shrunk(self, batch: Batch, reward_B: Tensor, value_B: Tensor) -> Tensor:
-        keep_B = batch.keep_B
+        keep_B = batch.graded_B
         names = [r.task.id for r in batch.rollouts]
         past_BN = torch.tensor([self.history.past(name) for name in names])
         sum_B, count_B = group_sums(reward_B, keep_B, batch.group_B)
@@ -260,8 +272,8 @@ class PromptCritic(_Trained):
         """Take a saved state back."""
         super().load_state_dict(state)
         self.history.load_state_dict(state["history"])
-        if "optimal" in state:  # else of a version that knew none
-            self.optimal.load_state_dict(state["optimal"])
+        if (optimal := state.get("optimal", state.get("odds"))) is not None:  # else of a version that knew none
+            self.optimal.load_state_dict(optimal)
 
 
 class TokenCritic(_Trained):

@@ -124,13 +124,14 @@ class Learner:
         old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
         if not self.ratio_checked:
             self._fill_old(old_BT, batch, plans[0][:1])
-        reference_BT = self._all_logps(self._reference(), batch) if self._loss_reads_reference() else None
+        reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
         tally = Tally()
         updates = [minibatch for plan in plans for minibatch in plan]
+        beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
         self._done, self._total = 0, sum(map(len, updates))
         self.progress(0, self._total)
         for number, minibatch in enumerate(updates):
-            rows = torch.cat(minibatch)
+            rows = torch.cat([*minibatch, beside[number]])
             self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
             if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
                 self._settle_rest(old_BT, batch, plans[0], tally)
@@ -176,6 +177,16 @@ class Learner:
         length_B = batch.prompt_len_B + batch.response_len_B
         minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
         return [micro_batches(m, length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches]
+
+    def _beside(self, batch: Batch, step: int, epoch: int, count: int) -> list[Tensor]:
+        """What only the critic learns from, dealt out to an epoch's updates, the groups whole."""
+        if batch.beside_B is None:
+            return [torch.zeros(0, dtype=torch.long)] * count
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
+        rows = batch.beside_B.nonzero()[:, 0]
+        group, unit = batch.group_B[rows].unique(return_inverse=True)
+        order = torch.randperm(len(group), generator=generator)
+        return [rows[torch.isin(unit, part)] for part in order.tensor_split(count)]
 
     def _policy_gradient(
         self,
@@ -308,10 +319,12 @@ class Learner:
         old_BT[part, :width] = current
 
     @torch.no_grad()
-    def _all_logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def _all_logps(self, policy: Policy, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Of some rows of the batch, or of all; 0 elsewhere."""
+        rows = torch.arange(len(batch)) if rows is None else rows
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
         length_B = batch.prompt_len_B + batch.response_len_B
-        for part in micro_batches(torch.arange(len(batch)), length_B, self.config.training.micro_budget, policy.packs):
+        for part in micro_batches(rows, length_B, self.config.training.micro_budget, policy.packs):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         return out_BT
