@@ -7,6 +7,8 @@ SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: setup quickstart test fuzz check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-busy bench-pretrained
+.PHONY: setup quickstart test fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
+.PHONY: bench-busy
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
 
 help:
@@ -20,6 +22,7 @@ help:
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make test         linter, types, layers and all tests"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
+	@echo "make mutants      faults made on purpose in what computes gradients: does a test fail for each? about 15 minutes"
 	@echo "make test-vllm    the vLLM engine, in an environment of its own (.venv-vllm)"
 
 setup: $(VENV)/.ready
@@ -49,6 +52,10 @@ test: check bubblewrap chromium
 # Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
 fuzz: setup bubblewrap
 	$(BIN)/python -m tests.fuzz.run
+
+# The last line is JSON: how many mutants of tests/mutants/mutants.py the tests kill, of how many. At most 15 minutes on one core.
+mutants: setup
+	$(BIN)/python -m tests.mutants.run
 
 # The sandbox for model-written programs needs bubblewrap, a Debian package of 50 kB.
 bubblewrap:

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # these models are too small to share, and spinning threads starve each other
 
 import pytest
+import torch
 
 from sppo.config import Config
 from sppo.models import compiled, tiny
@@ -54,6 +55,19 @@ def small_rollouts(policy: Policy, n: int = 16, *, max_tokens: int = 12, tempera
         LocalEngine(policy), policy, load_reward("answer"), [source[i] for i in range(n)],
         Sampling(max_tokens, temperature), seed=("test",), **kwargs,
     )  # fmt: skip
+
+
+def gradients_of(learner) -> list[torch.Tensor]:
+    """Each update's policy gradient as one vector, from here on, just before the optimiser takes it. (Weights after Adam's first step hide
+    any factor of the gradient.)"""
+    seen, step = [], learner.policy_optimiser.step
+
+    def watched(lr: float, norm: float) -> float:
+        seen.append(torch.cat([p.grad.flatten().clone() for p in learner.policy.model.parameters()]))
+        return step(lr, norm)
+
+    learner.policy_optimiser.step = watched
+    return seen
 
 
 @pytest.fixture

@@ -7,22 +7,24 @@ what the loss averages over; `samples` is what its paper or reference code sampl
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 SPPO: dict[str, dict[str, Any]] = {
     "objective": {
         "ratio": "sequence", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none", "surrogate": "clip", "average": "auto",
-        "clip": [0.2, 0.2], "dual_clip": 3.0, "phi": "segments",
+        "clip": [0.2, 0.2], "gate_temperature": [1.0, 1.05], "dual_clip": 3.0, "phi": "segments",
+        "value_loss": "cross-entropy", "value_clip": 0.0,
     },
-    "rollout": {"samples": 1, "resample": 0, "kind": "samples"},
+    "rollout": {"samples": 1, "resample": 0, "overlong": 0.0, "kind": "samples"},
 }  # fmt: skip
 
 
 def _like_sppo(
-    samples: int = 1, resample: int = 0, kind: str = "samples", **objective: Any
+    samples: int = 1, resample: int = 0, overlong: float = 0.0, kind: str = "samples", **objective: Any
 ) -> dict[str, dict[str, Any]]:
-    rollout = {"samples": samples, "resample": resample, "kind": kind}
+    rollout = {"samples": samples, "resample": resample, "overlong": overlong, "kind": kind}
     return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
@@ -35,7 +37,7 @@ GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Sequence-Level PPO, arXiv 2604.08865: Â = R − V(x), one sample a prompt, the whole response's ratio clipped.
     "sppo": SPPO,
-    # SPPO with the prompt's baseline of least variance: V(x), its odds shifted by what is at stake. docs/algorithm.md
+    # SPPO with the prompt's baseline of least variance: V(x), its odds shifted by squared scores. docs/algorithm.md
     "sppo-optimal": _like_sppo(optimal_baseline=True),
     # SPPO with what the critic missed on the step's other problems added to V(x): nothing is blamed for its lag. docs/algorithm.md
     "sppo-centred": _like_sppo(baseline="centred"),
@@ -45,12 +47,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sppo-hybrid": _like_sppo(ratio="token", baseline="hybrid"),
     # SPPO on trees of responses, each stretch of tokens against V(x) and the other children of its fork. docs/exploration.md
     "sppo-tree": _like_sppo(kind="tree", ratio="token", baseline="hybrid", phi="siblings"),
-    # PPO, arXiv 1707.06347 eq. 7, with a value for every token, GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
-    "ppo": _like_sppo(ratio="token", baseline="token-critic", scale="batch", average="tokens", dual_clip=0.0),
+    # PPO, arXiv 1707.06347 eq. 7, with a value for every token that learns by squared error (eq. 9), GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
+    "ppo": _like_sppo(
+        ratio="token", baseline="token-critic", value_loss="squared", scale="batch", average="tokens", dual_clip=0.0
+    ),
     # REINFORCE, Williams 1992, against the mean of the batch's other rewards.
     "reinforce": _like_sppo(baseline="batch", surrogate="plain", dual_clip=0.0),
-    # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples.
-    "rloo": _like_sppo(samples=4, baseline="others", dual_clip=0.0),
+    # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples, without a ratio or a clip.
+    "rloo": _like_sppo(samples=4, baseline="others", surrogate="plain", dual_clip=0.0),
     # ReMax, arXiv 2310.10505 algorithm 2: against the reward of the greedy response.
     "remax": _like_sppo(baseline="greedy", surrogate="plain", dual_clip=0.0),
     # GRPO, arXiv 2402.03300 eq. 3: group mean and deviation, token ratios, the mean over responses of their means.
@@ -59,10 +63,24 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "dr-grpo": _like_sppo(samples=8, **GROUP, average="constant"),
     # GSPO, arXiv 2507.18071 eq. 5 and 7, with the clip of its section 5.1.
     "gspo": _like_sppo(samples=8, **GROUP | {"ratio": "geometric"}, scale="group", clip=[3e-4, 4e-4]),
+    # GSPO-token, arXiv 2507.18071 eq. 13 and 14: the same ratio and clip, but every token may have an advantage of its own. As it stands, all tokens of a
+    # response share one, and this is gspo; with objective.baseline = "hybrid" they do not.
+    "gspo-token": _like_sppo(
+        samples=8, **GROUP | {"ratio": "geometric-token"}, scale="group", average="responses", clip=[3e-4, 4e-4]
+    ),
+    # GMPO, arXiv 2507.20673: the geometric mean of a response's token ratios, each clipped to [e^-0.4, e^0.4].
+    "gmpo": _like_sppo(
+        samples=8, **GROUP, scale="group", surrogate="gmpo", average="responses", clip=[-math.expm1(-0.4), math.expm1(0.4)]
+    ),
+    # SAPO, arXiv 2511.20347: a sigmoid gate on each token's ratio in place of the clip.
+    "sapo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="sapo", average="responses"),
     # CISPO, arXiv 2506.13585 eq. 4 and 5: the ratio's weight is clipped and detached, no token loses its gradient. A weight of 5 at most.
     "cispo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="cispo", average="tokens", clip=[1.0, 4.0]),
-    # DAPO, arXiv 2503.14476 eq. 8 to 12: clip-higher, the mean over tokens, groups that teach nothing sampled again.
-    "dapo": _like_sppo(samples=8, resample=3, **GROUP, scale="group", average="tokens", clip=[0.2, 0.28]),
+    # DAPO, arXiv 2503.14476 eq. 8 to 13: clip-higher, the mean over tokens, groups that teach nothing sampled again, and a penalty on the last fifth of a
+    # response's tokens (4,096 of 20,480 in the paper).
+    "dapo": _like_sppo(
+        samples=8, resample=3, overlong=0.2, **GROUP, scale="group", average="tokens", clip=[0.2, 0.28]
+    ),
 }  # fmt: skip
 
 
@@ -112,6 +130,9 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
         rollout["prompts"] = max(1, responses // ((samples or kept) + _greedy(after)))
     if after["objective"]["baseline"] != "critic":
         objective.pop("ev_gate", None)  # of a critic that is not there
+    if after["objective"]["baseline"] != "token-critic":
+        objective.pop("value_loss", None)
+        objective.pop("value_clip", None)
     if after["objective"]["baseline"] not in CHANCES:
         objective.pop("optimal_baseline", None)
     objective["algorithm"] = name

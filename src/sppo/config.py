@@ -172,13 +172,18 @@ class Config(Section):
             raise ValueError(
                 "rollout.kind = 'tree' makes its samples by branching: leave rollout.samples and rollout.resample out"
             )
+        if o.ratio != "token":
+            raise ValueError(
+                f"rollout.kind = 'tree' has stretches of tokens that several responses share, and objective.ratio = {o.ratio!r} is of a whole response: "
+                "set objective.ratio = 'token'"
+            )
         if o.scale != "none" or o.average == "responses":
             raise ValueError(
                 "rollout.kind = 'tree' counts every shared token once: leave objective.scale and objective.average out"
             )
-        if o.kl > 0 and o.kl_form != "reward":
+        if o.kl > 0 and o.kl_form != "reward" and not o.kl_of_tokens:
             raise ValueError(
-                "rollout.kind = 'tree' has no whole responses in its loss: set objective.kl_form = 'reward'"
+                "rollout.kind = 'tree' has no whole responses in its loss: set objective.kl_level = 'token', or kl_form = 'reward'"
             )
 
     def _search(self) -> None:
@@ -226,6 +231,10 @@ class Config(Section):
             raise ValueError(
                 "rollout.top_k, top_p, min_p and stop are about text: leave them out with rollout.engine = 'control'"
             )
+        if r.overlong:
+            raise ValueError(
+                "rollout.overlong is about long responses, and a long episode may be a good one: set it to 0 with rollout.engine = 'control'"
+            )
         if r.resample > 2:
             raise ValueError(
                 "rollout.engine = 'control' holds a step's last few blocks of episodes only: set rollout.resample to 2 at most"
@@ -261,7 +270,9 @@ class Config(Section):
         reads: list[tuple[str, bool, str]] = [
             *((f"objective.{key}", o.baseline == name, f"objective.baseline = {name!r}") for key, name in of_baseline.items()),
             ("objective.kappa", o.ratio == "family", "objective.ratio = 'family'"),
+            ("objective.gate_temperature", o.surrogate == "sapo", "objective.surrogate = 'sapo'"),
             ("objective.kl_form", o.kl > 0, "objective.kl above 0"),
+            ("objective.kl_level", o.kl > 0 and o.kl_form != "reward", "a KL in the loss: objective.kl above 0, kl_form other than 'reward'"),
             *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget", "leaves")),
             ("rollout.segments", segments, "rollout.kind = 'tree', objective.phi = 'segments' and [search]"),
             *((f"curriculum.{key}", predicted, "curriculum.kind = 'predicted'") for key in ("floor", "pool", "corrected")),

@@ -188,6 +188,13 @@ class RolloutSection(Section):
         description="replace prompts whose samples all score the same, in at most so many more rounds (DAPO's dynamic sampling); 0: keep them",
     )
     max_tokens: int = Field(256, ge=1, description="response limit, EOS included")
+    overlong: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="the last share of max_tokens in which a response loses score, in a line up to half of what a right answer earns (DAPO's soft "
+        "over-long punishment); what counts as right, and is learnt by the critic, stays; 0: no penalty",
+    )
     temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
     top_k: int = Field(0, ge=0, description="draw among so many of the likeliest tokens; 0: all of them")
     top_p: float = Field(
@@ -225,6 +232,10 @@ class RolloutSection(Section):
         return value
 
 
+PER_TOKEN = ("token", "geometric-token")
+"""Values of `objective.ratio` that give every token a ratio, and can take an advantage for each."""
+
+
 class ObjectiveSection(Section):
     """The clipped sequence-level surrogate, or a peer's."""
 
@@ -255,6 +266,15 @@ class ObjectiveSection(Section):
         description="divide the advantage by the deviation of its group's rewards, or whiten it over the batch (both biased)",
     )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of baseline = 'token-critic'")
+    value_loss: Literal["cross-entropy", "squared"] = Field(
+        "cross-entropy",
+        description="of baseline = 'token-critic': cross-entropy of a chance, or PPO's squared error of a value that may be any number",
+    )
+    value_clip: float = Field(
+        0.0,
+        ge=0,
+        description="of value_loss = 'squared': a value that has moved by more than this in a step moves no further (PPO2's code); 0: no clip",
+    )
     phi: Literal["segments", "steps", "siblings"] = Field(
         "segments",
         description="of baseline = 'hybrid': the critic at the segments' ends; the step scores that the reward measures (+ 0 * steps:…); how a "
@@ -263,17 +283,23 @@ class ObjectiveSection(Section):
     half_life: float = Field(
         1.0, gt=0, description="of baseline = 'beta': nats by which the policy moves until a past reward counts half"
     )
-    surrogate: Literal["clip", "cispo", "plain"] = Field(
+    surrogate: Literal["clip", "cispo", "gmpo", "sapo", "plain"] = Field(
         "clip",
-        description="clip: PPO's; cispo: a clipped weight on the log-probability; plain: the log-probability alone (REINFORCE)",
+        description="clip: PPO's; cispo: a clipped weight on the log-probability; gmpo: the geometric mean of a response's clipped token ratios; sapo: a "
+        "sigmoid gate instead of the clip; plain: the log-probability alone (REINFORCE)",
+    )
+    gate_temperature: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (1.0, 1.05),
+        description="of surrogate = 'sapo': [where the advantage is positive, elsewhere]; the higher, the faster a token far off policy loses its gradient",
     )
     average: Literal["auto", "tokens", "responses", "constant"] = Field(
         "auto",
         description="what a loss of token ratios averages over: all tokens (auto), each response's tokens and then responses, or "
         "responses times rollout.max_tokens; sequence ratios: responses (auto)",
     )
-    ratio: Literal["sequence", "geometric", "token", "family"] = Field(
-        "sequence", description="importance ratio: exp(l), exp(l/T) (GSPO), per token, or exp(l/T^kappa)"
+    ratio: Literal["sequence", "geometric", "token", "geometric-token", "family"] = Field(
+        "sequence",
+        description="importance ratio: exp(l), exp(l/T) (GSPO), per token, exp(l/T) with each token's own gradient (GSPO-token), or exp(l/T^kappa)",
     )
     kappa: float = Field(0.5, ge=0, le=1, description="the family's exponent; 0 is sequence, 1 is geometric")
     clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
@@ -285,9 +311,20 @@ class ObjectiveSection(Section):
         description="the ratio's denominator: the sampling policy (exact), or the frozen start (see docs/algorithm.md)",
     )
     kl: float = Field(0.0, ge=0, description="weight of the KL to the frozen start; 0 holds no reference model")
-    kl_form: Literal["reward", "k2", "k3"] = Field(
+    kl_form: Literal["reward", "k2", "k3", "k3-weighted"] = Field(
         "reward",
-        description="reward: exact, inside the reward; k2: exact reverse-KL gradient on policy; k3: gradient of KL(ref||policy)",
+        description="reward: x = log policy/ref inside the reward; in the loss k2: x^2/2, k3: exp(-x)-1+x (GRPO's), k3-weighted: k3 times the ratio to "
+        "the sampling policy (TRL's). Of whole responses, on policy: the gradient of KL(policy||ref), k3 that of KL(ref||policy); see docs/algorithm.md",
+    )
+    kl_level: Literal["auto", "sequence", "token"] = Field(
+        "auto",
+        description="of a KL in the loss: of whole responses, averaged over them, or of each token, averaged as the loss is (GRPO's); "
+        "auto: as the ratio",
+    )
+    entropy_bonus: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the entropy of each token's distribution, averaged as the loss is (PPO's bonus against collapse)",
     )
     ev_gate: bool = Field(
         False,
@@ -326,13 +363,29 @@ class ObjectiveSection(Section):
             raise ValueError(nearest(value, list(PRESETS)))
         return value
 
+    @property
+    def kl_of_tokens(self) -> bool:
+        """Whether a KL in the loss is of each token."""
+        whole = ("sequence", "geometric", "family")
+        return self.kl_level == "token" or (self.kl_level == "auto" and self.ratio not in whole)
+
     @model_validator(mode="after")
     def _fits_together(self) -> ObjectiveSection:
-        if self.baseline == "token-critic" and self.ratio != "token":
+        if self.baseline == "token-critic" and self.ratio not in PER_TOKEN:
             raise ValueError("baseline = 'token-critic' gives every token an advantage of its own: set ratio = 'token'")
-        if self.baseline == "hybrid" and self.ratio != "token":
+        if self.value_loss == "squared" and self.baseline != "token-critic":
+            raise ValueError(
+                f"value_loss = 'squared' is of baseline = 'token-critic', and V(x) of {self.baseline!r} is a chance: set value_loss = 'cross-entropy'"
+            )
+        if self.value_clip and self.value_loss != "squared":
+            raise ValueError("value_clip is of value_loss = 'squared': set that, or value_clip = 0")
+        if self.baseline == "hybrid" and self.ratio not in PER_TOKEN:
             raise ValueError("baseline = 'hybrid' gives every token an advantage of its own: set ratio = 'token'")
-        if self.average != "auto" and self.ratio != "token":
+        if self.surrogate == "gmpo" and (self.ratio != "token" or self.average != "responses"):
+            raise ValueError(
+                "surrogate = 'gmpo' takes one mean over each response's token ratios: set ratio = 'token' and average = 'responses'"
+            )
+        if self.average != "auto" and self.ratio not in PER_TOKEN:
             raise ValueError(
                 f"average = {self.average!r} is about tokens, and ratio is {self.ratio!r}: set ratio = 'token' (or leave it to the preset of "
                 f"algorithm = {self.algorithm!r}), or average = 'auto'"

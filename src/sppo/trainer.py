@@ -57,6 +57,9 @@ class SPPOConfig:
     Arguments of TRL's GRPOConfig that have an exact equivalent are taken (`bf16=True`, `use_vllm=True`, `weight_decay=0.1`); for the others a
     RecipeError names ours.
 
+    `beta` weighs TRL's KL to the start (k3 of each token times its ratio, averaged as the loss is; without the ratio, which is GRPO's own, with
+    `use_bias_correction_kl=False`), and `entropy_coef` its entropy bonus; what `recipe` says of `objective.kl_form` and `kl_level` wins.
+
     `reward_weights`: one for each of `reward_funcs`. The score is their mean by these weights; 0 measures a reward and pays nothing.
     """
 
@@ -103,6 +106,8 @@ class SPPOConfig:
         }  # fmt: skip
         out: dict[str, Any] = {"run.out": self.output_dir, "seed": self.seed}
         out |= {key: getattr(self, name) for name, key in names.items() if getattr(self, name) is not None}
+        if self.beta:
+            out |= {"objective.kl_form": "k3-weighted", "objective.kl_level": "token"}
         if (
             schedule := out.get("training.schedule")
         ) is not None:  # a member of an enumeration is its text; a warm-up is `warmup_steps`

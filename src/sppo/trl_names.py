@@ -18,6 +18,7 @@ Settings = dict[str, Any]
 KEYS = {
     "weight_decay": "training.weight_decay",
     "delta": "objective.dual_clip",
+    "entropy_coef": "objective.entropy_bonus",
     "save_total_limit": "run.keep",
     "num_generations_eval": "evaluation.samples",
 }
@@ -27,6 +28,7 @@ _DONE: Settings = {}
 _CHOICES: dict[str, dict[Any, Settings]] = {
     "bf16": {True: {"policy.dtype": "bfloat16"}, False: {"policy.dtype": "float32"}},
     "mask_truncated_completions": {True: {"rollout.truncated": "mask"}, False: {"rollout.truncated": "keep"}},
+    "use_bias_correction_kl": {True: {"objective.kl_form": "k3-weighted"}, False: {"objective.kl_form": "k3"}},
     "importance_sampling_level": {"token": {"objective.ratio": "token"}, "sequence": {"objective.ratio": "geometric"}},
     "scale_rewards": {
         "group": {"objective.scale": "group"}, True: {"objective.scale": "group"},
@@ -44,7 +46,7 @@ _CHOICES: dict[str, dict[Any, Settings]] = {
     "save_strategy": {"steps": _DONE}, "eval_strategy": {"steps": _DONE}, "eval_on_start": {True: _DONE},
     "log_completions": {True: _DONE, False: _DONE}, "remove_unused_columns": {False: _DONE}, "shuffle_dataset": {True: _DONE},
     "disable_dropout": {True: _DONE}, "cast_lm_head_to_fp32": {True: _DONE}, "repetition_penalty": {1.0: _DONE},
-    "adam_epsilon": {1e-8: _DONE}, "entropy_coef": {0.0: _DONE}, "top_entropy_quantile": {1.0: _DONE}, "sync_ref_model": {False: _DONE},
+    "adam_epsilon": {1e-8: _DONE}, "top_entropy_quantile": {1.0: _DONE}, "sync_ref_model": {False: _DONE},
     "push_to_hub": {False: _DONE}, "torch_compile": {False: _DONE}, "use_liger_kernel": {False: _DONE}, "do_train": {True: _DONE, False: _DONE},
     "full_determinism": {True: _DONE}, "load_best_model_at_end": {False: _DONE},
     "multi_objective_aggregation": {"sum_then_normalize": _DONE}, "use_adaptive_entropy": {False: _DONE}, "average_tokens_across_devices": {True: _DONE},
@@ -67,7 +69,7 @@ _INSTEAD = {
         (
             "loss_type sapo_ vespo_ off_policy_mask_threshold router_aux_loss_coef label_ prediction_loss_only neftune_noise_alpha",
             "a loss is part of an algorithm here, and SPPO's own is the default: recipe={'objective.algorithm': 'grpo'} (or 'dr-grpo', 'dapo', "
-            "'gspo', 'cispo') is the peer's, and 'objective.average' says what it averages over",
+            "'gspo', 'gspo-token', 'gmpo', 'cispo', 'sapo') is the peer's, and 'objective.average' says what it averages over",
         ),
         ("scale_rewards", "recipe={'objective.scale': 'none' (or 'group', or 'batch', which whitens)}"),
         (
@@ -78,12 +80,14 @@ _INSTEAD = {
         ("multi_objective_aggregation", "several rewards are their weighted mean (reward_weights)"),
         (
             "entropy_ use_adaptive_entropy",
-            "there is no entropy bonus here; metrics.jsonl shows the entropy ('policy/entropy')",
+            "the weight of the entropy bonus is fixed (entropy_coef, recipe={'objective.entropy_bonus': …}); metrics.jsonl shows the entropy "
+            "('policy/entropy')",
         ),
         ("top_entropy_quantile", "every token counts"),
         (
             "use_bias_correction_kl",
-            "recipe={'objective.kl_form': 'reward' (or 'k2', 'k3')} is the form of the KL whose weight is beta",
+            "recipe={'objective.kl_form': 'reward' (or 'k2', 'k3', 'k3-weighted'), 'objective.kl_level': 'sequence' (or 'token')} is the form of "
+            "the KL whose weight is beta",
         ),
         ("sync_ref_model ref_model_", "the reference is the frozen start of the run"),
         (
@@ -182,6 +186,8 @@ def translated(settings: Mapping[str, Any], ours: list[str]) -> Settings:
     for name, value in given.items():
         if name in ("adam_beta1", "adam_beta2"):
             out["training.betas"] = [given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.95)]
+        elif name in _GATE:
+            out["objective.gate_temperature"] = [given.get(key, usual) for key, usual in _GATE.items()]
         elif name == "use_vllm":
             out["rollout.engine"] = "vllm" if value else "local"
         elif name in _ENGINE_OPTIONS and given.get("use_vllm"):
@@ -198,8 +204,9 @@ def translated(settings: Mapping[str, Any], ours: list[str]) -> Settings:
     return out
 
 
+_GATE = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
 _ENGINE_OPTIONS = {"vllm_gpu_memory_utilization": "memory", "vllm_max_model_length": "context"}
-_TAKEN = {*KEYS, *_CHOICES, *_ENGINE_OPTIONS, "use_vllm", "adam_beta1", "adam_beta2"}
+_TAKEN = {*KEYS, *_CHOICES, *_ENGINE_OPTIONS, *_GATE, "use_vllm", "adam_beta1", "adam_beta2"}
 
 
 def _known(name: str) -> bool:

@@ -175,12 +175,13 @@ def test_settings_by_trls_names():
         bf16=True, use_vllm=True, vllm_gpu_memory_utilization=0.5, weight_decay=0.1, adam_beta2=0.99, optim="adamw_bnb_8bit", save_total_limit=3,
         mask_truncated_completions=False,
         importance_sampling_level="sequence", delta=4.0, logging_steps=1, fp16=False, lr_scheduler_type="constant_with_warmup",
-        num_generations=4, scale_rewards=False, recipe={"training.weight_decay": 0.2}, tf32=None,
+        num_generations=4, scale_rewards=False, recipe={"training.weight_decay": 0.2}, tf32=None, sapo_temperature_neg=2.0,
     ).overrides()  # fmt: skip
     wanted = {
         "policy.dtype": "bfloat16", "rollout.engine": "vllm:memory=0.5", "training.weight_decay": 0.2, "training.betas": [0.9, 0.99],
         "training.optimizer": "adamw-8bit", "run.keep": 3, "rollout.truncated": "keep", "objective.ratio": "geometric", "objective.dual_clip": 4.0,
         "training.schedule": "constant", "rollout.samples": 4, "objective.scale": "none",
+        "objective.gate_temperature": [1.0, 2.0],
     }  # fmt: skip
     assert {key: given[key] for key in wanted} == wanted
     Config.load(None, given)

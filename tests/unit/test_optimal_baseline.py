@@ -20,7 +20,7 @@ from ..exact.tabular import MASK_ST, logps, parameters, probabilities, rewards, 
 
 
 def batch_of(logp_BT, correct_B, mask_BT=None, **changes) -> Batch:
-    """Just what stakes are read from."""
+    """Just what squared scores are read from."""
     length_B = torch.ones_like(logp_BT, dtype=torch.bool).sum(1) if mask_BT is None else mask_BT.sum(1)
     number = len(length_B)
     parts = {
@@ -52,7 +52,7 @@ HALF, SURE = math.log(0.5), math.log(0.9)
 
 
 def test_the_shift_by_hand():
-    """Tokens of ½ and of 0.9: stakes ¼ and 0.01. Right 0.26 and 0.02, wrong 0.5, all of chance 0.6; then a right one of 0.25."""
+    """Tokens of ½ and of 0.9: squared scores ¼ and 0.01. Right 0.26 and 0.02, wrong 0.5, all of chance 0.6; then a right one of 0.25."""
     odds = odds_of()
     assert odds.shift == 0.0
     learn(odds, batch_of(torch.tensor([[HALF, SURE], [SURE, SURE], [HALF, HALF]]), torch.tensor([1.0, 1.0, 0.0])), 0.6)
@@ -60,8 +60,8 @@ def test_the_shift_by_hand():
     assert odds.shift == pytest.approx(math.log((0.4 * 0.28 + doubt) / (0.6 * 0.5 + doubt)), rel=1e-5)
     learn(odds, batch_of(torch.tensor([[HALF]]), torch.tensor([1.0])), 0.2)
     assert odds.paired == pytest.approx([MEMORY * 0.3, MEMORY * 0.112 + 0.8 * 0.25], rel=1e-5)
-    assert odds.stake == pytest.approx([MEMORY * 0.5, MEMORY * 0.28 + 0.25], rel=1e-5)
-    assert odds.earned == pytest.approx([0.0, odds.stake[1]])
+    wrong, right = MEMORY * 0.5, MEMORY * 0.28 + 0.25
+    assert odds.earned.sums == pytest.approx([wrong + right, right, right, 0.0, 0.0], rel=1e-5)
     assert odds.number == pytest.approx(MEMORY * 3 + 1)
 
 
@@ -82,7 +82,7 @@ def test_what_is_masked_or_no_number_does_not_count():
 def test_a_ratio_that_divides_by_length_divides_the_score(objective, divisor):
     odds = odds_of(**objective)
     learn(odds, batch_of(torch.full((1, 3), HALF), torch.tensor([1.0])), 0.0)
-    assert odds.stake[1] == pytest.approx(3 * 0.25 / divisor)
+    assert odds.earned.sums[1] == pytest.approx(3 * 0.25 / divisor)
 
 
 def test_a_density_says_nothing_of_its_score():
@@ -102,7 +102,7 @@ def test_hard_problems_do_not_pass_for_wrong_responses(weights):
     odds = odds_of()
     learn(odds, batch_of(torch.full((20, 40), HALF), right_B, response_len_B=length_B, weight_B=weight_B), chance_B)
     assert odds.shift == pytest.approx(0.0, abs=1e-5)
-    assert odds.stake[0] > 0
+    assert odds.paired[0] > 0
 
 
 def noise(probability_S, square_S, reward_S, baseline) -> float:
@@ -122,11 +122,11 @@ def test_the_gradient_varies_least(seed, shaped, monkeypatch):
     odds = odds_of()
     batch = batch_of(logps(theta), right_S, MASK_ST, reward_B=reward_S, weight_B=1e6 * probability_S.sqrt())
     learn(odds, batch, value)
-    staked = odds.baseline(value[None])
+    shifted_value = odds.baseline(value[None])
 
     square_S = scores(theta).sum(1).square().sum(1)
     best = (probability_S * square_S * reward_S).sum() / (probability_S * square_S).sum()
-    least, ours, plain = (noise(probability_S, square_S, reward_S, b) for b in (best, staked, value))
+    least, ours, plain = (noise(probability_S, square_S, reward_S, b) for b in (best, shifted_value, value))
     assert least <= ours < plain
     assert ours - least < 0.01 * (plain - least)
 

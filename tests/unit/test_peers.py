@@ -13,6 +13,7 @@ import torch
 from sppo.algorithms import PRESETS
 from sppo.config import Config
 from sppo.errors import RecipeError
+from sppo.sections import PER_TOKEN
 from sppo.training.batch import pack
 from sppo.training.gather import _sorted_out
 from sppo.training.learner import Learner
@@ -23,7 +24,7 @@ from sppo.training.run import Run
 from sppo.training.tally import Tally
 from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
 
 SCORES = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]  # two groups of four
 
@@ -99,10 +100,10 @@ def test_each_presets_advantage_by_hand(name):
     assert torch.allclose(found, torch.tensor(SCORES) - torch.tensor(BASELINE[name]), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "dapo"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "gspo-token", "gmpo", "sapo", "cispo", "dapo"])
 def test_grpo_and_its_kin_divide_by_the_groups_deviation(name):
     policy = small_policy()
-    found = a_learner(policy, name).advantage(a_batch(policy, name))[0]
+    found = a_learner(policy, name, rollout__overlong=0).advantage(a_batch(policy, name))[0]
     expected = (torch.tensor(SCORES) - 0.5) / (math.sqrt(1 / 3) + 1e-4)
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -142,10 +143,10 @@ def test_masked_samples_are_in_no_baseline_and_teach_nothing(name):
         policy = small_policy()
         learner = a_learner(policy, name)
         batch = a_batch(policy, name, scores=[SCORES[0], score, *SCORES[2:]], masked=(1,))
-        advantage = learner.advantage(batch)[0]
+        advantage, seen = learner.advantage(batch)[0], gradients_of(learner)
         assert learner.update(batch, advantage, 0)["update/skipped_non_finite"] == 0
         advantages.append(advantage[batch.keep_B])
-        gradients.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+        gradients.append(torch.cat(seen))
     assert torch.equal(*advantages)
     assert torch.equal(*gradients)
 
@@ -176,13 +177,13 @@ def gradients(policy):
     return found
 
 
-def ours(policy, name, batch, advantage, old_BT, **changes):
+def ours(policy, name, batch, advantage, old_BT, reference_BT=None, **changes):
     """Loss and gradient of the learner's own path, in two micro-batches."""
     learner, tally = a_learner(policy, name, training__micro_tokens=150, **changes), Tally()
     plan = learner._plan(batch, torch.arange(len(batch)), 0, 0)
     minibatch = [part for each in plan for part in each]
     assert len(minibatch) > 1
-    learner._policy_gradient(batch, advantage, minibatch, old_BT, None, 1, tally)
+    learner._policy_gradient(batch, advantage, minibatch, old_BT, reference_BT, 1, tally)
     return sum(tally.values["loss/1"]), gradients(policy)
 
 
@@ -201,6 +202,12 @@ def by_hand(policy, name, batch, advantage_B, old_BT, max_tokens):
             each = a * new.sum()
         elif p["surrogate"] == "cispo":
             each = (new - old).exp().detach().clamp(max=1 + high) * a * new
+        elif p["surrogate"] == "gmpo":  # the root of a product, with the sign of the advantage before it
+            r = (new - old).exp()
+            each = torch.minimum(r * a, r.clamp(math.exp(-0.4), math.exp(0.4)) * a).abs().prod() ** (1 / t) * a.sign()
+        elif p["surrogate"] == "sapo":
+            tau = 1.0 if a > 0 else 1.05
+            each = a * 4 / tau / (1 + (-tau * ((new - old).exp() - 1)).exp())
         else:
             r = (
                 (new - old).exp()
@@ -208,12 +215,14 @@ def by_hand(policy, name, batch, advantage_B, old_BT, max_tokens):
                 else (new - old).sum().exp()
                 if p["ratio"] == "sequence"
                 else (new - old).mean().exp()
+                if p["ratio"] == "geometric"
+                else (new - old).mean().exp().detach() * new.exp() / new.exp().detach()
             )
             each = torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a)
         per_response.append(each)
         tokens.append(t)
     n, average = len(tokens), p["average"]
-    if p["ratio"] != "token":
+    if p["ratio"] not in PER_TOKEN:
         loss = -sum(per_response) / n
     elif average == "responses":
         loss = -sum(x.mean() for x in per_response) / n
@@ -238,13 +247,57 @@ def test_each_loss_and_gradient_against_the_papers_formula(name):
     assert float(true.abs().max()) > 1e-3
 
 
+def test_gspo_token_is_gspo_where_a_response_has_one_advantage_and_else_it_is_not():
+    policy = small_policy()
+    batch = a_batch(policy, "gspo")
+    old_BT = off_policy(policy, batch)
+    advantage_B = a_learner(policy, "gspo").advantage(batch)[0]
+    found = [
+        ours(policy, name, batch, advantage_B, old_BT, objective__clip=(0.05, 0.05)) for name in ("gspo", "gspo-token")
+    ]
+    assert math.isclose(found[0][0], found[1][0], rel_tol=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+    advantage_BT = advantage_B[:, None] * torch.arange(batch.mask_BT.size(1))  # later tokens deserve more
+    each = ours(policy, "gspo-token", batch, advantage_BT, old_BT, objective__clip=(0.05, 0.05))[1]
+    new_BT, total = logps(policy, batch), 0.0
+    for b, t in enumerate(batch.response_len_B.tolist()):
+        s = (new_BT[b, :t] - old_BT[b, :t]).mean().exp().detach()
+        open_T = torch.where(advantage_BT[b, :t] > 0, s <= 1.05, s >= 0.95)
+        total = total - (open_T * s * advantage_BT[b, :t] * new_BT[b, :t]).mean() / len(batch)  # eq. 17
+    total.backward()
+    assert torch.allclose(each, gradients(policy), atol=1e-5)
+
+
+def test_the_trees_of_a_hybrid_may_not_have_a_whole_responses_ratio():
+    Config.load(None, {"objective.algorithm": "sppo-hybrid", "objective.ratio": "geometric-token"})
+    with pytest.raises(RecipeError, match=r"tree.*set objective.ratio = 'token'"):
+        Config.load(None, {"objective.algorithm": "sppo-tree", "objective.ratio": "geometric-token"})
+
+
 TRL = {
     "grpo": {"loss_type": "grpo"},
     "dr-grpo": {"loss_type": "dr_grpo", "scale_rewards": False},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "gspo-token": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    "sapo": {"loss_type": "sapo"},
+    "gmpo": {},
 }  # fmt: skip
+WRITTEN_OUT = {
+    "rloo": ("rloo", {"objective__surrogate": "clip"}, {}),
+    "bnpo": ("grpo", {"objective__average": "tokens"}, {"loss_type": "bnpo"}),
+    "luspo": (
+        "gspo", {"objective__ratio": "geometric-token", "objective__average": "constant"},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    ),
+    "two-sided": ("grpo", {"objective__dual_clip": 1.3}, {"loss_type": "grpo", "delta": 1.3}),
+    "sapo at other temperatures": (
+        "sapo", {"objective__gate_temperature": (3.0, 5.0)},
+        {"loss_type": "sapo", "sapo_temperature_pos": 3.0, "sapo_temperature_neg": 5.0},
+    ),
+}  # fmt: skip
+"""What TRL has a name for and a recipe writes out: (preset, the recipe's keys, TRL's)."""
 
 
 def trl_trainer(kind, policy, folder, **settings):
@@ -253,12 +306,14 @@ def trl_trainer(kind, policy, folder, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import trl
+        from trl.experimental import gmpo
 
-        arguments = getattr(trl, f"{kind}Config")(
+        home = gmpo if kind == "GMPO" else trl
+        arguments = getattr(home, f"{kind}Config")(
             output_dir=str(folder), beta=0.0, max_completion_length=12, num_generations=4, per_device_train_batch_size=8,
             report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_dropout=True, **settings,
         )  # fmt: skip
-        trainer = getattr(trl, f"{kind}Trainer")(
+        trainer = getattr(home, f"{kind}Trainer")(
             model=policy.model, processing_class=policy.tokenizer, reward_funcs=lambda completions, **_: [0.0] * len(completions),
             train_dataset=Dataset.from_dict({"prompt": ["1+1?"] * 8}), args=arguments,
         )  # fmt: skip
@@ -284,23 +339,54 @@ def trl_inputs(policy, batch, advantage_B, old_BT):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*TRL, "rloo"])
-def test_loss_and_gradient_equal_trls(name, tmp_path):
+@pytest.mark.parametrize("case", [*TRL, *WRITTEN_OUT])
+def test_loss_and_gradient_equal_trls(case, tmp_path):
     """The same ids, advantages and old log-probabilities through TRL's own trainer (1.16)."""
     pytest.importorskip("trl")
+    name, changes, settings = WRITTEN_OUT.get(case, (case, {}, TRL.get(case, {})))
     policy = small_policy()
     batch = a_batch(policy, name)
     old_BT = off_policy(policy, batch)
     advantage_B = a_learner(policy, name).advantage(batch)[0]
-    kind = "RLOO" if name == "rloo" else "GRPO"
-    trainer = trl_trainer(kind, policy, tmp_path, **TRL.get(name, {}))
+    trainer = trl_trainer({"rloo": "RLOO", "gmpo": "GMPO"}.get(name, "GRPO"), policy, tmp_path, **settings)
     loss = trainer._compute_loss(policy.model, trl_inputs(policy, batch, advantage_B, old_BT))
     loss.backward()
     theirs = gradients(policy)
-    our_loss, gradient = ours(policy, name, batch, advantage_B, old_BT)
+    our_loss, gradient = ours(policy, name, batch, advantage_B, old_BT, **changes)
+    scale = 12 if case == "luspo" else 1  # it sums a response's tokens, where `constant` divides them by max_tokens too
+    assert math.isclose(scale * our_loss, float(loss.detach()), rel_tol=1e-4, abs_tol=1e-5)
+    assert torch.allclose(scale * gradient, theirs, atol=1e-5 * scale)
+    assert float(theirs.abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "corrected"),
+    [*((name, False) for name in TRL), *((name, True) for name in ("grpo", "dr-grpo", "cispo", "dapo", "sapo"))],
+)
+def test_the_kl_to_the_start_equals_trls(name, corrected, tmp_path):
+    """`beta`: k3 of each token, averaged as each loss is; times its ratio by TRL's default (the response's for GSPO: here each token's)."""
+    pytest.importorskip("trl")
+    policy = small_policy()
+    batch = a_batch(policy, name)
+    old_BT = off_policy(policy, batch)
+    with torch.no_grad():
+        reference_BT = logps(small_policy(seed=5), batch)
+    advantage_B = a_learner(policy, name).advantage(batch)[0]
+    kind = "GMPO" if name == "gmpo" else "GRPO"
+    trainer = trl_trainer(kind, policy, tmp_path, use_bias_correction_kl=corrected, **TRL[name])
+    trainer.beta = 0.3
+    inputs = trl_inputs(policy, batch, advantage_B, old_BT) | {"ref_per_token_logps": reference_BT}
+    loss = trainer._compute_loss(policy.model, inputs)
+    loss.backward()
+    theirs = gradients(policy)
+    form = "k3-weighted" if corrected else "k3"
+    changes = {"objective__kl": 0.3, "objective__kl_form": form, "objective__kl_level": "token"}
+    our_loss, gradient = ours(policy, name, batch, advantage_B, old_BT, reference_BT, **changes)
     assert math.isclose(our_loss, float(loss.detach()), rel_tol=1e-4, abs_tol=1e-5)
     assert torch.allclose(gradient, theirs, atol=1e-5)
-    assert float(theirs.abs().max()) > 1e-3
+    without = ours(policy, name, batch, advantage_B, old_BT)[1]
+    assert float((gradient - without).abs().max()) > 1e-3
 
 
 # -- presets and recipes -------------------------------------------------------------------------------------------------

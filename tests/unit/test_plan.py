@@ -98,6 +98,16 @@ def test_what_the_plan_counts():
     critic = plan(Config.load(None, {"run.memory": 8}), model, model, CPU, 40)
     assert critic.stays["critic and its optimiser"] == 14 * model.parameters
     assert plain.total < 4 * GIB
+    assert plain.phases["update"]["gradients in float32"] == 4 * model.parameters  # of several micro-batches
+    assert critic.phases["critic"]["gradients of the critic"] == 6 * model.parameters
+    one = parts(training__micro_tokens=10**6)
+    assert one.phases["update"]["gradients in float32"] == 0
+    assert one.phases["optimiser step"]["gradients in float32"] == 4 * model.parameters
+    assert (
+        parts(training__micro_tokens=10**6, search__below=0.1).phases["update"]["gradients in float32"] > 0
+    )  # lessons
+    whole = plan(Config.load(None, {"run.memory": 8}), Model(smollm(), torch.float32), None, CPU, 40)
+    assert whole.phases["update"]["gradients in float32"] == 0
 
 
 def test_powers_of_two():

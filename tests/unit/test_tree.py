@@ -192,7 +192,10 @@ def test_nonsense_is_one_sentence():
         ({"rollout.engine": "vllm"}, "needs rollout.engine = 'local'"),
         ({"objective.phi": "segments"}, "needs the credit made for it"),
         ({"rollout.kind": "samples"}, "compares the branches of trees"),
-        ({"objective.kl": 0.1, "objective.kl_form": "k2"}, "no whole responses in its loss"),
+        (
+            {"objective.kl": 0.1, "objective.kl_form": "k2", "objective.kl_level": "sequence"},
+            "no whole responses in its loss",
+        ),
         ({"objective.average": "responses"}, "counts every shared token once"),
     ):
         with pytest.raises(RecipeError, match=why):
@@ -204,6 +207,8 @@ def test_nonsense_is_one_sentence():
     [
         {"curriculum.kind": "predicted"},
         {"objective.kl": 0.1},
+        {"objective.kl_form": "k3", "objective.kl": 0.1},
+        {"objective.entropy_bonus": 0.1},
         {"rollout.top_p": 0.9},
         {"rollout.truncated": "mask"},
         {"training.minibatches": 4, "rollout.prompts": 4},

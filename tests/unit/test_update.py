@@ -19,7 +19,7 @@ from sppo.training.learner import Learner
 from sppo.training.optim import MasterAdamW
 from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
 from .test_engine import FAMILIES, PACKED, TokenCount, of_family
 
 LENGTHS = [(3, 5), (3, 5), (1, 1), (7, 2), (4, 9), (4, 9), (2, 12)]
@@ -154,9 +154,9 @@ def one_update(shift: float, minibatches: int = 4):
     batch = judged_batch(policy, shift)
     learner = Learner(policy, small_critic(), None, small_config(training__minibatches=minibatches).with_rates(1, 1))
     learner.ratio_checked = True
-    count = TokenCount(policy)
+    count, seen = TokenCount(policy), gradients_of(learner)
     metrics = learner.update(batch, batch.reward_B - 0.5, 0)
-    return policy, metrics, count.passes
+    return torch.stack(seen), metrics, count.passes
 
 
 def test_the_engine_spares_the_extra_pass_where_its_numbers_are_the_learners():
@@ -167,17 +167,16 @@ def test_the_engine_spares_the_extra_pass_where_its_numbers_are_the_learners():
     assert metrics["engine/serves_as_old"] == 0.0
     assert passes == 4 + 3
     assert metrics["engine/gap_mean"] == pytest.approx(0.02, abs=1e-4)
-    assert far.fingerprint() != exact.fingerprint()  # it was corrected for
+    assert (far[0] - exact[0]).norm() > 0.05 * exact[0].norm()  # it was corrected for
 
 
-def test_engine_and_learner_as_old_lead_to_the_same_weights(monkeypatch):
+def test_engine_and_learner_as_old_give_the_same_gradients(monkeypatch):
     served, _, _ = one_update(0.0)
     monkeypatch.setattr("sppo.training.learner.NEGLIGIBLE", -1.0)
     computed, metrics, passes = one_update(0.0)
     assert metrics["engine/serves_as_old"] == 0.0
     assert passes == 7
-    for a, b in zip(served.model.parameters(), computed.model.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    assert torch.allclose(served, computed, atol=1e-5 * float(computed.abs().max()) + 1e-6)
 
 
 def test_a_cut_is_no_gap_between_engine_and_learner_but_an_importance_weight(policy):

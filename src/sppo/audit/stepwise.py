@@ -180,7 +180,7 @@ class Spread(Stepwise):
             sure = self.entropy.feed(float(entropy))
             if sure and self.entropy.now < 0.05 * self.entropy.start and reward < self.SOLVED:
                 why = f"{self.entropy.now:.2g} nats a token, and {self.entropy.start:.2g} at the start, with {reward:.0%} solved"
-                advice = "lower training.lr, widen the upper clip (objective.clip = [0.2, 0.28]), or raise rollout.temperature"
+                advice = "lower training.lr, widen the upper clip (objective.clip = [0.2, 0.28]), raise rollout.temperature, or set objective.entropy_bonus"
                 found.append(
                     (
                         "entropy",

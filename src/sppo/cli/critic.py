@@ -129,7 +129,7 @@ def _score(args: argparse.Namespace) -> int:
         raise DataError(
             f"none of the {count} prompts of {args.data} can be read: they are empty, or longer than the critic's {limit} tokens"
         )
-    chances = dict(zip((id(t) for t in readable), critic.logits(readable).sigmoid().tolist(), strict=True))
+    chances = dict(zip((id(t) for t in readable), critic.chances(readable).tolist(), strict=True))
     rows: list[dict[str, Any]] = [{"id": t.id, "prompt": t.text, "chance": chances.get(id(t))} for t in tasks]
     if args.out:
         write_atomic(Path(args.out), "".join(json.dumps(row) + "\n" for row in rows))

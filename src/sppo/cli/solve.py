@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         limit = loaded.critic.context
         if limit is not None and len(loaded.critic.prompt_ids(task)) > limit:
             raise UserError(f"the question is longer than the critic can read ({limit} tokens)")
-        chance = float(loaded.critic.logits([task]).sigmoid()[0])
+        chance = float(loaded.critic.chances([task])[0])
     answer, count = answers.most_common(1)[0]
     stated = [q for text in responses if extract_answer(text) == answer and (q := stated_confidence(text)) is not None]
     confidence = sum(stated) / len(stated) if stated else None

@@ -117,7 +117,7 @@ def calibrations(rollouts: Sequence[Rollout], critic: Critic | None = None) -> d
     out: dict[str, dict[str, Any]] = {}
     if critic is not None and graded:
         tasks = {id(r.task): r.task for r, _ in graded}
-        values = dict(zip(tasks, critic.logits(list(tasks.values())).sigmoid().tolist(), strict=True))
+        values = dict(zip(tasks, critic.chances(list(tasks.values())).tolist(), strict=True))
         out["critic"] = calibration([c for _, c in graded], [values[id(r.task)] for r, _ in graded])
     stated = [(c, q) for r, c in graded if (q := stated_confidence(r.text)) is not None]
     if stated:

@@ -374,7 +374,7 @@ class ControlCritic(Critic):
             saved = json.loads((Path(name) / FILE).read_text())
             critic = cls(saved["task"], saved["hidden"], saved["layers"], seed, name)
             critic.load_state_dict(load_file(Path(name) / HEAD_FILE))
-            critic.trained = True
+            critic.trained, critic.linear = True, saved.get("linear", False)
         else:
             shape = Shape.parse("critic.model", name)
             critic = cls(shape.task, shape.hidden, shape.layers, seed, name)
@@ -417,4 +417,5 @@ class ControlCritic(Critic):
         """Weights and what they are of."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / HEAD_FILE)
-        (folder / FILE).write_text(json.dumps({"task": self.environment.name, **self.shape}))
+        linear = {"linear": True} if self.linear else {}
+        (folder / FILE).write_text(json.dumps({"task": self.environment.name, **self.shape, **linear}))

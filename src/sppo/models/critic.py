@@ -2,7 +2,8 @@
 
 It is decoupled from the policy (arXiv 2604.08865): any transformers decoder or encoder, any size, its own tokenizer.
 c is a linear read-out of the last hidden state at the prompt's last real token. The read-out's weights start at 0 and its
-bias at logit(base success rate), so V starts at the base rate for every prompt, and the first advantages are R − mean.
+bias at logit(base success rate), so V starts at the base rate for every prompt, and the first advantages are R − mean. A critic that learns by squared
+error (`objective.value_loss = "squared"`, PPO's) is linear: V(x) = c(x), and its bias starts at the base rate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +30,9 @@ HEAD_FILE = "value_head.safetensors"
 
 class Critic(nn.Module):
     """A backbone and a scalar head. `save` writes a folder that `AutoModel.from_pretrained` loads, the head beside it."""
+
+    linear = False
+    """Whether its read-out is the value itself, not the logit of a chance."""
 
     def __init__(self, backbone: Any, tokenizer: Any, *, name: str = "critic") -> None:
         super().__init__()
@@ -60,10 +65,26 @@ class Critic(nn.Module):
             if trained.exists():
                 critic.head.load_state_dict(load_file(trained))
                 critic.trained = True
+                with safe_open(trained, "pt") as file:
+                    critic.linear = (file.metadata() or {}).get("value") == "linear"
         return critic.to(device), (
             f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
             + ("the prompt only" if reads == "prompt" else "prompt and response: a value for every token")
         )
+
+    def reads_out(self, *, linear: bool) -> None:
+        """What the read-out is to be: the value itself, or the logit of a chance. Raises RecipeError for one that was trained to be the other."""
+        if self.trained and self.linear != linear:
+            was, mend = ("squared error", "squared") if self.linear else ("cross-entropy", "cross-entropy")
+            raise RecipeError(
+                f"critic.model = {self.name!r} was trained by {was}, and its read-out means something else to this recipe: set objective.value_loss = {mend!r} "
+                "(with objective.baseline = 'token-critic'), or begin with another critic"
+            )
+        self.linear = linear
+
+    def value(self, readout: Tensor) -> Tensor:
+        """V from the read-out, same shape."""
+        return readout if self.linear else readout.sigmoid()
 
     @torch.no_grad()
     def start_at(self, base_rate: float) -> None:
@@ -72,7 +93,7 @@ class Critic(nn.Module):
             return
         rate = min(max(base_rate, 0.01), 0.99)
         self.head.weight.zero_()
-        self.head.bias.fill_(math.log(rate / (1 - rate)))
+        self.head.bias.fill_(rate if self.linear else math.log(rate / (1 - rate)))
 
     @property
     def _no_cache(self) -> dict[str, bool]:
@@ -149,8 +170,13 @@ class Critic(nn.Module):
             out_B[part] = self([prompts[i] for i in part]).cpu()
         return out_B
 
+    def chances(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:
+        """The predicted chances to solve tasks, [B] on the CPU: V(x), within [0, 1]."""
+        return self.value(self.logits(tasks, token_budget)).clamp(0, 1)
+
     def save(self, folder: Path) -> None:
         """Backbone and tokenizer as `AutoModel`/`AutoTokenizer` load them; the value head beside them."""
         self.backbone.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / HEAD_FILE)
+        weights = {k: v.contiguous() for k, v in self.head.state_dict().items()}
+        save_file(weights, folder / HEAD_FILE, metadata={"value": "linear"} if self.linear else None)

@@ -49,6 +49,18 @@ def group_mean(reward_B: Tensor, mask_B: Tensor, group_B: Tensor) -> Tensor:
     return sum_B / count_B.clamp(min=1)
 
 
+def overlong_penalty(length_B: Tensor, max_tokens: int, share: float) -> Tensor:
+    """What DAPO's soft over-long punishment takes from a score (arXiv 2503.14476 eq. 13), for lengths in tokens. [B] → [B], in [0, ½].
+
+        ½ · clip( (length − (max_tokens − cache)) / cache, 0, 1 ),   cache = share·max_tokens
+
+    The paper's scores are 1 and −1, and its penalty takes 1 at most: half of what is between them. Scores here are 1 and 0. The group's mean and
+    deviation make the same advantages of both.
+    """
+    cache = share * max_tokens
+    return ((wide(length_B) - (max_tokens - cache)) / cache).clamp(0, 1) / 2
+
+
 STRATUM = 16
 """Problems of one difficulty are a stratum of their own where a step has at least so many of them."""
 
@@ -100,26 +112,30 @@ def whitened(advantage: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), out, torch.zeros_like(out))
 
 
-def gae(reward_B: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Tensor:
-    """Generalised advantages of a reward that comes with the last token, undiscounted (arXiv 1506.02438 eq. 16, γ = 1).
+def gae(reward: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Tensor:
+    """Generalised advantages, undiscounted (arXiv 1506.02438 eq. 16, γ = 1).
 
     Args:
-        reward_B: [B], earned by the response's last token.
+        reward: [B], earned by the response's last token; or [B, T], by each token.
         value_BT: [B, T], V of the state before each token; what lies beyond a response may be anything.
         mask_BT: True on the response's own tokens.
         decay: λ.
 
     Returns:
-        [B, T], without gradient; 0 beyond a response. With a constant V the first token's is λ^(T−1) times the last one's.
+        [B, T], without gradient; 0 beyond a response. With a constant V and a reward at the end the first token's is λ^(T−1) times
+        the last one's; with V = 0 and λ = 1 each token's is the sum of the rewards from it on.
     """
     inside_BT = mask_BT.bool()
     value_BT = torch.where(inside_BT, wide(value_BT), torch.zeros_like(wide(value_BT))).detach()
     length_B = inside_BT.sum(1)
     following_BT = torch.cat([value_BT[:, 1:], torch.zeros_like(value_BT[:, :1])], 1)
     delta_BT = torch.where(inside_BT, following_BT - value_BT, torch.zeros_like(value_BT))
-    rows = torch.arange(len(reward_B), device=value_BT.device)
+    rows = torch.arange(len(reward), device=value_BT.device)
     some_B = length_B > 0
-    delta_BT[rows[some_B], length_B[some_B] - 1] += wide(reward_B)[some_B]
+    if reward.dim() == 2:
+        delta_BT = torch.where(inside_BT, delta_BT + wide(reward), delta_BT)
+    else:
+        delta_BT[rows[some_B], length_B[some_B] - 1] += wide(reward)[some_B]
     out_BT, running_B = torch.zeros_like(delta_BT), torch.zeros_like(delta_BT[:, 0])
     for t in reversed(range(delta_BT.size(1))):
         running_B = delta_BT[:, t] + decay * running_B

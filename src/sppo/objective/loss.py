@@ -1,6 +1,6 @@
 """The whole policy loss of one micro-batch, as a pure function of tensors.
 
-    loss = −Σ_elements count·correction·surrogate / denominator + β·KL
+    loss = −Σ_elements count·correction·surrogate / denominator + β·KL − w·entropy
 
 The denominators are of the whole minibatch, over all micro-batches: splitting a minibatch does not change its gradient.
 """
@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sections import ObjectiveSection
-from .kl import sequence_kl
-from .ratio import log_ratio
-from .surrogate import cispo, normalised_sum, plain, response_means, surrogate
+from ..sections import PER_TOKEN, ObjectiveSection
+from .kl import estimator, weighted_k3
+from .ratio import log_ratio, wide
+from .surrogate import cispo, geometric_mean, normalised_sum, plain, response_means, soft_gate, surrogate
+
+ENTROPY_CAP = 2.0
+"""The most that a token's importance weight can be in the entropy bonus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class Scored:
 
     `logp_bT` carries the gradient. `behaviour_bT` is of the distribution that was sampled from, `reference_bT` of the frozen start,
     where the loss reads it. `count_bT` is how often a token counts (0 beyond a response; below 1 where responses share it), `weight_b`
-    what undoes how a curriculum chose the prompts.
+    what undoes how a curriculum chose the prompts. `entropy_bT` is of the distribution that each token could have been drawn from, without
+    gradient, where the loss reads it.
     """
 
     logp_bT: Tensor
@@ -35,6 +39,7 @@ class Scored:
     count_bT: Tensor | None = None
     reference_bT: Tensor | None = None
     weight_b: Tensor | None = None
+    entropy_bT: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Loss:
 
 def denominator(objective: ObjectiveSection, sequences: float, tokens: float, max_tokens: int) -> float:
     """What a minibatch's sum is divided by: its unmasked sequences, its tokens, or a constant (`objective.average`)."""
-    if objective.ratio != "token":
+    if objective.ratio not in PER_TOKEN:
         return sequences
     constant = sequences * max_tokens
     return {"auto": tokens, "tokens": tokens, "responses": sequences, "constant": constant}[objective.average]
@@ -73,14 +78,18 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
         assert x.reference_bT is not None
         anchor_bT = x.reference_bT
     log_r = log_ratio(x.logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
-    if o.ratio == "token" and advantage.dim() == 1:
+    if o.ratio in PER_TOKEN and advantage.dim() == 1:
         advantage = advantage[:, None]
     if o.surrogate == "clip":
         value, clipped = surrogate(log_r, advantage, o.clip, o.dual_clip or None)
+    elif o.surrogate == "gmpo":
+        value, clipped = geometric_mean(log_r, mask_bT, advantage, o.clip)
+    elif o.surrogate == "sapo":
+        value, clipped = soft_gate(log_r, advantage, o.gate_temperature)
     else:
         logp = log_ratio(x.logp_bT, torch.zeros_like(x.logp_bT), mask_bT, o.ratio, o.kappa)
         value, clipped = cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
-    element_mask = mask_bT if o.ratio == "token" else torch.ones_like(log_r, dtype=torch.bool)
+    element_mask = mask_bT if o.ratio in PER_TOKEN else torch.ones_like(log_r, dtype=torch.bool)
     if x.count_bT is not None:  # what responses share counts once
         element_mask, value = x.count_bT > 0, value * x.count_bT
     correction = None
@@ -93,8 +102,51 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
     loss = -normalised_sum(value, element_mask, divisor)
     if o.kl > 0 and o.kl_form != "reward":
         assert x.reference_bT is not None
-        kl_b = sequence_kl(x.logp_bT, x.reference_bT, mask_bT, o.kl_form)
-        if x.weight_b is not None:
-            kl_b = kl_b * x.weight_b
-        loss = loss + o.kl * kl_b.sum() / sequences
+        level = "token" if o.kl_of_tokens else "sequence"
+        d = log_ratio(x.logp_bT, x.reference_bT, mask_bT, level)
+        weight = log_ratio(x.logp_bT, x.old_bT, mask_bT, level)
+        kl = weighted_k3(d, weight) if o.kl_form == "k3-weighted" else estimator(d, o.kl_form)
+        if o.kl_of_tokens:
+            loss = loss + o.kl * token_mean(kl, x, o, element_mask, divisor)
+        else:
+            loss = loss + o.kl * (kl if x.weight_b is None else kl * x.weight_b).sum() / sequences
+    if o.entropy_bonus > 0:
+        loss = loss - o.entropy_bonus * token_mean(entropy_bonus(x), x, o, element_mask, divisor)
     return Loss(loss, log_r, clipped, element_mask, correction)
+
+
+def token_mean(term_bT: Tensor, x: Scored, objective: ObjectiveSection, element_mask: Tensor, divisor: float) -> Tensor:
+    """Terms of tokens, averaged as the loss is, so that a weight of theirs means the same beside any ratio's surrogate. [b, T] → scalar.
+
+    Ratios of tokens (elements are [b, T]): over tokens, over responses of token means, or by a constant (`objective.average`). Ratios of whole
+    responses: a response's sum over T^κ, as its log ratio is, and then over responses.
+    """
+    o = objective
+    if x.weight_b is not None:
+        term_bT = term_bT * x.weight_b[:, None]
+    kind = o.ratio if element_mask.dim() == 1 else "token"
+    value = log_ratio(term_bT, torch.zeros_like(term_bT), x.mask_bT, kind, o.kappa)
+    if x.count_bT is not None:
+        value = value * x.count_bT
+    if o.average == "responses":
+        value = response_means(value, x.mask_bT)
+    return normalised_sum(value, element_mask, divisor)
+
+
+def entropy_bonus(x: Scored) -> Tensor:
+    """H_t of each token's distribution, with its gradient by the score function (PPO's bonus, arXiv 1707.06347 eq. 9). [b, T], 0 beyond.
+
+        ∇H_t = −E_{v~π}[(log π(v) + H_t) ∇ log π(v)]
+
+    one draw of which is the token that was sampled; the exact entropy in it is the control variate that makes the factor's mean 0. A token
+    drawn from μ counts π(v)/μ(v), detached and at most ENTROPY_CAP, so that later updates, and tokens that a cut made likelier, have the same
+    expectation; what a cut never draws is missing from it. It is each state's own entropy along the responses sampled, as in PPO: that a
+    token leads to states of more entropy is not credited to it.
+    """
+    assert x.entropy_bT is not None
+    logp_bT, entropy_bT = wide(x.logp_bT), wide(x.entropy_bT).detach()
+    now_bT = logp_bT.detach()
+    weight_bT = (now_bT - wide(x.behaviour_bT)).clamp(max=math.log(ENTROPY_CAP)).exp()
+    nothing = torch.zeros_like(now_bT)
+    factor_bT = torch.where(x.mask_bT, weight_bT * (now_bT + entropy_bT), nothing)
+    return torch.where(x.mask_bT, entropy_bT, nothing) - factor_bT * torch.where(x.mask_bT, logp_bT - now_bT, nothing)

@@ -3,7 +3,8 @@
     answer + 0.5 * length:free=192,limit=256
 
 One plus DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13: L_max = limit, L_cache = limit − free). It shapes the score alone: the critic goes on to
-predict whether the answer is right. `limit` is `rollout.max_tokens` as a rule; tokens are counted as sampled, EOS included.
+predict whether the answer is right. (`rollout.overlong` takes the same from any score, after everything was judged.) `limit` is `rollout.max_tokens` as
+a rule; tokens are counted as sampled, EOS included.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 
 import torch
@@ -15,7 +15,11 @@ from ..types import Rollout
 
 @dataclass(slots=True)
 class Batch:
-    """One step's rollouts: `ids_BL` holds prompt, response, padding (on the right); `keep_B` is False where masked.
+    """One step's rollouts: `ids_BL` holds prompt, response, padding (on the right).
+
+    `keep_B` is True for what trains the policy: False where masked, and in the last rows, of groups that were judged and thrown away
+    (`rollout.resample`). `beside_B` is True for those of them that could be graded. Whatever predicts (the critic, the sums and histories of
+    earlier steps) learns from both, `graded_B`: in the kept groups alone samples differ, and of two one would be right, whatever the problem.
 
     `behaviour_logp_BT` is of the distribution that was sampled from; with `kept_BT`, the log of the mass that a cut (top-p and its
     kind) left, it is of the whole softmax. `group_B` numbers the prompts: samples of one prompt lie side by side. `greedy_B` is the
@@ -38,12 +42,20 @@ class Batch:
     greedy_B: Tensor | None = None
     weight_B: Tensor | None = None
     nodes: Sequence[Node] = ()
+    cost_BT: Tensor | None = None
+    """What the KL in the reward charges each token, where the credit charges tokens (Learner.advantage); no reward here holds it."""
     share_B: Tensor = field(default_factory=lambda: torch.ones(1))
     count_BT: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
     """How much each token counts in a loss: 1, or the weight of its node in the row that stands for it; else 0."""
+    beside_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rollouts)
+
+    @property
+    def graded_B(self) -> Tensor:
+        """Where a verdict says something about the response, whether or not it trains the policy."""
+        return self.keep_B if self.beside_B is None else self.keep_B | self.beside_B
 
     @property
     def tokens(self) -> int:
@@ -51,13 +63,33 @@ class Batch:
         return sum(n.end - n.start for n in self.nodes) if self.nodes else int(self.response_len_B.sum())
 
     @property
+    def flat_B(self) -> Tensor:
+        """True where a prompt's graded samples all scored the same (or fewer than two were graded): nothing of the same group is better, [B]."""
+        groups = int(self.group_B[-1]) + 1
+        low_G, high_G = torch.full((groups,), torch.inf), torch.full((groups,), -torch.inf)
+        group_b, score_b = self.group_B[self.keep_B], self.reward_B[self.keep_B].float()
+        low_G.scatter_reduce_(0, group_b, score_b, "amin")
+        high_G.scatter_reduce_(0, group_b, score_b, "amax")
+        return ~(low_G < high_G)[self.group_B]
+
+    @property
     def mask_BT(self) -> Tensor:
         """True on each response's own tokens."""
         return torch.arange(self.behaviour_logp_BT.size(1))[None] < self.response_len_B[:, None]
 
+    def first(self, n: int) -> Batch:
+        """Its first n rows, as wide as all of them are."""
+        if n == len(self):
+            return self
+        return Batch(**{f.name: x if (x := getattr(self, f.name)) is None else x[:n] for f in fields(self)})
 
-def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
-    """Tensors from judged rollouts. What was sampled is what is trained on: ids, never text again."""
+
+def pack(rollouts: Sequence[Rollout], pad_id: int, beside: Sequence[Rollout] = ()) -> Batch:
+    """Tensors from judged rollouts. What was sampled is what is trained on: ids, never text again.
+
+    `beside` holds judged rollouts, in groups of a prompt, that train no policy: the last rows of the batch.
+    """
+    number, rollouts = len(rollouts), [*rollouts, *beside]
     prompts = torch.tensor([len(r.prompt_ids) for r in rollouts])
     responses = torch.tensor([len(r.response_ids) for r in rollouts])
     ids_BL = torch.full((len(rollouts), int((prompts + responses).max())), pad_id)
@@ -88,6 +120,9 @@ def pack(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
         torch.tensor([v.score for v in greedy]) if greedy else None,
         torch.tensor([r.task.weight for r in rollouts]) if any(r.task.weight != 1.0 for r in rollouts) else None,
     )
+    if beside:
+        trains_B = torch.arange(len(rollouts)) < number
+        batch.beside_B, batch.keep_B = batch.keep_B & ~trains_B, batch.keep_B & trains_B
     batch.share_B = torch.tensor([r.share for r in rollouts])
     batch.count_BT = batch.mask_BT.float()
     if any(r.forks for r in rollouts):

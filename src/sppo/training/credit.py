@@ -36,7 +36,9 @@ from ..objective.advantage import (
     whitened,
 )
 from ..objective.diagnostics import critic_quality, explained_variance
+from ..objective.value import squared_error
 from .batch import Batch, micro_batches
+from .earned import Earned
 from .history import History
 from .optim import MasterAdamW
 from .optimal_baseline import OptimalBaseline
@@ -52,6 +54,8 @@ class Credit(Protocol):
     """What the learner asks for advantages, and teaches with each minibatch."""
 
     critic: Critic | None
+    charges_tokens: bool
+    """Whether a KL in the reward is charged to each token, as `batch.cost_BT` has it; else `reward_B` is less the response's."""
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """Advantages from everything known before this batch; masked rollouts get whatever, and are not used."""
@@ -91,10 +95,22 @@ def scaled(advantage: Tensor, reward_B: Tensor, batch: Batch, scale: str) -> Ten
     return whitened(advantage, keep) if scale == "batch" else advantage
 
 
+def charged(advantage_BT: Tensor, batch: Batch, decay: float = 1.0) -> Tensor:
+    """Advantages less what the KL in the reward charges from each token on, where it charges tokens: Σ_k λ^(k−t)·β·k1_k. [B, T] → [B, T].
+
+    λ is 1 where no value predicts these charges: a smaller one would forgive a token what follows more than some 1/(1 − λ) tokens later, and
+    so the expected gradient is that of β·KL(π‖π_ref).
+    """
+    if batch.cost_BT is None:
+        return advantage_BT
+    return advantage_BT - gae(batch.cost_BT, torch.zeros_like(batch.cost_BT), batch.mask_BT, decay)
+
+
 class Samples:
     """Baselines of the step's own rewards: peers without a critic."""
 
     critic: Critic | None = None
+    charges_tokens = False
 
     def __init__(self, config: Config) -> None:
         self.baseline, self.scale = config.objective.baseline, config.objective.scale
@@ -130,19 +146,31 @@ class Samples:
 class _Trained:
     """What both critics share: the optimiser, micro-batches and the metrics of a prediction."""
 
+    charges_tokens = False
+
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         t = config.training
         self.critic: Critic | None = critic
         self.model, self.policy, self.config = critic, policy, config
+        critic.reads_out(linear=config.objective.value_loss == "squared")
         self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
         self.running_ev: float | None = None
+        self.earned = Earned()
+
+    def left(self, batch: Batch, reward_B: Tensor, value_B: Tensor, weight: float = 1.0) -> Tensor:
+        """Rewards less (`weight` times) what such chances of success earned beyond V in earlier batches: what V is a baseline of. Then this batch
+        is learnt from. [B] × 2 → [B]; the rewards themselves where nothing shapes them (earned.py)."""
+        left_B = reward_B - weight * self.earned.beyond(value_B)
+        known_B = batch.graded_B & reward_B.isfinite()
+        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])
+        return left_B
 
     def moved(self, nats: float) -> None:
         """The policy moved by so much in this step (KL of a whole response)."""
 
     def quality(self, batch: Batch, value_B: Tensor) -> dict[str, Any]:
         """How good the predictions were, made before these rewards were seen."""
-        correct_b, value_b = batch.correct_B[batch.keep_B], value_B[batch.keep_B]
+        correct_b, value_b = batch.correct_B[batch.graded_B], value_B[batch.graded_B]
         metrics: dict[str, Any] = critic_quality(correct_b, value_b)
         metrics["critic/value_mean"] = float(value_b.mean()) if len(value_b) else None
         ev = explained_variance(correct_b, value_b)
@@ -154,12 +182,13 @@ class _Trained:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, masters, and what was measured."""
-        return {"optimiser": self.optimiser.state_dict(), "running_ev": self.running_ev}
+        return {"optimiser": self.optimiser.state_dict(), "running_ev": self.running_ev, "earned": self.earned.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         self.optimiser.load_state_dict(state["optimiser"])
         self.running_ev = state["running_ev"]
+        self.earned.sums = list(state.get("earned", self.earned.sums))  # of a version that knew none
 
 
 class PromptCritic(_Trained):
@@ -173,26 +202,27 @@ class PromptCritic(_Trained):
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol."""
-        o, keep_B = self.config.objective, batch.keep_B
+        o, keep_B = self.config.objective, batch.graded_B
         logit_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget)
         value_B = logit_B.sigmoid()
         metrics: dict[str, Any] = {}
-        earned_B = (
-            batch.correct_B if o.optimal_baseline else reward_B
-        )  # what OptimalBaseline turns into a baseline is a chance of success
+        paid_B = batch.correct_B  # what OptimalBaseline turns into a baseline is a chance of success
+        if not o.optimal_baseline:
+            trusted = not o.ev_gate or (self.running_ev or 0.0) > 0  # the gate is for R as it is
+            paid_B = self.left(batch, reward_B, value_B, o.baseline_weight if trusted else 0.0)
         if o.baseline == "beta":
             metrics["critic/strength"] = self.history.strength
-            advantage_B = earned_B - self._shrunk(batch, earned_B, value_B)
+            advantage_B = paid_B - self._shrunk(batch, paid_B, value_B)
         elif o.baseline == "centred":
             stratum_B = strata([r.task.difficulty for r in batch.rollouts], keep_B, batch.group_B)
-            advantage_B = centred_advantage(earned_B, logit_B, keep_B, stratum_B)
+            advantage_B = centred_advantage(paid_B, logit_B, keep_B, stratum_B)
         elif o.ev_gate:
-            advantage_B = gated_advantage(earned_B, logit_B, keep_B, self.running_ev)
+            advantage_B = gated_advantage(paid_B, logit_B, keep_B, self.running_ev)
         else:
-            advantage_B = critic_advantage(earned_B, logit_B, o.baseline_weight)
+            advantage_B = critic_advantage(paid_B, logit_B, o.baseline_weight)
         if o.optimal_baseline:
             metrics["critic/shift"] = self.optimal.shift
-            chance_B = earned_B - advantage_B
+            chance_B = paid_B - advantage_B
             advantage_B = reward_B - self.optimal.baseline(chance_B)
             self.optimal.learn(batch, chance_B, reward_B)
         metrics |= self.quality(batch, value_B)
@@ -209,7 +239,7 @@ class PromptCritic(_Trained):
             loss = functional.binary_cross_entropy_with_logits(
                 logit, target_b[part].to(logit.device), weight=share_b[part].to(logit.device), reduction="sum"
             ) / float(share_b.sum())
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
@@ -218,7 +248,7 @@ class PromptCritic(_Trained):
         self.history.clock += nats
 
     def _shrunk(self, batch: Batch, reward_B: Tensor, value_B: Tensor) -> Tensor:
-        keep_B = batch.keep_B
+        keep_B = batch.graded_B
         names = [r.task.id for r in batch.rollouts]
         past_BN = torch.tensor([self.history.past(name) for name in names])
         sum_B, count_B = group_sums(reward_B, keep_B, batch.group_B)
@@ -242,27 +272,34 @@ class PromptCritic(_Trained):
         """Take a saved state back."""
         super().load_state_dict(state)
         self.history.load_state_dict(state["history"])
-        if "optimal" in state:  # else of a version that knew none
-            self.optimal.load_state_dict(state["optimal"])
+        if (optimal := state.get("optimal", state.get("odds"))) is not None:  # else of a version that knew none
+            self.optimal.load_state_dict(optimal)
 
 
 class TokenCritic(_Trained):
     """PPO's: a value for the state before every token, generalised advantages, and λ-returns as the critic's target.
 
-    The value is σ of the critic's read-out and learns by cross-entropy, as the prompt critic does: returns lie in [0, 1].
+    With `objective.value_loss = "squared"`, PPO's own, the value is the critic's read-out, and any number: its target is the return of all that
+    is paid, a KL in the reward included, token by token. With "cross-entropy" it is σ of that, a chance, as the prompt critic's, and so are its
+    targets: what shapes the reward stays out of them, and the KL has no value to be compared with (`charged`).
     """
+
+    charges_tokens = True
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
         self.target_BT: Tensor | None = None
+        self.value_BT: Tensor | None = None  # before the step's updates
         critic.reads_tokens_of(policy)
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See the protocol; advantages are [B, T]."""
         decay, mask_BT = self.config.objective.gae_lambda, batch.mask_BT
         value_BT = self.values(batch)
-        advantage_BT = gae(reward_B, value_BT, mask_BT, decay)
-        self.target_BT = (gae(batch.correct_B, value_BT, mask_BT, decay) + value_BT).clamp(0, 1)
+        linear = self.model.linear
+        advantage_BT = charged(gae(reward_B, value_BT, mask_BT, decay), batch, decay if linear else 1.0)
+        target_BT = (advantage_BT if linear else gae(batch.correct_B, value_BT, mask_BT, decay)) + value_BT
+        self.target_BT, self.value_BT = target_BT if linear else target_BT.clamp(0, 1), value_BT
         value_B = value_BT[:, 0]  # before the first token: of the prompt alone
         metrics = self.quality(batch, value_B)
         return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
@@ -273,20 +310,24 @@ class TokenCritic(_Trained):
         value_BT = torch.zeros_like(batch.behaviour_logp_BT)
         for part in self._parts(batch, torch.arange(len(batch))):
             logit = self._logits(batch, part)
-            value_BT[part, : logit.size(1)] = logit.sigmoid().cpu()
+            value_BT[part, : logit.size(1)] = self.model.value(logit).cpu()
         return value_BT
 
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
-        """Cross-entropy of every token's value against its λ-return."""
+        """Cross-entropy or squared error of every token's value against its λ-return, the mean over tokens."""
         assert self.target_BT is not None
+        assert self.value_BT is not None
         tokens, total = int(batch.response_len_B[rows].sum()), 0.0
         for part in self._parts(batch, rows):
             logit = self._logits(batch, part)
             width = logit.size(1)
-            target = self.target_BT[part, :width].to(logit.device)
-            loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
+            target, old = (x[part, :width].to(logit.device) for x in (self.target_BT, self.value_BT))
+            if self.model.linear:
+                loss_bT = squared_error(logit, target, old, self.config.objective.value_clip)
+            else:
+                loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
             loss = torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum() / max(tokens, 1)
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 

@@ -23,15 +23,20 @@ class Gathered:
     beside_tokens: int = 0
     """Tokens sampled that no policy gradient is made of: greedy responses, groups thrown away, searches."""
     thrown_away: list[list[Rollout]] = field(default_factory=list)
-    """Prompts' samples that all scored the same, replaced by others'."""
+    """Prompts' samples that all scored the same, replaced by others'; they train no policy."""
     lessons: Lessons | None = None
     """Verified solutions of hard problems, to be learnt beside the step's update."""
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def beside(self) -> list[Rollout]:
+        """What was judged and thrown away, in groups of a prompt."""
+        return [r for group in self.thrown_away for r in group]
+
+    @property
     def seen(self) -> list[Rollout]:
         """All that was judged, in groups of a prompt."""
-        return [*self.rollouts, *(r for group in self.thrown_away for r in group)]
+        return [*self.rollouts, *self.beside]
 
 
 def gather(run: Run, step: int) -> Gathered:

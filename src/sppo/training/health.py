@@ -85,8 +85,11 @@ class Health:
         """What a step without any contrast between rewards does, which depends on the baseline."""
         said = f"every reward of this step is {m['reward/mean']:.2f}, so it shows no response to be better than another"
         if not m["advantage/size"]:
-            return f"{said}: all advantages are 0, and the policy gets no gradient from them" + (
-                "; objective.kl still pulls it to its start" if self.config.objective.kl else ""
+            o = self.config.objective
+            return (
+                f"{said}: all advantages are 0, and the policy gets no gradient from them"
+                + ("; objective.kl still pulls it to its start" if o.kl else "")
+                + ("; objective.entropy_bonus still makes it less sure" if o.entropy_bonus else "")
             )
         size = f"the advantages are not 0 ({m['advantage/size']:.3f} on average)"
         if self.config.critic_reads == "tokens":

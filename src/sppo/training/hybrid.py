@@ -4,10 +4,9 @@
 Φ. (A step scorer must keep to that: a step's score may depend on what was written up to its end, not on later steps.) A step scorer
 that the policy learns to please adds variance at most, and what explains nothing gets η = 0, so that SPPO's credit is left.
 
-What is fitted is what lowers the variance of the *gradient*: each response counts by its stake, the squared length of the score ∇ log π of the
-tokens that a number will be held against (the optimal baseline is E[R |∇ log π|²] / E[|∇ log π|²]: Greensmith, Bartlett & Baxter, JMLR 5,
-2004). Unlikely tokens have long scores, and they are the wrong ones: where the policy is sure and right, the best baseline is far below the
-chance of success, which plain means would give.
+What is fitted is what lowers the variance of the *gradient*: each response counts by the squared score |∇ log π|² of the tokens that a number
+will be held against (the optimal baseline is E[R |∇ log π|²] / E[|∇ log π|²]: optimal_baseline.py). Unlikely tokens have long scores, and they
+are the wrong ones: where the policy is sure and right, the best baseline is far below the chance of success, which plain means would give.
 
     phi = "steps"      the scores that a steps reward measured (`answer + 0 * steps:check=chain,split=semicolons`, a process reward model):
                        b(x) plus what the worst score so far, at that many steps, has meant for the outcome in earlier batches
@@ -32,8 +31,9 @@ from ..objective.tree import returns
 from ..rewards.steps import SPLITS
 from ..types import Rollout
 from .batch import Batch
-from .credit import Found, PromptCritic, TokenCritic, _Trained, scaled
-from .optimal_baseline import DOUBT, MEMORY, squared_scores
+from .credit import Found, PromptCritic, TokenCritic, _Trained, charged, scaled
+from .earned import MEMORY
+from .optimal_baseline import DOUBT, squared_scores
 from .segments import seen_ends, segment_starts, token_ends
 
 PLACES = 16
@@ -43,19 +43,19 @@ Prefix = tuple[int, int, int, float]
 """The row of a response, the first token after some of its steps, how many steps (at most PLACES), and Φ − b there."""
 
 
-def stretch_scores(stake_BT: Tensor, prefixes: Sequence[Prefix]) -> list[float]:
-    """The stakes from each prefix to the next of its row, or to the row's end; on average 1."""
-    until_BT = functional.pad(stake_BT.double().cumsum(1), (1, 0))
+def stretch_scores(square_BT: Tensor, prefixes: Sequence[Prefix]) -> list[float]:
+    """The squared scores from each prefix to the next of its row, or to the row's end; on average 1."""
+    until_BT = functional.pad(square_BT.double().cumsum(1), (1, 0))
     out = []
     for i, (b, start, *_) in enumerate(prefixes):
         following = prefixes[i + 1 : i + 2]
-        end = following[0][1] if following and following[0][0] == b else stake_BT.size(1)
+        end = following[0][1] if following and following[0][0] == b else square_BT.size(1)
         out.append(float(until_BT[b, end] - until_BT[b, start]))
     return levelled(out)
 
 
 def levelled(weights: Sequence[float]) -> list[float]:
-    """Weights with mean 1; all 1 where nothing is at stake."""
+    """Weights with mean 1; all 1 where they are all 0."""
     mean = sum(weights) / max(len(weights), 1)
     return [w / mean for w in weights] if mean > 0 else [1.0] * len(weights)
 
@@ -73,11 +73,11 @@ class Gate:
         return min(1.0, max(0.0, self.cross[k] / self.square[k])) if self.square[k] > 0 else 0.0
 
     def learn(self, seen: Sequence[tuple[int, float, float, float]]) -> None:
-        """Take in (place, R − b, Φ − b, stake) of a batch's prefixes."""
+        """Take in (place, R − b, Φ − b, squared score) of a batch's prefixes."""
         self.cross, self.square = ([MEMORY * x for x in sums] for sums in (self.cross, self.square))
-        for place, rest, gap, stake in seen:
-            self.cross[2 * place + (gap > 0)] += stake * rest * gap
-            self.square[2 * place + (gap > 0)] += stake * gap * gap
+        for place, rest, gap, weight in seen:
+            self.cross[2 * place + (gap > 0)] += weight * rest * gap
+            self.square[2 * place + (gap > 0)] += weight * gap * gap
 
     def less(
         self, rest_B: Tensor, prefixes: list[Prefix], weights: Sequence[float], width: int
@@ -116,6 +116,8 @@ class _Gated(_Trained):
 class StepCredit(_Gated, PromptCritic):
     """Φ from the reward's step scores."""
 
+    charges_tokens = True
+
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
         # running sums of R − b, and of responses, by place and by the worst score so far: below a half, below one, one
@@ -125,11 +127,11 @@ class StepCredit(_Gated, PromptCritic):
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See credit.Credit; [B, T]."""
         value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget).sigmoid()
-        rest_B = reward_B - value_B
+        rest_B = self.left(batch, reward_B, value_B) - value_B
         prefixes: list[Prefix] = []
         seen: list[tuple[int, int, float]] = []
         for b, rollout in enumerate(batch.rollouts):
-            if not batch.keep_B[b]:
+            if not batch.graded_B[b]:
                 continue
             for start, place, bad in self._stretches(rollout):
                 mean = self.effect[place][bad] / (self.number[place][bad] + DOUBT)
@@ -144,7 +146,7 @@ class StepCredit(_Gated, PromptCritic):
             self.number[place][bad] += weight
         advantage_BT, metrics = self.gate.less(rest_B, prefixes, weights, batch.behaviour_logp_BT.size(1))
         metrics |= self.quality(batch, value_B)
-        return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+        return scaled(charged(advantage_BT, batch), reward_B, batch, self.config.objective.scale), value_B, metrics
 
     def _stretches(self, rollout: Rollout) -> list[tuple[int, int, int]]:
         """(first token, how many judged steps lie before it, how bad the worst of them is) of each stretch between two steps' ends."""
@@ -183,16 +185,18 @@ class SegmentCredit(_Gated, TokenCritic):
         token_BT = self.values(batch)
         value_B = token_BT[:, 0]  # before the first token: of the prompt alone
         self.starts = [segment_starts(self.policy, r, self.config.rollout.segments) for r in batch.rollouts]
+        slope = 1 + self.earned.line()[1]  # of what is earned over the chance of success
         prefixes = [
-            (b, start, min(place, PLACES), float(token_BT[b, start] - value_B[b]))
+            (b, start, min(place, PLACES), slope * float(token_BT[b, start] - value_B[b]))
             for b, starts in enumerate(self.starts)
             for place, start in enumerate(starts)
-            if place and batch.keep_B[b]
+            if place and batch.graded_B[b]
         ]
         weights = stretch_scores(squared_scores(self.policy, batch), prefixes)
-        advantage_BT, metrics = self.gate.less(reward_B - value_B, prefixes, weights, token_BT.size(1))
+        rest_B = self.left(batch, reward_B, value_B) - value_B
+        advantage_BT, metrics = self.gate.less(rest_B, prefixes, weights, token_BT.size(1))
         metrics |= self.quality(batch, value_B)
-        return scaled(advantage_BT, reward_B, batch, self.config.objective.scale), value_B, metrics
+        return scaled(charged(advantage_BT, batch), reward_B, batch, self.config.objective.scale), value_B, metrics
 
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
         """Cross-entropy of the value at every segment's start against the response's correctness."""
@@ -207,7 +211,7 @@ class SegmentCredit(_Gated, TokenCritic):
                 functional.binary_cross_entropy_with_logits(logit_bT[row_N, start_N], target_N, reduction="sum")
                 / number
             )
-            loss.backward()
+            self.optimiser.backward(loss)
             total += float(loss.detach())
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
@@ -218,12 +222,13 @@ class SiblingCredit(_Gated, PromptCritic):
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
         """See credit.Credit; [B, T], 0 where another row stands for the token."""
         value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget).sigmoid()
+        left_B = self.left(batch, reward_B, value_B)  # what the leaves of a tree have in common goes from all of them
         advantage_BT = torch.zeros_like(batch.behaviour_logp_BT)
         if not batch.nodes:  # nothing forked
-            advantage_BT += (reward_B - value_B)[:, None]
+            advantage_BT += (left_B - value_B)[:, None]
         seen = []
         until_BT = functional.pad(squared_scores(self.policy, batch).cumsum(1), (1, 0))
-        worth = returns(batch.nodes, reward_B.tolist(), batch.keep_B.tolist())
+        worth = returns(batch.nodes, left_B.tolist(), batch.keep_B.tolist())
         for node, (q, others) in zip(batch.nodes, worth, strict=True):
             if q is None:
                 continue
@@ -231,10 +236,10 @@ class SiblingCredit(_Gated, PromptCritic):
             gap = 0.0 if others is None else others - value
             advantage_BT[node.leaf, node.start : node.end] = q - value - self.gate.eta(place, gap) * gap
             if others is not None:
-                stake = float(until_BT[node.leaf, node.end] - until_BT[node.leaf, node.start])
-                seen.append((place, q - value, gap, stake * node.weight**2))
+                square = float(until_BT[node.leaf, node.end] - until_BT[node.leaf, node.start])
+                seen.append((place, q - value, gap, square * node.weight**2))
         metrics = self.gate.metrics([(place, gap) for place, _, gap, _ in seen])
-        weights = levelled([stake for *_, stake in seen])
+        weights = levelled([square for *_, square in seen])
         self.gate.learn([(place, rest, gap, w) for (place, rest, gap, _), w in zip(seen, weights, strict=True)])
         metrics |= self.quality(batch, value_B)
         metrics |= {

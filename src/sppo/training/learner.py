@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,8 @@ from ..errors import EngineMismatch, NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
-from ..objective.kl import kl_in_reward
+from ..objective.advantage import overlong_penalty
+from ..objective.kl import kl_cost
 from ..objective.loss import Scored, denominator, policy_loss
 from ..objective.ratio import log_ratio
 from .batch import Batch, micro_batches
@@ -64,16 +66,28 @@ class Learner:
 
         Call before `update`: the values must not have seen these rewards. Masked rollouts get whatever, and are not used.
         """
-        reward_B, o = batch.reward_B, self.config.objective
+        reward_B, o, r = batch.reward_B, self.config.objective, self.config.rollout
+        shaping: dict[str, Any] = {}
+        if r.overlong:
+            penalty_B = overlong_penalty(batch.response_len_B, r.max_tokens, r.overlong)
+            reward_B = reward_B - penalty_B
+            shaping["reward/overlong"] = float(penalty_B[batch.keep_B].mean()) if batch.keep_B.any() else None
+            if batch.greedy_B is not None:
+                length_B = torch.tensor([len(x.greedy.response_ids) for x in batch.rollouts if x.greedy is not None])
+                batch = replace(batch, greedy_B=batch.greedy_B - overlong_penalty(length_B, r.max_tokens, r.overlong))
         if o.kl > 0 and o.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
-            reward_B = kl_in_reward(reward_B, batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
+            cost_BT = kl_cost(batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
+            if self.credit.charges_tokens:
+                batch = replace(batch, cost_BT=cost_BT)
+            else:
+                reward_B = reward_B - cost_BT.sum(1)
         began = time.perf_counter()
         advantage, value_B, metrics = self.credit.advantage(batch, reward_B)
         self.critic_seconds = time.perf_counter() - began
         if batch.weight_B is not None:
             advantage = advantage * (batch.weight_B if advantage.dim() == 1 else batch.weight_B[:, None])
-        return advantage, value_B, metrics
+        return advantage, value_B, metrics | shaping
 
     # -- the update --------------------------------------------------------------------------------------------------
 
@@ -92,6 +106,15 @@ class Learner:
         self.trace = Trace.empty(batch)
         if len(kept) == 0:
             return {"update/skipped": "every rollout was masked"}
+        if self._leaves_flat_groups_out():
+            mixed = (batch.keep_B & ~batch.flat_B).nonzero()[:, 0]
+            left_out = {"update/left_out": len(kept) - len(mixed)}
+            if len(mixed):
+                kept = mixed
+            else:  # nothing to learn from: lessons may be
+                advantage_B = torch.zeros_like(advantage_B)
+        else:
+            left_out = {}
         lr = {
             "policy": learning_rate(t.lr, step, t.steps, warmup=t.warmup, schedule=t.schedule),
             "critic": learning_rate(t.critic_lr, step, t.steps, warmup=t.warmup, schedule=t.schedule),
@@ -101,13 +124,14 @@ class Learner:
         old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
         if not self.ratio_checked:
             self._fill_old(old_BT, batch, plans[0][:1])
-        reference_BT = self._all_logps(self._reference(), batch) if self._loss_reads_reference() else None
+        reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
         tally = Tally()
         updates = [minibatch for plan in plans for minibatch in plan]
+        beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
         self._done, self._total = 0, sum(map(len, updates))
         self.progress(0, self._total)
         for number, minibatch in enumerate(updates):
-            rows = torch.cat(minibatch)
+            rows = torch.cat([*minibatch, beside[number]])
             self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
             if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
                 self._settle_rest(old_BT, batch, plans[0], tally)
@@ -126,11 +150,20 @@ class Learner:
         self.trace = tally.trace(batch)
         if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
             self.credit.moved(2 * metrics["policy/kl_step"] * float(batch.response_len_B[kept].float().mean()))
-        return metrics | {
-            "update/lr": lr["policy"],
-            "update/critic_seconds": self.critic_seconds,  # of the whole step's
-            "update/skipped_non_finite": self.bad_total,
-        }
+        return (
+            metrics
+            | left_out
+            | {
+                "update/lr": lr["policy"],
+                "update/critic_seconds": self.critic_seconds,  # of the whole step's
+                "update/skipped_non_finite": self.bad_total,
+            }
+        )
+
+    def _leaves_flat_groups_out(self) -> bool:
+        """Whether prompts whose samples still agree after the last round of `rollout.resample` leave every sum and denominator, as those do that
+        were replaced (DAPO, arXiv 2503.14476 eq. 11). A critic's baseline learns from them."""
+        return self.config.rollout.resample > 0 and self.config.critic_reads is None
 
     def _plan(self, batch: Batch, kept: Tensor, step: int, epoch: int) -> list[list[Tensor]]:
         """Minibatches of micro-batches: a permutation that is a function of (seed, step, epoch). A prompt's samples stay together, so
@@ -144,6 +177,16 @@ class Learner:
         length_B = batch.prompt_len_B + batch.response_len_B
         minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
         return [micro_batches(m, length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches]
+
+    def _beside(self, batch: Batch, step: int, epoch: int, count: int) -> list[Tensor]:
+        """What only the critic learns from, dealt out to an epoch's updates, the groups whole."""
+        if batch.beside_B is None:
+            return [torch.zeros(0, dtype=torch.long)] * count
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
+        rows = batch.beside_B.nonzero()[:, 0]
+        group, unit = batch.group_B[rows].unique(return_inverse=True)
+        order = torch.randperm(len(group), generator=generator)
+        return [rows[torch.isin(unit, part)] for part in order.tensor_split(count)]
 
     def _policy_gradient(
         self,
@@ -177,9 +220,10 @@ class Learner:
                 of(batch.count_BT) if batch.nodes else None,
                 None if reference_BT is None else of(reference_BT),
                 None if batch.weight_B is None else of(batch.weight_B),
+                current.entropy_BT,
             )
             found = policy_loss(x, of(advantage_B), o, sequences=sequences, divisor=divisor)
-            found.value.backward()
+            self.policy_optimiser.backward(found.value)
             if found.correction is not None:
                 tally.correction.append(found.correction[found.element_mask].cpu())
             tally.observe(
@@ -211,7 +255,7 @@ class Learner:
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
             loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
-            loss.backward()
+            self.policy_optimiser.backward(loss)
             total += float(loss.detach())
         if len(rows):
             tally.add("search/loss", total)
@@ -227,8 +271,7 @@ class Learner:
 
     def _gradient(self) -> Tensor:
         """The policy's gradient as one vector."""
-        parts = [p.grad.detach().flatten().float().cpu() for p in self.policy.model.parameters() if p.grad is not None]
-        return torch.cat(parts)
+        return torch.cat([g.flatten().float().cpu() for g in self.policy_optimiser.gradients()])
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
@@ -276,10 +319,12 @@ class Learner:
         old_BT[part, :width] = current
 
     @torch.no_grad()
-    def _all_logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def _all_logps(self, policy: Policy, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Of some rows of the batch, or of all; 0 elsewhere."""
+        rows = torch.arange(len(batch)) if rows is None else rows
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
         length_B = batch.prompt_len_B + batch.response_len_B
-        for part in micro_batches(torch.arange(len(batch)), length_B, self.config.training.micro_budget, policy.packs):
+        for part in micro_batches(rows, length_B, self.config.training.micro_budget, policy.packs):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         return out_BT

@@ -22,7 +22,8 @@ def train(run: Run) -> dict[str, object]:
                 gathered = gather(run, step)  # tasks of the curriculum, responses of the engine, verdicts of the reward
             with run.clock("monitors"):
                 gathered = run.inspect(step, gathered)  # is the verifier being fooled?
-        batch = pack(gathered.rollouts, run.policy.pad_id)
+        beside = gathered.beside if run.critic else []  # what trains no policy still trains the critic
+        batch = pack(gathered.rollouts, run.policy.pad_id, beside)
         with run.clock("update"):
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − b(x), before the critic sees these rewards
             metrics |= run.learner.update(batch, advantage, step, gathered.lessons)  # clipped surrogate, critic's BCE

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..models.pretrained import first_line
@@ -49,15 +49,31 @@ class MasterAdamW:
         for p in (*self.parameters, *self.masters):
             p.grad = None
 
-    def step(self, lr: float, max_norm: float) -> float:
-        """Clip to a global norm and update. Returns the norm before clipping; when it is not finite, nothing is updated."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's loss to what is there. Sums are float32 whatever the model's dtype: a bfloat16 `grad` has 8 bits,
+        and each further micro-batch would be rounded to the size of the sum so far. One micro-batch alone costs nothing more.
+        """
+        self._set_aside()
+        loss.backward()
+
+    def gradients(self) -> list[Tensor]:
+        """All that was added up since the last step, one for each trained parameter that has any; float32 (float64 for such a model)."""
+        self._set_aside()
+        return [m.grad for m in self.masters if m.grad is not None]
+
+    def _set_aside(self) -> None:
+        """Move what the model's narrow parameters hold to their masters' sums."""
         given = [(p, m) for p, m in self._apart if p.grad is not None]
         for start in range(0, len(given), TOGETHER):
             some = given[start : start + TOGETHER]
             wide = [torch.empty_like(m) for _, m in some]
             torch._foreach_copy_(wide, [p.grad for p, _ in some if p.grad is not None])
             for (p, master), grad in zip(some, wide, strict=True):
-                p.grad, master.grad = None, grad
+                p.grad, master.grad = None, grad if master.grad is None else master.grad.add_(grad)
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Clip to a global norm and update. Returns the norm before clipping; when it is not finite, nothing is updated."""
+        self._set_aside()
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
         if math.isfinite(norm):
             for group in self.inner.param_groups:

@@ -5,7 +5,7 @@ beforehand: every response is counted at its limit, every prompt at the length o
 
     stays     the process, weights, float32 masters, the optimiser's moments, the reference, the critic with its own, an engine's copy
     sampling  weights packed for the compiled decoder, keys and values, logits, a pass over prompts
-    update    gradients, one micro-batch's activations, the head
+    update    gradients, their float32 sums where there are several micro-batches, one micro-batch's activations, the head
     step      gradients, and the same in float32
 
 Left out: what other processes take (jails, verifiers).
@@ -184,26 +184,31 @@ def plan(config: Config, policy: Model, critic: Model | None, device: torch.devi
     gradients = {"gradients": policy.trained * policy.size}
     fixed = sum(stays.values()) + gradients["gradients"]
     rows = -(-r.prompts * r.samples // t.minibatches) if r.kind != "tree" else r.prompts * r.leaves
+    wide = policy.trained * 4 if policy.size < 4 else 0  # gradients of several micro-batches add up in float32
     each, head = activations(policy, device, t.checkpoint_activations), _head(policy, device)
     chosen = t.micro_tokens
     if chosen is None:
-        room = capacity - fixed - head(LEAST)
+        room = capacity - fixed - wide - head(LEAST)
         chosen = power_of_two((0.8 * room if gpu else min(room / 8, ACTIVATIONS)) / each)
     tokens = min(max(chosen, longest), rows * longest)
     phases = {
         "sampling": sampling,
         "update": {
             **gradients,
+            "gradients in float32": wide if tokens < rows * longest or config.search is not None else 0,
             "one micro-batch": int(tokens * each * (1 if gpu else FRAGMENTS)),
             "head": head(tokens),
         },
-        "optimiser step": {**gradients, "gradients in float32": policy.trained * 4 if policy.size < 4 else 0},
+        "optimiser step": {**gradients, "gradients in float32": wide},
     }
     if critic is not None:
+        length = longest if config.critic_reads == "tokens" else prompt_tokens
+        read = min(max(chosen, length), rows * length)
+        several = critic.size < 4 and read < rows * length
         phases["critic"] = {
-            "gradients of the critic": critic.trained * critic.size,
-            "one micro-batch of the critic": _critic_tokens(config, chosen, rows, prompt_tokens, longest) * activations(critic, device, False),
-        }  # fmt: skip
+            "gradients of the critic": critic.trained * (critic.size + 4 * several),
+            "one micro-batch of the critic": read * activations(critic, device, False),
+        }
     kept = 0 if gpu else min(MALLOC, phases["update"]["one micro-batch"])
     return Plan(stays, phases, chosen, capacity, kept)
 
@@ -294,11 +299,6 @@ def _sampling(
         "logits": 4 * sequences * z.vocabulary * 4,
         "a pass over prompts": PREFILL * pass_width * policy.size,
     }, {}  # fmt: skip
-
-
-def _critic_tokens(config: Config, chosen: int, rows: int, prompt: int, longest: int) -> int:
-    length = longest if config.critic_reads == "tokens" else prompt
-    return min(max(chosen, length), rows * length)
 
 
 def _capacity(config: Config, device: torch.device) -> int:

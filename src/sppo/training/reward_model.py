@@ -91,7 +91,7 @@ def train_reward_model(
             loss = right = 0.0
             for part in model.cuts([e.tokens for e in rows], micro_tokens):
                 loss_B, right_B = losses(model, [rows[i] for i in part])
-                (loss_B.sum() / len(rows)).backward()
+                optimiser.backward(loss_B.sum() / len(rows))
                 loss += float(loss_B.detach().sum()) / len(rows)
                 right += float(right_B.sum()) / len(rows)
             rate = learning_rate(lr, step, total, warmup=min(20, total // 10), schedule="linear")

@@ -301,7 +301,7 @@ class Run:
             self.directory.start(self.state.before)
             self.observer.evaluation(0, result)
             self.health.evaluated(result)
-            if self.critic is not None:
+            if self.critic is not None and not self.critic.trained:
                 self.critic.start_at(self._base_rate(result.accuracy))
             self.save()
         else:
@@ -312,13 +312,17 @@ class Run:
 
     def _base_rate(self, otherwise: float) -> float:
         """The share solved of training problems as the first steps will sample them; `otherwise` where none can be graded."""
-        before = self.curriculum.state_dict()
+        began = time.monotonic()
+        before = (
+            self.curriculum.state_dict()
+        )  # the first step begins with the very problems that it would have begun with
         tasks = self.curriculum.sample(BASE_RATE_PROBLEMS)
         self.curriculum.load_state_dict(before)
         rollouts = collect(
             self.engine, self.policy, self.reward, tasks, self.sampling, seed=(self.config.seed, "base rate"),
             truncated=self.config.rollout.truncated, progress=lambda done: self.within("evaluating", done, len(tasks)),
         )  # fmt: skip
+        self.state.seconds_evaluating += time.monotonic() - began
         graded = [r.verdict.correct for r in rollouts if r.verdict and not r.verdict.masked]
         return sum(graded) / len(graded) if graded else otherwise
 
@@ -359,6 +363,8 @@ class Run:
         metrics: dict[str, Any],
     ) -> None:
         """Write the step down; evaluate and checkpoint when it is time."""
+        n = len(gathered.rollouts)  # groups that were thrown away are counted, and not written down
+        batch, advantage, value_B = batch.first(n), advantage[:n], None if value_B is None else value_B[:n]
         advantage_B, credit = advantage, advantage[batch.keep_B]
         if advantage.dim() == 2:  # each token's own: the mean over each response's tokens
             own_BT = batch.count_BT > 0
@@ -436,7 +442,7 @@ class Run:
             }  # fmt: skip
         self.directory.record(
             step, batch.rollouts, None if value_B is None else value_B.tolist(), advantage_B.tolist(),
-            self.learner.trace.log_ratio_BT.tolist(), self.learner.trace.clipped_B.tolist(),
+            self.learner.trace.log_ratio_BT[:n].tolist(), self.learner.trace.clipped_B[:n].tolist(),
         )  # fmt: skip
         self.directory.metrics(step, metrics)
         self.directory.seal(

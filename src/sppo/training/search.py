@@ -114,7 +114,7 @@ class Search:
         if run.critic is None or not rollouts:
             return [0.0] * len(rollouts)
         if isinstance(credit := run.learner.credit, TokenCritic):
-            first: list[float] = credit.values(pack(rollouts, run.policy.pad_id))[:, 0].tolist()
+            first: list[float] = credit.values(pack(rollouts, run.policy.pad_id))[:, 0].clamp(0, 1).tolist()
             return first
         return run.critic.logits([r.task for r in rollouts], run.config.training.micro_budget).sigmoid().tolist()
 
@@ -171,7 +171,9 @@ class Search:
         run, out = self.run, []
         critic = run.learner.credit if self.section.value == "critic" else None
         token_BT = (
-            critic.values(pack(rollouts, run.policy.pad_id)) if isinstance(critic, TokenCritic) and rollouts else None
+            critic.values(pack(rollouts, run.policy.pad_id)).clamp(0, 1)
+            if isinstance(critic, TokenCritic) and rollouts
+            else None
         )
         for b, rollout in enumerate(rollouts):
             length = len(rollout.response_ids)

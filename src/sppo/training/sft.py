@@ -72,7 +72,7 @@ def supervised(
             width = int(length_B[part].max())
             logps = policy.response_logps(ids_BL[part, :width], prompt_len_B[part], response_len_B[part], 1.0)
             loss = -logps.logp_BT.sum() / tokens
-            loss.backward()
+            optimiser.backward(loss)
             total += float(loss.detach())
         assert config.lr is not None  # resolved by Config.with_rates
         lr = learning_rate(config.lr, step, config.steps, warmup=config.warmup, schedule=config.schedule)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objective.diagnostics import effective_sample_size
+from ..objective.kl import estimator
 from .batch import Batch
 
 
@@ -78,7 +79,7 @@ class Tally:
         log_ratio_bT = torch.where(mask_bT, logp_bT - old_bT, 0.0)
         self.traced.append((part, log_ratio_bT.float().cpu(), (cut / of.clamp(min=1)).cpu()))
         if number > 0:  # before the first update every ratio is 1, and says nothing about health
-            self.kl += float((torch.expm1(log_ratio_bT) - log_ratio_bT).sum())  # k3 of KL(old‖new), a token
+            self.kl += float(estimator(-log_ratio_bT, "k3").sum())  # of KL(old‖new), a token
             self.kl_tokens += tokens
             self.log_ratio.append(log_r[element_mask].cpu())
             self.clipped += int((clipped & element_mask).sum())
@@ -90,8 +91,8 @@ class Tally:
     def trace(self, batch: Batch) -> Trace:
         out = Trace.empty(batch)
         for part, log_ratio_bT, clipped_b in self.traced:
-            out.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT
-            out.clipped_B[part] = clipped_b
+            out.log_ratio_BT[part, : log_ratio_bT.size(1)] = log_ratio_bT.to(out.log_ratio_BT.dtype)
+            out.clipped_B[part] = clipped_b.to(out.clipped_B.dtype)
         return out
 
     def metrics(self, updates: int) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""The learner once more, as plainly as it can be written: loops over responses and tokens in float64, from docs/algorithm.md.
+
+Nothing here calls the package's objective, credit or learner: only the models themselves, and the rollouts as data. There are no batches,
+no masks and no padding: each response runs through the model alone, and what is masked is skipped. `test_reference.py` compares.
+
+A policy loss is a sum over elements: a response (sequence ratios) or a token (token ratios). To add a form of the loss, add its few lines to
+`summand`, `exponent` or `kl`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sppo.sections import ObjectiveSection
+from sppo.types import Rollout
+
+Advantage = float | Sequence[float]
+"""Of a response, or of each of its tokens."""
+
+
+def number(x: float | Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64)
+
+
+def logps(model, rollout: Rollout, temperature: float) -> list[Tensor]:
+    """log π(y_t | x, y_<t) of each token of a response, with gradient."""
+    ids = [*rollout.prompt_ids, *rollout.response_ids]
+    table = torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0] / temperature, -1)
+    first = len(rollout.prompt_ids)
+    return [table[first + t - 1, token] for t, token in enumerate(rollout.response_ids)]
+
+
+# -- the policy's loss ---------------------------------------------------------------------------------------------------
+
+
+def exponent(o: ObjectiveSection) -> float:
+    """κ: a response's log ratio is divided by its length to this power."""
+    return {"sequence": 0.0, "geometric": 1.0, "family": o.kappa}[o.ratio]
+
+
+def summand(o: ObjectiveSection, new: Tensor, anchor: Tensor, old: Tensor, engine: Tensor, advantage: float) -> Tensor:
+    """What one element contributes to the objective, which is maximised. The log-probabilities are scaled as the ratio has it."""
+    low, high = o.clip
+    ratio = torch.exp(new - anchor)
+    if o.surrogate == "clip":
+        value = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        if o.dual_clip and advantage < 0:
+            value = torch.maximum(value, number(o.dual_clip * advantage))
+    elif o.surrogate == "cispo":
+        value = ratio.clamp(1 - low, 1 + high).detach() * advantage * new
+    else:
+        value = advantage * new
+    if o.engine_correction:
+        value = value * min(math.exp(float(old - engine)), o.engine_correction)
+    return value
+
+
+def kl(o: ObjectiveSection, new: Sequence[Tensor], reference: Sequence[float]) -> Tensor:
+    """The KL term of one response, as a part of the loss."""
+    total = sum(n - r for n, r in zip(new, reference, strict=True))
+    return 0.5 * total**2 if o.kl_form == "k2" else torch.exp(-total) - 1 + total
+
+
+def policy_loss(
+    model,
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[Advantage],
+    o: ObjectiveSection,
+    *,
+    old: Sequence[Sequence[float]],
+    reference: Sequence[Sequence[float]] | None,
+    temperature: float,
+    max_tokens: int,
+) -> Tensor:
+    """The loss of one minibatch. `old` and `reference` are log-probabilities of the responses' tokens, under the weights that sampled (the
+    whole softmax) and under the frozen start."""
+    kept = [i for i, r in enumerate(rollouts) if not r.verdict.masked]
+    sequences = len(kept)
+    tokens = sum(len(rollouts[i].response_ids) for i in kept)
+    loss = number(0.0)
+    for i in kept:
+        r, length = rollouts[i], len(rollouts[i].response_ids)
+        new, was, engine = logps(model, r, temperature), [number(x) for x in old[i]], [number(x) for x in r.logps]
+        anchor = was if o.anchor == "behaviour" else [number(x) for x in reference[i]]
+        if o.ratio == "token":
+            share = {
+                "auto": 1 / tokens,
+                "tokens": 1 / tokens,
+                "responses": 1 / (length * sequences),
+                "constant": 1 / (max_tokens * sequences),
+            }[o.average]
+            for t in range(length):
+                advantage = advantages[i] if isinstance(advantages[i], float) else advantages[i][t]
+                loss = loss - share * summand(o, new[t], anchor[t], was[t], engine[t], advantage)
+        else:
+            scaled = [sum(part) / length ** exponent(o) for part in (new, anchor, was, engine)]
+            loss = loss - summand(o, *scaled, advantages[i]) / sequences
+        if o.kl and o.kl_form != "reward":
+            loss = loss + o.kl * r.task.weight * kl(o, new, reference[i]) / sequences
+    return loss
+
+
+def lessons_loss(
+    model,
+    rollouts: Sequence[Rollout],
+    weights: Sequence[float],
+    most: int,
+    updates: int,
+    number: int,
+    temperature: float,
+) -> Tensor:
+    """What an update learns of verified solutions: every updates-th from `number` on, as many as there could be in the mean's denominator."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for r, w in list(zip(rollouts, weights, strict=True))[number::updates]:
+        loss = loss - w * sum(logps(model, r, temperature)) / len(r.response_ids)
+    return loss * updates / most
+
+
+# -- the critic's loss ---------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logit: Tensor, target: float) -> Tensor:
+    chance = torch.sigmoid(logit)
+    return -(target * torch.log(chance) + (1 - target) * torch.log(1 - chance))
+
+
+def prompt_logit(critic, rollout: Rollout) -> Tensor:
+    """c(x): the read-out at the prompt's last token."""
+    hidden = critic.backbone(torch.tensor([critic.prompt_ids(rollout.task)]), use_cache=False).last_hidden_state[0]
+    return (hidden[-1] * critic.head.weight[0]).sum() + critic.head.bias[0]
+
+
+def token_logits(critic, rollout: Rollout) -> list[Tensor]:
+    """The read-out before each token of the response."""
+    ids, first = [*rollout.prompt_ids, *rollout.response_ids], len(rollout.prompt_ids)
+    hidden = critic.backbone(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+    return [
+        (hidden[first + t - 1] * critic.head.weight[0]).sum() + critic.head.bias[0]
+        for t in range(len(rollout.response_ids))
+    ]
+
+
+def prompt_critic_loss(critic, rollouts: Sequence[Rollout]) -> Tensor:
+    """Cross-entropy against correctness, the mean over what is not masked."""
+    kept = [r for r in rollouts if not r.verdict.masked]
+    return sum(cross_entropy(prompt_logit(critic, r), r.verdict.correct) for r in kept) / len(kept)
+
+
+def token_critic_loss(critic, rollouts: Sequence[Rollout], targets: Sequence[Sequence[float]]) -> Tensor:
+    """Cross-entropy of each token's value against its target, the mean over all tokens of what is not masked."""
+    kept = [i for i, r in enumerate(rollouts) if not r.verdict.masked]
+    loss = number(0.0)
+    for i in kept:
+        for logit, target in zip(token_logits(critic, rollouts[i]), targets[i], strict=True):
+            loss = loss + cross_entropy(logit, target)
+    return loss / sum(len(rollouts[i].response_ids) for i in kept)
+
+
+# -- advantages ----------------------------------------------------------------------------------------------------------
+
+
+def paid(rollouts: Sequence[Rollout], o: ObjectiveSection, reference: Sequence[Sequence[float]] | None) -> list[float]:
+    """The reward of each response, less β·KL to the frozen start where the reward holds it. The sampling policy is the whole softmax: what a
+    cut took is added back."""
+    out = []
+    for i, r in enumerate(rollouts):
+        reward = r.verdict.score
+        if o.kl and o.kl_form == "reward":
+            cut = r.kept or [0.0] * len(r.logps)
+            for sampled, mass, ref in zip(r.logps, cut, reference[i], strict=True):
+                reward -= o.kl * (sampled + mass - ref)
+        out.append(reward)
+    return out
+
+
+def mean(xs: Sequence[float], otherwise: float = 0.0) -> float:
+    return sum(xs) / len(xs) if xs else otherwise
+
+
+def deviation(xs: Sequence[float]) -> float:
+    """The sample's, N − 1."""
+    return math.sqrt(sum((x - mean(xs)) ** 2 for x in xs) / max(len(xs) - 1, 1))
+
+
+def gae(reward: float, values: Sequence[float], decay: float) -> list[float]:
+    """Σ_k λ^(k−t)·δ_k with γ = 1, the reward with the last token."""
+    length = len(values)
+    following = [*values[1:], 0.0]
+    delta = [following[k] - values[k] + (reward if k == length - 1 else 0.0) for k in range(length)]
+    return [sum(decay ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
+
+
+def targets(rollouts: Sequence[Rollout], values: Sequence[Sequence[float]], decay: float) -> list[list[float]]:
+    """The token critic's: λ-returns of correctness, within [0, 1]."""
+    out = []
+    for r, own in zip(rollouts, values, strict=True):
+        advantage = gae(r.verdict.correct, own, decay)
+        out.append([min(max(a + v, 0.0), 1.0) for a, v in zip(advantage, own, strict=True)])
+    return out
+
+
+def advantages(
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[float],
+    o: ObjectiveSection,
+    values: Sequence[float] | Sequence[Sequence[float]] | None = None,
+) -> list[Advantage]:
+    """R − b for each response, or each of its tokens; 0 where masked. `values`: V(x), or the token critic's. (What learns from earlier steps,
+    `beta`, `hybrid` and `optimal_baseline`, has hand-worked tests of its own.)"""
+    kept = [i for i, r in enumerate(rollouts) if not r.verdict.masked]
+    of = {i: [j for j in kept if rollouts[j].task.id == rollouts[i].task.id] for i in kept}  # i's group
+    out: list[Advantage] = [0.0] * len(rollouts)
+    for i in kept:
+        if o.baseline == "critic":
+            out[i] = rewards[i] - o.baseline_weight * values[i]
+        elif o.baseline == "centred":  # with few problems a difficulty, all are one stratum
+            out[i] = rewards[i] - values[i] - mean([rewards[j] - values[j] for j in kept if j != i])
+        elif o.baseline == "batch":
+            out[i] = rewards[i] - mean([rewards[j] for j in kept if j != i])
+        elif o.baseline == "others":
+            out[i] = rewards[i] - mean([rewards[j] for j in of[i] if j != i])
+        elif o.baseline == "group":
+            out[i] = rewards[i] - mean([rewards[j] for j in of[i]])
+        elif o.baseline == "greedy":
+            out[i] = rewards[i] - rollouts[i].greedy.verdict.score
+        else:
+            assert o.baseline == "token-critic"
+            out[i] = gae(rewards[i], values[i], o.gae_lambda)
+    if o.scale == "group":
+        divisors = {i: deviation([rewards[j] for j in of[i]]) + 1e-4 for i in kept}
+        for i in kept:
+            out[i] = [a / divisors[i] for a in out[i]] if isinstance(out[i], list) else out[i] / divisors[i]
+    if o.scale == "batch":
+        every = [a for i in kept for a in (out[i] if isinstance(out[i], list) else [out[i]])]
+        middle, spread = mean(every), deviation(every) + 1e-8
+        for i in kept:
+            whole = isinstance(out[i], list)
+            out[i] = [(a - middle) / spread for a in out[i]] if whole else (out[i] - middle) / spread
+    for i in kept:  # what undoes how a curriculum chose the problems
+        w = rollouts[i].task.weight
+        out[i] = [w * a for a in out[i]] if isinstance(out[i], list) else w * out[i]
+    return out
+
+
+# -- a curriculum's weights ----------------------------------------------------------------------------------------------
+
+
+def neyman(values: Sequence[float], floor: float) -> list[float]:
+    """(Σw/M)/w_i with w = √(V(1−V)) + floor: what a drawn problem's advantages are multiplied by."""
+    w = [math.sqrt(v * (1 - v)) + floor for v in values]
+    return [mean(w) / x for x in w]

@@ -1,0 +1,418 @@
+"""Who calls what with what: the wiring between pure functions, where it shows in no gradient of a single update. By hand, or by plain loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sppo.rollout.engine import Branching, Sampling
+from sppo.rollout.local import LocalEngine
+from sppo.sections import CurriculumSection
+from sppo.tasks.base import ListSource
+from sppo.training.batch import pack
+from sppo.training.credit import credit
+from sppo.training.curriculum import Uniform
+from sppo.training.gather import gather
+from sppo.training.hybrid import Gate, SegmentCredit, StepCredit
+from sppo.training.learner import Learner
+from sppo.training.optimal_baseline import DOUBT, squared_scores
+from sppo.training.run import Run
+from sppo.types import Rollout, Task, Verdict
+
+from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from . import reference
+from .test_reference import a_critic, a_policy, agree, plain_critic, some_rollouts, watch
+
+
+def scored(rollouts, scores, masked=(), correct=None):
+    return [
+        r.judged(Verdict(s, "infra_error" if i in masked else "wrong", correctness=None if correct is None else correct[i]))
+        for i, (r, s) in enumerate(zip(rollouts, scores, strict=True))
+    ]  # fmt: skip
+
+
+# -- what a step knows of earlier ones ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+def test_beta_over_three_steps_is_the_plain_loop():
+    """b = (n0·V + Σ ρ·past + Σ others) / (n0 + Σ ρ + others), n0 from all pairs of rewards of one prompt, each step's worth .95 of the next."""
+    half_life, moves = 0.7, [0.4, 1.1, 0.0]
+    config = small_config(
+        objective__baseline="beta", objective__half_life=half_life, rollout__samples=2, rollout__prompts=4
+    )
+    policy, critic = a_policy(), a_critic()
+    learner = Learner(policy, critic, None, config)
+    past: dict[str, list[tuple[float, float]]] = {}  # of each prompt: clock and reward
+    clock, spread, pairs, noise, prompts = 0.0, 0.0, 0.0, 0.0, 0.0
+    for step, move in enumerate(moves):
+        scores = [[1, 0, 0.5, 1, 0, 0, 1, 0.2], [0, 0, 1, 1, 0.3, 1, 0, 1], [1, 1, 0, 0.4, 1, 0, 0, 0.6]][step]
+        rollouts = scored(some_rollouts(policy, samples=2), [float(s) for s in scores], masked=(1, 4, 5)[: step + 1])
+        found, value_B, _ = learner.advantage(pack(rollouts, policy.pad_id))
+        strength = 10.0 if pairs < 1 or prompts < 1 else max(noise / prompts / (spread / pairs) - 1, 0.0)
+        if pairs >= 1 and spread / pairs <= noise / prompts / 1001:
+            strength = 1000.0
+        groups: dict[str, list[int]] = {}
+        for i, r in enumerate(rollouts):
+            groups.setdefault(r.task.id, []).append(i)
+        spread, pairs, noise, prompts = (0.95 * x for x in (spread, pairs, noise, prompts))
+        for name, rows in groups.items():
+            v = float(value_B[rows[0]])
+            known = [(2 ** (-(clock - then) / half_life), reward) for then, reward in past.get(name, [])]
+            graded = [i for i in rows if not rollouts[i].verdict.masked]
+            for i in graded:
+                others = [scores[j] for j in graded if j != i]
+                top = strength * v + sum(w * r for w, r in known) + sum(others)
+                bottom = strength + sum(w for w, _ in known) + len(others)
+                assert float(found[i]) == pytest.approx(scores[i] - (top / bottom if bottom else v), abs=1e-9)
+            for a, i in enumerate(graded):
+                for j in graded[:a]:
+                    spread, pairs = spread + (scores[i] - v) * (scores[j] - v), pairs + 1
+                for w, r in known:
+                    spread, pairs = spread + w * (scores[i] - v) * (r - v), pairs + w
+            if graded:
+                noise, prompts = noise + v * (1 - v), prompts + 1
+                past.setdefault(name, []).extend((clock, scores[i]) for i in graded)
+        learner.credit.moved(move)
+        clock += move
+    assert strength not in (10.0, 1000.0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_gate_reads_the_variance_explained_in_earlier_steps():
+    config = small_config(objective__ev_gate=True)
+    policy, critic = a_policy(), a_critic()
+    learner, averages = Learner(policy, critic, None, config), []
+    values = [float(x) for x in critic.logits([r.task for r in some_rollouts(policy)]).sigmoid()]
+    middle = sorted(values)[4]
+    good = [float(v >= middle) for v in values]
+    bad = [1 - g for g in good]
+    for scores in (good, good, bad, bad, bad, bad, bad):
+        rollouts = scored(some_rollouts(policy), scores)
+        found, _, metrics = learner.advantage(pack(rollouts, policy.pad_id))
+        open_ = bool(averages) and averages[-1] > 0
+        expected = [
+            s - (values[i] if open_ else sum(x for j, x in enumerate(scores) if j != i) / 7)
+            for i, s in enumerate(scores)
+        ]
+        assert found.tolist() == pytest.approx(expected, abs=1e-9)
+        ev = metrics["critic/explained_variance"]
+        averages.append(0.9 * averages[-1] + 0.1 * ev if averages else ev)
+        assert metrics["critic/running_ev"] == pytest.approx(averages[-1])
+    assert averages[1] > 0 > averages[-2]
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_prediction_is_judged_by_what_was_graded():
+    policy, critic = a_policy(), a_critic()
+    rollouts = some_rollouts(policy, masked=True)
+    values = critic.logits([r.task for r in rollouts]).sigmoid().tolist()
+    _, _, metrics = Learner(policy, critic, None, small_config()).advantage(pack(rollouts, policy.pad_id))
+    errors = [(v - r.verdict.correct) ** 2 for v, r in zip(values, rollouts, strict=True) if not r.verdict.masked]
+    assert metrics["critic/brier"] == pytest.approx(sum(errors) / len(errors))
+
+
+@pytest.mark.usefixtures("float64")
+def test_past_rewards_age_by_the_kl_of_whole_responses():
+    """What is measured half-way through a step's updates, on average, is half of how far the policy moved in it."""
+    config = small_config(objective__baseline="beta", training__minibatches=2, training__lr=1e-2)
+    policy = a_policy()
+    learner = Learner(policy, a_critic(), None, config)
+    rollouts = some_rollouts(policy, masked=True)
+    batch = pack(rollouts, policy.pad_id)
+    metrics = learner.update(batch, batch.reward_B - 0.5, 0)
+    lengths = [len(r.response_ids) for r in rollouts if not r.verdict.masked]
+    assert metrics["policy/kl_step"] > 1e-4
+    assert learner.credit.history.clock == pytest.approx(
+        2 * metrics["policy/kl_step"] * sum(lengths) / len(lengths), rel=1e-5
+    )
+
+
+# -- the optimisers' rates ---------------------------------------------------------------------------------------------------
+
+
+def test_policy_and_critic_have_rates_of_their_own():
+    config = small_config(training__lr=1e-3, training__critic_lr=5e-3, training__warmup=4, training__steps=9)
+    policy = small_policy()
+    learner, rates = Learner(policy, small_critic(), None, config), []
+    for optimiser in (learner.policy_optimiser, learner.credit.optimiser):
+        step = optimiser.step
+        optimiser.step = lambda lr, norm, step=step: rates.append(lr) or step(lr, norm)
+    rollouts = scored(small_rollouts(policy), [float(i % 2) for i in range(16)])
+    batch = pack(rollouts, policy.pad_id)
+    learner.update(batch, learner.advantage(batch)[0], 2)  # the third of four steps of warm-up
+    assert rates == pytest.approx([0.75e-3, 3.75e-3] * 2)
+
+
+# -- stakes ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+def test_stakes_are_of_the_whole_softmax_and_of_the_advantages_factor():
+    policy = a_policy()
+    rollouts = some_rollouts(policy, cut=True, weighted=True)
+    batch = pack(rollouts, policy.pad_id)
+    found = squared_scores(policy, batch)
+    expected = [
+        [(1 - torch.tensor(x + k).exp().item()) ** 2 for x, k in zip(r.logps, r.kept, strict=True)] for r in rollouts
+    ]
+    for b, own in enumerate(expected):
+        assert found[b].tolist() == pytest.approx(own + [0.0] * (found.size(1) - len(own)))
+    made = credit(small_config(objective__algorithm="sppo-optimal"), policy, a_critic())
+    made.optimal.learn(batch, torch.full((8,), 0.3), batch.reward_B)
+    weighted = [sum(own) * r.task.weight**2 for own, r in zip(expected, rollouts, strict=True)]
+    right = [r.verdict.correct for r in rollouts]
+    assert made.optimal.stake[1] == pytest.approx(sum(w for w, c in zip(weighted, right, strict=True) if c))
+    assert made.optimal.stake[0] == pytest.approx(sum(w for w, c in zip(weighted, right, strict=True) if not c))
+
+
+# -- hybrid credit -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_stays_within_0_and_1():
+    gate = Gate()
+    gate.cross[3], gate.square[3] = 5.0, 2.0
+    gate.cross[5], gate.square[5] = -5.0, 2.0
+    assert gate.eta(1, 0.1) == 1.0
+    assert gate.eta(2, 0.1) == 0.0
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("micro", [100_000, 14])
+def test_the_critic_at_segments_has_the_plain_gradient(micro):
+    """At every token here, against correctness, though rewards are shaped; the mean over all segments of the minibatch."""
+    config = small_config(objective__algorithm="sppo-hybrid", rollout__segments="tokens", training__micro_tokens=micro)
+    policy, critic = a_policy(), a_critic()
+    learner = Learner(policy, critic, None, config)
+    assert isinstance(learner.credit, SegmentCredit)
+    rollouts = some_rollouts(policy)
+    batch = pack(rollouts, policy.pad_id)
+    learner.advantage(batch)
+    model, seen, rows = plain_critic(critic), watch(learner.credit.optimiser, critic), [0, 2, 3, 5, 6]
+    learner.credit.learn(batch, torch.tensor(rows), 1e-3)
+    some = [rollouts[i] for i in rows]
+    aims = [[r.verdict.correct] * len(r.response_ids) for r in some]
+    assert agree(seen[0], model, lambda m: reference.token_critic_loss(m, some, aims)) > 1e-3
+
+
+def a_chain(policy, text: str, scores: list[float]) -> Rollout:
+    """A response whose steps, split by semicolons, were given these scores."""
+    ends = [i for i, c in enumerate(text) if c == ";"][: len(scores)]
+    steps = [{"text": "", "end": end, "score": s} for end, s in zip(ends, scores, strict=True)]
+    ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
+    task = Task("chain/0", "1+2?")
+    verdict = Verdict(0.0, "wrong", {"steps": steps, "split": "semicolons"})
+    return Rollout(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", text, verdict=verdict)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_prefix_is_as_bad_as_its_worst_step_and_one_response_proves_little():
+    policy = a_policy()
+    config = small_config(
+        objective__algorithm="sppo-hybrid", objective__phi="steps", reward__use="answer + 0 * steps:check=chain,split=semicolons"
+    )  # fmt: skip
+    made = credit(config, policy, a_critic())
+    assert isinstance(made, StepCredit)
+    rollout = a_chain(policy, "1;2;3;4;A", [1.0, 0.2, 1.0, 0.7])
+    assert made._stretches(rollout) == [(2, 1, 2), (4, 2, 0), (6, 3, 0), (8, 4, 0)]
+    batch = pack([rollout], policy.pad_id)
+    _, value_B, _ = made.advantage(batch, batch.reward_B)  # nothing was known: Φ = b, and it learns R − b
+    rest = float(batch.reward_B[0] - value_B[0])
+    assert made.effect[2][0] == pytest.approx(made.number[2][0] * rest)
+    gaps, less = [], made.gate.less
+    made.gate.less = lambda rest_B, prefixes, *a: gaps.extend(gap for *_, gap in prefixes) or less(rest_B, prefixes, *a)
+    before = made.effect[2][0] / (made.number[2][0] + DOUBT)
+    made.advantage(batch, batch.reward_B)
+    assert gaps[1] == pytest.approx(max(before, -float(value_B[0])))
+    assert abs(before) < 0.3 * abs(rest)
+
+
+def test_trees_credit_each_stretch_with_what_its_siblings_tell():
+    """Of every node: Q − V − η·(mean of siblings − V); and the gate learns each with its weight squared."""
+    policy = small_policy()
+    branching = Branching(children=2, entropy=0.0, budget=60, segments="tokens", leaves=10**6)
+    rollouts = small_rollouts(policy, 3, branching=branching)
+    rollouts = scored(rollouts, [float(i % 3 == 0) for i in range(len(rollouts))])
+    batch = pack(rollouts, policy.pad_id)
+    config = small_config(objective__algorithm="sppo-tree", rollout__segments="tokens", rollout__entropy=1.0)
+    made = credit(config, policy, small_critic())
+    made.gate.cross, made.gate.square = [0.3] * 34, [1.0] * 34
+    found, value_B, _ = made.advantage(batch, batch.reward_B)
+    # each row's path through its tree, and the leaves below each of its stretches
+    stakes, shares = squared_scores(policy, batch), []
+    for g in range(3):
+        leaves = [b for b in range(len(rollouts)) if int(batch.group_B[b]) == g]
+        turns = {b: [f[1] for f in rollouts[b].forks] for b in leaves}
+        for b in leaves:
+            cuts = [0, *(f[0] for f in rollouts[b].forks), len(rollouts[b].response_ids)]
+            for depth, (start, end) in enumerate(pairwise(cuts)):
+                below = [x for x in leaves if turns[x][:depth] == turns[b][:depth]]
+                if b != below[0]:
+                    continue  # another row stands for it
+                q, v = worth(rollouts, below, depth), float(value_B[b])
+                siblings: dict[int, list[int]] = {}
+                for x in leaves if depth else []:
+                    if turns[x][: depth - 1] == turns[b][: depth - 1] and turns[x][depth - 1] != turns[b][depth - 1]:
+                        siblings.setdefault(turns[x][depth - 1], []).append(x)
+                others = [worth(rollouts, s, depth) for s in siblings.values()]
+                gap = sum(others) / len(others) - v if others else 0.0
+                assert found[b, start:end].tolist() == pytest.approx([q - v - 0.3 * gap] * (end - start), abs=1e-6)
+                if others:
+                    weight = 1.0
+                    for fork in rollouts[b].forks[:depth]:
+                        weight /= fork[2]
+                    shares.append((min(depth, 16), gap, q - v, float(stakes[b, start:end].sum()) * weight**2))
+    mean = sum(s for *_, s in shares) / len(shares)
+    for k in range(34):
+        own = [s / mean * gap * gap for depth, gap, _, s in shares if 2 * depth + (gap > 0) == k]
+        assert made.gate.square[k] == pytest.approx(0.9 + sum(own), rel=1e-4)
+
+
+def worth(rollouts, leaves, depth: int) -> float:
+    """The mean over the children of what lies below, and so on; a leaf's score."""
+    if len(leaves) == 1:
+        return rollouts[leaves[0]].verdict.score
+    ways: dict[int, list[int]] = {}
+    for b in leaves:
+        ways.setdefault(rollouts[b].forks[depth][1], []).append(b)
+    return sum(worth(rollouts, way, depth + 1) for way in ways.values()) / len(ways)
+
+
+# -- what a step gathers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_greedy_response_is_of_its_own_prompt_and_is_greedy(tmp_path):
+    config = small_config(
+        objective__algorithm="remax", rollout__prompts=4, rollout__samples=2, run__out=str(tmp_path / "run")
+    )
+    job = Run.new(config)
+    job.begin()
+    found = gather(job, 0)
+    assert len(found.rollouts) == 8
+    for r in found.rollouts:
+        assert r.greedy.task.id == r.task.id
+        (again,) = LocalEngine(job.policy).generate([r.prompt_ids], [5], Sampling(12, 0.0))
+        assert list(r.greedy.response_ids) == again.ids
+    assert found.beside_tokens == sum(len(r.greedy.response_ids) for r in found.rollouts[::2])
+    job.close()
+
+
+def test_flat_groups_are_replaced_and_paid_for(tmp_path, monkeypatch):
+    config = small_config(
+        objective__algorithm="dapo", rollout__prompts=4, rollout__samples=2, run__out=str(tmp_path / "run")
+    )
+    job = Run.new(config)
+    job.begin()
+    monkeypatch.setattr(job, "reward", Turns())
+    found = gather(job, 0)
+    monkeypatch.undo()
+    groups = [found.rollouts[i : i + 2] for i in range(0, len(found.rollouts), 2)]
+    assert len(groups) == 4
+    assert found.thrown_away
+    assert {r.task.id for g in found.thrown_away for r in g}.isdisjoint({r.task.id for r in found.rollouts})
+    assert found.beside_tokens == sum(len(r.response_ids) for g in found.thrown_away for r in g)
+    job.close()
+
+
+class Turns:
+    """Every second group agrees, until it was asked again."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def judge(self, rollouts):
+        self.asked += 1
+        flat = self.asked == 1
+        return [Verdict(float(r.sample) if i // 2 % 2 or not flat else 1.0, "wrong") for i, r in enumerate(rollouts)]
+
+
+def test_every_epoch_brings_every_problem_in_an_order_of_its_own():
+    tasks = [Task(str(i), "1?") for i in range(30)]
+    curriculum = Uniform(CurriculumSection(), ListSource(tasks), 0, lambda t: None)
+    first, second = ([t.id for t in curriculum.sample(30)] for _ in range(2))
+    assert sorted(first) == sorted(second) == sorted(t.id for t in tasks)
+    assert first != second
+
+
+def test_nodes_of_several_trees_name_those_above_them():
+    policy = small_policy()
+    branching = Branching(children=2, entropy=0.0, budget=60, segments="tokens", leaves=10**6)
+    rollouts = small_rollouts(policy, 3, branching=branching)
+    batch = pack(scored(rollouts, [1.0] * len(rollouts)), policy.pad_id)
+    for n, node in enumerate(batch.nodes):
+        assert node.above < n
+        if node.depth:
+            above = batch.nodes[node.above]
+            assert (above.depth, above.end) == (node.depth - 1, node.start)
+            assert batch.group_B[above.leaf] == batch.group_B[node.leaf]
+
+
+# -- search ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searching(tmp_path):
+    """A run that has not begun to search, whose buffer holds three solutions; and responses to three problems."""
+    config = small_config(**{
+        "search.budget": 400, "search.below": 0.4, "search.enough": 0.8, "search.weight": 0.5, "search.batch": 5, "search.problems": 2,
+        "rollout.segments": "semicolons", "rollout.max_tokens": 24, "run.out": str(tmp_path / "run"),
+    })  # fmt: skip
+    job = Run.new(config)
+    job.begin()
+    for r in small_rollouts(job.policy, 3):
+        text = r.task.solution
+        ids = [*job.policy.tokenizer(text)["input_ids"], job.policy.eos_ids[0]]
+        job.searcher._keep(replace(r, response_ids=ids, logps=[0.0] * len(ids), text=text, finish="stop", verdict=None))
+    yield job
+    job.close()
+
+
+def test_lessons_weigh_what_is_left_to_learn_over_as_many_as_there_could_be(searching):
+    with torch.no_grad():
+        torch.nn.init.normal_(searching.critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        searching.critic.head.bias.fill_(-1.5)
+    lessons, refused = searching.searcher._lessons(3)
+    chances = searching.critic.logits([r.task for r in lessons.batch.rollouts]).sigmoid().tolist()
+    assert lessons.weights == pytest.approx([0.5 * (1 - v / 0.8) for v in chances])
+    assert len(set(lessons.weights)) == 3
+    assert (lessons.most, refused) == (5, 0)
+    wrong = next(iter(searching.searcher.solutions.values()))
+    wrong.task.columns["answer"] = "no number"
+    lessons, refused = searching.searcher._lessons(3)
+    assert (len(lessons.weights), refused) == (2, 1)
+
+
+def test_what_is_searched_failed_every_time_and_looks_hopeless(searching):
+    with torch.no_grad():
+        torch.nn.init.normal_(searching.critic.head.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+        searching.critic.head.bias.fill_(-0.4)
+    rollouts = [replace(r, finish="stop") for r in small_rollouts(searching.policy, 12)]
+    judged = [r.judged(Verdict(*((1.0, "correct") if i == 3 else (0.0, "wrong")))) for i, r in enumerate(rollouts)]
+    judged[5] = judged[5].judged(Verdict(0.0, "infra_error"))
+    chances = searching.critic.logits([r.task for r in judged]).sigmoid().tolist()
+    hopeless = [(v, r.task.id) for v, r in zip(chances, judged, strict=True) if v < 0.4]
+    assert 2 < len(hopeless) < 12
+    assert any(v < 0.4 for i, v in enumerate(chances) if i in (3, 5))
+    open_ = [(v, n) for v, n in hopeless if n not in (judged[3].task.id, judged[5].task.id)]
+    expected = [n for _, n in sorted(open_, reverse=True)[:2]]
+    assert [r.task.id for r in searching.searcher._hard(judged)] == expected
+
+
+def test_an_outcome_is_of_a_response_that_ended(searching):
+    right = replace(small_rollouts(searching.policy, 1)[0], response_ids=[5, 6], finish="length").judged(
+        Verdict(1.0, "correct")
+    )
+    full = replace(right, response_ids=[5] * 24)
+    assert searching.searcher._outcome(right, ([1, 2], [None, 0.3])).outcome == 0.3
+    assert searching.searcher._outcome(right, ([1, 2], [None, None])).outcome == 0.0
+    assert searching.searcher._outcome(full, ([24], [0.9])).outcome == 0.0
+    assert searching.searcher._outcome(replace(right, finish="stop"), ([1, 2], [None, 0.3])).outcome == 1.0
+
+
+def test_a_prefix_is_worth_its_worst_step(searching):
+    rollout = a_chain(searching.policy, "1;2;3;A", [0.9, 0.2, 0.6])
+    found = searching.searcher._step_values(rollout, [1, 2, 4, 6, 8])
+    assert found == [None, 0.9, 0.2, 0.2, 0.2]
