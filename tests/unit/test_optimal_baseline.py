@@ -173,7 +173,7 @@ def test_no_other_key_changes_the_algorithm(keys):
 
 
 def test_earlier_names_are_refused_with_the_new_ones():
-    with pytest.raises(RecipeError, match="'objective.stakes' has a new name: 'objective.optimal_baseline'"):
+    with pytest.raises(RecipeError, match=r"'objective\.stakes' has a new name: 'objective\.optimal_baseline'"):
         Config.load(None, {"objective.stakes": True})
     with pytest.raises(RecipeError, match="'sppo-stakes' has a new name: 'sppo-optimal'"):
         Config.load(None, {"objective.algorithm": "sppo-stakes"})

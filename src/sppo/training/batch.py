@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ class Batch:
         """Its first n rows, as wide as all of them are."""
         if n == len(self):
             return self
-        return Batch(**{f.name: x if (x := getattr(self, f.name)) is None else x[:n] for f in fields(self)})
+        cut: dict[str, Any] = {f.name: x[:n] for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return replace(self, **cut)
 
 
 def pack(rollouts: Sequence[Rollout], pad_id: int, beside: Sequence[Rollout] = ()) -> Batch:
