@@ -33,6 +33,7 @@ class State:
     responses: int = 0
     truncated: int = 0
     overruled: int = 0
+    canary_limit: float | None = None
     before: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
 

@@ -45,7 +45,8 @@ class OptimalBaseline:
         self.policy = policy
         # a response's score is divided by its length, to this power
         by_token = float(objective.average == "responses")
-        self.power = {"geometric": 1.0, "family": objective.kappa, "token": by_token}.get(objective.ratio, 0.0)
+        powers = {"sequence": 0.0, "geometric": 1.0, "family": objective.kappa, "token": by_token}
+        self.power = powers[objective.ratio]  # not `auto`: Config.settled
         # running sums, of wrong and of right responses: stakes of the same problems, stakes, stakes times what was earned
         self.paired, self.stake, self.earned = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
         self.number = 0.0
