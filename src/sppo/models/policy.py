@@ -365,7 +365,7 @@ class Policy:
         mine = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
         if mine.shape != logits.shape or not torch.allclose(mine.float(), logits.float(), rtol=1e-3, atol=1e-3):
             return False
-        large = torch.linspace(-100, 100, logits.size(-1), device=self.device).expand(logits.shape)
+        large = torch.linspace(-100, 100, logits.size(-1), device=self.device).expand(logits.shape).clone()
         handle = head.register_forward_hook(lambda *_: large)
         try:
             shown = self.model(input_ids=ids, use_cache=False).logits
