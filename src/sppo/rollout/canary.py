@@ -21,7 +21,8 @@ from .engine import Engine
 
 PROMPT, RESPONSE = 12, 6
 TIMES = 4.0
-"""A limit is this multiple of what was measured, and at least a quarter of the dtype's own below."""
+"""A limit is this multiple of what was measured, and at least half of the dtype's own below: in bfloat16 a probe's gap is between .03 and .12 for
+one and the same model, by its ids."""
 PROBED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 SAMPLED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Nats a token, on average, that rounding in a dtype can explain: of the canary's ids, which no model finds likely, and of sampled responses."""
@@ -29,7 +30,7 @@ SAMPLED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.
 
 def noise_limit(measured: float, explained: dict[torch.dtype, float], dtype: torch.dtype) -> float:
     """The limit of later gaps, from the first one."""
-    return max(TIMES * measured, explained[dtype] / 4)
+    return max(TIMES * measured, explained[dtype] / 2)
 
 
 class Canary:
