@@ -266,7 +266,7 @@ class Config(Section):
             else:
                 fields = ObjectiveSection.model_fields
                 changes = {k: v for k, v in LONG_RATIO.items() if k == "ratio" or getattr(o, k) == fields[k].default}
-                because = f"a step has {updates} updates, and of up to {length} tokens the exact weight would vary too much"
+                because = f"a step has {updates} updates, and up to {length} tokens make the exact weight vary too much"
         ratio = changes.get("ratio", o.ratio)
         if o.engine_correction_level == "auto" and o.engine_correction:
             exact = ratio != "token" and length <= SHORT

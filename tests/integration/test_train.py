@@ -116,7 +116,7 @@ def test_the_same_recipe_and_seed_give_the_same_policy(tmp_path):
         {"rollout__max_tokens": 70, "objective__ratio": "auto"},
         {"objective__engine_correction_level": "token", "rollout__top_p": 0.9},
         {"objective__engine_correction_level": "sequence", "objective__ratio": "token", "rollout__top_k": 5},
-        {"objective__engine_correction_beyond": "mask", "objective__engine_correction": 1.0, "policy__dtype": "bfloat16"},
+        {"objective__engine_correction_beyond": "mask", "policy__dtype": "bfloat16"},
         {"objective__engine_gap_limit": 0.5},
         {"rollout__samples": 2, "rollout__truncated": "mask"},
         {"training__minibatches": 1},

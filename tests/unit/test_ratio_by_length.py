@@ -174,6 +174,8 @@ def test_weights_that_vary_too_much_are_said_once_with_cause_and_mend(metrics, k
         assert part in sentence
 
 
-@pytest.mark.parametrize("metrics", [{"ratio/ess": 0.51}, {"engine/correction_ess": 0.67, "engine/correction_mean": 0.84}, {}])
+@pytest.mark.parametrize(
+    "metrics", [{"ratio/ess": 0.51}, {"engine/correction_ess": 0.67, "engine/correction_mean": 0.84}, {}]
+)
 def test_weights_that_are_well_are_not_spoken_of(metrics):
     assert said(metrics) == []

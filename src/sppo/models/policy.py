@@ -338,7 +338,7 @@ class Policy:
         finally:
             del head.forward
             if before is not None:  # narrow.py's
-                head.forward = before
+                head.forward = before  # type: ignore[method-assign]
 
     def _wide_product(self, head: Any, hidden: Tensor) -> Tensor:
         weight = head.weight.float() if torch.is_grad_enabled() else self.float32_head()
@@ -371,7 +371,8 @@ class Policy:
             shown = self.model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
-        return torch.equal(shown, logits) or torch.allclose(shown.float(), large, rtol=1e-2)  # the first: its module is passed by
+        unseen = torch.equal(shown, logits)  # a model that multiplies with the weight itself
+        return unseen or torch.allclose(shown.float(), large, rtol=1e-2)
 
     # -- identity --------------------------------------------------------------------------------------------------
 

@@ -66,10 +66,8 @@ def mismatch(old_bT: Tensor, behaviour_bT: Tensor, mask_bT: Tensor, objective: O
     o = objective
     if o.engine_correction_level == "auto":
         raise ValueError("what 'auto' stands for depends on the whole recipe: Config.settled")
-    whole = "sequence" if o.ratio == "token" else o.ratio
-    return log_ratio(
-        old_bT, behaviour_bT, mask_bT, "token" if o.engine_correction_level == "token" else whole, o.kappa
-    )
+    kind = "token" if o.engine_correction_level == "token" else "sequence" if o.ratio == "token" else o.ratio
+    return log_ratio(old_bT, behaviour_bT, mask_bT, kind, o.kappa)
 
 
 def capped(log_weight: Tensor, objective: ObjectiveSection) -> Tensor:
@@ -103,8 +101,8 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
     logp_bT, correction = x.logp_bT, None
     if o.engine_correction:
         correction = capped(mismatch(x.old_bT, x.behaviour_bT, mask_bT, o), o)
-        if correction.dim() == 2 and o.ratio != "token":  # the ratio stays as it is; each token's part of its gradient is weighted
-            fixed_bT = logp_bT.detach()
+        if correction.dim() == 2 and o.ratio != "token":
+            fixed_bT = logp_bT.detach()  # the ratio stays what it is, and each token's part of its gradient is weighted
             logp_bT = fixed_bT + correction.exp() * (logp_bT - fixed_bT)
     log_r = log_ratio(logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
     if o.ratio == "token" and advantage.dim() == 1:

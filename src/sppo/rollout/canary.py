@@ -56,7 +56,8 @@ class Canary:
         gap = sum(abs(a - b) for a, b in zip(theirs, mine, strict=True)) / len(mine)
         limit = max(self.allowed, PROBED[policy.dtype] if self.limit is None else self.limit)
         if not gap <= limit:
-            kind = f"what {str(policy.dtype).removeprefix('torch.')} can explain" if self.limit is None else "measured at the start"
+            dtype = str(policy.dtype).removeprefix("torch.")
+            kind = "measured at the start" if self.limit is not None else f"what {dtype} can explain"
             raise StaleWeights(
                 f"after a sync the engine finds a fixed probe {gap:.3g} nats a token more or less likely than the learner does (limit "
                 f"{limit:.2g}, {kind}): it samples from other weights, or computes something else. Where it is known to be right, set "
