@@ -5,10 +5,8 @@ BIN    := $(VENV)/bin
 
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
-.PHONY: setup quickstart test fuzz check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-busy bench-pretrained
 .PHONY: setup quickstart test fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-busy
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
 
 help:

@@ -41,12 +41,13 @@ def small_critic(seed: int = 1) -> Critic:
 
 
 def small_config(**overrides) -> Config:
+    """A recipe that is done in seconds, with its ratio settled as a run would."""
     base = {
         "policy.model": SMALL, "critic.model": "tiny:hidden=32,layers=1,heads=2", "task.train": "chain:steps=1-2",
         "rollout.prompts": 16, "rollout.max_tokens": 12, "training.lr": 1e-3, "training.critic_lr": 1e-3,
         "training.steps": 3, "evaluation.n": 16, "evaluation.every": 0,
     }  # fmt: skip
-    return Config.load(None, base | {k.replace("__", "."): v for k, v in overrides.items()})
+    return Config.load(None, base | {k.replace("__", "."): v for k, v in overrides.items()}).settled()[0]
 
 
 def small_rollouts(policy: Policy, n: int = 16, *, max_tokens: int = 12, temperature: float = 1.0, **kwargs):

@@ -13,7 +13,7 @@ from typing import Any
 
 SPPO: dict[str, dict[str, Any]] = {
     "objective": {
-        "ratio": "sequence", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none", "surrogate": "clip", "average": "auto",
+        "ratio": "auto", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none", "surrogate": "clip", "average": "auto",
         "clip": [0.2, 0.2], "gate_temperature": [1.0, 1.05], "dual_clip": 3.0, "phi": "segments",
         "value_loss": "cross-entropy", "value_clip": 0.0,
     },
@@ -28,6 +28,11 @@ def _like_sppo(
     return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
+SHORT = 64
+"""Tokens up to which a whole response's importance weight is used as it is, between updates and between engine and learner."""
+LONG_RATIO: dict[str, Any] = {"ratio": "family", "kappa": 0.5}
+"""`objective.ratio = "auto"` where a step has several updates and responses may be longer than SHORT: its scale does not grow with length, so the
+clip stays 0.2. Of another one, what fits it goes here too (geometric: a "clip" far narrower); a recipe's own keys win."""
 DEFAULT = "sppo"
 """What a recipe runs that names no algorithm: SPPO as it was published (docs/evidence.md has what else was tried)."""
 CHANCES = ("critic", "centred", "beta")
@@ -52,11 +57,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ratio="token", baseline="token-critic", value_loss="squared", scale="batch", average="tokens", dual_clip=0.0
     ),
     # REINFORCE, Williams 1992, against the mean of the batch's other rewards.
-    "reinforce": _like_sppo(baseline="batch", surrogate="plain", dual_clip=0.0),
+    "reinforce": _like_sppo(ratio="sequence", baseline="batch", surrogate="plain", dual_clip=0.0),
     # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples, without a ratio or a clip.
-    "rloo": _like_sppo(samples=4, baseline="others", surrogate="plain", dual_clip=0.0),
+    "rloo": _like_sppo(samples=4, ratio="sequence", baseline="others", surrogate="plain", dual_clip=0.0),
     # ReMax, arXiv 2310.10505 algorithm 2: against the reward of the greedy response.
-    "remax": _like_sppo(baseline="greedy", surrogate="plain", dual_clip=0.0),
+    "remax": _like_sppo(ratio="sequence", baseline="greedy", surrogate="plain", dual_clip=0.0),
     # GRPO, arXiv 2402.03300 eq. 3: group mean and deviation, token ratios, the mean over responses of their means.
     "grpo": _like_sppo(samples=8, **GROUP, scale="group", average="responses"),
     # Dr. GRPO, arXiv 2503.20783 §3.2: without the division by deviation and by length.

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from .algorithms import PRESETS, chosen, preset, with_algorithm
+from .algorithms import LONG_RATIO, PRESETS, SHORT, chosen, preset, with_algorithm
 from .errors import RecipeError
 from .files import read_bytes, readable, reason
 from .sections import (
+    PER_TOKEN,
     BootstrapSection,
     CriticSection,
     CurriculumSection,
@@ -181,6 +182,10 @@ class Config(Section):
             raise ValueError(
                 "rollout.kind = 'tree' counts every shared token once: leave objective.scale and objective.average out"
             )
+        if o.engine_correction_level == "sequence":
+            raise ValueError(
+                "rollout.kind = 'tree' has no whole responses in its loss: set objective.engine_correction_level = 'token'"
+            )
         if o.kl > 0 and o.kl_form != "reward" and not o.kl_of_tokens:
             raise ValueError(
                 "rollout.kind = 'tree' has no whole responses in its loss: set objective.kl_level = 'token', or kl_form = 'reward'"
@@ -253,6 +258,33 @@ class Config(Section):
             changes["bootstrap"] = self.bootstrap.model_copy(update={"lr": rate})
         return self.model_copy(update=changes)
 
+    def settled(self) -> tuple[Config, str]:
+        """The recipe with `auto` in its objective replaced by what it stands for, and the ratio in words, with the reason where it was open.
+
+        A static rule: it depends on the recipe alone, so a run's recipe says what ran.
+        """
+        o, length = self.objective, self.rollout.max_tokens
+        updates = self.training.minibatches * self.training.epochs
+        changes: dict[str, Any] = {}
+        because = ""
+        if o.ratio == "auto":
+            if updates == 1:
+                changes, because = {"ratio": "sequence"}, "a step has one update"
+            elif length <= SHORT:
+                changes = {"ratio": "sequence"}
+                because = f"responses have up to {length} tokens, and up to {SHORT} the exact weight can be used"
+            else:
+                fields = ObjectiveSection.model_fields
+                changes = {k: v for k, v in LONG_RATIO.items() if k == "ratio" or getattr(o, k) == fields[k].default}
+                because = f"a step has {updates} updates, and up to {length} tokens make the exact weight vary too much"
+        ratio = changes.get("ratio", o.ratio)
+        if o.engine_correction_level == "auto" and o.engine_correction:
+            exact = ratio not in PER_TOKEN and length <= SHORT
+            changes["engine_correction_level"] = "sequence" if exact else "token"
+        out = self.model_copy(update={"objective": o.model_copy(update=changes)})
+        words = f"ratio {ratio}" + (f" with kappa {out.objective.kappa:g}" if ratio == "family" else "")
+        return out, words + (f" (auto: {because})" if because else "")
+
     def as_algorithm(self, name: str, overrides: Mapping[str, Any]) -> Config:
         """This recipe as another algorithm would run it (`algorithms.with_algorithm`), with keys laid over that."""
         tree = self.model_dump(mode="json", exclude_none=True)
@@ -263,7 +295,7 @@ class Config(Section):
 
     def without_effect(self) -> list[str]:
         """Keys that are not at their defaults and that nothing in this recipe reads, each as a sentence."""
-        o, r, c = self.objective, self.rollout, self.curriculum
+        o, r, c = self.settled()[0].objective, self.rollout, self.curriculum
         of_baseline = {"gae_lambda": "token-critic", "half_life": "beta", "phi": "hybrid"}
         tree, predicted, staged = r.kind == "tree", c.kind == "predicted", c.kind == "staged"
         segments = tree or self.search is not None or (o.baseline == "hybrid" and o.phi == "segments")
@@ -271,6 +303,7 @@ class Config(Section):
             *((f"objective.{key}", o.baseline == name, f"objective.baseline = {name!r}") for key, name in of_baseline.items()),
             ("objective.kappa", o.ratio == "family", "objective.ratio = 'family'"),
             ("objective.gate_temperature", o.surrogate == "sapo", "objective.surrogate = 'sapo'"),
+            *((f"objective.engine_correction_{key}", o.engine_correction > 0, "objective.engine_correction above 0") for key in ("level", "beyond")),
             ("objective.kl_form", o.kl > 0, "objective.kl above 0"),
             ("objective.kl_level", o.kl > 0 and o.kl_form != "reward", "a KL in the loss: objective.kl above 0, kl_form other than 'reward'"),
             *((f"rollout.{key}", tree, "rollout.kind = 'tree'") for key in ("branch", "entropy", "budget", "leaves")),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .algorithms import CHANCES, DEFAULT, PRESETS, RENAMED
+from .algorithms import CHANCES, DEFAULT, LONG_RATIO, PRESETS, RENAMED, SHORT
 from .spec import named_columns, nearest
 
 
@@ -297,9 +297,10 @@ class ObjectiveSection(Section):
         description="what a loss of token ratios averages over: all tokens (auto), each response's tokens and then responses, or "
         "responses times rollout.max_tokens; sequence ratios: responses (auto)",
     )
-    ratio: Literal["sequence", "geometric", "token", "geometric-token", "family"] = Field(
-        "sequence",
-        description="importance ratio: exp(l), exp(l/T) (GSPO), per token, exp(l/T) with each token's own gradient (GSPO-token), or exp(l/T^kappa)",
+    ratio: Literal["auto", "sequence", "geometric", "token", "geometric-token", "family"] = Field(
+        "auto",
+        description="importance ratio: exp(l), exp(l/T) (GSPO), per token, exp(l/T) with each token's own gradient (GSPO-token), or exp(l/T^kappa); auto: "
+        f"sequence where a step has one update or rollout.max_tokens is {SHORT} or less, else {LONG_RATIO['ratio']}; said at start, kept in the run's recipe",
     )
     kappa: float = Field(0.5, ge=0, le=1, description="the family's exponent; 0 is sequence, 1 is geometric")
     clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
@@ -333,10 +334,20 @@ class ObjectiveSection(Section):
     engine_correction: float = Field(
         2.0, ge=0, description="cap of the importance weight that corrects engine-learner mismatch; 0 turns it off"
     )
-    engine_gap_limit: float = Field(
-        0.1,
+    engine_correction_level: Literal["auto", "token", "sequence"] = Field(
+        "auto",
+        description="token: a weight for each token's gradient; sequence: one for the response, of the kind of the ratio (exp(l) with token ratios); "
+        f"auto: sequence where the ratio is of whole responses and rollout.max_tokens is {SHORT} or less, else token",
+    )
+    engine_correction_beyond: Literal["truncate", "mask"] = Field(
+        "truncate",
+        description="a weight above the cap: is cut to it (truncate), or the response or token leaves the loss, and stays in its average (mask)",
+    )
+    engine_gap_limit: float | None = Field(
+        None,
         gt=0,
-        description="stop when engine and learner log-probabilities differ by more than this a token, on average",
+        description="stop when engine and learner log-probabilities differ by more than this a token, on average; default: several times what "
+        "they differ by in the first step, which must be what rounding in policy.dtype can cause",
     )
 
     @field_validator("dual_clip")
@@ -366,8 +377,7 @@ class ObjectiveSection(Section):
     @property
     def kl_of_tokens(self) -> bool:
         """Whether a KL in the loss is of each token."""
-        whole = ("sequence", "geometric", "family")
-        return self.kl_level == "token" or (self.kl_level == "auto" and self.ratio not in whole)
+        return self.kl_level == "token" or (self.kl_level == "auto" and self.ratio in PER_TOKEN)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ObjectiveSection:

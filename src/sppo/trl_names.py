@@ -21,6 +21,7 @@ KEYS = {
     "entropy_coef": "objective.entropy_bonus",
     "save_total_limit": "run.keep",
     "num_generations_eval": "evaluation.samples",
+    "vllm_importance_sampling_clip_max": "objective.engine_correction",
 }
 """Another name for the same number."""
 
@@ -40,6 +41,10 @@ _CHOICES: dict[str, dict[Any, Settings]] = {
         "paged_adamw_8bit": {"training.optimizer": "paged-adamw-8bit"},
     },
     "vllm_importance_sampling_correction": {True: _DONE, False: {"objective.engine_correction": 0.0}},
+    "vllm_importance_sampling_mode": {
+        f"{level}_{beyond}": {"objective.engine_correction_level": level, "objective.engine_correction_beyond": beyond}
+        for level in ("token", "sequence") for beyond in ("truncate", "mask")
+    },
     "vllm_mode": {"colocate": _DONE},
     "fp16": {False: _DONE}, "tf32": {False: _DONE}, "use_cpu": {False: _DONE}, "trust_remote_code": {False: _DONE},
     "logging_steps": {1: _DONE}, "logging_first_step": {True: _DONE}, "logging_strategy": {"steps": _DONE},
@@ -125,7 +130,8 @@ _INSTEAD = {
         ),
         (
             "vllm_importance_sampling_",
-            "recipe={'objective.engine_correction': 2.0} caps the weight that corrects for the engine; 0 turns it off",
+            "recipe={'objective.engine_correction': 2.0} caps the weight that corrects for the engine, 0 turns it off; a whole response's is of the "
+            "kind of its ratio; 'objective.engine_correction_level' and 'engine_correction_beyond' are the mode",
         ),
         (
             "bf16 fp16 bf16_full_eval fp16_full_eval",
@@ -194,7 +200,7 @@ def translated(settings: Mapping[str, Any], ours: list[str]) -> Settings:
             continue  # below
         elif name in KEYS:
             out[KEYS[name]] = value
-        elif _is_choice(name, value):
+        elif _is_choice(name, value) and not _of_any_ratio(name, value, given):
             out |= _CHOICES[name][value]
         else:
             raise RecipeError(f"SPPOConfig: {_refusal(name, value, given, ours)}")
@@ -216,6 +222,12 @@ def _known(name: str) -> bool:
 def _instead(name: str) -> str | None:
     found = [known for known in _INSTEAD if name == known or (known.endswith("_") and name.startswith(known))]
     return _INSTEAD[max(found, key=len)] if found else None
+
+
+def _of_any_ratio(name: str, value: Any, given: Settings) -> bool:
+    """TRL's weight for a whole response is the joint one whatever the ratio; here that is so with ratios of tokens."""
+    whole = name == "vllm_importance_sampling_mode" and str(value).startswith("sequence")
+    return whole and given.get("importance_sampling_level") != "token"
 
 
 def _is_choice(name: str, value: Any) -> bool:

@@ -390,8 +390,9 @@ def test_the_gap_between_engine_and_learner_is_measured_and_stops_the_run():
         a_step(small_policy(), small_critic(), stale)
 
 
-def test_the_gap_is_corrected_by_a_truncated_importance_weight():
-    """With a uniform shift δ a token and ratio = token, every summand is scaled by min(e^δ, C): the gradient is, too."""
+@pytest.mark.parametrize("ratio", ["token", "sequence", "geometric", "family"])
+def test_the_gap_is_corrected_by_a_truncated_importance_weight(ratio):
+    """With a uniform shift δ every token's weight is min(e^δ, C), and the gradient of any ratio is scaled by that."""
     rollouts = judged(small_rollouts(small_policy()))
     grads = {}
     for shift, cap in ((0.0, 2.0), (0.05, 2.0), (3.0, 2.0), (0.05, 0.0)):
@@ -399,7 +400,8 @@ def test_the_gap_is_corrected_by_a_truncated_importance_weight():
         shifted = [replace(r, logps=[x - shift for x in r.logps]) for r in rollouts]
         config = small_config(
             training__minibatches=1,
-            objective__ratio="token",
+            objective__ratio=ratio,
+            objective__engine_correction_level="token",
             objective__engine_correction=cap,
             objective__engine_gap_limit=1e9,
         )
@@ -412,6 +414,37 @@ def test_the_gap_is_corrected_by_a_truncated_importance_weight():
     assert torch.allclose(grads[0.05, 2.0], base * math.exp(0.05), rtol=1e-3, atol=1e-7)
     assert torch.allclose(grads[3.0, 2.0], base * 2.0, rtol=1e-3, atol=1e-7)
     assert torch.allclose(grads[0.05, 0.0], base, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrong", ["temperature", "dtype", "weights"])
+def test_an_engine_that_is_a_little_wrong_stops_the_first_step(wrong):
+    """Float32 explains a gap of 1e-5: one of 0.1 at the temperature, weights in bfloat16, or weights that moved by 0.001, are found."""
+    policy = small_policy()
+    other = policy.reference()
+    if wrong == "dtype":
+        other.model.to(torch.bfloat16)
+    if wrong == "weights":
+        with torch.no_grad():
+            for p in other.model.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 1e-2)
+    rollouts = judged(small_rollouts(other, temperature=0.9 if wrong == "temperature" else 1.0))
+    with pytest.raises(EngineMismatch, match="what float32 can explain"):
+        a_step(policy, small_critic(), rollouts)
+
+
+def test_the_limit_of_the_gap_follows_from_the_first_step_and_is_kept():
+    rollouts = judged(small_rollouts(small_policy()))
+    learner, batch, metrics = a_step(small_policy(), small_critic(), rollouts)
+    assert learner.gap_limit == max(4 * metrics["engine/gap_mean"], 5e-4)
+    again = Learner(small_policy(), small_critic(), None, learner.config)
+    again.load_state_dict(learner.state_dict())
+    assert again.gap_limit == learner.gap_limit
+    again.gap_limit = 1e-9
+    with pytest.raises(EngineMismatch, match="measured in the first step"):
+        again.update(batch, batch.reward_B - 0.5, 1)
+    older = {k: v for k, v in learner.state_dict().items() if k != "gap_limit"}
+    again.load_state_dict(older)
+    assert again.gap_limit is None
 
 
 def test_chunked_log_probabilities_and_gradients_equal_the_plain_ones():

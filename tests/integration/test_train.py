@@ -119,6 +119,11 @@ def test_the_same_recipe_and_seed_give_the_same_policy(tmp_path):
         {"objective__entropy_bonus": 0.01},
         {"objective__ev_gate": True},
         {"objective__dual_clip": 0, "objective__engine_correction": 0},
+        {"rollout__max_tokens": 70, "objective__ratio": "auto"},
+        {"objective__engine_correction_level": "token", "rollout__top_p": 0.9},
+        {"objective__engine_correction_level": "sequence", "objective__ratio": "token", "rollout__top_k": 5},
+        {"objective__engine_correction_beyond": "mask", "policy__dtype": "bfloat16"},
+        {"objective__engine_gap_limit": 0.5},
         {"rollout__samples": 2, "rollout__truncated": "mask"},
         {"reward__use": "answer + 0.5 * format:pattern=.", "rollout__truncated": "keep"},
         *(
@@ -164,6 +169,8 @@ def test_every_setting_of_the_objective_runs_and_resumes_to_the_same_bits(tmp_pa
     assert summary["stopped"] == "finished"
     assert summary["policy_sha256"] == whole["policy_sha256"]
     assert summary["generated_tokens"] == whole["generated_tokens"]
+    assert again.learner.gap_limit == whole_job.learner.gap_limit is not None
+    assert again.canary.limit == whole_job.canary.limit == again.state.canary_limit is not None
 
 
 @pytest.mark.slow

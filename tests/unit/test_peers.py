@@ -193,7 +193,7 @@ def logps(policy, batch):
 
 def by_hand(policy, name, batch, advantage_B, old_BT, max_tokens):
     """The papers' formulas, response by response and token by token."""
-    new_BT, p = logps(policy, batch), PRESETS[name]["objective"]
+    new_BT, p = logps(policy, batch), PRESETS[name]["objective"] | {"ratio": a_config(name).objective.ratio}
     low, high = p["clip"]
     per_response, tokens = [], []
     for b, t in enumerate(batch.response_len_B.tolist()):

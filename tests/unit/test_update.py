@@ -152,7 +152,8 @@ def judged_batch(policy: Policy, shift: float = 0.0, **kwargs):
 def one_update(shift: float, minibatches: int = 4):
     policy = small_policy()
     batch = judged_batch(policy, shift)
-    learner = Learner(policy, small_critic(), None, small_config(training__minibatches=minibatches).with_rates(1, 1))
+    config = small_config(training__minibatches=minibatches, objective__engine_gap_limit=0.1)
+    learner = Learner(policy, small_critic(), None, config.with_rates(1, 1))
     learner.ratio_checked = True
     count, seen = TokenCount(policy), gradients_of(learner)
     metrics = learner.update(batch, batch.reward_B - 0.5, 0)

@@ -200,7 +200,7 @@ def _target(given: float | None, entries: list[Entry], out: Path) -> tuple[float
 def _differences(entries: list[Entry], labels: list[str]) -> str:
     """What each algorithm has otherwise than the first one, in words of the recipe."""
     one = {
-        e.algorithm: dict(_flat(e.config.model_dump(mode="json", exclude={"run", "bootstrap", "seed"})))
+        e.algorithm: dict(_flat(e.config.settled()[0].model_dump(mode="json", exclude={"run", "bootstrap", "seed"})))
         for e in entries
     }
     first, lines = one[labels[0]], []

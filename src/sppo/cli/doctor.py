@@ -108,7 +108,7 @@ def _plan(config: Config) -> dict[str, Any]:
         "problems": problems,
         "reward": config.reward.use,
         "engine": config.rollout.engine,
-        "algorithm": config.objective.algorithm,
+        "algorithm": f"{config.objective.algorithm}, {config.settled()[1]}",
     }
     if config.rollout.engine == "control":  # networks of a few thousand weights
         from ..models.control import SPEC, Shape, Taught

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ModelError
 from ..files import readable
+from ..objective.ratio import wide
 from ..types import Task
 from . import packed as packing
 from .attention_cuda import HALF
@@ -181,7 +182,8 @@ class Policy:
                 bias = getattr(head, "bias", None)
                 logp_N, entropy_N = token_logps(hidden_ND, head.weight, bias, target_N, temperature)
             else:
-                logits_NV = self.model(use_cache=False, **inputs_1).logits.flatten(0, 1)[state_N]
+                with self._wide_head():
+                    logits_NV = self._logits_at(inputs_1, state_N)
                 logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N, temperature)
         blank = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=self.device)
         return ResponseLogps(blank.index_put((row_N, t_N), logp_N), blank.index_put((row_N, t_N), entropy_N), mask_BT)
@@ -282,7 +284,8 @@ class Policy:
         of a single packed row, [N, V]."""
         if not self.direct_head:
             keep = 1 if last_N is None else last_N
-            logits_BSV = self.model(use_cache=True, logits_to_keep=keep, **inputs).logits.float()
+            with self._wide_head():
+                logits_BSV = wide(self.model(use_cache=True, logits_to_keep=keep, **inputs).logits)
             return logits_BSV[:, -1] if last_N is None else logits_BSV[0]
         hidden_BSD = self._backbone()(use_cache=True, **inputs).last_hidden_state
         hidden_ND = hidden_BSD[:, -1] if last_N is None else hidden_BSD[0, last_N]
@@ -310,12 +313,46 @@ class Policy:
             self._head_cache = (weight._version, cached)
         return cached
 
+    def _logits_at(self, inputs: dict[str, Any], state_N: Tensor) -> Tensor:
+        """Logits of the wanted positions of a training pass, [N, V]; the head sees no others where the model lets them be chosen."""
+        if self.packs:
+            logits_NV = self.model(use_cache=False, logits_to_keep=state_N, **inputs).logits[0]
+            if len(logits_NV) == len(state_N):
+                return logits_NV
+        else:
+            logits_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)
+        return logits_NV[state_N]
+
+    @contextlib.contextmanager
+    def _wide_head(self) -> Iterator[None]:
+        """Let the model's own output projection give float32, so that whatever the model does to its logits (caps, scales) is done in float32:
+        in bfloat16 a logit of 20 is only known to 0.06. A head that is no plain linear layer stays as it is."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear) or head.weight.dtype in (torch.float32, torch.float64):
+            yield
+            return
+        before = head.__dict__.get("forward")
+        head.forward = partial(self._wide_product, head)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del head.forward
+            if before is not None:  # narrow.py's
+                head.forward = before  # type: ignore[method-assign]
+
+    def _wide_product(self, head: Any, hidden: Tensor) -> Tensor:
+        weight = head.weight.float() if torch.is_grad_enabled() else self.float32_head()
+        bias = None if head.bias is None else head.bias.float()
+        with exact_products(head.weight.dtype):
+            return torch.nn.functional.linear(hidden.float(), weight, bias)
+
     def _backbone(self) -> Any:
         return self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
 
     @torch.no_grad()
     def _head_is_a_projection(self) -> bool:
-        """Ask the model: some scale or cap their logits (Gemma 2, Granite, Cohere), and then the plain path is used."""
+        """Ask the model: some scale or cap their logits (Gemma 2, Granite, Cohere), and then the plain path is used. Small logits would pass
+        through a cap all but unchanged, so the model is also shown large ones."""
         head = self.model.get_output_embeddings()
         if head is None or not hasattr(head, "weight"):
             return False
@@ -326,7 +363,16 @@ class Policy:
         except (AttributeError, TypeError):
             return False
         mine = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
-        return mine.shape == logits.shape and torch.allclose(mine.float(), logits.float(), rtol=1e-3, atol=1e-3)
+        if mine.shape != logits.shape or not torch.allclose(mine.float(), logits.float(), rtol=1e-3, atol=1e-3):
+            return False
+        large = torch.linspace(-100, 100, logits.size(-1), device=self.device).expand(logits.shape).clone()
+        handle = head.register_forward_hook(lambda *_: large)
+        try:
+            shown = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        unseen = torch.equal(shown, logits)  # a model that multiplies with the weight itself
+        return unseen or torch.allclose(shown.float(), large, rtol=1e-2)
 
     # -- identity --------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,12 @@ from .ratio import wide
 
 
 def effective_sample_size(log_weight_B: Tensor) -> float:
-    """Kish's ESS as a share of the batch: (Σw)² / (N·Σw²), computed without overflow. [B] → (0, 1]."""
+    """Kish's ESS as a share of the batch: (Σw)² / (N·Σw²), computed without overflow. [B] → (0, 1]; 0 where every weight is 0."""
     if log_weight_B.numel() == 0:
         return float("nan")
     log_weight_B = wide(log_weight_B.detach())
+    if bool((log_weight_B == -torch.inf).all()):
+        return 0.0
     log_share = 2 * torch.logsumexp(log_weight_B, 0) - torch.logsumexp(2 * log_weight_B, 0)
     return math.exp(float(log_share)) / log_weight_B.numel()
 

@@ -45,7 +45,8 @@ class Scored:
 @dataclass(frozen=True, slots=True)
 class Loss:
     """The loss, with gradient, and what it was made of: log ratios, which elements were clipped, which ones count, and the log weights from
-    the engine's distribution to the learner's (None where they are not corrected). Elements are [b], or [b, T] for token ratios."""
+    the engine's distribution to the learner's, of all responses or counted tokens in one row (None where they are not corrected). Elements are
+    [b], or [b, T] for token ratios."""
 
     value: Tensor
     log_ratio: Tensor
@@ -60,6 +61,32 @@ def denominator(objective: ObjectiveSection, sequences: float, tokens: float, ma
         return sequences
     constant = sequences * max_tokens
     return {"auto": tokens, "tokens": tokens, "responses": sequences, "constant": constant}[objective.average]
+
+
+def mismatch(old_bT: Tensor, behaviour_bT: Tensor, mask_bT: Tensor, objective: ObjectiveSection) -> Tensor:
+    """Log importance weights from the distribution that was sampled from to the learner's, without a cap: [b, T], or [b] for whole responses.
+
+    A response's weight is of the kind of the ratio (ratio.py), and the joint one where ratios are of tokens.
+    """
+    o = objective
+    if o.engine_correction_level == "auto":
+        raise ValueError("what 'auto' stands for depends on the whole recipe: Config.settled")
+    whole = {"token": "sequence", "geometric-token": "geometric"}.get(o.ratio, o.ratio)
+    kind = "token" if o.engine_correction_level == "token" else whole
+    return log_ratio(old_bT, behaviour_bT, mask_bT, kind, o.kappa)
+
+
+def capped(log_weight: Tensor, objective: ObjectiveSection) -> Tensor:
+    """Log weights with what is above the cap cut to it (truncated importance sampling, Ionides 2008; Yao et al. 2025), or −∞ (masked: IcePop,
+    arXiv 2510.18855; Seq-MIS, Liu et al. 2025). Same shape.
+
+    What is masked stays in the denominator: the mean over all that was sampled is the estimator of those papers' objective, E[1(w ≤ C)·w·f]. A
+    mean over the rest would be larger by 1/P(w ≤ C), the more, the worse engine and learner agree.
+    """
+    most = math.log(objective.engine_correction)
+    if objective.engine_correction_beyond == "truncate":
+        return log_weight.clamp(max=most)
+    return torch.where(log_weight > most, -torch.inf, log_weight)
 
 
 def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, sequences: float, divisor: float) -> Loss:
@@ -77,7 +104,13 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
     if o.anchor == "reference":
         assert x.reference_bT is not None
         anchor_bT = x.reference_bT
-    log_r = log_ratio(x.logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
+    logp_bT, correction = x.logp_bT, None
+    if o.engine_correction:
+        correction = capped(mismatch(x.old_bT, x.behaviour_bT, mask_bT, o), o)
+        if correction.dim() == 2 and o.ratio not in PER_TOKEN:
+            fixed_bT = logp_bT.detach()  # the ratio stays what it is, and each token's part of its gradient is weighted
+            logp_bT = fixed_bT + correction.exp() * (logp_bT - fixed_bT)
+    log_r = log_ratio(logp_bT, anchor_bT, mask_bT, o.ratio, o.kappa)
     if o.ratio in PER_TOKEN and advantage.dim() == 1:
         advantage = advantage[:, None]
     if o.surrogate == "clip":
@@ -87,16 +120,14 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
     elif o.surrogate == "sapo":
         value, clipped = soft_gate(log_r, advantage, o.gate_temperature)
     else:
-        logp = log_ratio(x.logp_bT, torch.zeros_like(x.logp_bT), mask_bT, o.ratio, o.kappa)
+        logp = log_ratio(logp_bT, torch.zeros_like(logp_bT), mask_bT, o.ratio, o.kappa)
         value, clipped = cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
     element_mask = mask_bT if o.ratio in PER_TOKEN else torch.ones_like(log_r, dtype=torch.bool)
     if x.count_bT is not None:  # what responses share counts once
         element_mask, value = x.count_bT > 0, value * x.count_bT
-    correction = None
-    if o.engine_correction:
-        correction = log_ratio(x.old_bT, x.behaviour_bT, mask_bT, o.ratio, o.kappa)
-        correction = correction.clamp(max=math.log(o.engine_correction))
-        value = value * correction.exp()
+    if correction is not None and (correction.dim() == 1 or o.ratio in PER_TOKEN):
+        weight = correction.exp()
+        value = value * (weight[:, None] if value.dim() > weight.dim() else weight)
     if o.average == "responses":
         value = response_means(value, mask_bT)
     loss = -normalised_sum(value, element_mask, divisor)
@@ -112,6 +143,8 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
             loss = loss + o.kl * (kl if x.weight_b is None else kl * x.weight_b).sum() / sequences
     if o.entropy_bonus > 0:
         loss = loss - o.entropy_bonus * token_mean(entropy_bonus(x), x, o, element_mask, divisor)
+    if correction is not None and correction.dim() == 2:
+        correction = correction[mask_bT if x.count_bT is None else x.count_bT > 0]
     return Loss(loss, log_r, clipped, element_mask, correction)
 
 

@@ -36,6 +36,7 @@ class State:
     advantage: float = 0.0
     """Sum over steps of the mean advantage."""
     advantage_steps: int = 0
+    canary_limit: float | None = None
     before: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
 

@@ -11,8 +11,10 @@ from ..evaluation.evaluate import Evaluation
 from ..rollout.engine import Sampling
 from ..types import Verdict
 
-LOW_ESS = 0.1
-"""Below this effective sample size the importance weights carry almost no information."""
+LOW_ESS = 0.5
+"""An effective sample size below which more than half of what was sampled is lost to the variance of its weights."""
+FAR = 0.2
+"""An importance weight's mean is 1 where it is exact; from this distance on the loss is scaled by something else than the recipe says."""
 MANY_CUT, SOME_OVERRULED = 0.5, 0.02
 """Shares of responses cut at the limit, and of those among them that the reward pays, from which a user must know."""
 
@@ -35,21 +37,15 @@ class Health:
     def look(self, metrics: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
         """After a step; `verdicts` are of every response that was judged, trained on or not."""
         ess, correction = metrics.get("ratio/ess"), metrics.get("engine/correction_ess")
-        ratio = self.config.objective.ratio
+        ratio, tokens = self.config.objective.ratio, metrics["rollout/mean_tokens"]
         if ess is not None and ess < LOW_ESS:
+            other = "" if ratio == "token" else "objective.ratio = 'token' (or 'family'), "
             self._once(
                 "ess",
-                f"ratio = {ratio!r} leaves an effective sample size of {ess:.1%} at {metrics['rollout/mean_tokens']:.0f} tokens: "
-                "use ratio = 'geometric' or 'token', fewer minibatches, or a lower learning rate",
+                f"the updates of one step move the policy so far that the weights of ratio = {ratio!r} leave an effective sample size of {ess:.0%} at "
+                f"{tokens:.0f} tokens: use {other}fewer minibatches or epochs, or a lower training.lr",
             )
-        if correction is not None and correction < LOW_ESS:
-            cut = self.sampling.cut
-            cause = "top_k, top_p or min_p" if cut else "the engine's precision"
-            mend = "sample without them, or use ratio = 'token'" if cut else "use ratio = 'token' or 'geometric'"
-            self._once(
-                "correction",
-                f"correcting for {cause} leaves an effective sample size of {correction:.1%} with ratio = {ratio!r}: {mend}",
-            )
+        self._corrected(correction, metrics.get("engine/correction_mean"), tokens)
         fate = "are masked" if self.config.rollout.truncated == "mask" else "score 0"
         self._cut(metrics["rollout/truncated"], metrics["rollout/overruled"], "step's", fate)
         masked = [v for v in verdicts if v.masked and not {"quarantined", "truncated"} & v.evidence.keys()]
@@ -64,6 +60,27 @@ class Health:
             )
         if metrics["reward/spread"] == 0.0:
             self._once("flat", self._flat(metrics))
+
+    def _corrected(self, ess: float | None, mean: float | None, tokens: float) -> None:
+        """Weights between engine and learner that vary much, or whose mean is not 1."""
+        if ess is not None and ess < LOW_ESS:
+            left = f"an effective sample size of {ess:.0%}"
+        elif mean is not None and abs(mean - 1) > FAR:
+            left = f"a mean weight of {mean:.2f} instead of 1"
+        else:
+            return
+        whole, cut = self.config.objective.engine_correction_level == "sequence", self.sampling.cut
+        what = f"whole responses of {tokens:.0f} tokens" if whole else "each token"
+        cause = "rollout.top_k, top_p or min_p" if cut else "what engine and learner differ by"
+        first = "sample without them, or " if cut else ""
+        second = (
+            "set objective.engine_correction_level = 'token'"
+            if whole
+            else "leave it out with objective.engine_correction = 0"
+            if cut
+            else "use policy.dtype = 'float32', or an engine that is closer to the learner (engine/gap_mean)"
+        )
+        self._once("correction", f"correcting {what} for {cause} leaves {left}: {first}{second}")
 
     def evaluated(self, result: Evaluation) -> None:
         """After the first evaluation, before anything is trained."""

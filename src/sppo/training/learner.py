@@ -25,8 +25,9 @@ from ..models.critic import Critic
 from ..models.policy import Policy
 from ..objective.advantage import overlong_penalty
 from ..objective.kl import kl_cost
-from ..objective.loss import Scored, denominator, policy_loss
+from ..objective.loss import Scored, denominator, mismatch, policy_loss
 from ..objective.ratio import log_ratio
+from ..rollout.canary import SAMPLED, noise_limit
 from .batch import Batch, micro_batches
 from .credit import credit
 from .optim import MasterAdamW, learning_rate
@@ -40,10 +41,15 @@ NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
 
 
+DRIFT = 1.0
+"""Nats a token, on average, that no updates within one step move a policy by."""
+
+
 class Learner:
     """Holds what is trained, and how. `reference` is None unless the recipe reads it."""
 
     def __init__(self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config) -> None:
+        config, _ = config.settled()
         self.policy, self.reference, self.config = policy, reference, config
         self.credit = credit(config, policy, critic)
         t = config.training
@@ -53,6 +59,7 @@ class Learner:
         self.bad_in_a_row = 0
         self.bad_total = 0
         self.ratio_checked = False
+        self.gap_limit: float | None = None  # between engine and learner, once a step has measured it
         self.critic_seconds = 0.0
         self.trace: Trace  # of the last update
         self.progress: Callable[[int, int], None] = lambda done, total: None  # micro-batches of an update
@@ -146,6 +153,9 @@ class Learner:
             self._teach_critic(batch, rows, lr["critic"], tally)
             if self.tight:
                 give_back()
+        gap = tally.engine_gap()
+        if self.gap_limit is None and gap is not None:
+            self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)
         metrics = tally.metrics(len(updates))
         self.trace = tally.trace(batch)
         if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
@@ -225,7 +235,7 @@ class Learner:
             found = policy_loss(x, of(advantage_B), o, sequences=sequences, divisor=divisor)
             self.policy_optimiser.backward(found.value)
             if found.correction is not None:
-                tally.correction.append(found.correction[found.element_mask].cpu())
+                tally.correction.append(found.correction.cpu())
             tally.observe(
                 number,
                 part,
@@ -295,8 +305,11 @@ class Learner:
         """log π_old of all minibatches but the first: the engine's where the first shows that they are the learner's, else computed."""
         o, first = self.config.objective, torch.cat(plan[0])
         engine_BT = batch.behaviour_logp_BT + batch.kept_BT
-        weight = log_ratio(old_BT[first], engine_BT[first], batch.mask_BT[first], o.ratio, o.kappa)
-        tally.served = float(weight.abs().max()) <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))
+        pair = old_BT[first], engine_BT[first], batch.mask_BT[first]
+        off = float(log_ratio(*pair, o.ratio, o.kappa).abs().max())
+        if o.engine_correction:
+            off = max(off, float(mismatch(*pair, o).abs().max()))
+        tally.served = off <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))
         tally.add("engine/serves_as_old", float(tally.served))
         if not tally.served:
             self._fill_old(old_BT, batch, plan[1:])
@@ -353,13 +366,17 @@ class Learner:
             )
 
     def _check_gap(self, tally: Tally) -> None:
-        gap, limit = tally.engine_gap(), self.config.objective.engine_gap_limit
-        if gap is not None and gap > limit:
+        gap, given, dtype = tally.engine_gap(), self.config.objective.engine_gap_limit, self.policy.dtype
+        limit, kind = (given, "objective.engine_gap_limit") if given else (self.gap_limit, "measured in the first step")
+        if limit is None:
+            limit, kind = SAMPLED[dtype], f"what {str(dtype).removeprefix('torch.')} can explain"
+        if gap is not None and not gap <= limit:
             raise EngineMismatch(
-                f"engine and learner disagree by {gap:.3f} nats a token on average (objective.engine_gap_limit is {limit}): "
-                "the engine holds other weights, or computes in another precision or at another temperature"
+                f"engine and learner disagree by {gap:.3g} nats a token on average (limit {limit:.2g}: {kind}): the engine holds other weights, "
+                "or computes in another precision or at another temperature. Where it is known to be right, set objective.engine_gap_limit above "
+                "that"
             )
-        if tally.drift > 10 * limit:  # no update within one step moves a policy so far
+        if tally.drift > DRIFT:
             raise EngineMismatch(
                 f"a minibatch whose `old` log-probabilities are the engine's is {tally.drift:.2f} nats a token away from the learner: the "
                 "engine did not sample all responses from the same weights, or training.lr is far too high"
@@ -374,6 +391,7 @@ class Learner:
             "credit": self.credit.state_dict(),
             "bad_in_a_row": self.bad_in_a_row,
             "bad_total": self.bad_total,
+            "gap_limit": self.gap_limit,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -381,3 +399,4 @@ class Learner:
         self.policy_optimiser.load_state_dict(state["policy_optimiser"])
         self.credit.load_state_dict(state["credit"])
         self.bad_in_a_row, self.bad_total = state["bad_in_a_row"], state["bad_total"]
+        self.gap_limit = state.get("gap_limit")  # not in checkpoints of older versions

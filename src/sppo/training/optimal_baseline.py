@@ -44,9 +44,14 @@ class OptimalBaseline:
         self.policy = policy
         # a response's score is divided by its length, to this power
         by_token = float(objective.average == "responses")
-        self.power = {"geometric": 1.0, "family": objective.kappa, "token": by_token, "geometric-token": by_token}.get(
-            objective.ratio, 0.0
-        )
+        powers = {
+            "sequence": 0.0,
+            "geometric": 1.0,
+            "family": objective.kappa,
+            "token": by_token,
+            "geometric-token": by_token,
+        }
+        self.power = powers[objective.ratio]  # not `auto`: Config.settled
         # running sums of the squared scores of wrong and of right responses to the same problems
         self.paired = [0.0, 0.0]
         self.earned = Earned()  # each response with its squared score

@@ -70,6 +70,7 @@ class Run:
     ) -> None:
         keep_memory()
         torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
+        config, ratio = config.settled()
         self.config, self.directory, self.observer = config, directory, observer
         self.state = State()
         self.interrupted = False
@@ -79,7 +80,7 @@ class Run:
         self._clock: dict[str, float] = {}
         for why in config.without_effect():
             observer.note(f"warning: {why}")
-        observer.note(f"algorithm {config.objective.algorithm}")
+        observer.note(f"algorithm {config.objective.algorithm}, {ratio}")
         device = pick_device()
         optimiser_class(config.training.optimizer, device)  # said now, and not after a bootstrap
         self.reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
@@ -142,7 +143,7 @@ class Run:
         )
         self.searcher = Search(config.search, self) if config.search else None
         self.step_checker = step_checker(config.task.eval or config.task.train, self.held_out[0], self.reward)
-        self.canary = Canary(self.policy)
+        self.canary = Canary(self.policy, config.objective.engine_gap_limit)
         self.canary_gap = 0.0  # at the last sync
         self.resumed_from = saved
         self.trackers = Trackers(config.run.trackers, self._tracked(saved), observer.note)
@@ -150,6 +151,7 @@ class Run:
         if saved is not None:
             self._make_learner()
             self.state = checkpoint.load(saved, self.learner, self.curriculum, self.monitors)
+            self.canary.limit = self.state.canary_limit
             if self.searcher is not None:
                 self.searcher.recall(self.state.step)
 
@@ -336,6 +338,7 @@ class Run:
         self.engine.sync(self.policy)
         self.fingerprint = self.policy.fingerprint()
         self.canary_gap = self.canary.check(self.engine, self.policy)
+        self.state.canary_limit = self.canary.limit
 
     def inspect(self, step: int, gathered: Gathered) -> Gathered:
         """What the monitors make of a step's verdicts, before anything is learnt from them: some may be masked (monitors.action)."""

@@ -104,7 +104,9 @@ class Tally:
             "engine/gap_max": self.gap_max,
         }
         out |= {name: sum(v) / len(v) for name, v in self.values.items() if not name.startswith("loss/")}
-        out["engine/correction_ess"] = effective_sample_size(torch.cat(self.correction)) if self.correction else None
+        weight = torch.cat(self.correction) if self.correction else None
+        out["engine/correction_ess"] = None if weight is None else effective_sample_size(weight)
+        out["engine/correction_mean"] = None if weight is None else float(weight.exp().mean())
         log_r = torch.cat(self.log_ratio) if self.log_ratio else None
         out["ratio/ess"] = None if log_r is None else effective_sample_size(log_r)
         out["ratio/mean"] = None if log_r is None else float(log_r.clamp(max=60).exp().mean())
