@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,11 @@ class Batch:
         """Its first n rows, as wide as all of them are."""
         if n == len(self):
             return self
-        return Batch(**{f.name: x if (x := getattr(self, f.name)) is None else x[:n] for f in fields(self)})
+        values: dict[str, Any] = {}
+        for f in fields(self):
+            x = getattr(self, f.name)
+            values[f.name] = None if x is None else x[:n]
+        return Batch(**values)
 
 
 def pack(rollouts: Sequence[Rollout], pad_id: int, beside: Sequence[Rollout] = ()) -> Batch:
