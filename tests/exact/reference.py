@@ -26,12 +26,15 @@ def number(x: float | Tensor) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float64)
 
 
+def table(model, rollout: Rollout, temperature: float) -> Tensor:
+    """log π(· | x, y_<t) before each token of a response, [T, V], with gradient."""
+    ids, first = [*rollout.prompt_ids, *rollout.response_ids], len(rollout.prompt_ids)
+    return torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0] / temperature, -1)[first - 1 : -1]
+
+
 def logps(model, rollout: Rollout, temperature: float) -> list[Tensor]:
     """log π(y_t | x, y_<t) of each token of a response, with gradient."""
-    ids = [*rollout.prompt_ids, *rollout.response_ids]
-    table = torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0] / temperature, -1)
-    first = len(rollout.prompt_ids)
-    return [table[first + t - 1, token] for t, token in enumerate(rollout.response_ids)]
+    return [row[token] for row, token in zip(table(model, rollout, temperature), rollout.response_ids, strict=True)]
 
 
 # -- the policy's loss ---------------------------------------------------------------------------------------------------
@@ -59,10 +62,20 @@ def summand(o: ObjectiveSection, new: Tensor, anchor: Tensor, old: Tensor, engin
     return value
 
 
-def kl(o: ObjectiveSection, new: Sequence[Tensor], reference: Sequence[float]) -> Tensor:
-    """The KL term of one response, as a part of the loss."""
-    total = sum(n - r for n, r in zip(new, reference, strict=True))
-    return 0.5 * total**2 if o.kl_form == "k2" else torch.exp(-total) - 1 + total
+def kl(o: ObjectiveSection, new: Tensor, reference: float | Tensor, old: Tensor) -> Tensor:
+    """The KL term of one response or one token, as a part of the loss."""
+    d = new - reference
+    if o.kl_form == "k2":
+        return 0.5 * d**2
+    k3 = torch.exp(-d) - 1 + d
+    return k3 * torch.exp(new - old) if o.kl_form == "k3-weighted" else k3
+
+
+def uncertainty(row: Tensor, token: int, engine: float) -> Tensor:
+    """The entropy of one token's distribution, whose gradient is estimated by the token that was drawn from the engine's."""
+    entropy, new = -float((row.exp() * row).sum().detach()), float(row[token].detach())
+    factor = min(math.exp(new - engine), 2.0) * (new + entropy)
+    return entropy - factor * (row[token] - new)
 
 
 def policy_loss(
@@ -84,7 +97,8 @@ def policy_loss(
     loss = number(0.0)
     for i in kept:
         r, length = rollouts[i], len(rollouts[i].response_ids)
-        new, was, engine = logps(model, r, temperature), [number(x) for x in old[i]], [number(x) for x in r.logps]
+        rows, was, engine = table(model, r, temperature), [number(x) for x in old[i]], [number(x) for x in r.logps]
+        new = [row[token] for row, token in zip(rows, r.response_ids, strict=True)]
         anchor = was if o.anchor == "behaviour" else [number(x) for x in reference[i]]
         if o.ratio == "token":
             share = {
@@ -99,8 +113,17 @@ def policy_loss(
         else:
             scaled = [sum(part) / length ** exponent(o) for part in (new, anchor, was, engine)]
             loss = loss - summand(o, *scaled, advantages[i]) / sequences
-        if o.kl and o.kl_form != "reward":
-            loss = loss + o.kl * r.task.weight * kl(o, new, reference[i]) / sequences
+            share = 1 / (length ** exponent(o) * sequences)  # of a token
+        by_token = o.kl_level == "token" or (o.kl_level == "auto" and o.ratio == "token")
+        if o.kl and o.kl_form != "reward" and by_token:
+            for t in range(length):
+                loss = loss + o.kl * r.task.weight * share * kl(o, new[t], reference[i][t], was[t])
+        elif o.kl and o.kl_form != "reward":
+            loss = loss + o.kl * r.task.weight * kl(o, sum(new), sum(reference[i]), sum(was)) / sequences
+        if o.entropy_bonus:
+            for t in range(length):
+                bonus = uncertainty(rows[t], r.response_ids[t], r.logps[t])
+                loss = loss - o.entropy_bonus * r.task.weight * share * bonus
     return loss
 
 
@@ -163,18 +186,21 @@ def token_critic_loss(critic, rollouts: Sequence[Rollout], targets: Sequence[Seq
 # -- advantages ----------------------------------------------------------------------------------------------------------
 
 
-def paid(rollouts: Sequence[Rollout], o: ObjectiveSection, reference: Sequence[Sequence[float]] | None) -> list[float]:
-    """The reward of each response, less β·KL to the frozen start where the reward holds it. The sampling policy is the whole softmax: what a
-    cut took is added back."""
+def costs(rollouts: Sequence[Rollout], o: ObjectiveSection, reference: Sequence[Sequence[float]]) -> list[list[float]]:
+    """β·KL of each token to the frozen start, where the reward holds it. The sampling policy is the whole softmax: what a cut took is added
+    back."""
     out = []
     for i, r in enumerate(rollouts):
-        reward = r.verdict.score
-        if o.kl and o.kl_form == "reward":
-            cut = r.kept or [0.0] * len(r.logps)
-            for sampled, mass, ref in zip(r.logps, cut, reference[i], strict=True):
-                reward -= o.kl * (sampled + mass - ref)
-        out.append(reward)
+        beta = o.kl if o.kl_form == "reward" else 0.0
+        cut = r.kept or [0.0] * len(r.logps)
+        out.append([beta * (x + mass - ref) for x, mass, ref in zip(r.logps, cut, reference[i], strict=True)])
     return out
+
+
+def paid(rollouts: Sequence[Rollout], o: ObjectiveSection, charged: Sequence[Sequence[float]]) -> list[float]:
+    """The reward of each response, less what it is charged; where tokens are, it is as it was judged."""
+    whole = o.baseline != "token-critic"
+    return [r.verdict.score - (sum(own) if whole else 0.0) for r, own in zip(rollouts, charged, strict=True)]
 
 
 def mean(xs: Sequence[float], otherwise: float = 0.0) -> float:
@@ -208,6 +234,7 @@ def advantages(
     rewards: Sequence[float],
     o: ObjectiveSection,
     values: Sequence[float] | Sequence[Sequence[float]] | None = None,
+    charged: Sequence[Sequence[float]] | None = None,
 ) -> list[Advantage]:
     """R − b for each response, or each of its tokens; 0 where masked. `values`: V(x), or the token critic's. (What learns from earlier steps,
     `beta`, `hybrid` and `optimal_baseline`, has hand-worked tests of its own.)"""
@@ -229,7 +256,7 @@ def advantages(
             out[i] = rewards[i] - rollouts[i].greedy.verdict.score
         else:
             assert o.baseline == "token-critic"
-            out[i] = gae(rewards[i], values[i], o.gae_lambda)
+            out[i] = [a - sum(charged[i][t:]) for t, a in enumerate(gae(rewards[i], values[i], o.gae_lambda))]
     if o.scale == "group":
         divisors = {i: deviation([rewards[j] for j in of[i]]) + 1e-4 for i in kept}
         for i in kept:

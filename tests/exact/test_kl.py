@@ -267,7 +267,7 @@ def one_response(log_ratio_to_ref, tokens, dtype):
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
 def test_the_kl_in_the_loss_pulls_towards_the_reference_wherever_the_policy_is(dtype, tokens, form, level, ratio):
     """Minimising moves log π against the gradient, so its sign must be that of ℓ_ref. 1 − e^{−x} for k3, x for the others."""
-    o = ObjectiveSection(kl=1.0, kl_form=form, kl_level=level, ratio=ratio)
+    o = ObjectiveSection(kl=1.0, kl_form=form, kl_level=level, ratio=ratio, engine_correction=0)
     for l_ref in FAR:
         logp_bT, x = one_response(l_ref, tokens, dtype)
         loss = policy_loss(x, torch.zeros(1, dtype=dtype), o, sequences=1, divisor=1).value
@@ -286,7 +286,7 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference_wherever_the_policy_is(d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kl_in_the_reward_pulls_towards_the_reference_wherever_the_policy_is(dtype):
     for ratio in ("sequence", "token"):
-        o = ObjectiveSection(kl=0.1, kl_form="reward", ratio=ratio)
+        o = ObjectiveSection(kl=0.1, kl_form="reward", ratio=ratio, engine_correction=0)
         for l_ref in FAR:
             logp_bT, x = one_response(l_ref, 4, dtype)
             cost_bT = kl_cost(x.old_bT, x.reference_bT, x.mask_bT, 0.1)

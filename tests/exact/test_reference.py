@@ -183,6 +183,8 @@ class Case:
     surrogate: str
     anchor: str
     kl: str
+    kl_level: str = "auto"
+    entropy_bonus: float = 0.0
     average: str = "auto"
     dual_clip: float = 3.0
     correction: float = 2.0
@@ -199,6 +201,8 @@ class Case:
 
 
 OTHERS = {
+    "kl_level": ["auto", "sequence", "token"],
+    "entropy_bonus": [0.0, 0.05],
     "average": ["auto", "tokens", "responses", "constant"],
     "dual_clip": [0.0, 1.05],
     "correction": [0.0, 1.15],
@@ -216,7 +220,7 @@ FIRST = {
     "ratio": ["sequence", "geometric", "family", "token"],
     "surrogate": ["clip", "cispo", "plain"],
     "anchor": ["behaviour", "reference"],
-    "kl": ["off", "reward", "k2", "k3"],
+    "kl": ["off", "reward", "k2", "k3", "k3-weighted"],
 }
 
 
@@ -264,6 +268,8 @@ def configured(case: Case, **changes):
         objective__anchor=case.anchor,
         objective__kl=0.0 if case.kl == "off" else 0.07,
         objective__kl_form="reward" if case.kl == "off" else case.kl,
+        objective__kl_level=case.kl_level,
+        objective__entropy_bonus=case.entropy_bonus,
         objective__average=case.average,
         objective__dual_clip=case.dual_clip,
         objective__clip=(0.1, 0.15),
@@ -328,7 +334,9 @@ def test_advantages_are_the_plain_ones(name, scale, masked):
     found, value_B, _ = learner.advantage(pack(rollouts, policy.pad_id))
     ref = numbers(plain(start.model), rollouts, 0.8)
     values = judged_by(plain_critic(critic), rollouts, o.baseline)
-    compare_advantages(found, reference.advantages(rollouts, reference.paid(rollouts, o, ref), o, values), rollouts)
+    charged = reference.costs(rollouts, o, ref)
+    expected = reference.advantages(rollouts, reference.paid(rollouts, o, charged), o, values, charged)
+    compare_advantages(found, expected, rollouts)
     if value_B is not None:
         first = [v[0] for v in values] if name == "token-critic" else values
         assert value_B.tolist() == pytest.approx(first, abs=1e-9)
@@ -465,9 +473,9 @@ def test_every_updates_gradient_is_the_plain_one(case):
     ref = numbers(plain(start.model), rollouts, case.temperature)
     old = numbers(model, rollouts, case.temperature)
     advantage, _, _ = learner.advantage(batch)
-    expected = reference.advantages(
-        rollouts, reference.paid(rollouts, o, ref), o, judged_by(plain_critic(critic), rollouts, o.baseline)
-    )
+    charged = reference.costs(rollouts, o, ref)
+    values = judged_by(plain_critic(critic), rollouts, o.baseline)
+    expected = reference.advantages(rollouts, reference.paid(rollouts, o, charged), o, values, charged)
     compare_advantages(advantage, expected, rollouts)
 
     kept = batch.keep_B.nonzero()[:, 0]

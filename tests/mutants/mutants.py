@@ -109,9 +109,11 @@ m("ties are won", "count_G.cumsum(0) - (count_G - 1) / 2", "count_G.cumsum(0)")
 # -- objective/kl.py -------------------------------------------------------------------------------------------------------
 
 m = of("objective/kl.py", KL, GRADIENT)
-m("k2 is twice itself", "0.5 * total_B.square()", "total_B.square()")
-m("k3 of the other policy", "torch.expm1((-total_B).clamp(max=60.0)) + total_B", "torch.expm1(total_B) - total_B")
-m("the KL is a reward", "reward_B - weight *", "reward_B + weight *")
+m("k2 is twice itself", "0.5 * x.square()", "x.square()")
+m("k3 of the other policy", "bounded_exp(-x, less=1.0) + x", "bounded_exp(x, less=1.0) - x")
+m("k3 is not weighted", "bounded_exp(log_weight.detach()), x.detach()", "torch.ones_like(log_weight), x.detach()")
+m("a weighted k3 has k3's gradient", "held * (x - held))", "-torch.expm1(-held) * (x - held))")
+m("the KL is a reward", "return weight * token_kl(", "return -weight * token_kl(")
 m("the KL in the reward has a gradient", "logp_BT.detach(), ref_logp_BT", "logp_BT, ref_logp_BT")
 
 # -- objective/loss.py -----------------------------------------------------------------------------------------------------
@@ -142,11 +144,28 @@ m(
     'x.behaviour_bT, mask_bT, "geometric", 1.0)',
 )
 m("responses are not averaged first", 'if o.average == "responses":', 'if o.average == "":')
-m("the KL loss is dropped", "loss = loss + o.kl * kl_b.sum() / sequences", "loss = loss + 0 * kl_b.sum()")
-m("the KL loss is a mean of means", "kl_b.sum() / sequences", "kl_b.mean()")
-m("the KL loss ignores the curriculum", "kl_b * x.weight_b", "kl_b * 1")
+m(
+    "the KL loss is dropped",
+    "if x.weight_b is None else kl * x.weight_b).sum() / sequences",
+    "if x.weight_b is None else kl * x.weight_b).sum() * 0",
+)
+m("the KL loss is a mean of means", "kl * x.weight_b).sum() / sequences", "kl * x.weight_b).mean()")
+m("the KL loss ignores the curriculum", "else kl * x.weight_b", "else kl * 1")
+m("the KL loss of tokens is dropped", "loss + o.kl * token_mean(", "loss + 0 * token_mean(")
+m("the KL loss of tokens is of responses", '"token" if o.kl_of_tokens else "sequence"', '"sequence"')
+m("token terms ignore the curriculum", "term_bT * x.weight_b[:, None]", "term_bT * 1")
+m("token terms are sums whatever the ratio", "kind, o.kappa)", '"sequence" if kind != "token" else kind, o.kappa)')
+m(
+    "shared tokens' terms count for each leaf",
+    "value = value * x.count_bT\n    if",
+    "value = value * 1\n    if",
+    "tests/exact/test_entropy.py",
+)
+m("the entropy bonus is a malus", "loss - o.entropy_bonus", "loss + o.entropy_bonus")
+m("the entropy bonus has no control variate", "weight_bT * (now_bT + entropy_bT)", "weight_bT * now_bT")
+m("the entropy bonus is of the policy that sampled", "(now_bT - wide(x.behaviour_bT)).clamp", "(0 * now_bT).clamp")
 m("the loss is three quarters of itself", "loss = -normalised_sum(value,", "loss = -0.75 * normalised_sum(value,")
-m("a KL form is ignored", "mask_bT, o.kl_form)", 'mask_bT, "k2")')
+m("a KL form is ignored", "estimator(d, o.kl_form)", 'estimator(d, "k2")')
 
 # -- objective/ratio.py ----------------------------------------------------------------------------------------------------
 
@@ -193,7 +212,8 @@ m(
     "value * mask",
     TRAPS,
 )
-m("huge ratios overflow", ".clamp(max=CEILING)", "")
+m("huge ratios overflow", "torch.where(x > CEILING,", "torch.where(x > 1e9,", KL)
+m("a huge ratio has no gradient", "* (1 + x - CEILING)", "* (1 + 0 * x)", KL)
 
 # -- objective/tree.py -----------------------------------------------------------------------------------------------------
 
@@ -350,6 +370,8 @@ m(
     "batch.behaviour_logp_BT, ref_BT",
     ADVANTAGES,
 )
+m("a token's KL falls on the whole response", "if self.credit.charges_tokens:", "if False:", ADVANTAGES)
+m("the response's KL is charged to nobody", "reward_B - cost_BT.sum(1)", "reward_B", ADVANTAGES)
 m(
     "`old` is taken anew each epoch",
     "            rows = torch.cat(minibatch)\n            self._policy_gradient(",

@@ -372,7 +372,7 @@ class Policy:
         finally:
             handle.remove()
         unseen = torch.equal(shown, logits)  # a model that multiplies with the weight itself
-        return unseen or torch.allclose(shown.float(), large, rtol=1e-2)
+        return unseen or torch.allclose(shown.double(), large.double(), rtol=1e-2)
 
     # -- identity --------------------------------------------------------------------------------------------------
 
