@@ -242,7 +242,9 @@ def cases() -> list[Case]:
         for column in columns:
             rng.shuffle(column)
         out += [sound(Case(*first, *rest)) for first, *rest in zip(product, *columns, strict=True)]
-    return out + pairs_left_out(out)
+    out += pairs_left_out(out)
+    rng.shuffle(out)  # what is wrong with one ratio shows soon
+    return out
 
 
 def pairs_left_out(found: list[Case]) -> list[Case]:

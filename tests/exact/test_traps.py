@@ -166,7 +166,9 @@ def test_a_fully_masked_batch_changes_nothing_and_still_back_propagates():
     assert torch.equal(weights(policy), before)
     assert "masked" in metrics["update/skipped"]
     x = torch.full((4,), float("nan"), requires_grad=True)
-    normalised_sum(x, torch.zeros(4), 0.0).backward()
+    total = normalised_sum(x, torch.zeros(4), 0.0)
+    assert float(total.detach()) == 0.0
+    total.backward()
     assert torch.equal(x.grad, torch.zeros(4))
 
 

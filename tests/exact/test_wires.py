@@ -165,7 +165,7 @@ def test_stakes_are_of_the_whole_softmax_and_of_the_advantages_factor():
     made.optimal.learn(batch, torch.full((8,), 0.3), batch.reward_B)
     weighted = [sum(own) * r.task.weight**2 for own, r in zip(expected, rollouts, strict=True)]
     right = [r.verdict.correct for r in rollouts]
-    assert made.optimal.stake[1] == pytest.approx(sum(w for w, c in zip(weighted, right, strict=True) if c))
+    assert made.optimal.earned.sums[1] == pytest.approx(sum(w for w, c in zip(weighted, right, strict=True) if c))
     assert made.optimal.stake[0] == pytest.approx(sum(w for w, c in zip(weighted, right, strict=True) if not c))
 
 

@@ -15,6 +15,7 @@ ADVANTAGES = REFERENCE + "::test_advantages_are_the_plain_ones"
 CRITIC = REFERENCE + "::test_the_critics_gradient_is_the_plain_one"
 LESSONS = REFERENCE + "::test_lessons_add_their_own_gradient_and_no_more"
 PLAN = REFERENCE + "::test_every_epoch_trains_on_every_row_once_and_keeps_a_prompts_samples_together"
+GATE = "tests/unit/test_hybrid.py::test_the_gate_by_hand"
 NEYMAN = REFERENCE + "::test_a_curriculums_weights_are_the_plain_ones"
 LOSS = "tests/exact/test_loss_gradient.py"
 TRAPS = "tests/exact/test_traps.py"
@@ -227,6 +228,7 @@ m("what was not graded is worth its score", "elif keep[node.leaf]:", "else:")
 
 m = of("training/credit.py", GRADIENT)
 m("the token critic learns shaped rewards", "gae(batch.correct_B, value_BT,", "gae(reward_B, value_BT,", CRITIC)
+<<<<<<< HEAD
 m(
     "the token critic's target lacks the value",
     "mask_BT, decay) + value_BT).clamp(0, 1)",
@@ -252,6 +254,13 @@ m(
     "batch.reward_B[rows], batch.share_B[rows]",
     CRITIC,
 )
+=======
+m("the token critic's target lacks the value", "mask_BT, decay) + value_BT).clamp(0, 1)", "mask_BT, decay)).clamp(0, 1)", CRITIC)
+m("the token critic's target leaves [0, 1]", "+ value_BT).clamp(0, 1)", "+ value_BT)", CRITIC, equivalent="a lambda-return is a convex combination of values and correctness, all within [0, 1]: the clamp is for rounding alone")
+m("the token critic's mean is over the whole batch", "int(batch.response_len_B[rows].sum())", "int(batch.response_len_B.sum())", CRITIC)
+m("the token critic learns padding", "torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum()", "loss_bT.sum()", CRITIC)
+m("the critic learns shaped rewards", "batch.correct_B[rows], batch.share_B[rows]", "batch.reward_B[rows], batch.share_B[rows]", CRITIC)
+>>>>>>> part-mutants
 m("the critic's loss is a mean of means", "/ float(share_b.sum())", "/ float(share_b[part].sum())", CRITIC)
 m(
     "whitening is forgotten",
@@ -306,9 +315,9 @@ m(
 )
 m("a score is divided by its length once", "2 * self.power", "self.power")
 m("the shift is upside down", "math.log(right / wrong)", "math.log(wrong / right)")
-m("a curriculum's weight is not squared", "batch.weight_B.square()", "batch.weight_B", OPTIMAL, WIRES)
+m("a curriculum's weight is not squared", "batch.weight_B.square()", "batch.weight_B", WIRES, OPTIMAL)
 m("what is masked has a stake", "batch.keep_B & stake_B.isfinite()", "stake_B.isfinite()")
-m("a cut is part of the policy", "batch.behaviour_logp_BT + batch.kept_BT", "batch.behaviour_logp_BT", OPTIMAL, WIRES)
+m("a cut is part of the policy", "batch.behaviour_logp_BT + batch.kept_BT", "batch.behaviour_logp_BT", WIRES, OPTIMAL)
 m("nothing is doubted", "stake + self._doubt / 2 for", "stake for")
 m("what wrong ones earn is 0", "wrong + (right - wrong) * shifted(", "right * shifted(")
 m("stakes are never forgotten", "sums[k] = MEMORY * sums[k] +", "sums[k] = sums[k] +")
@@ -318,7 +327,7 @@ m("stakes are never forgotten", "sums[k] = MEMORY * sums[k] +", "sums[k] = sums[
 m = of("training/history.py", ADVANTAGE)
 m("a past reward never ages", "-(self.clock - clock) / self.half_life", "-(self.clock - self.clock)")
 m("half-lives are one nat", "(self.clock - clock) / self.half_life", "(self.clock - clock)")
-m("pairs are of one visit", "inner + (number and rest * (total - number * value))", "inner", ADVANTAGE, WIRES)
+m("pairs are of one visit", "inner + (number and rest * (total - number * value))", "inner", WIRES, ADVANTAGE)
 m("a sample is paired with itself", "(rest**2 - sum((r - value) ** 2 for r in own)) / 2", "rest**2 / 2")
 m("the critic's noise is its value", "value * (1 - value)", "value")
 m("the critic is worth one more", "noise / spread - 1.0", "noise / spread")
@@ -326,6 +335,7 @@ m("the critic is worth one more", "noise / spread - 1.0", "noise / spread")
 # -- training/hybrid.py ----------------------------------------------------------------------------------------------------
 
 m = of("training/hybrid.py", HYBRID)
+<<<<<<< HEAD
 m("above and below b are one", "k = 2 * place + (gap > 0)", "k = 2 * place")
 m(
     "the gate opens beyond 1",
@@ -357,9 +367,21 @@ m(
     "target_N = batch.reward_B[part]",
     WIRES,
 )
+=======
+m("above and below b are one", "k = 2 * place + (gap > 0)", "k = 2 * place", GATE)
+m("the gate opens beyond 1", "min(1.0, max(0.0, self.cross[k] / self.square[k]))", "max(0.0, self.cross[k] / self.square[k])", WIRES, HYBRID)
+m("the gate opens backwards", "max(0.0, self.cross[k] / self.square[k])", "self.cross[k] / self.square[k]", GATE)
+m("stakes do not count", "+= stake * rest * gap", "+= rest * gap", GATE)
+m("the gate never forgets", "([MEMORY * x for x in sums] for sums in (self.cross, self.square))", "([x for x in sums] for sums in (self.cross, self.square))", GATE)
+m("credit sees its own token", "out_BT[b, start:] =", "out_BT[b, start - 1 :] =")
+m("a stretch's stake is of all before it", "until_BT[b, end] - until_BT[b, start]", "until_BT[b, end]", GATE)
+m("one response is enough to believe", "(self.number[place][bad] + DOUBT)", "(self.number[place][bad] + 1e-9)", WIRES, HYBRID)
+m("the last step counts, not the worst", "worst = min(worst, score)", "worst = score", WIRES, HYBRID)
+m("the segments' critic learns shaped rewards", "target_N = batch.correct_B[part]", "target_N = batch.reward_B[part]", WIRES)
+>>>>>>> part-mutants
 m("the segments' loss is a mean of means", "\n                / number", "\n                / len(starts)", WIRES)
-m("siblings tell nothing", "= q - value - self.gate.eta(place, gap) * gap", "= q - value", TREES, WIRES)
-m("a leaf's stake is not weighted", "stake * node.weight**2", "stake", TREES, WIRES)
+m("siblings tell nothing", "= q - value - self.gate.eta(place, gap) * gap", "= q - value", WIRES, TREES)
+m("a leaf's stake is not weighted", "stake * node.weight**2", "stake", WIRES, TREES)
 
 # -- training/learner.py ---------------------------------------------------------------------------------------------------
 
@@ -484,7 +506,7 @@ m("a shared token counts once for each leaf", "= node.weight", "= 1.0", TREES)
 m("what a cut left is forgotten", "if r.kept:", "if not r:")
 m("a token after the response is its own", "< self.response_len_B[:, None]", "<= self.response_len_B[:, None]")
 m("micro-batches ignore padding", "length * (end + 1 - start)", "tokens + length", TRAPS, UPDATE)
-m("a tree's nodes point into another tree", "above=n.above + already", "above=n.above", TREES, WIRES)
+m("a tree's nodes point into another tree", "above=n.above + already", "above=n.above", WIRES, TREES)
 
 # -- training/curriculum.py ------------------------------------------------------------------------------------------------
 
@@ -503,12 +525,17 @@ m("nothing is rehearsed", "round(n * self.section.rehearse) if self.stage else 0
 m("a bound belongs to the next stage", "task.difficulty > bound", "task.difficulty >= bound")
 m("a streak is one longer", "if streak >= self.after", "if streak > self.after")
 m("rest is one epoch longer", "if epoch < self.seen[name][2]", "if epoch <= self.seen[name][2]")
+<<<<<<< HEAD
 m(
     "masked answers count against a stage",
     "and r.verdict and not r.verdict.masked:\n                yield",
     "and r.verdict:\n                yield",
 )
 m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", CURRICULUM, WIRES)
+=======
+m("masked answers count against a stage", "and r.verdict and not r.verdict.masked:\n                yield", "and r.verdict:\n                yield")
+m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", WIRES)
+>>>>>>> part-mutants
 
 # -- training/gather.py ----------------------------------------------------------------------------------------------------
 
@@ -521,6 +548,7 @@ m(
 )
 m("the greedy response is of another prompt", "greedy[i // samples]", "greedy[-1 - i // samples]", WIRES)
 m("the greedy response is sampled", "replace(run.sampling, temperature=0.0)", "run.sampling", WIRES)
+<<<<<<< HEAD
 m(
     "what is thrown away costs nothing",
     "Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)",
@@ -535,12 +563,17 @@ m(
     PEERS,
     WIRES,
 )
+=======
+m("what is thrown away costs nothing", "Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)", "Gathered(rollouts, 0, thrown_away)", WIRES, PEERS)
+m("a flat group stays", "rollouts = [x for group in mixed for x in group] + fresh", "rollouts = [x for group in [*mixed, *flat] for x in group] + fresh", WIRES, PEERS)
+>>>>>>> part-mutants
 
 # -- training/search.py, rollout/mcts.py -----------------------------------------------------------------------------------
 
 m = of("training/search.py", SEARCH)
 m("every lesson weighs the same", "max(0.0, 1 - v / self.section.enough)", "1.0", WIRES)
 m("the lessons' weight is ignored", "self.section.weight * max(", "max(", WIRES)
+<<<<<<< HEAD
 m(
     "a lesson is not judged again",
     "if f is not None and f.solved and i not in no",
@@ -562,6 +595,14 @@ m(
 )
 m("what was solved is hard", "if r.task.id not in solved}", "if True}", SEARCH, WIRES)
 m("the critic's hope is ignored", "if v < self.section.below]", "if v < 2]", SEARCH, WIRES)
+=======
+m("a lesson is not judged again", "if f is not None and f.solved and i not in no", "if f is not None and i not in no", WIRES)
+m("few lessons weigh as much as many", "[w for _, w in taught], self.section.batch)", "[w for _, w in taught], len(taught))", WIRES, SEARCH)
+m("a prefix is worth its best step", "[min((score for score, place", "[max((score for score, place", WIRES, SEARCH)
+m("an unfinished response has an outcome", 'outcome = verdict.correct if rollout.finish == "stop" else', "outcome = verdict.correct if True else", WIRES)
+m("what was solved is hard", "if r.task.id not in solved}", "if True}", WIRES, SEARCH)
+m("the critic's hope is ignored", "if v < self.section.below]", "if v < 2]", WIRES, SEARCH)
+>>>>>>> part-mutants
 m = of("rollout/mcts.py", SEARCH)
 m("Q forgets the prefix's value", "/ (1 + self.visits)", "/ max(1, self.visits)")
 m(
