@@ -31,7 +31,9 @@ COMMON = (
     "--target", "0.6", "--quiet",
 )  # fmt: skip
 ARMS = {"sppo": "sppo:", "optimal": "sppo-optimal:", "half": "sppo:objective.baseline_weight=0.5,", "grpo": "grpo:"}
-RATIOS = ("sequence", "family", "geometric")
+RATIOS = (
+    "objective.ratio=sequence", "objective.ratio=family", "objective.ratio=geometric", "objective.ratio=geometric,objective.clip=[0.0003,0.0004]",
+)  # fmt: skip
 
 
 class Study:
@@ -41,13 +43,13 @@ class Study:
         self.args, self.out = args, Path(args.out)
         self.running: list[tuple[subprocess.Popen[bytes], str]] = []
 
-    def compare(self, name: str, arms: Sequence[str], seed: int, jobs: int, *more: str, recipe: str = RECIPE) -> None:
+    def compare(self, name: str, arms: Sequence[str], seed: int, jobs: int, *more: str) -> None:
         """Begin `sppo compare` on one seed, from the start that all comparisons of that seed share."""
         folder, starts = self.out / f"{name}-{seed}", self.out / "starts"
         if (starts / f"seed-{seed}").exists():
             shutil.copytree(starts, folder / "starts", dirs_exist_ok=True)
         command = [
-            sys.executable, "-m", "sppo", "compare", recipe, "--algorithms", ",".join(arms), "--seeds", "1", "--seed", str(seed), "--jobs", str(jobs),
+            sys.executable, "-m", "sppo", "compare", RECIPE, "--algorithms", ",".join(arms), "--seeds", "1", "--seed", str(seed), "--jobs", str(jobs),
             "--steps", str(self.args.steps), "--out", str(folder), "--task.train", self.args.train, "--reward.use", self.args.reward, *COMMON, *more,
         ]  # fmt: skip
         with (self.out / f"{name}-{seed}.log").open("wb") as log:
@@ -129,8 +131,6 @@ def main() -> None:
             }
             best[name] = max(mean, key=mean.__getitem__)
             print(f"{name}: {best[name]} of {mean}", flush=True)
-    own_clip = study.out / "geometric.toml"
-    own_clip.write_text(Path(RECIPE).read_text().replace("clip = [0.2, 0.2]", "clip = [0.0003, 0.0004]"))
     each = max(1, args.jobs // len(args.seeds))
     for i, seed in enumerate(args.seeds):
         arms = [a for a in ARMS if a != "grpo" or i == 0]
@@ -139,15 +139,12 @@ def main() -> None:
             study.wait()
     study.wait()
     for seed in args.seeds[:2]:
-        rate = best["sppo"]
-        study.compare("ratios", [f"sppo:objective.ratio={r},training.lr={rate}" for r in RATIOS], seed, each)
-        own = [f"sppo:objective.ratio=geometric,training.lr={rate}"]
-        study.compare("own-clip", own, seed, 1, recipe=str(own_clip))
-        if args.jobs < 4:
+        study.compare("ratios", [f"sppo:{r},training.lr={best['sppo']}" for r in RATIOS], seed, each)
+        if args.jobs < len(args.seeds):
             study.wait()
     study.wait()
     result: dict[str, Any] = {"rates": best}
-    for name in ("tune", "baselines", "ratios", "own-clip"):
+    for name in ("tune", "baselines", "ratios"):
         for seed in (args.tuning, *args.seeds):
             if found := study.found(name, seed):
                 result[f"{name}-{seed}"] = found
