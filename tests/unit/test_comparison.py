@@ -79,14 +79,41 @@ def test_a_failed_run_never_reached_the_target_and_the_first_one_named_stays_fir
     found_none = compare(
         {"a": {1: a_curve(0.4, 0.8)}, "b": {1: None}}, 0.6
     )  # one that always fails is in the table too
-    assert "| b | 0 of 1 | – | – | – | – | 0 | 1 |" in table(found_none)
-    assert "1 of 2" in table(found)
-    assert "it alone missed it in 1" in table(found)
+    assert ["b", "0 of 1", "–", "–", "0", "1"] in cells(table(found_none))
+    assert ["b", "–", "–", "–"] in cells(table(found_none))
+    shown = cells(table(found))
+    assert ["a", "1 of 2", "– [0.05k, –]", "– [5, –]", "0", "1"] in shown
+    assert ["b", "–", "–", "0 of 1", "1–0", "-0.300"] in shown
 
 
-def a_curve(*accuracy, tokens=100.0, seconds=10.0):
+def a_curve(*accuracy, tokens=100.0, seconds=10.0, **ends):
     n = range(len(accuracy))
-    return Curve([tokens * i for i in n], [seconds * i for i in n], accuracy, {"ess": 0.5})
+    return Curve([tokens * i for i in n], [seconds * i for i in n], accuracy, {"ess": 0.5}, ends)
+
+
+def cells(text):
+    """The rows of Markdown tables, without what makes their columns line up."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line]
+
+
+def test_what_is_reported_beside_accuracy_is_in_the_table_where_it_is_known():
+    curves = {
+        "a": {1: a_curve(0.4, 0.8, **{"entropy": 0.2, "pass@2": 0.8, "pass@4": 0.9}), 2: a_curve(0.4, 0.8, **{"entropy": 0.4, "pass@4": None})},
+        "b": {1: a_curve(0.4, 0.6, **{"entropy": None, "pass@4": 0.7})},
+    }  # fmt: skip
+    curves["a"][1].means["mean_advantage"] = 0.125
+    found = compare(curves, 0.6)
+    assert found["algorithms"]["a"]["entropy"]["value"] == pytest.approx(0.3)
+    assert found["algorithms"]["a"]["entropy"]["low"] == pytest.approx(0.3 - 12.706 * 0.1)
+    assert found["algorithms"]["a"]["mean_advantage"] == 0.125
+    assert found["algorithms"]["b"]["pass@4"] == {"value": 0.7, "low": None, "high": None}
+    assert "entropy" not in found["algorithms"]["b"]
+    shown = cells(table(found))
+    assert ["algorithm", "accuracy at 0.10k tokens", "mean on the way", "mean Â", "entropy", "pass@4"] in shown
+    assert [row[3:] for row in shown if len(row) == 6 and row[0] in "ab" and row[3] in ("+0.125", "–")] == [
+        ["+0.125", "0.300", "0.900"], ["–", "–", "0.700"]]  # fmt: skip
+    json.dumps(found, allow_nan=False)
+    assert len(cells(table(compare({"a": {1: a_curve(0.4, 0.8)}}, 0.6)))[3]) == 4  # nothing beside is known
 
 
 def test_a_comparison_by_hand():
@@ -142,7 +169,11 @@ def test_the_command_pairs_seeds_resumes_and_refuses_other_recipes(tmp_path, cap
     }
     assert len(starts) == 1  # the same start
     assert "<svg" in (tmp_path / "c" / "curves.svg").read_text()
-    assert "| sppo |" in (tmp_path / "c" / "comparison.md").read_text()
+    shown = cells((tmp_path / "c" / "comparison.md").read_text())
+    assert next(row for row in shown if "mean Â" in row)[3:] == ["mean Â", "entropy"]
+    ends = next(row for row in shown if row[0] == "sppo" and len(row) == 5)
+    assert -1 < float(ends[3]) < 1
+    assert float(ends[4]) > 0
     recipe = (tmp_path / "c" / "grpo-rollout.samples=4-training.lr=2e-3" / "seed-2" / "recipe.toml").read_text()
     assert "samples = 4" in recipe
     assert "prompts = 4" in recipe  # as many responses a step

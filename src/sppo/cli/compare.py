@@ -57,10 +57,13 @@ def add(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-LEGEND = (
-    "value [low, high]: 95% over seeds; – means that half of the seeds (or the worst one) never reached the target. Seconds are of training alone: evaluations "
-    "and the shared start are outside the clock."
-)
+LEGEND = """\
+value [low, high]: 95% over seeds; – means that half of the seeds (or the worst one) never reached the
+target. Seconds are of training alone: evaluations (the one of training problems that a critic starts
+from among them) and the shared start are outside clock and tokens. Mean Â: of the advantages, over the
+run. Entropy (nats a token) and pass@k: of the last evaluation; pass@k with --evaluation.samples of k.
+Against the first one, on the same seeds: ratios are of those where both began below the target and
+reached it; missed 2–1: it alone did not on two seeds, the first one alone did not on one."""
 SHARED = ("seed", "run.", "bootstrap", "policy.", "task.", "reward.", "evaluation.", "training.measure_noise")
 """What all runs of a comparison have in common, so that it is one."""
 

@@ -167,6 +167,7 @@ def _default_reward(example: Any, loaded: Loaded) -> str:
 def _lines(r: dict[str, Any], temperature: float) -> str:
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     passes = "  ".join(f"{k} {v:.3f}" for k, v in r["pass_at_k"].items() if k != "pass@1")
+    entropy = "" if r["entropy"] is None else f", entropy {r['entropy']:.3f} nats a token"
     notes = [f"{r['masked']} could not be graded"] if r["masked"] else []
     notes += [f"{r['passed_over']} prompts too long"] if r["passed_over"] else []
     lost = f", {r['overruled']:.0%} although the reward would have paid them" if r["overruled"] else ""
@@ -175,7 +176,7 @@ def _lines(r: dict[str, Any], temperature: float) -> str:
         return f"{r['task']}\n  none of {r['masked']} responses could be graded: {r['outcomes']}"
     return (
         f"{r['task']}\n  accuracy {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]  {passes}\n"
-        f"  {r['n']} problems × {r['samples']}, {how}, {r['mean_tokens']:.0f} tokens each"
+        f"  {r['n']} problems × {r['samples']}, {how}, {r['mean_tokens']:.0f} tokens each{entropy}"
         + (f" ({', '.join(notes)})" if notes else "")
         + _steps(r["measures"])
         + "".join(_calibration(who, found) for who, found in r["calibration"].items())

@@ -49,6 +49,8 @@ class Curve:
     accuracy: Sequence[float]
     means: Mapping[str, float | None] = field(default_factory=dict)
     """Means over steps of metrics that are reported beside."""
+    ends: Mapping[str, float | None] = field(default_factory=dict)
+    """What the last evaluation measured beside accuracy: entropy, pass@k."""
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.seconds) == len(self.accuracy) > 0:
@@ -125,9 +127,10 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
     """What the runs show, as plain numbers; `runs_of[algorithm][seed]`, None for a run that failed: it never reached the target.
 
     For each algorithm: `tokens_to_target`, `time_to_target` (medians; null where not reached, `reached` says in how many runs),
-    `final_accuracy`, `area` (means, both at the largest number of tokens that every run generated), `collapses`, `failed`. `against`
-    compares with the first algorithm on the seeds that both have: ratios of costs where both reached the target (`…_missed`: in how many
-    of the other seeds this one did not, and the first one did not), differences of accuracy.
+    `final_accuracy`, `area` (means, both at the largest number of tokens that every run generated), `collapses`, `failed`, the curves' `means`
+    (means over seeds), and of their `ends` those that any run has (means with intervals). `against` compares with the first algorithm on the
+    seeds that both have: ratios of costs where both reached the target (`…_missed`: in how many of the other seeds this one did not, and the
+    first one did not), differences of accuracy.
     """
     missing = {name: sum(c is None for c in runs.values()) for name, runs in runs_of.items()}
     curves = {name: {seed: c for seed, c in runs.items() if c is not None} for name, runs in runs_of.items()}
@@ -141,6 +144,7 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
         tokens = [cost_to(c.tokens, c.accuracy, target) for c in runs.values()] + never
         seconds = [cost_to(c.seconds, c.accuracy, target) for c in runs.values()] + never
         metrics = sorted({key for c in runs.values() for key in c.means})
+        ends = sorted({key for c in runs.values() for key in c.ends})
         out["algorithms"][name] = {
             "seeds": sorted(runs),
             "failed": missing[name],
@@ -153,6 +157,9 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
             "tokens": mean_interval([c.tokens[-1] for c in runs.values()]),
             "collapses": sum(collapsed(c.accuracy) for c in runs.values()),
             **{key: _mean_of([c.means.get(key) for c in runs.values()]) for key in metrics},
+            **{
+                key: mean_interval(known) for key in ends if (known := _known([c.ends.get(key) for c in runs.values()]))
+            },
             "per_seed": {
                 str(seed): {
                     "final_accuracy": finals[name][seed],
@@ -192,5 +199,9 @@ def _finite(x: float) -> float | None:
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+    known = _known(values)
     return sum(known) / len(known) if known else None
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [v for v in values if v is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 """Okabe and Ito's, which colour-blind readers can tell apart."""
 
 STEP_MEANS = {
+    "advantage/mean": "mean_advantage",
     "advantage/variance": "advantage_variance",
     "update/grad_variance": "gradient_variance",
     "update/grad_signal": "gradient_signal",
@@ -24,6 +26,8 @@ STEP_MEANS = {
     "ratio/clip_fraction": "clip_fraction",
     "critic/explained_variance": "explained_variance",
 }
+ENDS = r"eval/(entropy|pass@(?!1$)\d+)"
+"""What of the last evaluation is reported beside accuracy, which is pass@1."""
 
 
 def read_curve(run: Path) -> Curve:
@@ -42,7 +46,9 @@ def read_curve(run: Path) -> Curve:
                 seconds.append(used)
                 accuracy.append(float(m["eval/accuracy"]))
     means = {short: _mean([m.get(long) for m in steps]) for long, short in STEP_MEANS.items()}
-    return Curve(tokens, seconds, accuracy, means)
+    last: dict[str, Any] = next((m for m in reversed(steps) if m.get("eval/accuracy") is not None), {})
+    known = {key.removeprefix("eval/"): value for key, value in last.items() if re.fullmatch(ENDS, key)}
+    return Curve(tokens, seconds, accuracy, means, known)
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -51,48 +57,74 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table, one row an algorithm."""
-    target = result["target"]
+    """The comparison as Markdown tables, one row an algorithm: what the target cost, where the runs ended, and differences on the same seeds."""
+    target, algorithms = result["target"], result["algorithms"]
     unit, letter = (1e6, "M") if result["equal_tokens"] >= 1e5 else (1e3, "k")
-    rows = [
-        f"| algorithm | reached {target:.2f} | tokens to {target:.2f} | seconds to {target:.2f} | "
-        f"accuracy at {result['equal_tokens'] / unit:.2f}{letter} tokens | mean accuracy on the way | collapsed | failed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    costs = [
+        [
+            "algorithm",
+            f"reached {target:.2f}",
+            f"tokens to {target:.2f}",
+            f"seconds to {target:.2f}",
+            "collapsed",
+            "failed",
+        ]
     ]
-    for name, a in result["algorithms"].items():
-        rows.append(
-            f"| {name} | {a['reached']} of {len(a['seeds']) + a['failed']} | {_cell(a['tokens_to_target'], unit, '{:.2f}' + letter)} | "
-            f"{_cell(a['time_to_target'], 1, '{:.0f}')} | {_cell(a['final_accuracy'], 1, '{:.3f}')} | {_cell(a['area'], 1, '{:.3f}')} | "
-            f"{a['collapses']} | {a['failed']} |"
+    last = sorted({k for a in algorithms.values() for k in a if k.startswith("pass@")}, key=lambda k: int(k[5:]))[-1:]
+    beside = [k for k in ("entropy", *last) if any(k in a for a in algorithms.values())]
+    ends = [
+        [
+            "algorithm",
+            f"accuracy at {result['equal_tokens'] / unit:.2f}{letter} tokens",
+            "mean on the way",
+            "mean Â",
+            *beside,
+        ]
+    ]
+    for name, a in algorithms.items():
+        tokens, seconds = _cell(a["tokens_to_target"], unit, "{:.2f}" + letter), _cell(a["time_to_target"], 1, "{:.0f}")
+        costs.append(
+            [
+                name,
+                f"{a['reached']} of {len(a['seeds']) + a['failed']}",
+                tokens,
+                seconds,
+                str(a["collapses"]),
+                str(a["failed"]),
+            ]
         )
-    compared = [(name, a["against"]) for name, a in result["algorithms"].items() if "against" in a]
+        mean = a.get("mean_advantage")
+        shown = ["–" if k not in a else f"{a[k]['value']:.3f}" for k in beside]
+        accuracy, area = (_cell(a[k], 1, "{:.3f}") for k in ("final_accuracy", "area"))
+        ends.append([name, accuracy, area, "–" if mean is None else f"{mean:+.3f}", *shown])
+    tables = [costs, ends]
+    compared = [(name, a["against"]) for name, a in algorithms.items() if "against" in a]
     if compared:
         first = next(iter(compared[0][1]))
-        rows += [
-            "",
-            f"| against {first}, same seeds | tokens to {target:.2f}, ratio | seconds to {target:.2f}, ratio | accuracy at equal tokens, difference |",
-            "| --- | --- | --- | --- |",
-        ]
+        pairs = [[f"against {first}", "tokens, ratio", "seconds, ratio", "seeds", "missed", "accuracy, difference"]]
         for name, against in compared:
             pair = against[first]
-            rows.append(
-                f"| {name} | {_ratio(pair, 'tokens_ratio', first)} | {_ratio(pair, 'time_ratio', first)} | {_cell(pair['accuracy_difference'], 1, '{:+.3f}')} |"
+            ratios = ["–" if pair[k] is None else _cell(pair[k], 1, "{:.2f}") for k in ("tokens_ratio", "time_ratio")]
+            seeds, missed = (
+                f"{pair['tokens_ratio_pairs']} of {pair['seeds']}",
+                "–".join(map(str, pair["tokens_ratio_missed"])),
             )
-    return "\n".join(rows) + "\n"
+            pairs.append([name, *ratios, seeds, missed, _cell(pair["accuracy_difference"], 1, "{:+.3f}")])
+        tables.append(pairs)
+    return "\n\n".join(map(_markdown, tables)) + "\n"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with columns that line up, the first one the heading."""
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "| " + " | ".join("-" * n for n in wide) + " |", *lines[1:]])
 
 
 def _cell(interval: Mapping[str, float | None], unit: float, form: str) -> str:
     shown = ["–" if interval[k] is None else form.format(interval[k] / unit) for k in ("value", "low", "high")]  # type: ignore[operator]
     alone = interval["low"] is None and interval["high"] is None
     return shown[0] if alone else f"{shown[0]} [{shown[1]}, {shown[2]}]"
-
-
-def _ratio(pair: Mapping[str, Any], key: str, first: str) -> str:
-    late, early = pair[f"{key}_missed"]
-    missed = "".join(f"; {who} alone missed it in {n}" for who, n in (("it", late), (first, early)) if n)
-    if pair[key] is None:
-        return f"– (no seed where both began below it and reached it{missed})"
-    return f"{_cell(pair[key], 1, '{:.2f}')} ({pair[f'{key}_pairs']} of {pair['seeds']} seeds{missed})"
 
 
 def figure(curves: Mapping[str, Sequence[Curve]], target: float, path: Path) -> None:

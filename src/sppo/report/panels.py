@@ -17,7 +17,7 @@ from ..evaluation.calibration import reliability
 from ..evaluation.intervals import wilson
 from ..types import OUTCOMES
 from .reader import RunReader
-from .story import RECENT, Metrics
+from .story import RECENT, Metrics, largest_k
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, without the black that a dark page swallows."""
@@ -36,6 +36,8 @@ CURVES = {
     "clip": ("ratio/clip_fraction", "Clipped", "share", "Share of ratios that the clip cut off. The first minibatch of a step has none: its ratio is 1."),
     "kl": ("policy/kl_step", "How far a step moves the policy", "nats a token",
            "KL between the policy that sampled and the policy half-way through the step's updates."),
+    "advantage": ("advantage/mean", "Mean advantage", "reward",
+                  "Of each step: above 0, most responses are encouraged, right or not. Near 0 where the baseline is the mean reward."),
     "entropy": ("policy/entropy", "Entropy", "nats a token",
                 "Of the next token. At 0 while the reward is far from its top, the policy has stopped exploring."),
     "gradient": ("update/grad_norm", "Gradient norm", "norm", "Before it is scaled down to training.max_grad_norm."),
@@ -63,7 +65,7 @@ CALIBRATION = (
     ("eval/critic_ece", "ECE, held-out", COLOURS[2]),
     ("eval/model_ece", "ECE of the confidence that the model states, held-out", COLOURS[3]),
 )
-SMOOTHED = ("reward", "length", "speed")
+SMOOTHED = ("reward", "length", "speed", "advantage")
 
 Figure = dict[str, Any]
 
@@ -83,13 +85,47 @@ def overview(runs: Sequence[RunReader]) -> list[Figure]:
         accuracy.append({**_line(x, y, run.name, colour), "mode": "lines+markers"})
     read = "On problems that are never trained on; the band is the 95% interval."
     first = _figure("accuracy", "Held-out accuracy", read, accuracy, y="share solved", percent=True)
-    return [first, *(_curve(runs, name) for name in ("reward", "length", "speed"))]
+    return [first, *_diversity(runs), *(_curve(runs, name) for name in ("reward", "length", "speed"))]
+
+
+def _diversity(runs: Sequence[RunReader]) -> list[Figure]:
+    """pass@k (the largest k) and entropy of the evaluations, where there are any."""
+    passes: list[dict[str, Any]] = []
+    entropies: list[dict[str, Any]] = []
+    ks: set[int] = set()
+    for run, colour in _coloured(runs):
+        x, y = _evaluated(run, "entropy")
+        if x:
+            entropies.append({**_line(x, y, run.name, colour), "mode": "lines+markers"})
+        k = max((k for m in run.metrics() if (k := largest_k(m)) is not None), default=None)
+        if k is not None:
+            ks.add(k)
+            passes.append(
+                {**_line(*_evaluated(run, f"pass@{k}"), f"{run.name}, k = {k}", colour), "mode": "lines+markers"}
+            )
+    out = []
+    if passes:
+        read = "Problems that one of k responses solves at least. Where it falls while accuracy rises, the policy forgets ways that it knew."
+        title = f"Held-out pass@{ks.pop() if len(ks) == 1 else 'k'}"
+        out.append(_figure("passes", title, read, passes, y="share solved", percent=True))
+    if entropies:
+        read = "Of the responses to held-out problems. At 0 the policy says one thing only."
+        out.append(_figure("held-entropy", "Held-out entropy", read, entropies, y="nats a token"))
+    return out
+
+
+def _evaluated(run: RunReader, name: str) -> tuple[list[int], list[float]]:
+    """What the evaluations measured, the one before the first step included."""
+    points = [(m["step"] + 1, float(m[f"eval/{name}"])) for m in run.metrics() if m.get(f"eval/{name}") is not None]
+    if (start := run.start().get(name)) is not None:
+        points.insert(0, (0, float(start)))
+    return _thin([x for x, _ in points], [y for _, y in points])
 
 
 def health(runs: Sequence[RunReader]) -> list[Figure]:
     """What tells a healthy update from a sick one."""
     metrics = runs[0].metrics()
-    before, after = ("ess", "clip", "kl", "entropy", "gradient", "gap"), ("memory",)
+    before, after = ("ess", "clip", "kl", "entropy", "advantage", "gradient", "gap"), ("memory",)
     return [
         _outcomes(metrics),
         _several(metrics, "monitors", "What the monitors see", "share", MONITORED),

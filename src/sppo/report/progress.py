@@ -6,6 +6,7 @@ import contextlib
 import io
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -143,11 +144,12 @@ class ProgressDisplay:
         """Show a held-out accuracy with its interval."""
         self.accuracy = f"{result.accuracy:.3f}"
         if not self.quiet:
+            beside = _beside(result.pass_at_k, result.entropy)
             masked = f", {result.masked} could not be graded" if result.masked else ""
             masked += f", {cut_share(result.truncated, result.overruled)}" if result.truncated else ""
             self.console.print(
                 f"held-out accuracy after step {step}: {result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}] "
-                f"(n={result.n}, {result.mean_tokens:.0f} tokens a response{masked})",
+                f"(n={result.n}, {beside}{result.mean_tokens:.0f} tokens a response{masked})",
                 style="bold", markup=False, soft_wrap=True,
             )  # fmt: skip
 
@@ -178,6 +180,12 @@ def cut_share(truncated: float, overruled: float) -> str:
     return f"{truncated:.0%} cut at rollout.max_tokens{lost}"
 
 
+def _beside(pass_at_k: Mapping[str, float] | None, entropy: float | None) -> str:
+    """`pass@4 0.512, entropy 0.310, `: what an evaluation measured beside accuracy, which is pass@1."""
+    found = {**(pass_at_k or {}), **({} if entropy is None else {"entropy": entropy})}
+    return "".join(f"{name} {value:.3f}, " for name, value in found.items() if name != "pass@1")
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
@@ -188,9 +196,10 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
     for when in ("before", "after"):
         if summary[f"accuracy_{when}"] is not None:
             low, high = summary[f"accuracy_{when}_low"], summary[f"accuracy_{when}_high"]
+            beside = _beside(summary[f"pass_at_k_{when}"], summary[f"entropy_{when}"]).removesuffix(", ")
             table.add_row(
                 f"held-out accuracy {when}",
-                f"{summary[f'accuracy_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})",
+                f"{summary[f'accuracy_{when}']:.3f}  (95% interval {low:.3f} to {high:.3f})  {beside}",
             )
     table.add_row(
         "steps",

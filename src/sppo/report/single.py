@@ -24,6 +24,12 @@ NAMES = {
     "eval/right_by_wrong_steps": "right answers by a wrong step, of those whose steps can be judged",
     "eval/steps_judged_share": "right answers whose steps can be judged",
     "eval/mean_tokens": "tokens a response",
+    "eval/entropy": "entropy, nats a token",
+}
+IN_TRAINING = {
+    "advantage/mean": "mean advantage, in training",
+    "critic/ece": "critic: calibration error (ECE)",
+    "critic/brier": "critic: Brier score",
 }
 CHOSEN = 6
 """Rollouts of each kind in the file."""
@@ -91,10 +97,13 @@ def card(run: RunReader) -> str:
     rows = [("held-out accuracy", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
     start = run.start()
     rows.append(("… before training", _share(start, "accuracy", "low", "high")))
-    measured = [k for k in sorted(now) if k.startswith("eval/") and k not in ("eval/accuracy", "eval/low", "eval/high")]
+    measured = [
+        k
+        for k in sorted(now)
+        if k.startswith("eval/") and k not in ("eval/accuracy", "eval/low", "eval/high", "eval/pass@1")
+    ]
     rows += [(NAMES.get(k, k.removeprefix("eval/").replace("_", " ")), f"{now[k]:.3f}") for k in measured]
-    rows += [(name, f"{m:.3f}") for key, name in (("critic/ece", "critic: calibration error (ECE)"), ("critic/brier", "critic: Brier score"))
-             if (m := recent_mean(metrics, key)) is not None]  # fmt: skip
+    rows += [(name, f"{m:.3f}") for key, name in IN_TRAINING.items() if (m := recent_mean(metrics, key)) is not None]
     none = "Nothing." if watched(run) else "They were off, or the run is older than they are."
     quarantined = int(sum(m.get("monitor/quarantined", 0) for m in metrics))
     path = shlex.quote(visible(run.path.resolve().name if str(run.path) == "." else run.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,12 @@ def story(run: RunReader) -> dict[str, Any]:
     count, seen = ("0", "none raised") if watched(run) else ("–", "not watched in this run")
     if alerts:
         count, seen = str(len(alerts)), str(alerts[-1].get("what"))
+    near = "0 where the baseline is the mean reward"
     tiles = [
         _tile("held-out accuracy", _percent(now.get("accuracy")), _interval(now), "accuracy" + (" bad" if doubt else "")),
+        *_beside(now),
         _tile("training reward", _number(recent_mean(metrics, "reward/mean")), f"mean of the last {min(RECENT, done)} steps" if done else "", "reward"),
+        _tile("mean advantage", _number(recent_mean(metrics, "advantage/mean"), "{:+.3f}"), near, "advantage"),
         _tile("response length", _number(recent_mean(metrics, "rollout/mean_tokens"), "{:.0f}"), "tokens each", "length"),
         _tile("speed", _number(recent_mean(metrics, "tokens_per_second"), "{:,.0f}"), "tokens a second, sampling and update", "speed"),
         _tile("step", f"{done:,}", f"of {total:,}" + (f", about {clock(left)} left" if going and left is not None else ""), "step"),
@@ -103,7 +107,34 @@ def _last_evaluation(metrics: Metrics) -> dict[str, Any]:
     m = next((m for m in reversed(metrics) if m.get("eval/accuracy") is not None), None)
     if m is None:
         return {}
-    return {"step": m["step"] + 1, "accuracy": m["eval/accuracy"], "low": m.get("eval/low"), "high": m.get("eval/high")}
+    k = largest_k(m)
+    return {
+        "step": m["step"] + 1, "accuracy": m["eval/accuracy"], "low": m.get("eval/low"), "high": m.get("eval/high"),
+        "entropy": m.get("eval/entropy"), "k": k, "pass": m[f"eval/pass@{k}"] if k else None,
+    }  # fmt: skip
+
+
+def largest_k(m: dict[str, Any]) -> int | None:
+    """The largest k above 1 of which an evaluation has pass@k."""
+    found = [int(key.removeprefix("eval/pass@")) for key in m if re.fullmatch(r"eval/pass@\d{1,6}", key)]
+    return max((k for k in found if k > 1), default=None)
+
+
+def _beside(now: dict[str, Any]) -> list[dict[str, str]]:
+    """Tiles of what the last evaluation measured beside accuracy."""
+    tiles = []
+    if now.get("k"):
+        tiles.append(
+            _tile(
+                f"held-out pass@{now['k']}",
+                _percent(now["pass"]),
+                f"solved by one of {now['k']} responses at least",
+                "pass",
+            )
+        )
+    if now.get("entropy") is not None:
+        tiles.append(_tile("held-out entropy", _number(now["entropy"]), "nats a token, of what was sampled", "entropy"))
+    return tiles
 
 
 def _tile(name: str, value: str, note: str, kind: str) -> dict[str, str]:

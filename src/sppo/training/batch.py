@@ -82,11 +82,8 @@ class Batch:
         """Its first n rows, as wide as all of them are."""
         if n == len(self):
             return self
-        values: dict[str, Any] = {}
-        for f in fields(self):
-            x = getattr(self, f.name)
-            values[f.name] = None if x is None else x[:n]
-        return Batch(**values)
+        cut: dict[str, Any] = {f.name: x[:n] for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return replace(self, **cut)
 
 
 def pack(rollouts: Sequence[Rollout], pad_id: int, beside: Sequence[Rollout] = ()) -> Batch:

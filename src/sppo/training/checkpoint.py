@@ -33,6 +33,9 @@ class State:
     responses: int = 0
     truncated: int = 0
     overruled: int = 0
+    advantage: float = 0.0
+    """Sum over steps of the mean advantage."""
+    advantage_steps: int = 0
     before: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
 

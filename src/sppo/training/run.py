@@ -7,6 +7,7 @@ weights, the optimisers and a handful of numbers, and a resumed run ends where t
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import time
 from collections import Counter
@@ -386,6 +387,10 @@ class Run:
         self.state.truncated += cut
         self.state.overruled += sum("paid_before_cut" in v.evidence for v in verdicts)
         self.state.masked += masked + sum(v.masked for v in discarded)
+        mean_advantage = float(advantage_B[batch.keep_B].mean()) if masked < len(batch) else None
+        if mean_advantage is not None and math.isfinite(mean_advantage):
+            self.state.advantage += mean_advantage
+            self.state.advantage_steps += 1
         metrics = {
             "reward/mean": sum(v.score * share for v, share in kept) / graded if kept else None,
             "reward/spread": max(v.score for v, _ in kept) - min(v.score for v, _ in kept) if kept else None,
@@ -405,7 +410,7 @@ class Run:
             "data/passed_over": self.curriculum.passed_over,
             **self.curriculum.metrics(),
             **gathered.metrics,
-            "advantage/mean": float(advantage_B[batch.keep_B].mean()) if masked < len(batch) else None,
+            "advantage/mean": mean_advantage,
             "advantage/std": float(advantage_B[batch.keep_B].std()) if len(batch) - masked > 1 else None,
             "advantage/size": float(credit.abs().mean()) if len(credit) else None,
             "advantage/variance": float(credit.var()) if len(credit) > 1 else None,
@@ -461,6 +466,7 @@ class Run:
         """Write and return the summary."""
         after = self.state.last  # of the last evaluation; empty when a run was interrupted before one
         done = self.state.step >= self.config.training.steps
+        evaluated = {"before": self.state.before, "after": after}
         summary = {
             "accuracy_before": self.state.before.get("accuracy"),
             "accuracy_before_low": self.state.before.get("low"),
@@ -469,6 +475,9 @@ class Run:
             "accuracy_after_low": after.get("low"),
             "accuracy_after_high": after.get("high"),
             "evaluated_after_step": after.get("step"),
+            **{f"entropy_{when}": found.get("entropy") for when, found in evaluated.items()},
+            **{f"pass_at_k_{when}": found.get("pass_at_k") for when, found in evaluated.items()},
+            "mean_advantage": self.state.advantage / self.state.advantage_steps if self.state.advantage_steps else None,
             "steps": self.state.step,
             "seconds": self.state.seconds,
             "seconds_bootstrap": self.state.seconds_bootstrap,
