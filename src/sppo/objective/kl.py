@@ -30,7 +30,6 @@ inside the reward shapes the advantage, and never a target that is a chance of s
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .ratio import log_ratio
