@@ -55,6 +55,9 @@ def test_the_overview_says_how_it_went(site, tab):
     assert "It finished after 6 steps" in sentence
     assert tab.locator(".tile.is-accuracy .value").inner_text().endswith("%")
     assert tab.locator(".tile.is-step .value").inner_text() == "6"
+    assert float(tab.locator(".tile.is-entropy .value").inner_text()) > 0
+    assert re.fullmatch(r"[+-]0\.\d{3}", tab.locator(".tile.is-advantage .value").inner_text())
+    assert tab.locator(".tile.is-pass").count() == 0  # one response a problem says nothing of it
     assert tab.locator(".tile.is-alerts .value").inner_text() == "0"
     drawn(tab, 4)
     assert not tab.problems

@@ -34,6 +34,42 @@ def everything(run):
     return out
 
 
+def test_what_evaluations_measure_beside_accuracy_is_told(copy):
+    """pass@k of the largest k, and entropy, from the evaluation before the first step on; nothing of either where an older run has none."""
+    start = json.loads((copy / "start.json").read_text())
+    (copy / "start.json").write_text(json.dumps(start | {"entropy": 0.5, "pass_at_k": {"pass@1": 0.1, "pass@4": 0.2}}))
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for n, line in enumerate(lines):
+        if line.get("eval/accuracy") is not None:
+            line |= {"eval/pass@2": 0.3, "eval/pass@4": (40 + n) / 100, "eval/entropy": None if n < 2 else 0.25}
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reader = RunReader(copy)
+    tiles = {t["kind"]: t for t in story(reader)["tiles"]}
+    assert (tiles["pass"]["name"], tiles["pass"]["value"], tiles["entropy"]["value"]) == (
+        "held-out pass@4",
+        "45.0%",
+        "0.250",
+    )
+    figures = {f["id"]: f for f in panels.overview([reader])}
+    assert figures["passes"]["title"] == "Held-out pass@4"
+    assert (figures["passes"]["traces"][0]["x"], figures["passes"]["traces"][0]["y"]) == (
+        [0, 2, 4, 6],
+        [0.2, 0.41, 0.43, 0.45],
+    )
+    assert (figures["held-entropy"]["traces"][0]["x"], figures["held-entropy"]["traces"][0]["y"]) == (
+        [0, 4, 6],
+        [0.5, 0.25, 0.25],
+    )
+    for line in lines:
+        for key in [k for k in line if k == "eval/entropy" or k.startswith("eval/pass@")]:
+            del line[key]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copy / "start.json").write_text(json.dumps({k: v for k, v in start.items() if k not in ("entropy", "pass_at_k")}))
+    old = RunReader(copy)
+    assert not {"pass", "entropy"} & {t["kind"] for t in story(old)["tiles"]}
+    assert not {"passes", "held-entropy"} & {f["id"] for f in panels.overview([old])}
+
+
 @pytest.mark.parametrize("want", [
     Filter(), Filter(first=2), Filter(last=3), Filter(first=1, last=1), Filter(outcome="correct"), Filter(outcome="wrong", first=4),
     Filter(shortest=6, longest=9), Filter(lowest=0.0), Filter(highest=-0.2), Filter(surprised=True), Filter(clipped=True), Filter(task="/TRAIN/1"),

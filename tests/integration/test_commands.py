@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,12 @@ def test_eval(trained, capsys):
         assert task["n"] == 6
         assert task["low"] <= task["accuracy"] <= task["high"]
         assert set(task["pass_at_k"]) == {"pass@1", "pass@2", "pass@4"}
+        assert task["entropy"] > 0
     assert "accuracy" in text
+    assert re.search(r"pass@4 [01]\.\d{3}\n.*, entropy \d\.\d{3} nats a token", text)
+    greedy = sppo(capsys, "eval", trained, "--tasks", "chain:steps=1", "--n", 6, "--temperature", 0, "--json")
+    assert last_json(greedy)["tasks"][0]["entropy"] is None
+    assert "entropy" not in greedy.splitlines()[1]
     again = last_json(
         sppo(capsys, "eval", trained, "--tasks", "chain:steps=1", "--n", 6, "--samples", 4, "--batch", 3, "--json")
     )

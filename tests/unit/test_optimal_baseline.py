@@ -200,3 +200,11 @@ def test_it_learns_from_earlier_batches_only_and_is_kept():
     assert again.optimal.shift != made.optimal.shift  # the state was a copy
     del state["optimal"]  # of a version that knew none
     again.load_state_dict(state)
+
+
+def test_partly_right_responses_are_paid_what_they_are():
+    """R = c of any share: the baseline is the shifted chance itself, which R₁ and R₀ as means weighted by c and 1 − c would draw together."""
+    odds = odds_of()
+    learn(odds, batch_of(torch.full((5, 2), HALF), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])), 0.5)
+    chance_B = torch.tensor([0.0, 0.3, 1.0])
+    assert torch.equal(odds.baseline(chance_B), shifted(chance_B, odds.shift))

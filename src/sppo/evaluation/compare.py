@@ -128,8 +128,9 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
 
     For each algorithm: `tokens_to_target`, `time_to_target` (medians; null where not reached, `reached` says in how many runs),
     `final_accuracy`, `area` (means, both at the largest number of tokens that every run generated), `collapses`, `failed`, the curves' `means`
-    (means over seeds), and of their `ends` those that any run has (means with intervals). `against` compares with the first algorithm on the seeds that both have: ratios of costs where both reached the target (`…_missed`: in how many
-    of the other seeds this one did not, and the first one did not), differences of accuracy.
+    (means over seeds), and of their `ends` those that any run has (means with intervals). `against` compares with the first algorithm on the
+    seeds that both have: ratios of costs where both reached the target (`…_missed`: in how many of the other seeds this one did not, and the
+    first one did not), differences of accuracy.
     """
     missing = {name: sum(c is None for c in runs.values()) for name, runs in runs_of.items()}
     curves = {name: {seed: c for seed, c in runs.items() if c is not None} for name, runs in runs_of.items()}

@@ -92,28 +92,34 @@ def _diversity(runs: Sequence[RunReader]) -> list[Figure]:
     """pass@k (the largest k) and entropy of the evaluations, where there are any."""
     passes: list[dict[str, Any]] = []
     entropies: list[dict[str, Any]] = []
+    ks: set[int] = set()
     for run, colour in _coloured(runs):
-        points = [m for m in run.metrics() if m.get("eval/accuracy") is not None]
-        ks = {k for m in points if (k := largest_k(m)) is not None}
-        for key, name, traces in (
-            *((f"eval/pass@{k}", f"{run.name}, pass@{k}", passes) for k in sorted(ks)[-1:]),
-            ("eval/entropy", run.name, entropies),
-        ):
-            found = [(m["step"] + 1, m[key]) for m in points if m.get(key) is not None]
-            if key == "eval/entropy" and "entropy" in run.start():
-                found.insert(0, (0, run.start()["entropy"]))
-            if found:
-                traces.append(
-                    {**_line([x for x, _ in found], [y for _, y in found], name, colour), "mode": "lines+markers"}
-                )
+        x, y = _evaluated(run, "entropy")
+        if x:
+            entropies.append({**_line(x, y, run.name, colour), "mode": "lines+markers"})
+        k = max((k for m in run.metrics() if (k := largest_k(m)) is not None), default=None)
+        if k is not None:
+            ks.add(k)
+            passes.append(
+                {**_line(*_evaluated(run, f"pass@{k}"), f"{run.name}, k = {k}", colour), "mode": "lines+markers"}
+            )
     out = []
     if passes:
         read = "Problems that one of k responses solves at least. Where it falls while accuracy rises, the policy forgets ways that it knew."
-        out.append(_figure("passes", "Held-out pass@k", read, passes, y="share solved", percent=True))
+        title = f"Held-out pass@{ks.pop() if len(ks) == 1 else 'k'}"
+        out.append(_figure("passes", title, read, passes, y="share solved", percent=True))
     if entropies:
         read = "Of the responses to held-out problems. At 0 the policy says one thing only."
         out.append(_figure("held-entropy", "Held-out entropy", read, entropies, y="nats a token"))
     return out
+
+
+def _evaluated(run: RunReader, name: str) -> tuple[list[int], list[float]]:
+    """What the evaluations measured, the one before the first step included."""
+    points = [(m["step"] + 1, float(m[f"eval/{name}"])) for m in run.metrics() if m.get(f"eval/{name}") is not None]
+    if (start := run.start().get(name)) is not None:
+        points.insert(0, (0, float(start)))
+    return _thin([x for x, _ in points], [y for _, y in points])
 
 
 def health(runs: Sequence[RunReader]) -> list[Figure]:

@@ -74,7 +74,9 @@ class RunReader:
 
     def start(self) -> dict[str, Any]:
         """The held-out evaluation before the first step, or nothing before it was made."""
-        found = _numbers(read_json_or_nothing(self.path / "start.json"))
+        told = read_json_or_nothing(self.path / "start.json")
+        passes = told.get("pass_at_k")
+        found = _numbers(told) | (_numbers(passes) if isinstance(passes, dict) else {})
         if isinstance(found.get("accuracy"), float):
             return found
         s = self.summary()
