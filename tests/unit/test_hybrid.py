@@ -97,14 +97,14 @@ def test_the_gradient_is_unbiased_for_any_scores_and_any_gate(seed):
     gate = Gate()
     gate.cross, gate.square = torch.rand(KINDS, generator=random).tolist(), [1.0] * KINDS
     prefixes = [(s, t, t, float(gap[INDEX[y[:t]]])) for s, y in enumerate(RESPONSES) for t in range(1, len(y))]
-    stake_ST = torch.rand(len(RESPONSES), LIMIT, generator=random)
-    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, stretch_scores(stake_ST, prefixes), LIMIT)
+    square_ST = torch.rand(len(RESPONSES), LIMIT, generator=random)
+    advantage_ST, metrics = gate.less(reward_S - 0.37, prefixes, stretch_scores(square_ST, prefixes), LIMIT)
     assert metrics["hybrid/eta"] > 0.1
     found = expected_gradient(theta, theta, advantage_ST, ratio="token", mask=MASK_ST)
     assert error(found, true_gradient(theta, reward_S)) < 1e-10
     late = [(s, t - 1, place, g) for s, t, place, g in prefixes]  # the control: credit that sees its own token
     gate.cross, gate.square = [0.8] * KINDS, [1.0] * KINDS
-    biased, _ = gate.less(reward_S - 0.37, late, stretch_scores(stake_ST, late), LIMIT)
+    biased, _ = gate.less(reward_S - 0.37, late, stretch_scores(square_ST, late), LIMIT)
     assert (
         error(expected_gradient(theta, theta, biased, ratio="token", mask=MASK_ST), true_gradient(theta, reward_S))
         > 1e-3
@@ -117,10 +117,10 @@ def test_the_gradient_is_unbiased_for_any_scores_and_any_gate(seed):
 def test_the_gate_by_hand():
     gate = Gate()
     rest_B = torch.tensor([0.5, -0.5])
-    stake_BT = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 1.0]])  # from each prefix on, 1
+    square_BT = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 1.0]])  # from each prefix on, 1
 
     def learnt(prefixes):
-        return gate.less(rest_B, prefixes, stretch_scores(stake_BT, prefixes), 3)
+        return gate.less(rest_B, prefixes, stretch_scores(square_BT, prefixes), 3)
 
     first, metrics = learnt([(0, 1, 1, 0.4), (1, 1, 1, 0.2), (1, 2, 2, 0.3)])
     assert torch.equal(first, torch.tensor([[0.5] * 3, [-0.5] * 3]))  # nothing is known yet
@@ -130,7 +130,7 @@ def test_the_gate_by_hand():
     assert second[0].tolist() == pytest.approx([0.5, 0.3, 0.5])
     assert second[1].tolist() == pytest.approx([-0.5] * 3)
     assert metrics["hybrid/eta"] == pytest.approx(0.5 / 3)
-    # stakes 0.5, 0.5 and 2, their mean 1
+    # squared scores 0.5, 0.5 and 2, their mean 1
     assert gate.cross[3] == pytest.approx(0.9 * 0.1 + 0.5 * 0.5 * 0.4)
     assert gate.cross[2] == pytest.approx(2 * 0.5 * 0.4)
 
@@ -139,10 +139,10 @@ def test_squared_scores_are_what_a_wrong_baseline_costs():
     """(1 − π)² of the tokens from a prefix to the next, with mean 1; nothing beyond a response."""
     policy = small_policy()
     batch = pack([said(policy, "7+5=2;A:2"), said(policy, "A:2")], policy.pad_id)
-    stake_BT = squared_scores(policy, batch)
-    assert torch.allclose(stake_BT[0], torch.tensor((1 - math.exp(-1)) ** 2))
-    assert stake_BT[1, 4:].abs().max() == 0
-    found = stretch_scores(stake_BT, [(0, 2, 1, 0.1), (0, 6, 2, 0.1), (1, 1, 1, 0.1)])  # 4, 4 and 3 tokens
+    square_BT = squared_scores(policy, batch)
+    assert torch.allclose(square_BT[0], torch.tensor((1 - math.exp(-1)) ** 2))
+    assert square_BT[1, 4:].abs().max() == 0
+    found = stretch_scores(square_BT, [(0, 2, 1, 0.1), (0, 6, 2, 0.1), (1, 1, 1, 0.1)])  # 4, 4 and 3 tokens
     assert found == pytest.approx([12 / 11, 12 / 11, 9 / 11])
     assert levelled([0.0, 0.0]) == [1.0, 1.0]
     assert levelled([]) == []
@@ -153,10 +153,10 @@ def test_the_fit_is_the_baseline_of_least_variance():
     in one of two cases each weighs (1 − π)², 0.9 · 0.01 for a reward of 1 and 0.1 · 0.81 for 0."""
     gate, b = Gate(), 0.5
     rest_B = torch.tensor([0.5] * 9 + [-0.5])
-    stake_BT = torch.tensor([[0.1**2]] * 9 + [[0.9**2]])
+    square_BT = torch.tensor([[0.1**2]] * 9 + [[0.9**2]])
     for gap in (0.4, -0.5):
         prefixes = [(i, 0, 1, gap) for i in range(10)]
-        gate.less(rest_B, prefixes, stretch_scores(stake_BT, prefixes), 1)
+        gate.less(rest_B, prefixes, stretch_scores(square_BT, prefixes), 1)
     assert gate.eta(1, 0.4) == 0.0  # a Φ of 0.9 would be worse than b
     assert b + gate.eta(1, -0.5) * -0.5 == pytest.approx(0.1)  # of one of 0 four fifths are taken
 
