@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_remax_holds_a_response_against_a_greedy_one_that_pays_too():
 
 def test_a_long_episode_is_no_long_response():
     with pytest.raises(RecipeError, match="set it to 0"):
-        Config.load("recipes/control-cartpole.toml", {"rollout.overlong": 0.2})
+        Config.load(Path(__file__).parents[2] / "recipes/control-cartpole.toml", {"rollout.overlong": 0.2})
 
 
 # -- groups that agree ---------------------------------------------------------------------------------------------------
