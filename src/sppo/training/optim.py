@@ -64,12 +64,18 @@ class MasterAdamW:
     def _set_aside(self) -> None:
         """Move what the model's narrow parameters hold to their masters' sums."""
         given = [(p, m) for p, m in self._apart if p.grad is not None]
-        for start in range(0, len(given), TOGETHER):
-            some = given[start : start + TOGETHER]
+        for p, master in given:
+            if master.grad is not None:
+                assert p.grad is not None
+                master.grad.add_(p.grad)  # converted as it is read
+                p.grad = None
+        fresh = [(p, m) for p, m in given if p.grad is not None]
+        for start in range(0, len(fresh), TOGETHER):
+            some = fresh[start : start + TOGETHER]
             wide = [torch.empty_like(m) for _, m in some]
             torch._foreach_copy_(wide, [p.grad for p, _ in some if p.grad is not None])
             for (p, master), grad in zip(some, wide, strict=True):
-                p.grad, master.grad = None, grad if master.grad is None else master.grad.add_(grad)
+                p.grad, master.grad = None, grad
 
     def step(self, lr: float, max_norm: float) -> float:
         """Clip to a global norm and update. Returns the norm before clipping; when it is not finite, nothing is updated."""
