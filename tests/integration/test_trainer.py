@@ -187,6 +187,23 @@ def test_settings_by_trls_names():
     Config.load(None, given)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beyond", ["truncate", "mask"])
+def test_trls_correction_of_the_engine(level, beyond):
+    """With ratios of tokens a response's weight is the joint one, as TRL's always is; with others it is not, and that is said."""
+    named = {"vllm_importance_sampling_mode": f"{level}_{beyond}", "vllm_importance_sampling_clip_max": 3.0}
+    given = SPPOConfig(importance_sampling_level="token", **named).overrides()
+    o = Config.load(None, given).objective
+    assert (o.ratio, o.engine_correction) == ("token", 3.0)
+    assert (o.engine_correction_level, o.engine_correction_beyond) == (level, beyond)
+    for ratio in ({}, {"importance_sampling_level": "sequence"}):
+        if level == "token":
+            SPPOConfig(**ratio, **named)
+        else:
+            with pytest.raises(RecipeError, match="of the kind of its ratio"):
+                SPPOConfig(**ratio, **named)
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
