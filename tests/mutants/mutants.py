@@ -29,13 +29,16 @@ HYBRID = "tests/unit/test_hybrid.py"
 PEERS = "tests/unit/test_peers.py"
 UPDATE = "tests/unit/test_update.py"
 CURRICULUM = "tests/unit/test_curriculum.py"
-SEARCH = "tests/unit/test_mcts.py"
+SEARCH = "tests/unit/test_mcts.py::test_outcomes_go_all_the_way_up_and_puct_follows_them"
+LOCKS = "tests/unit/test_mcts.py::test_a_prefix_value_finds_what_outcomes_alone_cannot"
 WIRES = "tests/exact/test_wires.py"
 
 FAST = (
-    WIRES, LOSS, KL, TREE, ADVANTAGE, DIAGNOSTICS, OPTIMAL, TRAPS, UPDATE, CURRICULUM, HYBRID, TREES, SEARCH, PEERS, REFERENCE,
+    WIRES, LOSS, KL, TREE, ADVANTAGE, DIAGNOSTICS, OPTIMAL, TRAPS, UPDATE, CURRICULUM, HYBRID, TREES, SEARCH, LOCKS, PEERS, REFERENCE,
 )  # fmt: skip
 """What runs against every mutant, quick files first, after the tests that it names."""
+SLOW = "resumes or trls or fingerprint or eight_bit or passed_at_once or weighted_leaves"
+"""Tests that are not for this: whole runs, other trainers, what no mutant touches."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ m("the critic learns from the whole batch each time", "learnt = self.credit.lear
 m = of("training/batch.py", GRADIENT)
 m("nothing is masked", "torch.tensor([not v.masked for v in verdicts])", "torch.tensor([True for v in verdicts])")
 m("a greedy response without a verdict is a baseline", "torch.tensor([not v.masked for v in greedy] or [True])", "torch.tensor([True])", PEERS)
-m("correctness is the score", "torch.tensor([v.correct for v in verdicts])", "torch.tensor([v.score for v in verdicts])")
+m("correctness is the score", "torch.tensor([v.correct for v in verdicts])", "torch.tensor([v.score for v in verdicts])", CRITIC)
 m("a curriculum's weights are dropped", "if any(r.task.weight != 1.0 for r in rollouts) else None", "if not rollouts else None", ADVANTAGES)
 m("every response is a prompt's only one", "b > 0 and r.sample == 0", "b > 0", ADVANTAGES)
 m("a shared token counts once for each leaf", "= node.weight", "= 1.0", TREES)

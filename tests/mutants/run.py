@@ -37,7 +37,7 @@ os.environ |= {
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
 
-from tests.mutants.mutants import FAST, MUTANTS, Mutant
+from tests.mutants.mutants import FAST, MUTANTS, SLOW, Mutant
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 300.0
@@ -107,6 +107,7 @@ def _child(source: Path, tests: Sequence[str], log: Path, mutated: bool) -> None
 
         assert Path(sppo.__file__).is_relative_to(source), f"{sppo.__file__} is not the copy"
         options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        options += ["-k", f"not ({SLOW})"]
         code = int(pytest.main([*options, "--rootdir", str(ROOT), *tests]))
         sys.stdout.flush()
     except BaseException as error:
