@@ -281,7 +281,7 @@ m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed
 
 # -- training/gather.py ----------------------------------------------------------------------------------------------------
 
-m = of("training/gather.py", PEERS)
+m = of("training/gather.py", WIRES)
 m("no group is flat", "if len(scores) > 1 else flat", "if len(scores) > 0 else flat")
 m("what is masked makes a group mixed", "for x in group if x.verdict and not x.verdict.masked}", "for x in group if x.verdict}")
 m("the greedy response is of another prompt", "greedy[i // samples]", "greedy[-1 - i // samples]", WIRES)
