@@ -15,7 +15,7 @@ from sppo.tasks.base import ListSource
 from sppo.training.batch import pack
 from sppo.training.credit import credit
 from sppo.training.curriculum import Uniform
-from sppo.training.gather import gather
+from sppo.training.gather import _sorted_out, gather
 from sppo.training.hybrid import Gate, SegmentCredit, StepCredit
 from sppo.training.learner import Learner
 from sppo.training.optimal_baseline import DOUBT, squared_scores
@@ -315,6 +315,18 @@ def test_flat_groups_are_replaced_and_paid_for(tmp_path, monkeypatch):
     assert {r.task.id for g in found.thrown_away for r in g}.isdisjoint({r.task.id for r in found.rollouts})
     assert found.beside_tokens == sum(len(r.response_ids) for g in found.thrown_away for r in g)
     job.close()
+
+
+def test_a_group_is_mixed_by_what_was_graded():
+    policy = small_policy()
+    rollouts = small_rollouts(policy, 4, samples=3)
+    scores = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.5]
+    mixed, flat = _sorted_out(
+        scored(rollouts, scores, masked=(2, 9, 11))
+    )  # of the first only what agrees, of the last one sample
+    assert [group[0].task.id for group in mixed] == [rollouts[3].task.id]
+    assert [group[0].task.id for group in flat] == [rollouts[i].task.id for i in (0, 6, 9)]
+    assert all(len(group) == 3 for group in [*mixed, *flat])
 
 
 class Turns:
