@@ -69,20 +69,37 @@ def of(file: str, *tests: str):
 m = of("objective/advantage.py", ADVANTAGE, ADVANTAGES)
 m("a baseline's weight is ignored", "weight * torch.sigmoid(", "torch.sigmoid(", ADVANTAGES)
 m("a masked sample is in its group's sums", "torch.where(keep_B, wide(x_B), torch.zeros_like(wide(x_B)))", "wide(x_B)")
-m("a masked sample is counted in its group", "index_add_(0, group_B, keep_B.to(x_B.dtype))", "index_add_(0, group_B, torch.ones_like(x_B))")
+m(
+    "a masked sample is counted in its group",
+    "index_add_(0, group_B, keep_B.to(x_B.dtype))",
+    "index_add_(0, group_B, torch.ones_like(x_B))",
+)
 m("a sample is in its own leave-one-out mean", "(sum_B - own_B) / (count_B", "sum_B / (count_B")
 m("leave-one-out divides by all", "(count_B - keep_B.to(count_B.dtype)).clamp(min=1)", "count_B.clamp(min=1)")
 m("a stratum needs one problem more", ">= STRATUM", "> STRATUM")
-m("what was missed is of all strata", "leave_one_out_mean(rest_B, mask_B, stratum_B)", "leave_one_out_mean(rest_B, mask_B)")
+m(
+    "what was missed is of all strata",
+    "leave_one_out_mean(rest_B, mask_B, stratum_B)",
+    "leave_one_out_mean(rest_B, mask_B)",
+)
 m("odds are shifted the other way", "math.exp(shift)", "math.exp(-shift)", OPTIMAL)
 m("a group's deviation divides by N", "(count_B - 1).clamp(min=1)", "count_B.clamp(min=1)")
 m("whitening leaves the mean", "(wide(advantage) - kept.mean())", "wide(advantage)")
 m("whitening leaves the deviation", "/ (kept.std() + 1e-8)", "/ 1.0")
 m("GAE without lambda", "decay * running_B", "running_B")
 m("GAE pays at the first token", "delta_BT[rows[some_B], length_B[some_B] - 1]", "delta_BT[rows[some_B], 0]")
-m("GAE bootstraps beyond the response", "torch.where(inside_BT, wide(value_BT), torch.zeros_like(wide(value_BT)))", "wide(value_BT).nan_to_num()")
+m(
+    "GAE bootstraps beyond the response",
+    "torch.where(inside_BT, wide(value_BT), torch.zeros_like(wide(value_BT)))",
+    "wide(value_BT).nan_to_num()",
+)
 m("a shrunk value counts one too many", "(strength + past_count_B)", "(strength + past_count_B + 1)")
-m("the gate is always open", "explained_variance is not None and explained_variance > 0", "explained_variance is not None", WIRES)
+m(
+    "the gate is always open",
+    "explained_variance is not None and explained_variance > 0",
+    "explained_variance is not None",
+    WIRES,
+)
 
 # -- objective/diagnostics.py ----------------------------------------------------------------------------------------------
 
@@ -104,7 +121,11 @@ m("the KL in the reward has a gradient", "logp_BT.detach(), ref_logp_BT", "logp_
 # -- objective/loss.py -----------------------------------------------------------------------------------------------------
 
 m = of("objective/loss.py", GRADIENT)
-m("sequence ratios are averaged over tokens", '!= "token":\n        return sequences', '!= "token":\n        return tokens')
+m(
+    "sequence ratios are averaged over tokens",
+    '!= "token":\n        return sequences',
+    '!= "token":\n        return tokens',
+)
 m("responses' means are averaged over tokens", '"responses": sequences, "constant"', '"responses": tokens, "constant"')
 m("constant is the tokens there are", "sequences * max_tokens", "tokens")
 m("anchor = reference is ignored", 'o.anchor == "reference"', 'o.anchor == ""')
@@ -112,10 +133,18 @@ m("the anchor is the engine's", "anchor_bT = x.old_bT", "anchor_bT = x.behaviour
 m("dual clip is ignored", "o.dual_clip or None", "None")
 m("clip is symmetric", "surrogate(log_r, advantage, o.clip,", "surrogate(log_r, advantage, (o.clip[0], o.clip[0]),")
 m("what leaves share counts for each", "value * x.count_bT", "value", TREES)
-m("the mismatch weight is not truncated", "correction.clamp(max=math.log(o.engine_correction))", "correction.clamp(max=30.0)")
+m(
+    "the mismatch weight is not truncated",
+    "correction.clamp(max=math.log(o.engine_correction))",
+    "correction.clamp(max=30.0)",
+)
 m("the mismatch weight is squared", "value * correction.exp()", "value * correction.exp().square()")
 m("the mismatch weight is upside down", "log_ratio(x.old_bT, x.behaviour_bT,", "log_ratio(x.behaviour_bT, x.old_bT,")
-m("the mismatch weight is the token's", "x.behaviour_bT, mask_bT, o.ratio, o.kappa)", 'x.behaviour_bT, mask_bT, "geometric", 1.0)' )
+m(
+    "the mismatch weight is the token's",
+    "x.behaviour_bT, mask_bT, o.ratio, o.kappa)",
+    'x.behaviour_bT, mask_bT, "geometric", 1.0)',
+)
 m("responses are not averaged first", 'if o.average == "responses":', 'if o.average == "":')
 m("the KL loss is dropped", "loss = loss + o.kl * kl_b.sum() / sequences", "loss = loss + 0 * kl_b.sum()")
 m("the KL loss is a mean of means", "kl_b.sum() / sequences", "kl_b.mean()")
@@ -128,7 +157,11 @@ m("a KL form is ignored", "mask_bT, o.kl_form)", 'mask_bT, "k2")')
 m = of("objective/ratio.py", LOSS, GRADIENT)
 m("kappa is ignored", "KAPPA.get(ratio, kappa)", "KAPPA.get(ratio, 0.5)")
 m("every ratio is geometric", "length_B**exponent", "length_B")
-m("padding is in the ratio", "torch.where(inside_BT, difference_BT, torch.zeros_like(difference_BT))", "difference_BT.nan_to_num(nan=0.1)")
+m(
+    "padding is in the ratio",
+    "torch.where(inside_BT, difference_BT, torch.zeros_like(difference_BT))",
+    "difference_BT.nan_to_num(nan=0.1)",
+)
 
 # -- objective/surrogate.py ------------------------------------------------------------------------------------------------
 
@@ -138,13 +171,32 @@ m("log(1 - e) is -log(1 + e)", "return math.log1p(-low) if", "return -math.log1p
 m("what should fall is clipped above", "above = positive & (", "above = (")
 m("what should rise is clipped below", "below = negative & (", "below = (")
 m("the dual clip cuts good responses", "runaway = negative & (", "runaway = (")
-m("a clipped element keeps its gradient", "torch.where(clipped, bound, safe.exp())", "torch.where(clipped, bound + safe.exp() - safe.exp().detach() + (log_ratio - log_ratio.detach()), safe.exp())")
+m(
+    "a clipped element keeps its gradient",
+    "torch.where(clipped, bound, safe.exp())",
+    "torch.where(clipped, bound + safe.exp() - safe.exp().detach() + (log_ratio - log_ratio.detach()), safe.exp())",
+)
 m("CISPO's weight has a gradient", "log_ratio = log_ratio.detach()", "log_ratio = log_ratio * 1", GRADIENT)
 m("CISPO's weight has no lower bound", "log_ratio.clamp(min=_log_low(low), max=", "log_ratio.clamp(max=", GRADIENT)
-m("REINFORCE forgets the advantage", "value = advantage.to(logp.dtype) * logp", "value = advantage.to(logp.dtype).sign() * logp", GRADIENT)
-m("a response's mean is over the width", "mask_BT.sum(1, keepdim=True).clamp(min=1).to(value_BT.dtype)", "mask_BT.size(1)", GRADIENT)
+m(
+    "REINFORCE forgets the advantage",
+    "value = advantage.to(logp.dtype) * logp",
+    "value = advantage.to(logp.dtype).sign() * logp",
+    GRADIENT,
+)
+m(
+    "a response's mean is over the width",
+    "mask_BT.sum(1, keepdim=True).clamp(min=1).to(value_BT.dtype)",
+    "mask_BT.size(1)",
+    GRADIENT,
+)
 m("an empty batch divides by zero", "max(float(denominator), 1.0)", "float(denominator)", TRAPS)
-m("masked elements are multiplied by zero", "torch.where(mask.bool(), value, torch.zeros_like(value))", "value * mask", TRAPS)
+m(
+    "masked elements are multiplied by zero",
+    "torch.where(mask.bool(), value, torch.zeros_like(value))",
+    "value * mask",
+    TRAPS,
+)
 m("huge ratios overflow", ".clamp(max=CEILING)", "")
 
 # -- objective/tree.py -----------------------------------------------------------------------------------------------------
@@ -159,29 +211,83 @@ m("what was not graded is worth its score", "elif keep[node.leaf]:", "else:")
 
 m = of("training/credit.py", GRADIENT)
 m("the token critic learns shaped rewards", "gae(batch.correct_B, value_BT,", "gae(reward_B, value_BT,", CRITIC)
-m("the token critic's target lacks the value", "mask_BT, decay) + value_BT).clamp(0, 1)", "mask_BT, decay)).clamp(0, 1)", CRITIC)
+m(
+    "the token critic's target lacks the value",
+    "mask_BT, decay) + value_BT).clamp(0, 1)",
+    "mask_BT, decay)).clamp(0, 1)",
+    CRITIC,
+)
 m("the token critic's target leaves [0, 1]", "+ value_BT).clamp(0, 1)", "+ value_BT)", CRITIC)
-m("the token critic's mean is over the whole batch", "int(batch.response_len_B[rows].sum())", "int(batch.response_len_B.sum())", CRITIC)
-m("the token critic learns padding", "torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum()", "loss_bT.sum()", CRITIC)
-m("the critic learns shaped rewards", "batch.correct_B[rows], batch.share_B[rows]", "batch.reward_B[rows], batch.share_B[rows]", CRITIC)
+m(
+    "the token critic's mean is over the whole batch",
+    "int(batch.response_len_B[rows].sum())",
+    "int(batch.response_len_B.sum())",
+    CRITIC,
+)
+m(
+    "the token critic learns padding",
+    "torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum()",
+    "loss_bT.sum()",
+    CRITIC,
+)
+m(
+    "the critic learns shaped rewards",
+    "batch.correct_B[rows], batch.share_B[rows]",
+    "batch.reward_B[rows], batch.share_B[rows]",
+    CRITIC,
+)
 m("the critic's loss is a mean of means", "/ float(share_b.sum())", "/ float(share_b[part].sum())", CRITIC)
-m("whitening is forgotten", 'return whitened(advantage, keep) if scale == "batch" else advantage', "return advantage", ADVANTAGES)
+m(
+    "whitening is forgotten",
+    'return whitened(advantage, keep) if scale == "batch" else advantage',
+    "return advantage",
+    ADVANTAGES,
+)
 m("whitening includes what is masked", "batch.keep_B[:, None] & batch.mask_BT", "batch.mask_BT", ADVANTAGES)
-m("others are the whole batch", "leave_one_out_mean(reward_B, keep_B, batch.group_B)", "leave_one_out_mean(reward_B, keep_B)", ADVANTAGES)
-m("the control's weight does not arrive", "critic_advantage(earned_B, logit_B, o.baseline_weight)", "critic_advantage(earned_B, logit_B)", ADVANTAGES)
+m(
+    "others are the whole batch",
+    "leave_one_out_mean(reward_B, keep_B, batch.group_B)",
+    "leave_one_out_mean(reward_B, keep_B)",
+    ADVANTAGES,
+)
+m(
+    "the control's weight does not arrive",
+    "critic_advantage(earned_B, logit_B, o.baseline_weight)",
+    "critic_advantage(earned_B, logit_B)",
+    ADVANTAGES,
+)
 m("beta sees the sample itself", "sum_B - own_B, count_B - keep_B.to(count_B.dtype)", "sum_B, count_B", PEERS)
 m("beta forgets the past", "past_BN[:, 1] + others_sum_B, past_BN[:, 0] + others_B)", "others_sum_B, others_B)", WIRES)
 m("beta remembers what was masked", "            if keep:\n", "            if True:\n", WIRES)
 m("a visit's clock stands still", "self.history.clock += nats", "self.history.clock += 0", WIRES)
-m("an optimal baseline knows the present batch", "            advantage_B = reward_B - self.optimal.baseline(chance_B)\n            self.optimal.learn(batch, chance_B, reward_B)", "            self.optimal.learn(batch, chance_B, reward_B)\n            advantage_B = reward_B - self.optimal.baseline(chance_B)", OPTIMAL)
-m("an optimal baseline takes a reward for a chance", "batch.correct_B if o.optimal_baseline else reward_B", "reward_B if o.optimal_baseline else reward_B", OPTIMAL)
+m(
+    "an optimal baseline knows the present batch",
+    "            advantage_B = reward_B - self.optimal.baseline(chance_B)\n            self.optimal.learn(batch, chance_B, reward_B)",
+    "            self.optimal.learn(batch, chance_B, reward_B)\n            advantage_B = reward_B - self.optimal.baseline(chance_B)",
+    OPTIMAL,
+)
+m(
+    "an optimal baseline takes a reward for a chance",
+    "batch.correct_B if o.optimal_baseline else reward_B",
+    "reward_B if o.optimal_baseline else reward_B",
+    OPTIMAL,
+)
 m("the gate forgets at once", "EV_MEMORY * previous + (1 - EV_MEMORY) * ev", "ev", WIRES)
-m("a critic's quality includes what is masked", "batch.correct_B[batch.keep_B], value_B[batch.keep_B]", "batch.correct_B, value_B", WIRES)
+m(
+    "a critic's quality includes what is masked",
+    "batch.correct_B[batch.keep_B], value_B[batch.keep_B]",
+    "batch.correct_B, value_B",
+    WIRES,
+)
 
 # -- training/optimal_baseline.py ------------------------------------------------------------------------------------------
 
 m = of("training/optimal_baseline.py", OPTIMAL)
-m("stakes are paired with the wrong chance", "((1 - right_B, chance_B), (right_B, 1 - chance_B))", "((1 - right_B, 1 - chance_B), (right_B, chance_B))")
+m(
+    "stakes are paired with the wrong chance",
+    "((1 - right_B, chance_B), (right_B, 1 - chance_B))",
+    "((1 - right_B, 1 - chance_B), (right_B, chance_B))",
+)
 m("a score is divided by its length once", "2 * self.power", "self.power")
 m("the shift is upside down", "math.log(right / wrong)", "math.log(wrong / right)")
 m("a curriculum's weight is not squared", "batch.weight_B.square()", "batch.weight_B", WIRES, OPTIMAL)
@@ -205,15 +311,37 @@ m("the critic is worth one more", "noise / spread - 1.0", "noise / spread")
 
 m = of("training/hybrid.py", HYBRID)
 m("above and below b are one", "k = 2 * place + (gap > 0)", "k = 2 * place", GATE)
-m("the gate opens beyond 1", "min(1.0, max(0.0, self.cross[k] / self.square[k]))", "max(0.0, self.cross[k] / self.square[k])", WIRES, HYBRID)
+m(
+    "the gate opens beyond 1",
+    "min(1.0, max(0.0, self.cross[k] / self.square[k]))",
+    "max(0.0, self.cross[k] / self.square[k])",
+    WIRES,
+    HYBRID,
+)
 m("the gate opens backwards", "max(0.0, self.cross[k] / self.square[k])", "self.cross[k] / self.square[k]", GATE)
 m("stakes do not count", "+= stake * rest * gap", "+= rest * gap", GATE)
-m("the gate never forgets", "([MEMORY * x for x in sums] for sums in (self.cross, self.square))", "([x for x in sums] for sums in (self.cross, self.square))", GATE)
+m(
+    "the gate never forgets",
+    "([MEMORY * x for x in sums] for sums in (self.cross, self.square))",
+    "([x for x in sums] for sums in (self.cross, self.square))",
+    GATE,
+)
 m("credit sees its own token", "out_BT[b, start:] =", "out_BT[b, start - 1 :] =")
 m("a stretch's stake is of all before it", "until_BT[b, end] - until_BT[b, start]", "until_BT[b, end]", GATE)
-m("one response is enough to believe", "(self.number[place][bad] + DOUBT)", "(self.number[place][bad] + 1e-9)", WIRES, HYBRID)
+m(
+    "one response is enough to believe",
+    "(self.number[place][bad] + DOUBT)",
+    "(self.number[place][bad] + 1e-9)",
+    WIRES,
+    HYBRID,
+)
 m("the last step counts, not the worst", "worst = min(worst, score)", "worst = score", WIRES, HYBRID)
-m("the segments' critic learns shaped rewards", "target_N = batch.correct_B[part]", "target_N = batch.reward_B[part]", WIRES)
+m(
+    "the segments' critic learns shaped rewards",
+    "target_N = batch.correct_B[part]",
+    "target_N = batch.reward_B[part]",
+    WIRES,
+)
 m("the segments' loss is a mean of means", "\n                / number", "\n                / len(starts)", WIRES)
 m("siblings tell nothing", "= q - value - self.gate.eta(place, gap) * gap", "= q - value", WIRES, TREES)
 m("a leaf's stake is not weighted", "stake * node.weight**2", "stake", WIRES, TREES)
@@ -221,41 +349,120 @@ m("a leaf's stake is not weighted", "stake * node.weight**2", "stake", WIRES, TR
 # -- training/learner.py ---------------------------------------------------------------------------------------------------
 
 m = of("training/learner.py", GRADIENT)
-m("the KL in the reward is of the cut distribution", "batch.behaviour_logp_BT + batch.kept_BT, ref_BT", "batch.behaviour_logp_BT, ref_BT", ADVANTAGES)
-m("`old` is taken anew each epoch", "            rows = torch.cat(minibatch)\n            self._policy_gradient(", "            rows = torch.cat(minibatch)\n            if number and number % len(plans[0]) == 0:\n                self._fill_old(old_BT, batch, plans[0])\n            self._policy_gradient(")
-m("`old` is the present policy", "            if number == 0:\n                self._settle_first(", "            if self.ratio_checked or number == 0:\n                self._settle_first(")
-m("masked samples are in the sequence denominator", "float(batch.share_B[rows].sum())", "float(len(batch) * len(rows) / batch.keep_B.sum())")
+m(
+    "the KL in the reward is of the cut distribution",
+    "batch.behaviour_logp_BT + batch.kept_BT, ref_BT",
+    "batch.behaviour_logp_BT, ref_BT",
+    ADVANTAGES,
+)
+m(
+    "`old` is taken anew each epoch",
+    "            rows = torch.cat(minibatch)\n            self._policy_gradient(",
+    "            rows = torch.cat(minibatch)\n            if number and number % len(plans[0]) == 0:\n                self._fill_old(old_BT, batch, plans[0])\n            self._policy_gradient(",
+)
+m(
+    "`old` is the present policy",
+    "            if number == 0:\n                self._settle_first(",
+    "            if self.ratio_checked or number == 0:\n                self._settle_first(",
+)
+m(
+    "masked samples are in the sequence denominator",
+    "float(batch.share_B[rows].sum())",
+    "float(len(batch) * len(rows) / batch.keep_B.sum())",
+)
 m("the token denominator is of all minibatches", "float(batch.count_BT[rows].sum())", "float(batch.count_BT.sum())")
 m("the KL's denominator is the micro-batch's", "o, sequences=sequences,", "o, sequences=float(len(part)),")
 m("the loss is a mean of means", "divisor=divisor)", "divisor=divisor * len(part) / len(rows))")
-m("the curriculum's weight does not reach the advantage", "if batch.weight_B is not None:\n            advantage =", "if batch.weight_B is None:\n            advantage = advantage\n        elif False:\n            advantage =", ADVANTAGES)
+m(
+    "the curriculum's weight does not reach the advantage",
+    "if batch.weight_B is not None:\n            advantage =",
+    "if batch.weight_B is None:\n            advantage = advantage\n        elif False:\n            advantage =",
+    ADVANTAGES,
+)
 m("the curriculum's weight does not reach the KL", "None if batch.weight_B is None else of(batch.weight_B),", "None,")
-m("the mismatch weight forgets the cut", "                of(batch.behaviour_logp_BT),\n", "                of(batch.behaviour_logp_BT) + of(batch.kept_BT),\n")
+m(
+    "the mismatch weight forgets the cut",
+    "                of(batch.behaviour_logp_BT),\n",
+    "                of(batch.behaviour_logp_BT) + of(batch.kept_BT),\n",
+)
 m("the temperature is 1", "            self.config.rollout.temperature,\n        )", "            1.0,\n        )")
-m("the engine's `old` forgets the cut", "old_BT[rest] = engine_BT[rest]", "old_BT[rest] = batch.behaviour_logp_BT[rest]")
-m("a cut keeps the engine from serving", "engine_BT = batch.behaviour_logp_BT + batch.kept_BT\n", "engine_BT = batch.behaviour_logp_BT\n", UPDATE)
-m("the engine always serves", "tally.served = float(weight.abs().max()) <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))", "tally.served = True")
+m(
+    "the engine's `old` forgets the cut",
+    "old_BT[rest] = engine_BT[rest]",
+    "old_BT[rest] = batch.behaviour_logp_BT[rest]",
+)
+m(
+    "a cut keeps the engine from serving",
+    "engine_BT = batch.behaviour_logp_BT + batch.kept_BT\n",
+    "engine_BT = batch.behaviour_logp_BT\n",
+    UPDATE,
+)
+m(
+    "the engine always serves",
+    "tally.served = float(weight.abs().max()) <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))",
+    "tally.served = True",
+)
 m("a lesson is learnt with the weight of all", "/ (lessons.most / updates)", "/ len(rows)", LESSONS)
-m("a long lesson weighs more", "torch.tensor(lessons.weights) / batch.response_len_B", "torch.tensor(lessons.weights) / 1", LESSONS)
-m("each update learns all lessons", "rows = torch.arange(number, len(batch), updates)", "rows = torch.arange(0, len(batch))", LESSONS)
+m(
+    "a long lesson weighs more",
+    "torch.tensor(lessons.weights) / batch.response_len_B",
+    "torch.tensor(lessons.weights) / 1",
+    LESSONS,
+)
+m(
+    "each update learns all lessons",
+    "rows = torch.arange(number, len(batch), updates)",
+    "rows = torch.arange(0, len(batch))",
+    LESSONS,
+)
 m("a prompt's samples are split", "if units.max() + 1 < count and not batch.nodes:", "if not batch.nodes:", PLAN)
 m("every epoch has the same order", "* 1_009 + epoch)", "* 1_009)", PLAN)
 m("every step has the same order", "self.config.seed * 1_000_003 + step)", "self.config.seed * 1_000_003)", PLAN)
 m("masked samples are trained on", "kept = batch.keep_B.nonzero()[:, 0]", "kept = torch.arange(len(batch))")
-m("the policy moved half as far", "2 * metrics[\"policy/kl_step\"] *", "metrics[\"policy/kl_step\"] *", WIRES)
-m("the critic learns at the policy's rate", 'self._teach_critic(batch, rows, lr["critic"], tally)', 'self._teach_critic(batch, rows, lr["policy"], tally)', WIRES)
+m("the policy moved half as far", '2 * metrics["policy/kl_step"] *', 'metrics["policy/kl_step"] *', WIRES)
+m(
+    "the critic learns at the policy's rate",
+    'self._teach_critic(batch, rows, lr["critic"], tally)',
+    'self._teach_critic(batch, rows, lr["policy"], tally)',
+    WIRES,
+)
 m("the rate has no schedule", "learning_rate(t.lr, step, t.steps,", "learning_rate(t.lr, 0, t.steps,", WIRES)
-m("an engine far away is fine", "if gap is not None and gap > limit:", "if gap is not None and gap > 1e9 * limit:", TRAPS)
+m(
+    "an engine far away is fine",
+    "if gap is not None and gap > limit:",
+    "if gap is not None and gap > 1e9 * limit:",
+    TRAPS,
+)
 m("a random model is fine", "if not gap <= tolerance:", "if gap > 1e9:", TRAPS)
-m("the critic learns from the whole batch each time", "learnt = self.credit.learn(batch, rows, lr)", "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)", CRITIC)
+m(
+    "the critic learns from the whole batch each time",
+    "learnt = self.credit.learn(batch, rows, lr)",
+    "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)",
+    CRITIC,
+)
 
 # -- training/batch.py -----------------------------------------------------------------------------------------------------
 
 m = of("training/batch.py", GRADIENT)
 m("nothing is masked", "torch.tensor([not v.masked for v in verdicts])", "torch.tensor([True for v in verdicts])")
-m("a greedy response without a verdict is a baseline", "torch.tensor([not v.masked for v in greedy] or [True])", "torch.tensor([True])", PEERS)
-m("correctness is the score", "torch.tensor([v.correct for v in verdicts])", "torch.tensor([v.score for v in verdicts])", CRITIC)
-m("a curriculum's weights are dropped", "if any(r.task.weight != 1.0 for r in rollouts) else None", "if not rollouts else None", ADVANTAGES)
+m(
+    "a greedy response without a verdict is a baseline",
+    "torch.tensor([not v.masked for v in greedy] or [True])",
+    "torch.tensor([True])",
+    PEERS,
+)
+m(
+    "correctness is the score",
+    "torch.tensor([v.correct for v in verdicts])",
+    "torch.tensor([v.score for v in verdicts])",
+    CRITIC,
+)
+m(
+    "a curriculum's weights are dropped",
+    "if any(r.task.weight != 1.0 for r in rollouts) else None",
+    "if not rollouts else None",
+    ADVANTAGES,
+)
 m("every response is a prompt's only one", "b > 0 and r.sample == 0", "b > 0", ADVANTAGES)
 m("a shared token counts once for each leaf", "= node.weight", "= 1.0", TREES)
 m("what a cut left is forgotten", "if r.kept:", "if not r:")
@@ -266,7 +473,11 @@ m("a tree's nodes point into another tree", "above=n.above + already", "above=n.
 # -- training/curriculum.py ------------------------------------------------------------------------------------------------
 
 m = of("training/curriculum.py", CURRICULUM)
-m("what was chosen is not divided out", "weight_M.mean() / weight_M if self.section.corrected", "np.ones_like(weight_M) if self.section.corrected")
+m(
+    "what was chosen is not divided out",
+    "weight_M.mean() / weight_M if self.section.corrected",
+    "np.ones_like(weight_M) if self.section.corrected",
+)
 m("the weight is upside down", "weight_M.mean() / weight_M", "weight_M / weight_M.mean()")
 m("variance for deviation", "np.sqrt(value_M * (1 - value_M))", "value_M * (1 - value_M)", NEYMAN)
 m("no floor", "np.sqrt(value_M * (1 - value_M)) + self.section.floor", "np.sqrt(value_M * (1 - value_M))", NEYMAN)
@@ -276,31 +487,71 @@ m("nothing is rehearsed", "round(n * self.section.rehearse) if self.stage else 0
 m("a bound belongs to the next stage", "task.difficulty > bound", "task.difficulty >= bound")
 m("a streak is one longer", "if streak >= self.after", "if streak > self.after")
 m("rest is one epoch longer", "if epoch < self.seen[name][2]", "if epoch <= self.seen[name][2]")
-m("masked answers count against a stage", "and r.verdict and not r.verdict.masked:\n                yield", "and r.verdict:\n                yield")
+m(
+    "masked answers count against a stage",
+    "and r.verdict and not r.verdict.masked:\n                yield",
+    "and r.verdict:\n                yield",
+)
 m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", WIRES)
 
 # -- training/gather.py ----------------------------------------------------------------------------------------------------
 
 m = of("training/gather.py", WIRES)
 m("no group is flat", "if len(scores) > 1 else flat", "if len(scores) > 0 else flat")
-m("what is masked makes a group mixed", "for x in group if x.verdict and not x.verdict.masked}", "for x in group if x.verdict}")
+m(
+    "what is masked makes a group mixed",
+    "for x in group if x.verdict and not x.verdict.masked}",
+    "for x in group if x.verdict}",
+)
 m("the greedy response is of another prompt", "greedy[i // samples]", "greedy[-1 - i // samples]", WIRES)
 m("the greedy response is sampled", "replace(run.sampling, temperature=0.0)", "run.sampling", WIRES)
-m("what is thrown away costs nothing", "Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)", "Gathered(rollouts, 0, thrown_away)", WIRES, PEERS)
-m("a flat group stays", "rollouts = [x for group in mixed for x in group] + fresh", "rollouts = [x for group in [*mixed, *flat] for x in group] + fresh", WIRES, PEERS)
+m(
+    "what is thrown away costs nothing",
+    "Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)",
+    "Gathered(rollouts, 0, thrown_away)",
+    WIRES,
+    PEERS,
+)
+m(
+    "a flat group stays",
+    "rollouts = [x for group in mixed for x in group] + fresh",
+    "rollouts = [x for group in [*mixed, *flat] for x in group] + fresh",
+    WIRES,
+    PEERS,
+)
 
 # -- training/search.py, rollout/mcts.py -----------------------------------------------------------------------------------
 
 m = of("training/search.py", SEARCH)
 m("every lesson weighs the same", "max(0.0, 1 - v / self.section.enough)", "1.0", WIRES)
 m("the lessons' weight is ignored", "self.section.weight * max(", "max(", WIRES)
-m("a lesson is not judged again", "if f is not None and f.solved and i not in no", "if f is not None and i not in no", WIRES)
-m("few lessons weigh as much as many", "[w for _, w in taught], self.section.batch)", "[w for _, w in taught], len(taught))", WIRES, SEARCH)
+m(
+    "a lesson is not judged again",
+    "if f is not None and f.solved and i not in no",
+    "if f is not None and i not in no",
+    WIRES,
+)
+m(
+    "few lessons weigh as much as many",
+    "[w for _, w in taught], self.section.batch)",
+    "[w for _, w in taught], len(taught))",
+    WIRES,
+    SEARCH,
+)
 m("a prefix is worth its best step", "[min((score for score, place", "[max((score for score, place", WIRES, SEARCH)
-m("an unfinished response has an outcome", 'outcome = verdict.correct if rollout.finish == "stop" else', "outcome = verdict.correct if True else", WIRES)
+m(
+    "an unfinished response has an outcome",
+    'outcome = verdict.correct if rollout.finish == "stop" else',
+    "outcome = verdict.correct if True else",
+    WIRES,
+)
 m("what was solved is hard", "if r.task.id not in solved}", "if True}", WIRES, SEARCH)
 m("the critic's hope is ignored", "if v < self.section.below]", "if v < 2]", WIRES, SEARCH)
 m = of("rollout/mcts.py", SEARCH, LOCKS)
 m("Q forgets the prefix's value", "/ (1 + self.visits)", "/ max(1, self.visits)")
-m("an outcome goes up one node", "    for node in nodes:\n        node.visits", "    for node in nodes[-1:]:\n        node.visits")
+m(
+    "an outcome goes up one node",
+    "    for node in nodes:\n        node.visits",
+    "    for node in nodes[-1:]:\n        node.visits",
+)
 m("PUCT ignores its prior", "scale * hope / (1 + c.visits)", "scale / (1 + c.visits)")
