@@ -30,9 +30,10 @@ def _like_sppo(
 
 SHORT = 64
 """Tokens up to which a whole response's importance weight is used as it is, between updates and between engine and learner."""
-LONG_RATIO: dict[str, Any] = {"ratio": "family", "kappa": 0.5}
+LONG_RATIO: dict[str, Any] = {"ratio": "token"}
 """`objective.ratio = "auto"` where a step has several updates and responses may be longer than SHORT: its scale does not grow with length, so the
-clip stays 0.2. Of another one, what fits it goes here too (geometric: a "clip" far narrower); a recipe's own keys win."""
+clip stays 0.2, and before the first update its gradient is the exact one (docs/evidence.md). Of another one, what fits it goes here too (geometric: a
+"clip" far narrower); a recipe's own keys win."""
 DEFAULT = "sppo"
 """What a recipe runs that names no algorithm: SPPO as it was published (docs/evidence.md has what else was tried)."""
 CHANCES = ("critic", "centred", "beta")

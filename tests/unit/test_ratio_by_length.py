@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sppo import config as module
-from sppo.algorithms import PRESETS
+from sppo.algorithms import LONG_RATIO, PRESETS
 from sppo.config import Config
 from sppo.errors import RecipeError
 from sppo.rollout.engine import Sampling
@@ -16,6 +16,7 @@ from sppo.training.run import Run
 
 from ..conftest import SMALL, small_config
 
+LONG = LONG_RATIO["ratio"]
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -29,8 +30,8 @@ def settled(**overrides):
     ("tokens", "minibatches", "epochs", "ratio", "level"),
     [
         (64, 4, 2, "sequence", "sequence"),
-        (65, 2, 1, "family", "token"),
-        (65, 1, 2, "family", "token"),
+        (65, 2, 1, LONG, "token"),
+        (65, 1, 2, LONG, "token"),
         (8192, 1, 1, "sequence", "token"),  # its ratio is 1, but what corrects for the engine is not
     ],
 )
@@ -63,8 +64,8 @@ def test_what_a_recipe_names_stays():
     assert settled(objective__ratio="sequence", rollout__max_tokens=4096)[0] == "sequence"
     assert settled(objective__ratio="token", rollout__max_tokens=16)[0] == "token"
     named = settled(objective__engine_correction_level="sequence", rollout__max_tokens=4096)
-    assert named[:2] == ("family", "sequence")
-    long = Config.load(None, {"objective.kappa": 0.25, "rollout.max_tokens": 512})
+    assert named[:2] == (LONG, "sequence")
+    long = Config.load(None, {"objective.ratio": "family", "objective.kappa": 0.25, "rollout.max_tokens": 512})
     assert long.settled()[0].objective.kappa == 0.25
     assert long.without_effect() == []
     short = Config.load(None, {"objective.kappa": 0.25, "rollout.max_tokens": 32})
@@ -85,11 +86,11 @@ def test_another_constant_brings_the_clip_that_fits_it_unless_the_recipe_has_its
 def test_it_is_settled_for_each_algorithm_and_length_of_a_comparison():
     recipe = Config.load(None, {"rollout.max_tokens": 256})
     assert recipe.objective.ratio == "auto"
-    assert recipe.as_algorithm("sppo-optimal", {}).settled()[0].objective.ratio == "family"
+    assert recipe.as_algorithm("sppo-optimal", {}).settled()[0].objective.ratio == LONG
     assert recipe.as_algorithm("sppo", {"rollout.max_tokens": 48}).settled()[0].objective.ratio == "sequence"
     grpo = recipe.as_algorithm("grpo", {})
     assert grpo.objective.ratio == "token"
-    assert grpo.as_algorithm("sppo", {}).settled()[0].objective.ratio == "family"
+    assert grpo.as_algorithm("sppo", {}).settled()[0].objective.ratio == LONG
 
 
 def test_settling_twice_changes_nothing():
@@ -104,7 +105,7 @@ def test_tokens_of_trees_have_no_whole_responses_to_correct():
 
 
 NAMED = {  # recipe: what it trains with
-    "calibration": "sequence", "code": "family", "hybrid": "token", "predicted": "family", "quickstart": "sequence", "search": "family",
+    "calibration": "sequence", "code": LONG, "hybrid": "token", "predicted": LONG, "quickstart": "sequence", "search": LONG,
     "smollm2-arithmetic": "sequence", "staged": "sequence", "steps": "sequence", "tree": "token", "paper-1.5b": "token", "paper-7b": "token",
     "paper-7b-small-critic": "token", "control-cartpole": "token", "control-hopper": "token", "control-lunarlander": "token",
     "control-mountaincar": "token", "control-pendulum": "token",
@@ -135,9 +136,9 @@ def test_a_run_says_its_ratio_and_its_recipe_holds_it(tmp_path):
     )  # fmt: skip
     job = Run.new(config, heard)
     job.close()
-    assert "algorithm sppo, ratio family with kappa 0.5 (auto: a step has 2 updates" in " ".join(heard.notes)
+    assert "algorithm sppo, ratio token (auto: a step has 2 updates" in " ".join(heard.notes)
     kept = Config.load(tmp_path / "run" / "recipe.toml").objective
-    assert (kept.ratio, kept.engine_correction_level) == ("family", "token")
+    assert (kept.ratio, kept.engine_correction_level) == (LONG, "token")
 
 
 # -- what is said of weights that vary too much ------------------------------------------------------------------------
