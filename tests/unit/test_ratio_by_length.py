@@ -11,6 +11,7 @@ from sppo.algorithms import LONG_RATIO, PRESETS
 from sppo.config import Config
 from sppo.errors import RecipeError
 from sppo.rollout.engine import Sampling
+from sppo.sections import PER_TOKEN
 from sppo.training.health import Health
 from sppo.training.run import Run
 
@@ -51,7 +52,7 @@ def test_a_peer_keeps_its_papers_ratio(name):
         found = settled(objective__algorithm=name, rollout__max_tokens=tokens)
         assert found[0] == ratio
         assert "auto" not in found[2]
-        assert found[1] == ("sequence" if tokens == 32 and ratio != "token" else "token")
+        assert found[1] == ("sequence" if tokens == 32 and ratio not in PER_TOKEN else "token")
 
 
 def test_which_presets_leave_it_open():
