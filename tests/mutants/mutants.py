@@ -302,4 +302,4 @@ m("the critic's hope is ignored", "if v < self.section.below]", "if v < 2]", WIR
 m = of("rollout/mcts.py", SEARCH)
 m("Q forgets the prefix's value", "/ (1 + self.visits)", "/ max(1, self.visits)")
 m("an outcome goes up one node", "    for node in nodes:\n        node.visits", "    for node in nodes[-1:]:\n        node.visits")
-m("PUCT ignores its prior", "scale * hope / (1 + c.visits)", "scale / (1 + c.visits)")
+m("PUCT ignores its prior", "scale * hope / (1 + c.visits)", "scale / (1 + c.visits)", WIRES)
