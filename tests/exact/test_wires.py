@@ -10,6 +10,7 @@ import torch
 
 from sppo.rollout.engine import Branching, Sampling
 from sppo.rollout.local import LocalEngine
+from sppo.rollout.mcts import Node, walk
 from sppo.sections import CurriculumSection
 from sppo.tasks.base import ListSource
 from sppo.training.batch import pack
@@ -428,3 +429,14 @@ def test_a_prefix_is_worth_its_worst_step(searching):
     rollout = a_chain(searching.policy, "1;2;3;A", [0.9, 0.2, 0.6])
     found = searching.searcher._step_values(rollout, [1, 2, 4, 6, 8])
     assert found == [None, 0.9, 0.2, 0.2, 0.2]
+
+
+def test_a_walk_prefers_what_the_policy_writes_more_often_and_what_is_worth_more():
+    """Q of both children: (.4 + .5) / 2 = .45; the prior adds ½·1/2 to the first and ½·3/2 to the second."""
+    often, seldom = Node((2,), drawn=3, visits=1, total=0.5), Node((1,), drawn=1, visits=1, total=0.5)
+    root = Node((), visits=4, total=2.0, children={(1,): seldom, (2,): often})
+    assert walk(root, 1.0, 0.5) == [root, often]
+    seldom.total = 1.0  # a Q of .7
+    assert walk(root, 0.1, 0.5) == [root, seldom]
+    seldom.value = 0.0
+    assert walk(root, 0.1, 0.5) == [root, often]

@@ -30,7 +30,6 @@ PEERS = "tests/unit/test_peers.py"
 UPDATE = "tests/unit/test_update.py"
 CURRICULUM = "tests/unit/test_curriculum.py"
 SEARCH = "tests/unit/test_mcts.py::test_outcomes_go_all_the_way_up_and_puct_follows_them"
-LOCKS = "tests/unit/test_mcts.py::test_a_prefix_value_finds_what_outcomes_alone_cannot"
 WIRES = "tests/exact/test_wires.py"
 
 FAST = (
@@ -547,11 +546,7 @@ m(
 )
 m("what was solved is hard", "if r.task.id not in solved}", "if True}", WIRES, SEARCH)
 m("the critic's hope is ignored", "if v < self.section.below]", "if v < 2]", WIRES, SEARCH)
-m = of("rollout/mcts.py", SEARCH, LOCKS)
+m = of("rollout/mcts.py", SEARCH)
 m("Q forgets the prefix's value", "/ (1 + self.visits)", "/ max(1, self.visits)")
-m(
-    "an outcome goes up one node",
-    "    for node in nodes:\n        node.visits",
-    "    for node in nodes[-1:]:\n        node.visits",
-)
-m("PUCT ignores its prior", "scale * hope / (1 + c.visits)", "scale / (1 + c.visits)")
+m("an outcome goes up one node", "    for node in nodes:\n        node.visits", "    for node in nodes[-1:]:\n        node.visits")
+m("PUCT ignores its prior", "scale * hope / (1 + c.visits)", "scale / (1 + c.visits)", WIRES)
