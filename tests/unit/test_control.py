@@ -161,7 +161,7 @@ def test_a_wrong_model_is_one_sentence():
         ({"rollout.engine": "local"}, "set rollout.engine = 'control'"),
         ({"rollout.top_p": 0.5}, "leave them out"),
         ({"rollout.stop": ["x"]}, "leave them out"),
-        ({"objective.algorithm": "dapo"}, "set rollout.resample to 2 at most"),
+        ({"objective.algorithm": "dapo", "rollout.overlong": 0}, "set rollout.resample to 2 at most"),
     ],
 )  # fmt: skip
 def test_parts_of_different_tasks_are_one_sentence(changes, sentence):
