@@ -167,7 +167,11 @@ def test_stakes_are_of_the_whole_softmax_and_of_the_advantages_factor():
     weighted = [sum(own) * r.task.weight**2 for own, r in zip(expected, rollouts, strict=True)]
     right = [r.verdict.correct for r in rollouts]
     assert made.optimal.earned.sums[1] == pytest.approx(sum(w for w, c in zip(weighted, right, strict=True) if c))
-    assert made.optimal.stake[0] == pytest.approx(sum(w for w, c in zip(weighted, right, strict=True) if not c))
+    assert made.optimal.earned.sums[0] == pytest.approx(sum(weighted))
+    assert made.optimal.paired == pytest.approx([
+        0.3 * sum(w for w, c in zip(weighted, right, strict=True) if not c),
+        0.7 * sum(w for w, c in zip(weighted, right, strict=True) if c),
+    ])  # fmt: skip
 
 
 # -- hybrid credit -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from .mutants import FAST, MUTANTS
 ROOT = Path(__file__).parents[2]
 COVERED = (
     "training/credit.py", "training/hybrid.py", "training/optimal_baseline.py", "training/history.py", "training/learner.py",
-    "training/batch.py", "training/curriculum.py", "training/gather.py", "training/search.py",
+    "training/batch.py", "training/curriculum.py", "training/gather.py", "training/search.py", "training/earned.py", "training/optim.py",
+    "training/run.py", "rollout/canary.py",
 )  # fmt: skip
 
 
