@@ -206,7 +206,7 @@ def test_a_run_of_another_version_can_be_looked_at(copy):
     """A value that is not known here is shown as it stands, a key that is not known here is left out; nothing warns."""
     recipe = copy / "recipe.toml"
     text = recipe.read_text()
-    now = 'algorithm = "sppo-optimal"'
+    now = 'algorithm = "sppo"'
     assert now in text
     recipe.write_text(text.replace(now, 'algorithm = "of-old"\nforgotten = 1'))
     with pytest.raises(RecipeError):

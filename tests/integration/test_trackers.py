@@ -110,6 +110,7 @@ def test_mlflow(tmp_path, monkeypatch):
     with sqlite3.connect(out / "mlflow.db") as db:
         rows = db.execute("select step, value from metrics where key = 'reward/mean'").fetchall()
         assert {step: pytest.approx(value) for step, value in rows} == rewards(out)
+        assert db.execute("select count(*) from metrics where key = 'eval/pass_1'").fetchone()[0] > 0
         assert db.execute("select name, status from runs").fetchall() == [("run", "FINISHED")]
         assert db.execute("select value from params where key = 'policy.model'").fetchone()[0].startswith("tiny:")
     db.close()

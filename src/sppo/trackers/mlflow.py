@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from .base import TrackedRun
 
 LONGEST = 6000
 """Characters of a parameter that MLflow takes."""
+REFUSED = re.compile(r"[^\w./ -]")
+"""What its names may not hold."""
 
 
 def build(run: TrackedRun, uri: str = "", experiment: str = "sppo") -> MLflow:
@@ -44,13 +47,13 @@ class MLflow:
                 self.client.log_param(self.id, key, str(value)[:LONGEST])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One batch; MLflow's names may not hold a per-cent sign and the like."""
+        """One batch. A name with a sign that MLflow refuses (pass@4's) would lose all of it: such signs become underscores."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+            self.client.log_batch(self.id, metrics=[Metric(REFUSED.sub("_", name), value, now, step) for name, value in metrics.items()])
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Tags, and the end."""
