@@ -106,7 +106,7 @@ def test_tokens_of_trees_have_no_whole_responses_to_correct():
 
 
 NAMED = {  # recipe: what it trains with
-    "calibration": "sequence", "code": LONG, "hybrid": "token", "predicted": LONG, "quickstart": "sequence", "search": LONG,
+    "calibration": "sequence", "code": "sequence", "hybrid": "token", "predicted": "sequence", "quickstart": "sequence", "search": "sequence",
     "smollm2-arithmetic": "sequence", "staged": "sequence", "steps": "sequence", "tree": "token", "paper-1.5b": "token", "paper-7b": "token",
     "paper-7b-small-critic": "token", "control-cartpole": "token", "control-hopper": "token", "control-lunarlander": "token",
     "control-mountaincar": "token", "control-pendulum": "token",
