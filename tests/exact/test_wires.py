@@ -132,6 +132,35 @@ def test_past_rewards_age_by_the_kl_of_whole_responses():
     )
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_baseline_is_its_share_of_what_is_earned(weight):
+    """R = 2·c + ½, which the baseline knows from the second step on."""
+    policy, critic = a_policy(), a_critic()
+    learner = Learner(policy, critic, None, small_config(objective__baseline_weight=weight))
+    right = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    paid = [9.0 if i in (3, 5) else 2 * c + 0.5 for i, c in enumerate(right)]
+    batch = pack(scored(some_rollouts(policy), paid, masked=(3, 5), correct=right), policy.pad_id)
+    first, value_B, _ = learner.advantage(batch)  # nothing was known: b is V
+    assert first.tolist() == pytest.approx((batch.reward_B - weight * value_B).tolist(), abs=1e-9)
+    then, value_B, _ = learner.advantage(batch)
+    # of either kind three responses, and one that earned c: R − c is .5·3/4 where c is 0, and 1.5·3/4 where c is 1
+    earned_B = value_B * (1 + 1.125) + (1 - value_B) * 0.375
+    assert then.tolist() == pytest.approx((batch.reward_B - weight * earned_B).tolist(), abs=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_closed_gate_takes_the_mean_of_what_was_paid():
+    policy, critic = a_policy(), a_critic()
+    learner = Learner(policy, critic, None, small_config(objective__ev_gate=True))
+    batch = pack(scored(some_rollouts(policy), [2.0 * (b % 2) + 0.5 for b in range(8)]), policy.pad_id)
+    learner.advantage(batch)
+    learner.credit.running_ev = -1.0
+    found, _, _ = learner.advantage(batch)
+    others = [(sum(batch.reward_B.tolist()) - r) / 7 for r in batch.reward_B.tolist()]
+    assert found.tolist() == pytest.approx([r - o for r, o in zip(batch.reward_B.tolist(), others, strict=True)])
+
+
 # -- the optimisers' rates ---------------------------------------------------------------------------------------------------
 
 
