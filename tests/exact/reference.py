@@ -41,25 +41,41 @@ def logps(model, rollout: Rollout, temperature: float) -> list[Tensor]:
 
 
 def exponent(o: ObjectiveSection) -> float:
-    """κ: a response's log ratio is divided by its length to this power."""
-    return {"sequence": 0.0, "geometric": 1.0, "family": o.kappa}[o.ratio]
+    """κ: a response's log ratio is divided by its length to this power; where ratios are of tokens, only its weight for engine against learner."""
+    return {"sequence": 0.0, "token": 0.0, "geometric": 1.0, "geometric-token": 1.0, "family": o.kappa}[o.ratio]
 
 
-def summand(o: ObjectiveSection, new: Tensor, anchor: Tensor, old: Tensor, engine: Tensor, advantage: float) -> Tensor:
-    """What one element contributes to the objective, which is maximised. The log-probabilities are scaled as the ratio has it."""
+def summand(o: ObjectiveSection, log_ratio: Tensor, logp: Tensor, advantage: float) -> Tensor:
+    """What one element contributes to the objective, which is maximised. Both are scaled as the ratio has it."""
     low, high = o.clip
-    ratio = torch.exp(new - anchor)
+    ratio = torch.exp(log_ratio)
     if o.surrogate == "clip":
         value = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
         if o.dual_clip and advantage < 0:
             value = torch.maximum(value, number(o.dual_clip * advantage))
     elif o.surrogate == "cispo":
-        value = ratio.clamp(1 - low, 1 + high).detach() * advantage * new
+        value = ratio.clamp(1 - low, 1 + high).detach() * advantage * logp
+    elif o.surrogate == "sapo":
+        tau = o.gate_temperature[0] if advantage > 0 else o.gate_temperature[1]
+        value = 4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * advantage
     else:
-        value = advantage * new
-    if o.engine_correction:
-        value = value * min(math.exp(float(old - engine)), o.engine_correction)
+        value = advantage * logp
     return value
+
+
+def geometric_mean(o: ObjectiveSection, log_ratios: Sequence[Tensor], advantages: Sequence[float]) -> Tensor:
+    """GMPO's of one response: (Π_t ρ_t)^(1/T), each ρ_t clipped where it goes further than its advantage should move it."""
+    low, high = math.log1p(-o.clip[0]), math.log1p(o.clip[1])
+    held = [x.clamp(max=high) if a > 0 else x.clamp(min=low) for x, a in zip(log_ratios, advantages, strict=True)]
+    return torch.exp(mean(held))
+
+
+def trust(o: ObjectiveSection, old: float, engine: float) -> float:
+    """What a token, or a response, counts that the engine drew: π_old/μ, cut to the cap or left out beyond it."""
+    weight = math.exp(old - engine)
+    if weight > o.engine_correction:
+        return o.engine_correction if o.engine_correction_beyond == "truncate" else 0.0
+    return weight
 
 
 def kl(o: ObjectiveSection, new: Tensor, reference: float | Tensor, old: Tensor) -> Tensor:
@@ -100,21 +116,34 @@ def policy_loss(
         rows, was, engine = table(model, r, temperature), [number(x) for x in old[i]], [number(x) for x in r.logps]
         new = [row[token] for row, token in zip(rows, r.response_ids, strict=True)]
         anchor = was if o.anchor == "behaviour" else [number(x) for x in reference[i]]
-        if o.ratio == "token":
+        trusted = [1.0] * length
+        if o.engine_correction and o.engine_correction_level == "token":
+            trusted = [trust(o, float(a), float(b)) for a, b in zip(was, engine, strict=True)]
+        whole = 1.0
+        if o.engine_correction and o.engine_correction_level == "sequence":
+            whole = trust(o, *[float(sum(part)) / length ** exponent(o) for part in (was, engine)])
+        if o.ratio in ("token", "geometric-token"):
             share = {
                 "auto": 1 / tokens,
                 "tokens": 1 / tokens,
                 "responses": 1 / (length * sequences),
                 "constant": 1 / (max_tokens * sequences),
             }[o.average]
+            apart, logp = [x - y for x, y in zip(new, anchor, strict=True)], new
+            if o.ratio == "geometric-token":  # the mean's value, the token's own gradient
+                apart, logp = ([mean([y.detach() for y in xs]) + x - x.detach() for x in xs] for xs in (apart, new))
+            mine = [advantages[i]] * length if isinstance(advantages[i], float) else advantages[i]
             for t in range(length):
-                advantage = advantages[i] if isinstance(advantages[i], float) else advantages[i][t]
-                loss = loss - share * summand(o, new[t], anchor[t], was[t], engine[t], advantage)
+                of_all = o.surrogate == "gmpo"
+                value = geometric_mean(o, apart, mine) * mine[t] if of_all else summand(o, apart[t], logp[t], mine[t])
+                loss = loss - share * whole * trusted[t] * value
         else:
-            scaled = [sum(part) / length ** exponent(o) for part in (new, anchor, was, engine)]
-            loss = loss - summand(o, *scaled, advantages[i]) / sequences
+            # tokens' weights leave the values alone, and weight each token's part of the gradient
+            weighted = [w * x + (1 - w) * x.detach() for w, x in zip(trusted, new, strict=True)]
+            logp, theirs = (sum(part) / length ** exponent(o) for part in (weighted, anchor))
+            loss = loss - whole * summand(o, logp - theirs, logp, advantages[i]) / sequences
             share = 1 / (length ** exponent(o) * sequences)  # of a token
-        by_token = o.kl_level == "token" or (o.kl_level == "auto" and o.ratio == "token")
+        by_token = o.kl_level == "token" or (o.kl_level == "auto" and o.ratio in ("token", "geometric-token"))
         if o.kl and o.kl_form != "reward" and by_token:
             for t in range(length):
                 loss = loss + o.kl * r.task.weight * share * kl(o, new[t], reference[i][t], was[t])

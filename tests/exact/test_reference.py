@@ -8,6 +8,7 @@ step has the same size whatever the gradient's, so weights after it hide any fac
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import random
 from dataclasses import dataclass, replace
@@ -58,14 +59,21 @@ def doubled(model):
     return model.double()
 
 
+@functools.cache
+def built(seed: int, head: bool, dtype: torch.dtype):
+    """Made once, since there are many cases."""
+    model, tokenizer = tiny.build(seed=seed, head=head, hidden=8, layers=1, heads=2)
+    return doubled(model), tokenizer
+
+
 def a_policy(seed: int = 0) -> Policy:
-    model, tokenizer = tiny.build(seed=seed, hidden=8, layers=1, heads=2)
-    return Policy(doubled(model), tokenizer)
+    model, tokenizer = built(seed, True, torch.get_default_dtype())
+    return Policy(copy.deepcopy(model), tokenizer)
 
 
 def a_critic(seed: int = 1) -> Critic:
-    backbone, tokenizer = tiny.build(seed=seed, head=False, hidden=8, layers=1, heads=2)
-    critic = Critic(doubled(backbone), tokenizer).double()
+    backbone, tokenizer = built(seed, False, torch.get_default_dtype())
+    critic = Critic(copy.deepcopy(backbone), tokenizer).double()
     nn.init.normal_(critic.head.weight, std=4.0, generator=torch.Generator().manual_seed(seed))
     nn.init.constant_(critic.head.bias, 13.3)  # so that V lies between .1 and .9
     return critic
@@ -188,6 +196,8 @@ class Case:
     average: str = "auto"
     dual_clip: float = 3.0
     correction: float = 2.0
+    level: str = "sequence"
+    beyond: str = "truncate"
     baseline: str = "critic"
     samples: int = 1
     masked: bool = False
@@ -206,6 +216,8 @@ OTHERS = {
     "average": ["auto", "tokens", "responses", "constant"],
     "dual_clip": [0.0, 1.05],
     "correction": [0.0, 1.15],
+    "level": ["token", "sequence"],
+    "beyond": ["truncate", "mask"],
     "baseline": ["critic", "token-critic", "others", "group"],
     "samples": [1, 4],
     "masked": [False, True],
@@ -213,12 +225,12 @@ OTHERS = {
     "cut": [False, True],
     "noise": [0.0, 1e-5, 0.15],
     "micro": [100_000, 20],
-    "updates": [(1, 1), (2, 1), (1, 3), (2, 2)],
+    "updates": [(1, 1), (2, 1), (1, 2), (2, 2)],
     "temperature": [1.0, 0.7],
 }
 FIRST = {
-    "ratio": ["sequence", "geometric", "family", "token"],
-    "surrogate": ["clip", "cispo", "plain"],
+    "ratio": ["sequence", "geometric", "family", "token", "geometric-token"],
+    "surrogate": ["clip", "cispo", "plain", "sapo", "gmpo"],
     "anchor": ["behaviour", "reference"],
     "kl": ["off", "reward", "k2", "k3", "k3-weighted"],
 }
@@ -226,22 +238,36 @@ FIRST = {
 
 def sound(case: Case) -> Case:
     """With what does not go together made to."""
-    if case.ratio != "token":
+    if case.surrogate == "gmpo":
+        case = replace(case, ratio="token", average="responses")
+    if case.ratio not in ("token", "geometric-token"):
         case = replace(case, average="auto", baseline="critic" if case.baseline == "token-critic" else case.baseline)
     if case.samples == 1 and case.baseline in ("others", "group"):
         case = replace(case, baseline="batch")
     return case
 
 
+def new_with_old(ratio: str, surrogate: str) -> int:
+    """0 for what is tested with everything, 1 for what a third of it is enough for, 2 for what does not go together."""
+    if surrogate == "gmpo" and ratio != "token":
+        return 2
+    return int(surrogate in ("sapo", "gmpo") or ratio == "geometric-token")
+
+
 def cases() -> list[Case]:
-    """All combinations of FIRST; the rest shuffled so that each level comes equally often with each ratio. Then what pairs that leaves out."""
+    """All combinations of FIRST (a third of the newer ones, whose formulas have tests of their own). The rest is shuffled so that each level comes
+    equally often with each ratio. Then what pairs that leaves out."""
     rng, out = random.Random(48), []
     for ratio in FIRST["ratio"]:
         product = list(itertools.product([ratio], *list(FIRST.values())[1:]))
+        product = [
+            x for n, x in enumerate(product) if new_with_old(*x[:2]) < 2 and (n % 3 == 0 or not new_with_old(*x[:2]))
+        ]
         columns = [(levels * len(product))[: len(product)] for levels in OTHERS.values()]
         for column in columns:
             rng.shuffle(column)
         out += [sound(Case(*first, *rest)) for first, *rest in zip(product, *columns, strict=True)]
+    out = list(dict.fromkeys(out))
     out += pairs_left_out(out)
     rng.shuffle(out)  # what is wrong with one ratio shows soon
     return out
@@ -277,6 +303,8 @@ def configured(case: Case, **changes):
         objective__clip=(0.1, 0.15),
         objective__baseline=case.baseline,
         objective__engine_correction=case.correction,
+        objective__engine_correction_level=case.level,
+        objective__engine_correction_beyond=case.beyond,
         objective__engine_gap_limit=1e9,
         rollout__samples=case.samples,
         rollout__prompts=8 // case.samples,
@@ -285,7 +313,7 @@ def configured(case: Case, **changes):
         training__micro_tokens=case.micro,
         training__minibatches=case.updates[0],
         training__epochs=case.updates[1],
-        training__lr=3e-3,
+        training__lr=6e-3,
         **changes,
     )
 
@@ -472,11 +500,11 @@ def test_every_updates_gradient_is_the_plain_one(case):
     )
     batch = pack(rollouts, policy.pad_id)
     model, o = plain(policy.model), config.objective
-    ref = numbers(plain(start.model), rollouts, case.temperature)
+    ref = numbers(plain(start.model), rollouts, case.temperature) if config.needs_reference else [None] * 8
     old = numbers(model, rollouts, case.temperature)
     advantage, _, _ = learner.advantage(batch)
-    charged = reference.costs(rollouts, o, ref)
-    values = judged_by(plain_critic(critic), rollouts, o.baseline)
+    charged = reference.costs(rollouts, o, ref) if config.needs_reference else [[0.0] * len(r.logps) for r in rollouts]
+    values = judged_by(plain_critic(critic), rollouts, o.baseline) if config.critic_reads else None
     expected = reference.advantages(rollouts, reference.paid(rollouts, o, charged), o, values, charged)
     compare_advantages(advantage, expected, rollouts)
 
@@ -513,4 +541,4 @@ def test_the_cases_clip_some_and_not_all(surrogate):
         learner = Learner(policy, a_critic(), None, configured(replace(case, kl="off", baseline="critic")))
         batch = pack(some_rollouts(policy, samples=case.samples, noise=case.noise), policy.pad_id)
         shares.append(learner.update(batch, batch.reward_B - 0.5, 0)["ratio/clip_fraction"])
-    assert sum(0.1 < x < 0.9 for x in shares) >= len(shares) // 3
+    assert sum(0.1 < x < 0.9 for x in shares) >= 5

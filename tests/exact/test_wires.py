@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sppo.rollout.canary import PROBED, SAMPLED, Canary, noise_limit
 from sppo.rollout.engine import Branching, Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.mcts import Node, walk
@@ -132,6 +133,36 @@ def test_past_rewards_age_by_the_kl_of_whole_responses():
     )
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_baseline_is_its_share_of_what_is_earned(weight):
+    """R = 2·c + ½, which the baseline knows from the second step on."""
+    policy, critic = a_policy(), a_critic()
+    learner = Learner(policy, critic, None, small_config(objective__baseline_weight=weight))
+    right = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    paid = [9.0 if i in (3, 5) else 2 * c + 0.5 for i, c in enumerate(right)]
+    batch = pack(scored(some_rollouts(policy), paid, masked=(3, 5), correct=right), policy.pad_id)
+    first, value_B, _ = learner.advantage(batch)  # nothing was known: b is V
+    assert first.tolist() == pytest.approx((batch.reward_B - weight * value_B).tolist(), abs=1e-9)
+    then, value_B, _ = learner.advantage(batch)
+    # of either kind three responses, and one that earned c: R − c is .5·3/4 where c is 0, and 1.5·3/4 where c is 1
+    earned_B = value_B * (1 + 1.125) + (1 - value_B) * 0.375
+    assert then.tolist() == pytest.approx((batch.reward_B - weight * earned_B).tolist(), abs=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_closed_gate_takes_the_mean_of_what_was_paid():
+    policy, critic = a_policy(), a_critic()
+    learner = Learner(policy, critic, None, small_config(objective__ev_gate=True))
+    right = [float(b % 2) for b in range(8)]
+    batch = pack(scored(some_rollouts(policy), [2 * c + 0.5 for c in right], correct=right), policy.pad_id)
+    learner.advantage(batch)
+    learner.credit.running_ev = -1.0
+    found, _, _ = learner.advantage(batch)
+    others = [(sum(batch.reward_B.tolist()) - r) / 7 for r in batch.reward_B.tolist()]
+    assert found.tolist() == pytest.approx([r - o for r, o in zip(batch.reward_B.tolist(), others, strict=True)])
+
+
 # -- the optimisers' rates ---------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +203,50 @@ def test_stakes_are_of_the_whole_softmax_and_of_the_advantages_factor():
         0.3 * sum(w for w, c in zip(weighted, right, strict=True) if not c),
         0.7 * sum(w for w, c in zip(weighted, right, strict=True) if c),
     ])  # fmt: skip
+
+
+# -- what only a critic learns from, and how far the engine may be off ---------------------------------------------------------
+
+
+def test_groups_beside_are_dealt_out_whole_and_in_another_order_each_time():
+    policy = small_policy()
+    rollouts = scored(small_rollouts(policy, 5, samples=2), [float(i % 3 == 0) for i in range(10)])
+    batch = pack(rollouts[:4], policy.pad_id, rollouts[4:])
+    learner = Learner(policy, small_critic(), None, small_config(rollout__samples=2))
+    found = set()
+    for step in range(4):
+        for epoch in range(2):
+            parts = learner._beside(batch, step, epoch, 2)
+            groups = [batch.group_B[rows].tolist() for rows in parts]
+            assert sorted(torch.cat(parts).tolist()) == [4, 5, 6, 7, 8, 9]
+            assert not set(groups[0]) & set(groups[1])
+            found.add(tuple(parts[0].tolist()))
+    assert len(found) > 2
+
+
+def test_the_limit_of_the_gap_is_the_first_steps():
+    policy = small_policy()
+    learner = Learner(policy, small_critic(), None, small_config())
+    batch = pack(scored(small_rollouts(policy), [float(i % 2) for i in range(16)]), policy.pad_id)
+    learner.gap_limit = 0.7
+    learner.update(batch, batch.reward_B - 0.5, 1)
+    assert learner.gap_limit == 0.7
+
+
+def test_limits_are_a_multiple_of_what_was_measured_and_no_less_than_half_of_what_rounding_explains():
+    assert noise_limit(0.03, SAMPLED, torch.bfloat16) == pytest.approx(0.12)
+    assert noise_limit(0.001, SAMPLED, torch.bfloat16) == pytest.approx(0.05)
+    assert noise_limit(0.0, PROBED, torch.float32) == pytest.approx(5e-4)
+
+
+def test_the_canarys_limit_is_the_first_looks():
+    policy = small_policy()
+    engine, canary = LocalEngine(policy), Canary(policy)
+    gap = canary.check(engine, policy)
+    assert canary.limit == noise_limit(gap, PROBED, torch.float32)
+    canary.limit = 0.7
+    canary.check(engine, policy)
+    assert canary.limit == 0.7
 
 
 # -- hybrid credit -----------------------------------------------------------------------------------------------------------
@@ -320,6 +395,13 @@ def test_flat_groups_are_replaced_and_paid_for(tmp_path, monkeypatch):
     assert {r.task.id for g in found.thrown_away for r in g}.isdisjoint({r.task.id for r in found.rollouts})
     assert found.beside_tokens == sum(len(r.response_ids) for g in found.thrown_away for r in g)
     job.close()
+
+
+def test_a_group_is_flat_where_nothing_graded_is_better():
+    policy = small_policy()
+    scores, masked = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0], (5, 6, 7)  # alike; mixed; one graded; none
+    batch = pack(scored(small_rollouts(policy, 4, samples=2), scores, masked=masked), policy.pad_id)
+    assert batch.flat_B.tolist() == [True, True, False, False, True, True, True, True]
 
 
 def test_a_group_is_mixed_by_what_was_graded():

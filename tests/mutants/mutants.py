@@ -27,6 +27,11 @@ CORRECTION = "tests/exact/test_correction.py"
 VALUE = "tests/unit/test_value.py"
 DAPO = "tests/unit/test_dapo.py"
 EARNED = "tests/unit/test_earned.py"
+LINE = EARNED + "::test_right_and_wrong_means_by_hand"
+SHAPED = EARNED + "::test_no_baseline_of_a_shaped_reward_sees_its_samples_own"
+PREDICTS = EARNED + "::test_whatever_predicts_sees_all_that_was_judged"
+BESIDE = EARNED + "::test_rows_beside_train_no_policy"
+ALL_JUDGED = EARNED + "::test_the_critic_learns_from_all_that_was_judged"
 OPTIM = "tests/unit/test_optim.py"
 BASE_RATE = "tests/unit/test_base_rate.py"
 TERMS = "tests/unit/test_terms.py"
@@ -213,13 +218,13 @@ m("a value is clipped around its target", "held = old + (value - old).clamp", "h
 
 # -- training/earned.py ----------------------------------------------------------------------------------------------------
 
-m = of("training/earned.py", EARNED)
+m = of("training/earned.py", LINE, EARNED)
 m("what is earned is one number for all", "return alpha + beta * chance", "return alpha + 0 * chance")
 m("what is earned is fitted to R", "d_B = reward_B.double() - c_B", "d_B = reward_B.double()")
 m("right and wrong responses earn the same besides", "(w * cd - c * d) / spread", "(w * cd) / spread")
 m("what was earned is never forgotten", "MEMORY * past + float(x_B.sum())", "past + float(x_B.sum())")
 m("what was earned is forgotten at once", "MEMORY * past + float(x_B.sum())", "float(x_B.sum())")
-m("what was earned is not weighted", "weight_B.double()", "weight_B.double() ** 0")
+m("what was earned is not weighted", "weight_B.double()", "weight_B.double() ** 0", OPTIMAL)
 m("what was earned knows no prior", "w + 2 * doubt, c + doubt, cc + doubt", "w + 1e-3 * doubt, c + 0.5e-3 * doubt, cc + 0.5e-3 * doubt")
 
 # -- training/credit.py ----------------------------------------------------------------------------------------------------
@@ -238,13 +243,13 @@ m("whitening is forgotten", 'return whitened(advantage, keep) if scale == "batch
 m("whitening includes what is masked", "batch.keep_B[:, None] & batch.mask_BT", "batch.mask_BT", ADVANTAGES)
 m("others are the whole batch", "leave_one_out_mean(reward_B, keep_B, batch.group_B)", "leave_one_out_mean(reward_B, keep_B)", ADVANTAGES)
 m("the control's weight does not arrive", "critic_advantage(paid_B, logit_B, o.baseline_weight)", "critic_advantage(paid_B, logit_B)", ADVANTAGES)
-m("a baseline knows its own batch's rewards", "        left_B = reward_B - weight * self.earned.beyond(value_B)\n        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])\n", "        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])\n        left_B = reward_B - weight * self.earned.beyond(value_B)\n", EARNED)
-m("what a shaped reward earns is ignored", "left_B = reward_B - weight * self.earned.beyond(value_B)", "left_B = reward_B", EARNED)
-m("what a shaped reward earns is not the control's weight", "left_B = reward_B - weight * self", "left_B = reward_B - self", EARNED)
-m("what is masked earns", "known_B = batch.graded_B & reward_B.isfinite()\n        self.earned", "known_B = reward_B.isfinite()\n        self.earned", WIRES, EARNED)
-m("a closed gate leaves a shaped reward's line", "o.baseline_weight if trusted else 0.0", "o.baseline_weight", EARNED, WIRES)
-m("what was thrown away earns nothing", "known_B = batch.graded_B &", "known_B = batch.keep_B &", EARNED)
-m("a history forgets what was thrown away", "        keep_B = batch.graded_B\n        names", "        keep_B = batch.keep_B\n        names", EARNED)
+m("a baseline knows its own batch's rewards", "        left_B = reward_B - weight * self.earned.beyond(value_B)\n        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])\n", "        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])\n        left_B = reward_B - weight * self.earned.beyond(value_B)\n", WIRES)
+m("what a shaped reward earns is ignored", "left_B = reward_B - weight * self.earned.beyond(value_B)", "left_B = reward_B", WIRES)
+m("what a shaped reward earns is not the control's weight", "left_B = reward_B - weight * self", "left_B = reward_B - self", WIRES)
+m("what is masked earns", "known_B = batch.graded_B & reward_B.isfinite()\n        self.earned", "known_B = reward_B.isfinite()\n        self.earned", WIRES)
+m("a closed gate leaves a shaped reward's line", "o.baseline_weight if trusted else 0.0", "o.baseline_weight", WIRES)
+m("what was thrown away earns nothing", "known_B = batch.graded_B &", "known_B = batch.keep_B &", PREDICTS)
+m("a history forgets what was thrown away", "        keep_B = batch.graded_B\n        names", "        keep_B = batch.keep_B\n        names", PREDICTS)
 m("PPO's critic learns by cross-entropy", "            if self.model.linear:\n", "            if False:\n", VALUE)
 m("PPO's values are clipped around the last update", "squared_error(logit, target, old,", "squared_error(logit, target, logit.detach(),", VALUE)
 m("the value clip does not arrive", "self.config.objective.value_clip)", "0.0)", VALUE)
@@ -267,8 +272,8 @@ m("a curriculum's weight is not squared", "batch.weight_B.square()", "batch.weig
 m("what is masked has a stake", "batch.graded_B & square_B.isfinite()", "square_B.isfinite()")
 m("a cut is part of the policy", "batch.behaviour_logp_BT + batch.kept_BT", "batch.behaviour_logp_BT", WIRES, OPTIMAL)
 m("nothing is doubted", "square + self._doubt / 2 for", "square for")
-m("what shaping pays is not in the optimal baseline", "right_B + self.earned.beyond(right_B, doubt)", "right_B", OPTIMAL, EARNED)
-m("what is earned is weighed by the critic's chance", "self.earned.beyond(right_B, doubt)", "self.earned.beyond(chance_B, doubt)", OPTIMAL, EARNED)
+m("what shaping pays is not in the optimal baseline", "right_B + self.earned.beyond(right_B, doubt)", "right_B", OPTIMAL)
+m("what is earned is weighed by the critic's chance", "self.earned.beyond(right_B, doubt)", "self.earned.beyond(chance_B, doubt)", OPTIMAL)
 m("stakes are never forgotten", "self.paired[k] = MEMORY * self.paired[k] +", "self.paired[k] = self.paired[k] +")
 
 # -- training/history.py ---------------------------------------------------------------------------------------------------
@@ -329,14 +334,14 @@ m("the critic learns at the policy's rate", 'self._teach_critic(batch, rows, lr[
 m("the rate has no schedule", "learning_rate(t.lr, step, t.steps,", "learning_rate(t.lr, 0, t.steps,", WIRES)
 m("an engine far away is fine", "if gap is not None and not gap <= limit:", "if gap is not None and not gap <= 1e9 * limit:", TRAPS)
 m("the gap's limit is never measured", "self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)", "pass", TRAPS)
-m("the gap's limit follows every step", "if self.gap_limit is None and gap is not None:", "if gap is not None:", TRAPS)
+m("the gap's limit follows every step", "if self.gap_limit is None and gap is not None:", "if gap is not None:", WIRES)
 m("the recipe's limit of the gap is ignored", "if given else (self.gap_limit", "if False else (self.gap_limit", UPDATE, TRAPS)
 m("a resumed run measures the gap's limit anew", 'self.gap_limit = state.get("gap_limit")', "self.gap_limit = None", TRAPS)
 m("flat groups stay in DAPO's denominator", "if self._leaves_flat_groups_out():", "if False:", DAPO)
 m("a critic's flat groups are left out", "self.config.rollout.resample > 0 and self.config.critic_reads is None", "self.config.rollout.resample > 0", DAPO)
 m("a step of flat groups still pushes", "advantage_B = torch.zeros_like(advantage_B)", "advantage_B = torch.ones_like(advantage_B)", DAPO)
-m("the critic never learns from what was thrown away", "rows = torch.cat([*minibatch, beside[number]])", "rows = torch.cat([*minibatch])", EARNED)
-m("groups that were thrown away are split", "rows[torch.isin(unit, part)] for part in order.tensor_split(count)", "part for part in rows.tensor_split(count)", EARNED)
+m("the critic never learns from what was thrown away", "rows = torch.cat([*minibatch, beside[number]])", "rows = torch.cat([*minibatch])", ALL_JUDGED)
+m("groups that were thrown away are split", "rows[torch.isin(unit, part)] for part in order.tensor_split(count)", "part for part in rows.tensor_split(count)", WIRES)
 m("the over-long penalty is a reward", "reward_B = reward_B - penalty_B", "reward_B = reward_B + penalty_B", DAPO)
 m("ReMax's greedy response pays no penalty", "batch.greedy_B - overlong_penalty(length_B", "batch.greedy_B - 0 * overlong_penalty(length_B", DAPO)
 m("a random model is fine", "if not gap <= tolerance:", "if gap > 1e9:", TRAPS)
@@ -358,10 +363,10 @@ m("a tree's nodes point into another tree", "above=n.above + already", "above=n.
 
 m("a group is flat by what was masked", "self.group_B[self.keep_B], self.reward_B[self.keep_B].float()", "self.group_B, self.reward_B.float()", DAPO)
 m("no group is ever flat", "~(low_G < high_G)[", "(low_G > high_G + 1e9)[", DAPO)
-m("a group of one is mixed", "~(low_G < high_G)[", "(low_G == high_G)[", DAPO)
-m("what was thrown away trains the policy", "batch.keep_B & ~trains_B, batch.keep_B & trains_B", "batch.keep_B & ~trains_B, batch.keep_B", EARNED)
-m("what was thrown away teaches what is masked", "batch.keep_B & ~trains_B, batch", "~trains_B, batch", EARNED)
-m("only what trains the policy is graded", "return self.keep_B if self.beside_B is None else self.keep_B | self.beside_B", "return self.keep_B", EARNED)
+m("a group without a grade is mixed", "~(low_G < high_G)[", "(low_G == high_G)[", WIRES)
+m("what was thrown away trains the policy", "batch.keep_B & ~trains_B, batch.keep_B & trains_B", "batch.keep_B & ~trains_B, batch.keep_B", BESIDE)
+m("what was thrown away teaches what is masked", "batch.keep_B & ~trains_B, batch", "~trains_B, batch", BESIDE)
+m("only what trains the policy is graded", "return self.keep_B if self.beside_B is None else self.keep_B | self.beside_B", "return self.keep_B", BESIDE)
 
 # -- training/optim.py, run.py, rollout/canary.py ----------------------------------------------------------------------------
 
@@ -373,10 +378,11 @@ m("the critic starts from the held-out problems", "self.critic.start_at(self._ba
 m("the critic starts at the evaluation's temperature", "tasks, self.sampling, seed=(self.config.seed,", "tasks, Sampling.of(self.config.rollout, self.config.evaluation.temperature), seed=(self.config.seed,")
 m("the critic's start consumes problems", "        self.curriculum.load_state_dict(before)\n        rollouts = collect(", "        rollouts = collect(")
 m("the critic starts from what was masked", "if r.verdict and not r.verdict.masked]\n        return sum(graded)", "if r.verdict]\n        return sum(graded)")
-m = of("rollout/canary.py", TRAPS, UPDATE)
+m = of("rollout/canary.py", WIRES)
 m("the limit of noise is twice what it should be", "return max(TIMES * measured", "return max(2 * TIMES * measured")
 m("the limit of noise has no floor", "max(TIMES * measured, explained[dtype] / 2)", "TIMES * measured")
-m("the canary's limit is never measured", "self.limit = noise_limit(gap, PROBED, policy.dtype)", "pass", UPDATE)
+m("the canary's limit is never measured", "self.limit = noise_limit(gap, PROBED, policy.dtype)", "pass", WIRES)
+m("the canary's limit follows every look", "        if self.limit is None:\n            self.limit = noise", "        if True:\n            self.limit = noise", WIRES)
 
 # -- training/curriculum.py ------------------------------------------------------------------------------------------------
 
