@@ -53,7 +53,9 @@ class MLflow:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            self.client.log_batch(self.id, metrics=[Metric(REFUSED.sub("_", name), value, now, step) for name, value in metrics.items()])
+            self.client.log_batch(
+                self.id, metrics=[Metric(REFUSED.sub("_", name), value, now, step) for name, value in metrics.items()]
+            )
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Tags, and the end."""
