@@ -70,7 +70,7 @@ def test_the_critic_starts_from_training_problems_under_the_rollouts_sampling(tm
     job, temperatures = begun(tmp_path, spy, **changes | staged)
     held_out, base = spy.shown[-2:]
     assert temperatures[-2:] == [0.0, 1.5]
-    assert len(base) == run_module.BASE_RATE_PROBLEMS
+    assert len(base) == min(run_module.BASE_RATE_PROBLEMS, 2 * job.config.rollout.prompts)
     assert {r.task.difficulty for r in base} == {1}  # staged: of the first stage
     assert not {r.task.id for r in base} & {r.task.id for r in held_out}
     share = sum(sum(r.response_ids) % 3 == 0 for r in base) / len(base)

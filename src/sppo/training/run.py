@@ -59,7 +59,7 @@ from .rundir import DATA, RunDirectory
 from .search import Search
 
 BASE_RATE_PROBLEMS = 256
-"""Training problems on which the critic's start is measured."""
+"""Training problems on which the critic's start is measured, at most; no more than two steps' either."""
 
 
 class Run:
@@ -319,7 +319,7 @@ class Run:
         before = (
             self.curriculum.state_dict()
         )  # the first step begins with the very problems that it would have begun with
-        tasks = self.curriculum.sample(BASE_RATE_PROBLEMS)
+        tasks = self.curriculum.sample(min(BASE_RATE_PROBLEMS, 2 * self.config.rollout.prompts))
         self.curriculum.load_state_dict(before)
         rollouts = collect(
             self.engine, self.policy, self.reward, tasks, self.sampling, seed=(self.config.seed, "base rate"),
