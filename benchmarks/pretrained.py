@@ -7,7 +7,7 @@ responses a step. An arm's rate is the one with the highest mean accuracy on the
     baselines   the same at their own rates on the other seeds, grpo on the first of them
     ratios      sppo with ratio = sequence, family (κ = ½), geometric, and geometric with GSPO's clip on the first two of them, at sppo's rate
 
-With `--fixed RATE` nothing is tuned. What was run is kept and not run again. On one GPU `--jobs 8` shares it (some 5 GiB a run). Last line: one JSON object.
+With `--fixed RATE` nothing is tuned. What was run is kept and not run again. On one GPU `--jobs 8` shares it (some 6.5 GB a run). Last line: one JSON object.
 """
 
 from __future__ import annotations
