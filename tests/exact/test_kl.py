@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sppo.objective.advantage import gae
-from sppo.objective.kl import kl_cost, sequence_kl, token_kl, weighted_k3
+from sppo.objective.kl import estimator, kl_cost, weighted_k3
 from sppo.objective.loss import Scored, policy_loss
 from sppo.objective.ratio import log_ratio
 from sppo.objective.surrogate import CEILING, bounded_exp, surrogate
@@ -86,7 +86,7 @@ def gap(a, b):
 def test_the_table_of_whole_responses(seed, objective):
     theta, reference = parameters(seed).requires_grad_(), parameters(seed + 30)
     reverse, forward = gradient(reverse_kl(theta, reference), theta), gradient(forward_kl(theta, reference), theta)
-    k1_S = sequence_kl(logps(theta), logps(reference).detach(), MASK_ST, "k1")
+    k1_S = estimator(log_ratio(logps(theta), logps(reference).detach(), MASK_ST, "sequence"), "k1")
     k1 = gradient((probabilities(theta).detach() * k1_S).sum(), theta)
     assert float(k1.abs().max()) < TOLERANCE  # zero: useless
     for form in ("k2", "k3-weighted"):
@@ -179,8 +179,8 @@ def test_k1_and_k3_estimate_the_value_of_the_reverse_kl(form):
     """Of whole responses, and as sums over tokens."""
     theta, reference = parameters(0), parameters(30)
     for kl_S in (
-        sequence_kl(logps(theta), logps(reference), MASK_ST, form),
-        token_kl(logps(theta), logps(reference), MASK_ST, form).sum(1),
+        estimator(log_ratio(logps(theta), logps(reference), MASK_ST, "sequence"), form),
+        estimator(log_ratio(logps(theta), logps(reference), MASK_ST, "token"), form).sum(1),
     ):
         expected = (probabilities(theta) * kl_S).sum()
         assert float((expected - reverse_kl(theta, reference)).abs()) < TOLERANCE
@@ -234,7 +234,7 @@ def test_charging_what_follows_varies_less(seed):
 @pytest.mark.parametrize("form", ["k2", "k3"])
 def test_as_rewards_the_others_are_biased(form):
     theta, reference = parameters(0).requires_grad_(), parameters(30)
-    reward_S = sequence_kl(logps(theta), logps(reference), MASK_ST, form).detach()
+    reward_S = estimator(log_ratio(logps(theta), logps(reference), MASK_ST, "sequence"), form).detach()
     found = gradient((probabilities(theta).detach() * reward_S * total(logps(theta))).sum(), theta)
     for truth in (reverse_kl, forward_kl):
         assert gap(found, gradient(truth(theta, reference), theta)) > 1e-3
@@ -242,7 +242,7 @@ def test_as_rewards_the_others_are_biased(form):
 
 def test_unknown_form_is_refused():
     with pytest.raises(ValueError, match="k4"):
-        sequence_kl(logps(parameters(0)), logps(parameters(1)), MASK_ST, "k4")
+        estimator(log_ratio(logps(parameters(0)), logps(parameters(1)), MASK_ST, "sequence"), "k4")
 
 
 # -- the sign, far from the reference ------------------------------------------------------------------------------------

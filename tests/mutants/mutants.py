@@ -121,7 +121,7 @@ m("k2 is twice itself", "0.5 * x.square()", "x.square()")
 m("k3 of the other policy", "bounded_exp(-x, less=1.0) + x", "bounded_exp(x, less=1.0) - x")
 m("k3 is not weighted", "bounded_exp(log_weight.detach()), x.detach()", "torch.ones_like(log_weight), x.detach()")
 m("a weighted k3 has k3's gradient", "held * (x - held))", "-torch.expm1(-held) * (x - held))")
-m("the KL is a reward", "return weight * token_kl(", "return -weight * token_kl(")
+m("the KL is a reward", "return weight * log_ratio(", "return -weight * log_ratio(")
 m("the KL in the reward has a gradient", "logp_BT.detach(), ref_logp_BT", "logp_BT, ref_logp_BT")
 
 # -- objective/loss.py -----------------------------------------------------------------------------------------------------

@@ -60,16 +60,6 @@ def weighted_k3(x: Tensor, log_weight: Tensor) -> Tensor:
     return weight * (estimator(held, "k3") + held * (x - held))
 
 
-def sequence_kl(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, form: str) -> Tensor:
-    """The estimator of each whole response. [B, T] × 3 → [B]."""
-    return estimator(log_ratio(logp_BT, ref_logp_BT, mask_BT, "sequence"), form)
-
-
-def token_kl(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, form: str) -> Tensor:
-    """The estimator of each token, 0 where masked. [B, T] × 3 → [B, T]."""
-    return estimator(log_ratio(logp_BT, ref_logp_BT, mask_BT, "token"), form)
-
-
 def kl_cost(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, weight: float) -> Tensor:
     """β·k1 of each token, for the *sampling* policy's log-probabilities, detached: what the reward is less. [B, T] × 3 → [B, T]."""
-    return weight * token_kl(logp_BT.detach(), ref_logp_BT, mask_BT, "k1")
+    return weight * log_ratio(logp_BT.detach(), ref_logp_BT, mask_BT, "token")
