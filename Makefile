@@ -83,7 +83,7 @@ trl-env: .venv-trl/.ready
 	@touch $@
 
 test-vllm: vllm-env
-	.venv-vllm/bin/python -m pytest -W default tests/integration/test_vllm.py   # what vLLM imports warns of much
+	.venv-vllm/bin/python -m pytest -W default tests/rollout/test_vllm.py   # what vLLM imports warns of much
 
 models/smollm2-135m: | setup
 	$(BIN)/sppo pull smollm2-135m

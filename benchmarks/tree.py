@@ -13,8 +13,8 @@ import time
 
 from sppo.evaluation.compare import mean_interval
 from sppo.memory import keep_memory
+from sppo.models.loading import pick_device
 from sppo.models.policy import Policy
-from sppo.models.pretrained import pick_device
 from sppo.rollout.engine import Branching, Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.tasks.base import load_tasks

@@ -11,10 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # these models are too small to share, and 
 import pytest
 import torch
 
-from sppo.config import Config
-from sppo.models import compiled, tiny
+from sppo.kernels.cpu import build as compiled
+from sppo.models import tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
+from sppo.recipe.config import Config
 from sppo.rewards.base import load_reward
 from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling

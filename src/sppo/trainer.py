@@ -16,16 +16,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import Config
 from .errors import DataError, ModelError, RecipeError, UserError
+from .recipe.config import Config
 from .report.progress import ProgressDisplay
 from .rewards.base import Reward, load_reward
-from .rewards.guard import LIMIT
+from .rewards.user_reward import LIMIT
+from .run.build import Parts
+from .run.loop import train
+from .run.run import Run
 from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, load_pair, load_tasks, with_instruction
 from .tasks.records import tasks_from
-from .training.loop import train
-from .training.parts import Parts
-from .training.run import Run
 from .trl_names import translated
 
 RewardLike = str | Callable[..., Any] | Reward

@@ -41,7 +41,7 @@ class Task:
 
     `columns` holds what the rewards may ask for by name (`answer`, `tests`, any column of the user's);
     `solution` is a worked response for supervised training; `difficulty` is the task's own dial, if it has one; `weight` is what its
-    advantages are multiplied by, where a curriculum draws some tasks rather than others (training/curriculum.py).
+    advantages are multiplied by, where a curriculum draws some tasks rather than others (run/curriculum.py).
 
     >>> Task(id="chain/0", prompt=[{"role": "user", "content": "3+4*2?"}], columns={"answer": "4"},
     ...      solution="3+4=7;7*2=4;A:4", difficulty=2).text

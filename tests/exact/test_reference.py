@@ -17,15 +17,15 @@ import pytest
 import torch
 from torch import nn
 
+from sppo.experimental.search import Lessons
+from sppo.learning.batch import pack
+from sppo.learning.learner import Learner
 from sppo.models import tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
-from sppo.sections import CurriculumSection
+from sppo.recipe.sections import CurriculumSection
+from sppo.run.curriculum import Predicted
 from sppo.tasks.base import ListSource
-from sppo.training.batch import pack
-from sppo.training.curriculum import Predicted
-from sppo.training.learner import Learner
-from sppo.training.search import Lessons
 from sppo.types import Rollout, Task, Verdict
 
 from ..conftest import small_config

@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..config import Config
 from ..errors import DataError, UserError
 from ..files import open_regular, readable
+from ..recipe.config import Config
 from ..rewards.base import Reward
 from ..rewards.combine import MixedReward
 from ..rollout.collect import truncation_rule

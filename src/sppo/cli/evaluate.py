@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.step_quality import step_checker
     from ..rewards.base import load_reward
     from ..rollout.local import LocalEngine
+    from ..run.directory import write_atomic
     from ..spec import is_records, located, split_specs
     from ..tasks.base import load_tasks, with_instruction
-    from ..training.rundir import write_atomic
 
     if args.n < 1 or args.samples < 1:
         raise UserError("--n and --samples must be at least 1")

@@ -35,9 +35,9 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Judge every row."""
     from ..rewards.base import load_reward
+    from ..run.directory import no_space, write_atomic
     from ..tasks.records import has_prompt, renamed, task_from
     from ..tasks.rows import columns_found, read_rows
-    from ..training.rundir import no_space, write_atomic
     from ..types import Rollout
 
     if args.out and Path(args.out).is_dir():

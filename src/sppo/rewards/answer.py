@@ -21,9 +21,9 @@ from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
 from .compare import choice, members, plain, quantity, same_quantity
 from .extract import EXTRACT, after_hashes, after_last_mark, after_thinking, boxed, extract_answer
-from .guard import each_within
 from .reading import read
 from .tokens import Unreadable
+from .user_reward import each_within
 
 __all__ = [
     "AnswerReward",

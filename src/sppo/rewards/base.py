@@ -16,7 +16,7 @@ from ..errors import RecipeError, RewardError
 from ..spec import call, call_own, is_import, nearest, parse_spec, resolve
 from ..tasks.base import GIVEN
 from ..types import OUTCOMES, Rollout, Task, Verdict
-from .guard import LIMIT, Fault, guarded
+from .user_reward import LIMIT, Fault, guarded
 
 TEST_COLUMNS = ("tests", "test_list", "test", "input_output")
 """Where rows keep their tests, in the order in which they are looked at."""

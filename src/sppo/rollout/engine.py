@@ -11,7 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from ..errors import RecipeError
 from ..models.policy import Policy
-from ..sections import RolloutSection
+from ..recipe.sections import RolloutSection
 from ..spec import make
 from ..types import Fork
 from .sampler import Cut

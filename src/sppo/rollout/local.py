@@ -2,7 +2,7 @@
 
 A finished sequence leaves its slot and a waiting one takes it, so that every product is of live tokens alone. Prompts are
 prefilled packed, and a prompt that is sampled several times is computed once. A model that keeps more than plain keys and
-values, or cannot be packed, is sampled by the plain loop (rollout/plain.py).
+values, or cannot be packed, is sampled by the plain loop (rollout/reference.py).
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..models import decode, packed
-from ..models.compiled import NoCompiler
-from ..models.lent import fused
+from ..kernels import attention as packed
+from ..kernels.cpu import decode
+from ..kernels.cpu.build import NoCompiler
+from ..kernels.patch_layers import fused
+from ..models.loading import first_line
 from ..models.narrow import narrow_products
 from ..models.policy import Policy
-from ..models.pretrained import first_line
+from .cuda_graphs import Captured, next_logits
 from .engine import Branching, Sample, Sampling
-from .plain import PlainEngine
-from .responses import Drawn, Given, Responses, next_inputs
-from .slots import Prefix, Slots
-from .step import Captured, next_logits
+from .kv_cache import Prefix, Slots
+from .reference import PlainEngine
+from .sequences import Drawn, Given, Responses, next_inputs
 from .tree import Growing
 
 PREFILL = 4096

@@ -20,8 +20,8 @@ from ..rewards.steps import SPLITS
 from ..types import Fork
 from .collect import sample_seed
 from .engine import Branching, Sample, Sampling
-from .responses import Drawn
 from .sampler import uniforms
+from .sequences import Drawn
 
 TAIL = 8
 """So many of the newest tokens tell whether the last of them ended a segment."""
