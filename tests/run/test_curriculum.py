@@ -29,7 +29,7 @@ def tasks(count: int, dial: bool = True) -> list[Task]:
 
 
 def judged(task: Task, correct: float, outcome: str = "correct", sample: int = 0) -> Rollout:
-    return Rollout(task, [1], [2], [-1.0], "stop", "", sample, Verdict(correct, outcome))  # type: ignore[arg-type]
+    return Rollout.answer(task, [1], [2], [-1.0], "stop", "", sample, Verdict(correct, outcome))  # type: ignore[arg-type]
 
 
 class Oracle:

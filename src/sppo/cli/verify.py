@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if not has_prompt(row):
             row["prompt"] = ""
-        rollouts.append(Rollout(task_from(row, name), [], [], [], "stop", response))
+        rollouts.append(Rollout.answer(task_from(row, name), [], [], [], "stop", response))
     if not rollouts:
         raise DataError(f"{args.file} holds no rows")
     verdicts = reward.judge(rollouts)

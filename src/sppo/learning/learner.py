@@ -29,7 +29,7 @@ from ..objective.ratio import log_ratio
 from ..recipe.config import Config
 from ..rollout.canary import SAMPLED, noise_limit
 from .batch import Batch, micro_batches
-from .credit.base import credit
+from .credit.loading import load_credit
 from .optimizer import MasterAdamW, learning_rate
 from .update_stats import Tally, Trace
 
@@ -51,7 +51,7 @@ class Learner:
     def __init__(self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config) -> None:
         config, _ = config.settled()
         self.policy, self.reference, self.config = policy, reference, config
-        self.credit = credit(config, policy, critic)
+        self.credit = load_credit(config, policy, critic)
         t = config.training
         self.policy_optimiser = MasterAdamW(
             policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay, kind=t.optimizer
@@ -71,7 +71,7 @@ class Learner:
     def advantage(self, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """R − b for each rollout, [B] (or for each token, [B, T]), the values V(x), [B], where there is a critic, and its metrics.
 
-        Call before `update`: the values must not have seen these rewards. Masked rollouts get whatever, and are not used.
+        Call before `update`: the values must not have seen these rewards. Values for masked rollouts are undefined.
         """
         reward_B, o, r = batch.reward_B, self.config.objective, self.config.rollout
         shaping: dict[str, Any] = {}
@@ -158,8 +158,6 @@ class Learner:
             self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)
         metrics = tally.metrics(len(updates))
         self.trace = tally.trace(batch)
-        if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
-            self.credit.moved(2 * metrics["policy/kl_step"] * float(batch.response_len_B[kept].float().mean()))
         return (
             metrics
             | left_out
@@ -181,12 +179,13 @@ class Learner:
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
         count = self.config.training.minibatches
         units = batch.group_B[kept].unique(return_inverse=True)[1]
-        if units.max() + 1 < count and not batch.nodes:  # a tree's leaves belong together
+        if units.max() + 1 < count:
             units = torch.arange(len(kept))
         order = torch.randperm(int(units.max()) + 1, generator=generator)
-        length_B = batch.prompt_len_B + batch.response_len_B
         minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
-        return [micro_batches(m, length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches]
+        return [
+            micro_batches(m, batch.length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches
+        ]
 
     def _beside(self, batch: Batch, step: int, epoch: int, count: int) -> list[Tensor]:
         """What only the critic learns from, dealt out to an epoch's updates, the groups whole."""
@@ -211,7 +210,7 @@ class Learner:
         """Add up the gradient of one minibatch's loss over its micro-batches."""
         o = self.config.objective
         rows = torch.cat(minibatch)
-        sequences, tokens = float(batch.share_B[rows].sum()), float(batch.count_BT[rows].sum())
+        sequences, tokens = float(len(rows)), float(batch.response_len_B[rows].sum())
         divisor = denominator(o, sequences, tokens, self.config.rollout.max_tokens)
         for part in minibatch:
             current = self._logps(self.policy, batch, part)
@@ -227,7 +226,6 @@ class Learner:
                 of(old_BT),
                 of(batch.behaviour_logp_BT),
                 current.mask_BT,
-                of(batch.count_BT) if batch.nodes else None,
                 None if reference_BT is None else of(reference_BT),
                 None if batch.weight_B is None else of(batch.weight_B),
                 current.entropy_BT,
@@ -259,9 +257,9 @@ class Learner:
         many lessons as there could be, so that a single one is not learnt with the weight of all."""
         batch = lessons.batch
         rows = torch.arange(number, len(batch), updates)
-        length_B, total = batch.prompt_len_B + batch.response_len_B, 0.0
+        total = 0.0
         weight_B = torch.tensor(lessons.weights) / batch.response_len_B
-        for part in micro_batches(rows, length_B, self.config.training.micro_budget, self.policy.packs):
+        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, self.policy.packs):
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
             loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
@@ -286,12 +284,9 @@ class Learner:
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
     def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> Any:
-        width = int((batch.prompt_len_B[part] + batch.response_len_B[part]).max())
+        ids_bL, _ = batch.rows(part)  # TEMP
         return policy.response_logps(
-            batch.ids_BL[part, :width],
-            batch.prompt_len_B[part],
-            batch.response_len_B[part],
-            self.config.rollout.temperature,
+            ids_bL, batch.prompt_len_B[part], batch.response_len_B[part], self.config.rollout.temperature
         )
 
     @torch.no_grad()
@@ -336,8 +331,7 @@ class Learner:
         """Of some rows of the batch, or of all; 0 elsewhere."""
         rows = torch.arange(len(batch)) if rows is None else rows
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
-        length_B = batch.prompt_len_B + batch.response_len_B
-        for part in micro_batches(rows, length_B, self.config.training.micro_budget, policy.packs):
+        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, policy.packs):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         return out_BT

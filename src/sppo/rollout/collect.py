@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..models.policy import Policy
 from ..rewards.base import Reward
 from ..types import Rollout, Task, Verdict
-from .engine import Branching, Engine, Sampling, TreeEngine
+from .engine import Engine, Sampling
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -30,9 +30,8 @@ def collect(
     truncated: str = "penalise",
     progress: Callable[[int], None] | None = None,
     judging: Callable[[int], None] | None = None,
-    branching: Branching | None = None,
 ) -> list[Rollout]:
-    """`samples` judged rollouts for each task, a task's samples next to each other; with `branching`, the leaves of a tree for each task.
+    """`samples` judged rollouts for each task, a task's samples next to each other.
 
     `policy` lends its tokenizer; the weights are the engine's. `progress` is called with how many are sampled, `judging` with how many are to be
     judged. A response cut at the limit scores 0 under `penalise` (its outcome is never `correct`, and `truncated` is in the evidence), is masked
@@ -42,16 +41,9 @@ def collect(
     prompt_ids = {id(task): policy.prompt_ids(task) for task in tasks}
     prompts = [prompt_ids[id(task)] for task, _ in repeated]
     seeds = [sample_seed(*seed, position // samples, k) for position, (_, k) in enumerate(repeated)]
-    if branching is None:
-        responses = engine.generate(prompts, seeds, sampling, progress)
-    else:
-        if not isinstance(engine, TreeEngine):
-            raise TypeError("this engine cannot branch")
-        trees = engine.generate_trees(prompts, seeds, sampling, branching, progress)
-        repeated = [(task, k) for (task, _), leaves in zip(repeated, trees, strict=True) for k in range(len(leaves))]
-        responses = [leaf for leaves in trees for leaf in leaves]
+    responses = engine.generate(prompts, seeds, sampling, progress)
     rollouts = [
-        Rollout(task, prompt_ids[id(task)], r.ids, r.logps, r.finish, policy.text(r.ids), k, kept=r.kept, forks=r.forks)
+        Rollout.answer(task, prompt_ids[id(task)], r.ids, r.logps, r.finish, policy.text(r.ids), k, kept=r.kept)
         for (task, k), r in zip(repeated, responses, strict=True)
     ]
     if judging is not None:

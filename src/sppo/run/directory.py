@@ -55,7 +55,6 @@ ROLLOUT_SCHEMA = pa.schema(
         ("difficulty", pa.float32()),
         ("value", pa.float32()),
         ("advantage", pa.float32()),
-        ("forks", pa.list_(pa.list_(pa.int32()))),
         ("task", pa.string()),
         ("tokens", pa.int32()),
         ("log_ratios", pa.list_(pa.float32())),
@@ -209,7 +208,7 @@ class RunDirectory:
             row = (
                 step, r.task.id, r.sample, r.task.text, r.text, list(r.prompt_ids), list(r.response_ids), list(r.logps), r.finish,
                 verdict.score, verdict.correct, verdict.outcome, verdict.masked, json.dumps(dict(verdict.evidence), default=str),
-                r.task.difficulty, value, advantage if trained else None, [list(fork) for fork in r.forks],
+                r.task.difficulty, value, advantage if trained else None,
                 task_json(r.task), len(r.response_ids), ratios[: len(r.response_ids)] if trained else None, cut if trained else None,
             )  # fmt: skip
             for name, cell in zip(columns, row, strict=True):

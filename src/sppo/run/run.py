@@ -40,7 +40,7 @@ from ..rewards.base import fitting_reward, load_reward
 from ..rewards.combine import MixedReward, adds
 from ..rollout.canary import Canary
 from ..rollout.collect import collect, overruled
-from ..rollout.engine import Engine, Sampling, TreeEngine, load_engine
+from ..rollout.engine import Engine, Sampling, load_engine
 from ..tasks.base import GIVEN, load_pair
 from ..tasks.rows import columns_found
 from ..threads import fitted
@@ -110,8 +110,6 @@ class Run:
         self.engine: Engine = load_engine(config.rollout.engine, self.policy)
         if self.engine.stated:
             observer.note(self.engine.stated)
-        if config.rollout.kind == "tree" and not (isinstance(self.engine, TreeEngine) and self.engine.branches):
-            raise RecipeError(f"rollout.kind = 'tree' needs an engine that can branch; {self.engine.stated}")
         self.sampling = Sampling.of(config.rollout)
         self.health = Health(config, self.sampling, observer.note)
         self.health.before()
@@ -371,13 +369,12 @@ class Run:
         batch, advantage, value_B = batch.first(n), advantage[:n], None if value_B is None else value_B[:n]
         advantage_B, credit = advantage, advantage[batch.keep_B]
         if advantage.dim() == 2:  # each token's own: the mean over each response's tokens
-            own_BT = batch.count_BT > 0
+            own_BT = batch.mask_BT
             advantage_B = torch.where(own_BT, advantage, 0.0).sum(1) / own_BT.sum(1)
             credit = advantage[own_BT & batch.keep_B[:, None]]
         verdicts = [r.verdict for r in batch.rollouts if r.verdict]
         discarded = [r.verdict for group in gathered.thrown_away for r in group if r.verdict]
-        kept = [(v, r.share) for r, v in zip(batch.rollouts, verdicts, strict=True) if not v.masked]
-        graded = sum(share for _, share in kept)
+        kept = [v for v in verdicts if not v.masked]
         tokens = batch.tokens
         masked = len(batch) - int(batch.keep_B.sum())
         cut = sum(r.finish == "length" for r in batch.rollouts)
@@ -395,9 +392,9 @@ class Run:
             self.state.advantage += mean_advantage
             self.state.advantage_steps += 1
         metrics = {
-            "reward/mean": sum(v.score * share for v, share in kept) / graded if kept else None,
-            "reward/spread": max(v.score for v, _ in kept) - min(v.score for v, _ in kept) if kept else None,
-            "reward/correct": sum(v.correct * share for v, share in kept) / graded if kept else None,
+            "reward/mean": sum(v.score for v in kept) / len(kept) if kept else None,
+            "reward/spread": max(v.score for v in kept) - min(v.score for v in kept) if kept else None,
+            "reward/correct": sum(v.correct for v in kept) / len(kept) if kept else None,
             "rollout/masked": masked,
             "rollout/beside_tokens": gathered.beside_tokens,
             "rollout/thrown_away": len(gathered.thrown_away),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..rewards.combine import MixedReward
 from ..rollout.collect import collect
-from ..rollout.engine import Branching
 from ..types import Rollout, Task
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def _collect(run: Run, tasks: list[Task], seed: tuple[int | str, ...]) -> list[R
     r = run.config.rollout
     return collect(
         run.engine, run.policy, run.reward, tasks, run.sampling,
-        samples=r.samples, seed=seed, truncated=r.truncated, branching=Branching.of(r),
+        samples=r.samples, seed=seed, truncated=r.truncated,
         progress=lambda done: run.within("sampling", done, len(tasks) * r.samples), judging=lambda count: run.within("judging", 0, count),
     )  # fmt: skip
 
