@@ -48,7 +48,8 @@ def test_the_rule(tokens, minibatches, epochs, ratio, level):
 def test_a_peer_keeps_its_papers_ratio(name):
     ratio = PRESETS[name]["objective"]["ratio"]
     for tokens in (32, 4096):
-        found = settled(objective__algorithm=name, rollout__max_tokens=tokens)
+        reward = "answer + 0 * steps:check=chain,split=semicolons"  # what sppo-hybrid needs
+        found = settled(objective__algorithm=name, rollout__max_tokens=tokens, reward__use=reward)
         assert found[0] == ratio
         assert "auto" not in found[2]
         assert found[1] == ("sequence" if tokens == 32 and ratio not in PER_TOKEN else "token")

@@ -13,12 +13,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from ..errors import RecipeError
-from ..spec import Spec, call, is_records, parse_spec, resolve
+from ..spec import GIVEN, Spec, call, is_records, parse_spec, resolve
 from ..types import Prompt, Task
 from ._own import is_own, own_source
 
-GIVEN = "given in Python"
-"""What a recipe says in place of an object that a Python user passed: it cannot be loaded by name."""
 HELD_OUT = 0.1
 """The share of all problems that is held out."""
 SPLITS = ("train", "held-out", "all")
