@@ -21,7 +21,7 @@ from .recipe.config import Config
 from .report.progress import ProgressDisplay
 from .rewards.base import Reward, load_reward
 from .rewards.user_reward import LIMIT
-from .run.build import Parts
+from .run.build import Components, Parts
 from .run.loop import train
 from .run.run import Run
 from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, load_pair, load_tasks, with_instruction
@@ -227,10 +227,10 @@ class SPPOTrainer:
         """Write policy and tokenizer as an ordinary model folder."""
         self._trained().policy.save(Path(folder))
 
-    def _trained(self) -> Run:
+    def _trained(self) -> Components:
         if self.run is None:
             raise UserError("call train() first")
-        return self.run
+        return self.run.components
 
     def _sources(self, train_rows: Any, eval_rows: Any) -> tuple[TaskSource, TaskSource]:
         """Rows or specs into sources; without held-out rows a tenth of the training rows, by hash, is held out."""

@@ -16,7 +16,7 @@ from sppo.report.pages import environment, rollout_view
 from sppo.report.reader import RunReader
 from sppo.tasks._own import checked
 from sppo.tasks.records import task_from
-from sppo.run.build import said_prompt
+from sppo.run.prompts import said_prompt
 from sppo.types import Task
 
 TEMPLATE = (

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,9 @@ from ..rollout.canary import SAMPLED, noise_limit
 from .agreement import check_gap
 from .batch import Batch, micro_batches
 from .credit.loading import load_credit
+from .lessons import Lessons
 from .optimizer import MasterAdamW, learning_rate
 from .update_stats import Tally, Trace
-
-if TYPE_CHECKING:
-    from ..experimental.search import Lessons
 
 NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 """The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by

@@ -8,9 +8,9 @@ import torch
 
 from ..errors import DataError, NonFinite
 from ..models.policy import Policy
-from ..recipe.sections import BootstrapSection, CurriculumSection
-from ..run.curriculum import Uniform
+from ..recipe.sections import BootstrapSection
 from ..tasks.base import TaskSource
+from ..tasks.epochs import Epochs
 from ..types import Task
 from .batch import micro_batches
 from .optimizer import MasterAdamW, learning_rate
@@ -30,7 +30,7 @@ def supervised(
 
     Args:
         limit: solutions longer than this many tokens, prompt included, are left out (never cut).
-        on_step: hears each step's metrics; training stops early when it returns False.
+        on_step: called with the number of steps done and the last one's metrics; training stops early when it returns False.
 
     Raises:
         DataError: no problem has a worked solution that fits.
@@ -50,13 +50,13 @@ def supervised(
         encoded[task.id] = (prompt, response)
         return None
 
-    curriculum = Uniform(CurriculumSection(), source, seed, unusable)
+    order = Epochs(source, seed, unusable)
     metrics: dict[str, float] = {}
     bad = 0
     for step in range(config.steps):
         encoded.clear()
         try:
-            tasks = curriculum.sample(config.batch)
+            tasks = order.sample(config.batch)
         except DataError as error:
             raise DataError(f"supervised training: {error}") from None
         rows = [encoded[t.id] for t in tasks]
@@ -82,7 +82,7 @@ def supervised(
             raise NonFinite(
                 "the supervised loss or its gradient was not finite three times in a row: lower the learning rate"
             )
-        metrics = {"loss": total, "lr": lr, "passed_over": float(curriculum.passed_over)}
+        metrics = {"loss": total, "lr": lr, "passed_over": float(order.passed_over)}
         if not on_step(step + 1, metrics):
             break
     return metrics

@@ -150,7 +150,9 @@ def _play(
         if not going:
             return
         seeds = [sample_seed(*t.seed, *(("turn", turn) if turn else ())) for t in going]
-        limits = [t.room for t in going] if turn else None  # the first prompts are known to leave room for a whole response
+        limits = (
+            [t.room for t in going] if turn else None
+        )  # the first prompts are known to leave room for a whole response
         heard = progress if progress is None or not turn else partial(_later, progress, len(tracks) - len(going))
         samples = engine.generate([t.ids for t in going], seeds, sampling, heard, limits)
         for track, sample in zip(going, samples, strict=True):

@@ -19,8 +19,8 @@ MANY_CUT, SOME_OVERRULED = 0.5, 0.02
 """Shares of responses cut at the limit, and of those among them that the reward pays, from which a user must know."""
 
 
-class Health:
-    """Looks at each step's numbers and verdicts; `say` hears a sentence with the cause and the mend."""
+class Warnings:
+    """Looks at each step's numbers and verdicts; `say` is called with a sentence: the cause, and what to do."""
 
     def __init__(self, config: Config, sampling: Sampling, say: Callable[[str], None]) -> None:
         self.config, self.sampling, self.say = config, sampling, say
