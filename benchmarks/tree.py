@@ -17,7 +17,7 @@ from sppo.models.loading import pick_device
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Branching, Sampling
 from sppo.rollout.local import LocalEngine
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from sppo.audit.stepwise import other_script, repetition
 from sppo.audit.verifying import reads_reference, reference_of
 from sppo.audit.work import cut_at, without_work
 from sppo.recipe.sections import MonitorsSection
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.types import Rollout, Task, Verdict

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
 from sppo.rewards.compare import choice, members, quantity
+from sppo.rewards.loading import load_reward
 from sppo.rewards.units import unit
 from sppo.types import Rollout, Task
 

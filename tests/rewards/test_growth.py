@@ -22,9 +22,9 @@ import pytest
 import sppo
 from sppo.errors import RecipeError
 from sppo.rewards.answer import MODES
-from sppo.rewards.base import load_reward
 from sppo.rewards.confidence import stated_confidence
 from sppo.rewards.extract import EXTRACT, extract_answer
+from sppo.rewards.loading import load_reward
 from sppo.rewards.steps import SPLITS
 from sppo.types import Rollout, Task
 

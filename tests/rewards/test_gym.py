@@ -21,11 +21,11 @@ from reasoning_gym.factory import DATASETS  # noqa: E402
 from sppo.cli.main import main  # noqa: E402
 from sppo.errors import RecipeError, SandboxUnavailable  # noqa: E402
 from sppo.rewards import gym as reward_module  # noqa: E402
-from sppo.rewards.base import load_reward  # noqa: E402
 from sppo.rewards.gym import GymReward  # noqa: E402
 from sppo.rewards.inside import guards  # noqa: E402
+from sppo.rewards.loading import load_reward  # noqa: E402
 from sppo.sandbox import confined  # noqa: E402
-from sppo.tasks.base import load_tasks  # noqa: E402
+from sppo.tasks.loading import load_tasks  # noqa: E402
 from sppo.types import Rollout, Task, Verdict  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own: files left open, empty matrices

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from sppo.rewards.base import load_reward
 from sppo.rewards.extract import extract_answer
+from sppo.rewards.loading import load_reward
 from sppo.rewards.math import build, judge_one
 from sppo.rewards.reading import read
 from sppo.rewards.same import same

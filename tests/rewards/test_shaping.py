@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.types import Rollout, Task
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.evaluate import held_out_tasks
 from ..learning.sft import supervised
-from ..tasks.base import load_tasks
+from ..tasks.loading import load_tasks
 
 if TYPE_CHECKING:
     from .run import Run

@@ -18,8 +18,8 @@ from ..models.policy import Policy
 from ..recipe.config import Config
 from ..rewards.base import Reward
 from ..spec import is_import, make
-from ..tasks._own import checked
 from ..tasks.base import ListSource, TaskSource, rows_in
+from ..tasks.user_source import checked
 from ..types import Task
 
 SHOWN_HEAD, SHOWN_TAIL = 240, 120

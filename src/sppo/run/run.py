@@ -36,12 +36,13 @@ from ..models.mlp import ControlPolicy
 from ..models.policy import parameter_count, weights_sha256
 from ..objective.diagnostics import explained_variance_ceiling
 from ..recipe.config import Config, flattened
-from ..rewards.base import fitting_reward, load_reward
 from ..rewards.combine import MixedReward, adds
+from ..rewards.loading import fitting_reward, load_reward
 from ..rollout.canary import Canary
 from ..rollout.collect import collect, overruled
 from ..rollout.engine import Engine, Sampling, TreeEngine, load_engine
-from ..tasks.base import GIVEN, load_pair
+from ..tasks.base import GIVEN
+from ..tasks.loading import load_pair
 from ..tasks.rows import columns_found
 from ..threads import fitted
 from ..trackers.base import TrackedRun, Trackers
