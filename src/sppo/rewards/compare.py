@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .latex import Node, literal
 from .reading import read
+from .syntax import Node, literal
 from .tokens import Unreadable
 from .units import Unit
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .compare import DENIED_AFTER, quantity
-from .latex import FUNCTIONS
 from .reading import date, read
 from .tokens import Unreadable, places
 from .units import unit
+from .vocabulary import FUNCTIONS
 
 _DELIMITERS = {"$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 EXTRACT = ("auto", "boxed", "marked", "hash", "number", "whole")

@@ -28,8 +28,8 @@ from .evaluate import (
     multiply,
     walk,
 )
-from .latex import Node, integer, times
 from .reals import same_reals
+from .syntax import Node, integer, times
 from .units import Unit
 
 DIGITS = 6
