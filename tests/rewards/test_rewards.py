@@ -9,8 +9,8 @@ import pytest
 
 from sppo.errors import RecipeError, RewardError
 from sppo.rewards.answer import boxed, extract_answer, looks_cut_off
-from sppo.rewards.compare import number
 from sppo.rewards.loading import load_reward
+from sppo.rewards.quantity import number
 from sppo.rewards.workers import WorkerPool
 from sppo.types import Rollout, Task, Verdict
 
