@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from sppo.learning.credit.base import credit
 
 from sppo.experimental.mcts import Node, walk
 from sppo.learning.batch import pack
-from sppo.learning.credit.base import credit
 from sppo.learning.credit.hybrid import Gate, SegmentCredit, StepCredit
 from sppo.learning.credit.optimal_baseline import DOUBT, squared_scores
 from sppo.learning.learner import Learner

@@ -16,7 +16,7 @@ from sppo.experimental.search import Lessons, _correct, _solution, _task
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.types import Task, Verdict

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sppo.learning.credit.base import credit
 
 from sppo.errors import RecipeError
 from sppo.learning.batch import pack
-from sppo.learning.credit.base import credit
 from sppo.learning.credit.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stretch_scores
 from sppo.learning.credit.optimal_baseline import squared_scores
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rewards.segments import seen_ends, segment_starts, token_ends
 from sppo.run.loop import train
 from sppo.run.run import Run

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ..recipe.sections import BootstrapSection
     from ..report.progress import ProgressDisplay
     from ..run.directory import no_space
-    from ..tasks.base import load_tasks
+    from ..tasks.loading import load_tasks
 
     changes = {"run.out": "models/sft"} | overrides(args)
     for flag in ("steps", "lr"):

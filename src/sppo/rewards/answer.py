@@ -19,9 +19,11 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
-from .compare import choice, members, plain, quantity, same_quantity
+from .choice import choice
 from .extract import EXTRACT, after_hashes, after_last_mark, after_thinking, boxed, extract_answer
+from .quantity import quantity, same_quantity
 from .reading import read
+from .text import members, plain
 from .tokens import Unreadable
 from .user_reward import each_within
 
