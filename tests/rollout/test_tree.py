@@ -175,11 +175,11 @@ def test_a_run_on_trees_learns_resumes_to_the_same_bits_and_records_its_forks(tm
         return job
 
     whole, broken = run("whole", 4), run("broken", 2)
-    again = Run.resume(broken.directory.path, steps=4)
+    again = Run.resume(broken.components.directory.path, steps=4)
     train(again)
     again.close()
-    assert again.policy.fingerprint() == whole.policy.fingerprint()
-    rows = pq.read_table(whole.directory.path / "rollouts" / "step-000003.parquet").to_pylist()
+    assert again.components.policy.fingerprint() == whole.components.policy.fingerprint()
+    rows = pq.read_table(whole.components.directory.path / "rollouts" / "step-000003.parquet").to_pylist()
     assert any(row["forks"] for row in rows)
 
 
@@ -217,11 +217,11 @@ def test_nonsense_is_one_sentence():
 )
 def test_trees_go_with_the_rest(changes, tmp_path):
     job = Run.new(config(**{"run.out": str(tmp_path / "run"), "training.steps": 2} | changes))
-    before = job.policy.fingerprint()
+    before = job.components.policy.fingerprint()
     train(job)
     job.close()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(m["tree/leaves"] > 1 and m["update/skipped_non_finite"] == 0 for m in metrics)
     assert all(m["rollout/tokens"] <= 4 * 12 * 16 for m in metrics)
     if changes.get("rollout.truncated") != "mask":  # where next to all are cut off, nothing may be left to learn from
-        assert job.policy.fingerprint() != before
+        assert job.components.policy.fingerprint() != before
