@@ -35,7 +35,7 @@ import numpy as np
 from sppo.cli.compare import START
 from sppo.evaluation.compare import cost_to, mean_interval, median_interval, ratio_interval, value_at
 from sppo.recipe.config import Config
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 from sppo.types import Task
 
 Changes = Mapping[str, Any]

@@ -59,7 +59,7 @@ def serve_sppo() -> None:
     from sppo.learning.batch import pack
     from sppo.memory import keep_memory
     from sppo.recipe.config import Config
-    from sppo.rewards.base import load_reward
+    from sppo.rewards.loading import load_reward
     from sppo.rollout.collect import collect
     from sppo.run.build import Parts, make_learner
     from sppo.run.run import Run

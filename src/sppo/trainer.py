@@ -19,12 +19,15 @@ from typing import Any
 from .errors import DataError, ModelError, RecipeError, UserError
 from .recipe.config import Config
 from .report.progress import ProgressDisplay
-from .rewards.base import Reward, load_reward
+from .rewards.base import Reward
+from .rewards.loading import load_reward
 from .rewards.user_reward import LIMIT
 from .run.build import Components, Parts
 from .run.loop import train
 from .run.run import Run
-from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, load_pair, load_tasks, with_instruction
+from .spec import GIVEN
+from .tasks.base import HELD_OUT, ListSource, TaskSource, in_split, with_instruction
+from .tasks.loading import load_pair, load_tasks
 from .tasks.records import tasks_from
 from .trl_names import translated
 

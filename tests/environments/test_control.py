@@ -23,7 +23,7 @@ from sppo.rollout.engine import Sampling
 from sppo.run.build import load_policy
 from sppo.run.loop import train
 from sppo.run.run import Run
-from sppo.tasks.base import load_pair
+from sppo.tasks.loading import load_pair
 
 from ..conftest import small_policy
 

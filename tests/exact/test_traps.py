@@ -17,12 +17,13 @@ from sppo.models.policy import Policy
 from sppo.models.tiny import build
 from sppo.objective.surrogate import normalised_sum
 from sppo.recipe.sections import CurriculumSection
-from sppo.rewards.base import CallableReward
 from sppo.rewards.combine import MixedReward, Part
+from sppo.rewards.user_reward import CallableReward
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.run.curriculum import Uniform
-from sppo.tasks.base import ListSource, load_tasks
+from sppo.tasks.base import ListSource
+from sppo.tasks.loading import load_tasks
 from sppo.types import Task, Verdict
 
 from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts

@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from sppo.learning.credit.base import credit
 
 from sppo.experimental.mcts import Node, walk
 from sppo.learning.batch import pack
-from sppo.learning.credit.base import credit
 from sppo.learning.credit.hybrid import Gate, SegmentCredit, StepCredit
 from sppo.learning.credit.optimal_baseline import DOUBT, squared_scores
 from sppo.learning.learner import Learner
@@ -285,7 +285,7 @@ def a_chain(policy, text: str, scores: list[float]) -> Rollout:
     ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
     task = Task("chain/0", "1+2?")
     verdict = Verdict(0.0, "wrong", {"steps": steps, "split": "semicolons"})
-    return Rollout(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", text, verdict=verdict)
+    return Rollout.answer(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", text, verdict=verdict)
 
 
 @pytest.mark.usefixtures("float64")

@@ -17,7 +17,7 @@ from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
 from sppo.learning.lessons import Lessons
 from sppo.learning.update_stats import Tally
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.types import Task, Verdict
@@ -271,7 +271,7 @@ def test_columns_that_json_would_change_are_refused():
 
 def test_nonsense_is_one_sentence():
     for changes, why in (
-        ({"search.budget": 5}, "search.budget = 5 tokens a problem is less than one response"),
+        ({"search.budget": 5}, "search.budget = 5 tokens per problem is less than one response"),
         ({"search.value": "critic"}, "asks a critic that reads prefixes"),
         ({"search.value": "steps"}, "reward.use names none"),
         ({"search.value": "steps", "reward.use": "answer + 0 * steps:check=chain"}, "name a split"),

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sppo.learning.credit.base import credit
 
 from sppo.errors import RecipeError
 from sppo.learning.batch import pack
-from sppo.learning.credit.base import credit
 from sppo.learning.credit.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stretch_scores
 from sppo.learning.credit.optimal_baseline import squared_scores
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rewards.segments import seen_ends, segment_starts, token_ends
 from sppo.run.loop import train
 from sppo.run.run import Run
@@ -30,7 +30,7 @@ CHAIN = Task("chain/0", [{"role": "user", "content": "7+5-3*2?"}], {"answer": "8
 
 def said(policy, text: str, task: Task = CHAIN, use: str = STEPS) -> Rollout:
     ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
-    rollout = Rollout(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", policy.text(ids))
+    rollout = Rollout.answer(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", policy.text(ids))
     return rollout.judged(load_reward(use).judge([rollout])[0])
 
 
@@ -263,7 +263,7 @@ def test_nonsense_is_one_sentence(tmp_path):
         batch = pack([said(policy, "7+5=2;A:2", use=use)], policy.pad_id)
         with pytest.raises(RecipeError, match=why):
             made.advantage(batch, batch.reward_B)
-    blank = Rollout(
+    blank = Rollout.answer(
         CHAIN, [1], [2], [-1.0], "stop", "", verdict=Verdict(1.0, "correct", {"steps": [], "split": "lines"})
     )
     assert made._stretches(blank) == []
@@ -283,5 +283,5 @@ def test_bytes_of_half_a_character_end_no_step():
             return bytes(ids).decode(errors="replace")
 
     text = "😀\n1"
-    rollout = Rollout(CHAIN, [1], list(text.encode()), [-1.0] * 6, "stop", text)
+    rollout = Rollout.answer(CHAIN, [1], list(text.encode()), [-1.0] * 6, "stop", text)
     assert token_ends(Bytes(), rollout, [1, 2]) == [4, 5]

@@ -13,12 +13,12 @@ from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
 from sppo.recipe.config import Config
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts

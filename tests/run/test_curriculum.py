@@ -30,7 +30,7 @@ def tasks(count: int, dial: bool = True) -> list[Task]:
 
 
 def judged(task: Task, correct: float, outcome: str = "correct", sample: int = 0) -> Rollout:
-    return Rollout(task, [1], [2], [-1.0], "stop", "", sample, Verdict(correct, outcome))  # type: ignore[arg-type]
+    return Rollout.answer(task, [1], [2], [-1.0], "stop", "", sample, Verdict(correct, outcome))  # type: ignore[arg-type]
 
 
 class Oracle:
@@ -302,8 +302,13 @@ def test_the_weight_reaches_the_advantage(tmp_path):
 def test_a_key_that_nothing_reads_is_said():
     assert small_config().without_effect() == []
     found = small_config(
-        **{"objective.algorithm": "grpo", "objective.gae_lambda": 0.5, "rollout.entropy": 2.0, "curriculum.pool": 9}
+        **{
+            "objective.algorithm": "grpo",
+            "objective.gae_lambda": 0.5,
+            "rollout.segments": "tokens",
+            "curriculum.pool": 9,
+        }
     ).without_effect()
-    assert [why.partition(" ")[0] for why in found] == ["objective.gae_lambda", "rollout.entropy", "curriculum.pool"]
-    assert found[0] == "objective.gae_lambda has no effect here: it is of objective.baseline = 'token-critic'"
+    assert [why.partition(" ")[0] for why in found] == ["objective.gae_lambda", "rollout.segments", "curriculum.pool"]
+    assert found[0] == "objective.gae_lambda has no effect here: it needs objective.baseline = 'token-critic'"
     assert small_config(**{"objective.algorithm": "ppo", "objective.gae_lambda": 0.5}).without_effect() == []

@@ -149,8 +149,8 @@ def _plan(config: Config) -> dict[str, Any]:
 
 def _problems(config: Config) -> tuple[Any, str]:
     """The training problems, and what is said of them. Raises UserError where the reward cannot grade the first one."""
-    from ..rewards.base import load_reward
-    from ..tasks.base import load_tasks
+    from ..rewards.loading import load_reward
+    from ..tasks.loading import load_tasks
 
     source = config.task.train
     try:

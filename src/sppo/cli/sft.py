@@ -24,10 +24,12 @@ def run(args: argparse.Namespace) -> int:
     from ..learning.sft import supervised
     from ..models.loading import pick_device
     from ..models.policy import Policy, parameter_count, weights_sha256
-    from ..recipe.config import BootstrapSection, Config, bootstrap_rate
+    from ..recipe.config import Config
+    from ..recipe.recipe import bootstrap_rate
+    from ..recipe.sections import BootstrapSection
     from ..report.progress import ProgressDisplay
     from ..run.directory import no_space
-    from ..tasks.base import load_tasks
+    from ..tasks.loading import load_tasks
 
     changes = {"run.out": "models/sft"} | overrides(args)
     for flag in ("steps", "lr"):

@@ -19,8 +19,9 @@ import numpy as np
 from ..errors import RecipeError, RewardError
 from ..files import read_bytes, readable
 from ..learning.batch import pack
-from ..learning.credit.base import Credit, TokenCritic
 from ..learning.credit.hybrid import step_scores
+from ..learning.credit.protocol import Credit
+from ..learning.credit.token import TokenCritic
 from ..learning.lessons import Lessons
 from ..recipe.sections import SearchSection
 from ..rewards.segments import seen_ends, segment_starts, token_ends
@@ -155,7 +156,7 @@ class Search:
         text = policy.text(ids)
         stopped = ids[-1] in ending_ids(policy, stop) or any(s in text for s in stop)
         task = replace(like.task, weight=1.0)
-        return Rollout(task, like.prompt_ids, list(ids), [0.0] * len(ids), "stop" if stopped else "length", text)
+        return Rollout.answer(task, like.prompt_ids, list(ids), [0.0] * len(ids), "stop" if stopped else "length", text)
 
     def _judged(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """With verdicts. A reward that fails on a whole lot of prefixes fails on them alone: the step's own responses tell whether it is broken."""
@@ -277,4 +278,4 @@ def _correct(rollout: Rollout) -> bool:
 def _solution(entry: dict[str, Any]) -> Rollout:
     task = Task(**entry["task"])
     ids = entry["response_ids"]
-    return Rollout(task, entry["prompt_ids"], ids, [0.0] * len(ids), "stop", entry["response"])
+    return Rollout.answer(task, entry["prompt_ids"], ids, [0.0] * len(ids), "stop", entry["response"])

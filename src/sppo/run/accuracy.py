@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import DataError
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..rewards.base import fitting_reward
+from ..rewards.loading import fitting_reward
 from ..rollout.collect import collect
 from ..rollout.engine import Sampling
 from ..tasks.rows import columns_found

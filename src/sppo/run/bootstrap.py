@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..evaluation.evaluate import held_out_tasks
 from ..learning.sft import supervised
-from ..tasks.base import load_tasks
+from ..tasks.loading import load_tasks
 from .accuracy import accuracy
 from .build import Components
 from .checkpoint import State

@@ -24,12 +24,14 @@ from ..models.loading import pick_device, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
 from ..models.policy import Policy, parameter_count
 from ..recipe.config import Config
-from ..rewards.base import Reward, load_reward
+from ..rewards.base import Reward
 from ..rewards.combine import MixedReward, adds
+from ..rewards.loading import load_reward
 from ..rewards.steps import Checker
 from ..rollout.engine import Engine, Sampling, load_engine
 from ..spec import is_import, make
-from ..tasks.base import TaskSource, load_pair
+from ..tasks.base import TaskSource
+from ..tasks.loading import load_pair
 from ..threads import fitted
 from ..types import Task
 from .curriculum import Uniform, curriculum

@@ -33,7 +33,7 @@ from ..models.loading import native_bfloat16
 from ..models.policy import parameter_count
 from ..recipe.config import Config
 from ..recipe.sections import MICRO_TOKENS
-from ..rollout.local import PREFILL
+from ..rollout.scheduler import PREFILL
 from ..spec import parse_spec
 from ..tasks.base import TaskSource
 from ..types import Task
@@ -183,7 +183,7 @@ def plan(config: Config, policy: Model, critic: Model | None, device: torch.devi
     capacity = _capacity(config, device)
     gradients = {"gradients": policy.trained * policy.size}
     fixed = sum(stays.values()) + gradients["gradients"]
-    rows = -(-r.prompts * r.samples // t.minibatches) if r.kind != "tree" else r.prompts * r.leaves
+    rows = -(-r.prompts * r.samples // t.minibatches)
     wide = policy.trained * 4 if policy.size < 4 else 0  # gradients of several micro-batches add up in float32
     each, head = activations(policy, device, t.checkpoint_activations), _head(policy, device)
     chosen = t.micro_tokens
@@ -286,7 +286,7 @@ def _sampling(
         own = max(1, round(10 * share)) * GIB
         return {}, {"vLLM's weights": policy.parameters * policy.size, "vLLM's keys and values": own}
     z = Sizes.of(policy.model)
-    responses = r.prompts * (r.leaves if r.kind == "tree" else r.samples)
+    responses = r.prompts * r.samples
     sequences = min(r.batch, max(responses, e.n * e.samples))
     # a CPU's memory is taken as it is written
     prompt = config.task.max_prompt_tokens if device.type == "cuda" else prompt_tokens

@@ -8,8 +8,8 @@ from ..errors import ModelError, RecipeError
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..recipe.config import Config
-from ..tasks._own import checked
 from ..tasks.base import ListSource, TaskSource, rows_in
+from ..tasks.user_source import checked
 from ..types import Task
 
 SHOWN_HEAD, SHOWN_TAIL = 240, 120

@@ -13,7 +13,7 @@ from ..learning.lessons import Lessons
 from ..memory import give_back
 from ..rewards.combine import MixedReward
 from ..rollout.collect import collect
-from ..tasks.base import GIVEN
+from ..spec import GIVEN
 from ..types import Rollout, Task
 from .build import Components
 from .checkpoint import State
