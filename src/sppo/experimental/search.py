@@ -22,7 +22,7 @@ from ..learning.batch import Batch, pack
 from ..learning.credit.base import TokenCritic
 from ..learning.credit.hybrid import step_scores
 from ..recipe.sections import SearchSection
-from ..rewards.segments import seen_ends, segment_starts, token_ends
+from ..rewards.segments import STOPS, seen_ends, segment_starts, token_ends
 from ..rollout.collect import sample_seed
 from ..rollout.sequences import ending_ids
 from ..run.directory import no_space, task_json
@@ -31,13 +31,6 @@ from .mcts import Found, Ids, Judged, search
 
 if TYPE_CHECKING:
     from ..run.run import Run
-
-
-STOPS = {
-    "lines": ("\n",), "semicolons": (";", "\n"), "paragraphs": ("\n\n",),
-    "sentences": (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n"),
-}  # fmt: skip
-"""Strings that end a segment, for engines; what they miss is written on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models.policy import Policy
-from ..rewards.steps import SPLITS
+from ..rewards.segments import SEPARATORS
 from ..types import Fork
 from .collect import sample_seed
 from .engine import Branching, Sample, Sampling
@@ -50,7 +50,7 @@ class Growing(Drawn):
         self.finished_share = 0.0
         """How many of the trees are finished, in parts of trees."""
         self._ended = [True] * len(seeds)  # a prompt's end is a segment's end
-        self._separator = re.compile(SPLITS.get(branching.segments, ""))
+        self._separator = re.compile(SEPARATORS.get(branching.segments, ""))
         self._may_end: dict[int, bool] = {}
 
     def take(self, logits_BV: Tensor, live: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:

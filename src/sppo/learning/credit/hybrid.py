@@ -28,8 +28,7 @@ from ...models.critic import Critic
 from ...models.policy import Policy
 from ...objective.tree import returns
 from ...recipe.config import Config
-from ...rewards.segments import seen_ends, segment_starts, token_ends
-from ...rewards.steps import SPLITS
+from ...rewards.segments import SEPARATORS, seen_ends, segment_starts, token_ends
 from ...types import Rollout
 from ..batch import Batch
 from ..earned import MEMORY
@@ -265,10 +264,10 @@ def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
             "objective.phi = 'steps' (search.value too) reads the scores of a steps reward, and reward.use measures none: add "
             "`+ 0 * steps:check=…,split=…` to it (0: measured, not paid)"
         )
-    if evidence.get("split") not in SPLITS:
+    if evidence.get("split") not in SEPARATORS:
         raise RecipeError(
             "objective.phi = 'steps' must know where a step ends from what was written so far, and split=auto looks at the whole response: "
-            f"name one in reward.use, e.g. steps:check=…,split=lines (known: {', '.join(SPLITS)})"
+            f"name one in reward.use, e.g. steps:check=…,split=lines (known: {', '.join(SEPARATORS)})"
         )
     return evidence["steps"], evidence["split"]
 
