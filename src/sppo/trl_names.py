@@ -137,9 +137,9 @@ _INSTEAD = {
         ),
         (
             "vllm_importance_sampling_",
-            "recipe={'objective.engine_correction': 2.0} caps the weight that corrects for the engine (0: off), and "
-            "'objective.engine_correction_level' and 'engine_correction_beyond' set its mode; a whole response's weight "
-            "is of the kind of its ratio",
+            "recipe={'objective.engine_correction': 2.0} caps the weight that corrects for the engine (0: off); its mode "
+            "is 'objective.engine_correction_level' and 'engine_correction_beyond', and a whole response's weight is of "
+            "the kind of its ratio",
         ),
         (
             "bf16 fp16 bf16_full_eval fp16_full_eval",
