@@ -22,7 +22,7 @@ from sppo.run.run import Run
 from sppo.tasks.base import load_tasks
 from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import logps_of, small_config, small_critic, small_policy, small_rollouts
 
 OPEN = Branching(children=2, entropy=0.0, budget=60, segments="tokens", leaves=10**6)
 
@@ -142,7 +142,8 @@ def test_what_leaves_share_is_in_the_gradient_once():
     for b, r in enumerate(rollouts):
         if r.verdict.masked:
             continue
-        one = policy.response_logps(
+        one = logps_of(
+            policy,
             torch.tensor([[*r.prompt_ids, *r.response_ids]]),
             torch.tensor([len(r.prompt_ids)]),
             torch.tensor([len(r.response_ids)]),

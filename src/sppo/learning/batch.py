@@ -78,6 +78,13 @@ class Batch:
         """True on each response's own tokens."""
         return torch.arange(self.behaviour_logp_BT.size(1))[None] < self.response_len_B[:, None]
 
+    @property
+    def action_BL(self) -> Tensor:
+        """True on the tokens that the policy wrote, [B, L]."""
+        column_L = torch.arange(self.ids_BL.size(1))
+        end_B = self.prompt_len_B + self.response_len_B
+        return (column_L >= self.prompt_len_B[:, None]) & (column_L < end_B[:, None])
+
     def first(self, n: int) -> Batch:
         """Its first n rows, as wide as all of them are."""
         if n == len(self):

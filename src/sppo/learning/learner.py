@@ -22,6 +22,7 @@ from ..errors import EngineMismatch, NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
+from ..models.scorer import ActionLogps
 from ..objective.advantage import overlong_penalty
 from ..objective.kl import kl_cost
 from ..objective.loss import Scored, denominator, mismatch, policy_loss
@@ -285,14 +286,8 @@ class Learner:
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
-    def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> Any:
-        width = int((batch.prompt_len_B[part] + batch.response_len_B[part]).max())
-        return policy.response_logps(
-            batch.ids_BL[part, :width],
-            batch.prompt_len_B[part],
-            batch.response_len_B[part],
-            self.config.rollout.temperature,
-        )
+    def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> ActionLogps:
+        return policy.logps(batch.ids_BL[part], batch.action_BL[part], self.config.rollout.temperature)
 
     @torch.no_grad()
     def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[list[Tensor]]) -> None:

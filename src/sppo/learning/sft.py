@@ -60,18 +60,16 @@ def supervised(
         except DataError as error:
             raise DataError(f"supervised training: {error}") from None
         rows = [encoded[t.id] for t in tasks]
-        prompt_len_B = torch.tensor([len(p) for p, _ in rows])
-        response_len_B = torch.tensor([len(r) for _, r in rows])
-        length_B = prompt_len_B + response_len_B
+        length_B = torch.tensor([len(p) + len(r) for p, r in rows])
         ids_BL = torch.full((len(rows), int(length_B.max())), policy.pad_id)
+        action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
         for b, (prompt, response) in enumerate(rows):
             ids_BL[b, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        tokens = int(response_len_B.sum())
+            action_BL[b, len(prompt) : len(prompt) + len(response)] = True
+        tokens = sum(len(r) for _, r in rows)
         total = 0.0
         for part in micro_batches(torch.arange(len(rows)), length_B, micro_tokens):
-            width = int(length_B[part].max())
-            logps = policy.response_logps(ids_BL[part, :width], prompt_len_B[part], response_len_B[part], 1.0)
-            loss = -logps.logp_BT.sum() / tokens
+            loss = -policy.logps(ids_BL[part], action_BL[part], 1.0).logp_BT.sum() / tokens
             optimiser.backward(loss)
             total += float(loss.detach())
         assert config.lr is not None  # resolved by Config.with_rates

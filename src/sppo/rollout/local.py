@@ -46,7 +46,7 @@ class LocalEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        slow = policy.unpacked_why or _trouble(policy)
+        slow = policy.scorer.unpacked_why or _trouble(policy)
         self.plain = PlainEngine(policy) if slow else None
         self.branches = not slow
         self.compiled = not slow and decode.fits(policy.model)
@@ -155,7 +155,7 @@ def _decode(
     live: list[int] = []
     done = 0
     # what decode.c does on a CPU: fewer kernels between products
-    with narrow_products(policy.model), fused(policy.fusable() if policy.device.type != "cpu" else []):
+    with narrow_products(policy.model), fused(policy.scorer.fusable() if policy.device.type != "cpu" else []):
         while live or waiting.order or waiting.forked:
             while waiting.forked and len(live) < count:
                 child, prefix = waiting.forked.pop()  # the newest first: fewer prefixes wait than the other way round

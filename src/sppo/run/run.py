@@ -33,7 +33,7 @@ from ..learning.optimizer import optimiser_class
 from ..memory import give_back, keep_memory
 from ..models.loading import pick_device
 from ..models.mlp import ControlPolicy
-from ..models.policy import parameter_count, weights_sha256
+from ..models.weights import parameter_count, weights_sha256
 from ..objective.diagnostics import explained_variance_ceiling
 from ..recipe.config import Config, flattened
 from ..rewards.base import fitting_reward, load_reward
@@ -265,7 +265,7 @@ class Run:
             chat_template=self.config.policy.chat_template,
         )  # fmt: skip
         if isinstance(reference, ControlPolicy) and isinstance(self.policy, ControlPolicy):
-            reference.states = self.policy.states
+            reference.scorer.states = self.policy.states
         reference.model.requires_grad_(False)
         self.learner.reference = reference
 

@@ -235,7 +235,7 @@ class PromptCritic(_Trained):
         length_b = torch.tensor([len(p) for p in prompts])
         total = 0.0
         for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_budget):
-            logit = self.model([prompts[i] for i in part.tolist()])
+            logit = self.model.prompt_logits([prompts[i] for i in part.tolist()])
             loss = functional.binary_cross_entropy_with_logits(
                 logit, target_b[part].to(logit.device), weight=share_b[part].to(logit.device), reduction="sum"
             ) / float(share_b.sum())
@@ -335,5 +335,5 @@ class TokenCritic(_Trained):
         return micro_batches(rows, batch.prompt_len_B + batch.response_len_B, self.config.training.micro_budget)
 
     def _logits(self, batch: Batch, part: Tensor) -> Tensor:
-        width = int((batch.prompt_len_B[part] + batch.response_len_B[part]).max())
-        return self.model.token_logits(batch.ids_BL[part, :width], batch.prompt_len_B[part], batch.response_len_B[part])
+        logit_bT: Tensor = self.model(batch.ids_BL[part], batch.action_BL[part])
+        return logit_bT
