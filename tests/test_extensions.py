@@ -175,5 +175,5 @@ def test_an_environment_that_raises_masks_its_own_trajectory_alone(recipe: Confi
 
 def test_an_environment_that_lacks_a_method_is_refused_before_anything_starts(recipe: Config) -> None:
     changed = recipe.model_copy(update={"task": recipe.task.model_copy(update={"environment": "mine_tracker:json"})})
-    with pytest.raises(Exception, match="task.environment"):
+    with pytest.raises(Exception, match=r"task\.environment"):
         Run.new(changed)
