@@ -59,6 +59,17 @@ def small_rollouts(policy: Policy, n: int = 16, *, max_tokens: int = 12, tempera
     )  # fmt: skip
 
 
+def actions_of(ids_BL: torch.Tensor, prompt_len_B: torch.Tensor, response_len_B: torch.Tensor) -> torch.Tensor:
+    """The action mask of one answer per row, [B, L]."""
+    column_L = torch.arange(ids_BL.size(1))
+    return (column_L >= prompt_len_B[:, None]) & (column_L < (prompt_len_B + response_len_B)[:, None])
+
+
+def logps_of(policy: Policy, ids_BL, prompt_len_B, response_len_B, temperature: float):
+    """`Policy.logps` of one answer per row."""
+    return policy.logps(ids_BL, actions_of(ids_BL, prompt_len_B, response_len_B), temperature)
+
+
 def gradients_of(learner) -> list[torch.Tensor]:
     """Each update's policy gradient as one vector, from here on, just before the optimiser takes it. (Weights after Adam's first step hide
     any factor of the gradient.)"""

@@ -16,7 +16,9 @@ pytest.importorskip("gymnasium")
 
 from sppo.environments.control import KINDS, Environment
 from sppo.errors import RecipeError
-from sppo.models.mlp import PROBE, ControlCritic, ControlPolicy, States, episodes
+from sppo.models.mlp import ControlCritic, ControlPolicy
+from sppo.models.mlp_episodes import episodes
+from sppo.models.mlp_scorer import PROBE, States
 from sppo.recipe.config import Config
 from sppo.rollout.control import ControlEngine, build
 from sppo.rollout.engine import Sampling
@@ -25,7 +27,7 @@ from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.tasks.loading import load_pair
 
-from ..conftest import small_policy
+from ..conftest import logps_of, small_policy
 
 CPU = torch.device("cpu")
 
@@ -192,7 +194,7 @@ def test_engine_and_learner_find_the_same_log_probabilities(task, temperature):
     policy = a_policy(task)
     samples = ControlEngine(policy).generate([[3], [5], [8]], [1, 2, 3], Sampling(30, temperature))
     ids = torch.tensor([[start, *s.ids] for start, s in zip((3, 5, 8), samples, strict=True)])
-    found = policy.response_logps(ids, torch.ones(3, dtype=torch.long), torch.tensor([30] * 3), temperature)
+    found = logps_of(policy, ids, torch.ones(3, dtype=torch.long), torch.tensor([30] * 3), temperature)
     assert torch.allclose(found.logp_BT, torch.tensor([s.logps for s in samples]), atol=1e-5)
     assert bool(found.mask_BT.all())
 
@@ -202,12 +204,12 @@ def test_discrete_and_gaussian_log_probabilities_by_hand():
     o, a = torch.randn(5, 3), torch.randn(5, 1)
     mean, std = policy.model(o), policy.model.log_std.exp()
     expected = torch.distributions.Normal(mean, std).log_prob(a).sum(-1)
-    logp, entropy = policy.action_logps(o, a, 1.0)
+    logp, entropy = policy.scorer.action_logps(o, a, 1.0)
     assert torch.allclose(logp, expected, atol=1e-6)
     assert torch.allclose(entropy, torch.distributions.Normal(mean, std).entropy().sum(-1), atol=1e-6)
     policy = a_policy()
     o, a = torch.randn(5, 4), torch.tensor([[0.0], [1.0], [1.0], [0.0], [1.0]])
-    logp, entropy = policy.action_logps(o, a, 2.0)
+    logp, entropy = policy.scorer.action_logps(o, a, 2.0)
     categorical = torch.distributions.Categorical(logits=policy.model(o) / 2.0)
     assert torch.allclose(logp, categorical.log_prob(a[:, 0]), atol=1e-6)
     assert torch.allclose(entropy, categorical.entropy(), atol=1e-6)
@@ -219,15 +221,17 @@ def test_actions_are_drawn_from_the_policy():
     with torch.no_grad():
         p = float(torch.softmax(policy.model(torch.from_numpy(policy.environment.reset(7))[None]), -1)[0, 1])
     ones = sum(
-        int(e.actions[0][0]) for i in range(0, n, 500) for e in episodes(policy, [7] * 500, range(i, i + 500), 1, 1.0)
+        int(e.actions[0][0])
+        for i in range(0, n, 500)
+        for e in episodes(policy.scorer, [7] * 500, range(i, i + 500), 1, 1.0)
     )
     assert abs(ones / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
 def test_an_episode_does_not_depend_on_its_neighbours():
     policy = a_policy()
-    alone = episodes(policy, [11], [42], 50, 1.0)[0]
-    among = episodes(policy, [3, 11, 5], [1, 42, 2], 50, 1.0)[1]
+    alone = episodes(policy.scorer, [11], [42], 50, 1.0)[0]
+    among = episodes(policy.scorer, [3, 11, 5], [1, 42, 2], 50, 1.0)[1]
     assert np.array_equal(np.stack(alone.actions), np.stack(among.actions))
     assert np.allclose(alone.logps, among.logps, atol=1e-6)
 

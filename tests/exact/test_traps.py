@@ -26,7 +26,7 @@ from sppo.tasks.base import ListSource
 from sppo.tasks.loading import load_tasks
 from sppo.types import Task, Verdict
 
-from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
+from ..conftest import gradients_of, logps_of, small_config, small_critic, small_policy, small_rollouts
 
 
 def judged(rollouts, scores=None):
@@ -66,7 +66,7 @@ def weights(policy):
 
 def learner_logps(policy, rollouts, temperature):
     batch = pack(rollouts, policy.pad_id)
-    return policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, temperature)
+    return policy.logps(batch.ids_BL, batch.action_BL, temperature)
 
 
 # -- temperature ---------------------------------------------------------------------------------------------------------
@@ -227,11 +227,9 @@ def test_left_padding_and_batch_size_change_nothing(policy):
 
 def test_padding_leaves_hidden_states_to_1e_6(policy):
     ids = torch.tensor([policy.tokenizer("7*8-3+2?")["input_ids"]])
-    alone = policy.response_logps(ids, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT
+    alone = logps_of(policy, ids, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT
     padded = torch.cat([ids, torch.full((1, 9), policy.pad_id)], 1)
-    assert torch.allclose(
-        policy.response_logps(padded, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT, alone, atol=1e-6
-    )
+    assert torch.allclose(logps_of(policy, padded, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT, alone, atol=1e-6)
 
 
 # -- the critic --------------------------------------------------------------------------------------------------------------
@@ -264,7 +262,7 @@ def test_the_critic_reads_its_last_real_token_whatever_the_padding(kind):
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
     with torch.no_grad():
         together = critic(prompts)
-        alone = torch.cat([critic([p]) for p in prompts])
+        alone = torch.cat([critic.prompt_logits([p]) for p in prompts])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -365,10 +363,10 @@ def test_ordinary_dropout_is_off():
 def test_the_head_and_log_softmax_run_in_float32_for_bfloat16_models():
     policy = small_policy()
     policy.model.to(torch.bfloat16)
-    policy.packs = False  # so that the hidden states are those of the comparison, to the bit
+    policy.scorer.packs = False  # so that the hidden states are those of the comparison, to the bit
     rollouts = small_rollouts(policy)
     batch = pack(rollouts, policy.pad_id)
-    found = policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, 1.0).logp_BT
+    found = policy.logps(batch.ids_BL, batch.action_BL, 1.0).logp_BT
     assert found.dtype == torch.float32
     hidden = policy.model.model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state.float()
     exact = torch.log_softmax(hidden @ policy.model.lm_head.weight.float().T, -1)

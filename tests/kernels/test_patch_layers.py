@@ -14,6 +14,8 @@ from sppo.kernels.patch_layers import fusable, fused
 from sppo.models import tiny
 from sppo.models.policy import Policy
 
+from ..conftest import logps_of
+
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
 
@@ -96,9 +98,9 @@ def test_attention_is_lent_where_it_is_the_packed_one():
         ids, prompt, response = torch.arange(24).view(2, 12), torch.tensor([4, 5]), torch.tensor([8, 6])
         found = []
         for now in (lent, []):
-            policy._fused = ((policy.model, policy.dtype, policy.device), now)
+            policy.scorer._fusable = ((policy.model, policy.dtype, policy.device), now)
             policy.model.zero_grad()
-            logp = policy.response_logps(ids, prompt, response, 1.0).logp_BT
+            logp = logps_of(policy, ids, prompt, response, 1.0).logp_BT
             logp.sum().backward()
             found.append([logp.detach(), *(p.grad.clone() for p in policy.model.parameters())])
         for a, b in zip(*found, strict=True):
@@ -118,10 +120,10 @@ def test_checkpointed_layers_are_computed_again_in_the_same_way(dtype):
         if checkpointed:
             policy.checkpoint_activations()
         policy.model.zero_grad()
-        policy.response_logps(ids, prompt, response, 1.0).logp_BT.sum().backward()
+        logps_of(policy, ids, prompt, response, 1.0).logp_BT.sum().backward()
         found.append([p.grad.clone() for p in policy.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert policy.reference().fusable()[0][0] is not policy.fusable()[0][0]
+    assert policy.reference().scorer.fusable()[0][0] is not policy.scorer.fusable()[0][0]
 
 
 def test_numbers_of_another_kind_are_left_to_the_module():

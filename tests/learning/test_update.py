@@ -13,13 +13,14 @@ from sppo.learning.batch import micro_batches, pack
 from sppo.learning.learner import Learner
 from sppo.learning.optimizer import MasterAdamW
 from sppo.models import tiny
-from sppo.models.policy import Policy, fingerprint
+from sppo.models.policy import Policy
+from sppo.models.weights import fingerprint
 from sppo.rollout.canary import Canary
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
 from sppo.types import Verdict
 
-from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
+from ..conftest import gradients_of, logps_of, small_config, small_critic, small_policy, small_rollouts
 from ..rollout.test_local import FAMILIES, PACKED, TokenCount, of_family
 
 LENGTHS = [(3, 5), (3, 5), (1, 1), (7, 2), (4, 9), (4, 9), (2, 12)]
@@ -34,7 +35,7 @@ def rectangle(vocabulary: int = 33):
 
 def gradients(policy: Policy, weight_BT: torch.Tensor) -> list[torch.Tensor]:
     policy.model.zero_grad()
-    (policy.response_logps(*rectangle(), 0.8).logp_BT * weight_BT).sum().backward()
+    (logps_of(policy, *rectangle(), 0.8).logp_BT * weight_BT).sum().backward()
     return [p.grad for p in policy.model.parameters() if p.grad is not None]
 
 
@@ -44,11 +45,11 @@ def test_packed_is_padded(family):
     packed = small_policy() if family == "tiny" else of_family(family)
     assert packed.packs == (family == "tiny" or family in PACKED)
     padded = packed.reference()
-    padded.packs = False
+    padded.scorer.packs = False
     padded.model.set_attn_implementation("eager")
     padded.model.requires_grad_(True)
     ids, prompt, response = rectangle()
-    a, b = (p.response_logps(ids, prompt, response, 0.8) for p in (packed, padded))
+    a, b = (logps_of(p, ids, prompt, response, 0.8) for p in (packed, padded))
     assert torch.allclose(a.logp_BT, b.logp_BT, atol=2e-5)
     assert torch.allclose(a.entropy_BT, b.entropy_BT, atol=2e-4)
     weight_BT = torch.randn(a.logp_BT.shape)
@@ -58,7 +59,7 @@ def test_packed_is_padded(family):
 
 def test_a_packed_row_holds_nothing_but_what_is_needed(policy):
     count = TokenCount(policy)
-    policy.response_logps(*rectangle(), 1.0)
+    logps_of(policy, *rectangle(), 1.0)
     assert count.passes == 1
     assert count.total == sum(p + r - 1 for p, r in LENGTHS)  # the last token predicts nothing
 
@@ -84,10 +85,10 @@ def test_checkpointed_activations_change_no_bit_and_leave_sampling_alone():
 def test_checkpointing_leaves_dropout_off():
     policy = of_family("OPT")  # its layers read their own training flag
     policy.checkpoint_activations()
-    first = policy.response_logps(*rectangle(), 1.0).logp_BT
+    first = logps_of(policy, *rectangle(), 1.0).logp_BT
     first.sum().backward()
     with torch.no_grad():
-        assert torch.equal(policy.response_logps(*rectangle(), 1.0).logp_BT, first)
+        assert torch.equal(logps_of(policy, *rectangle(), 1.0).logp_BT, first)
 
 
 def test_a_model_that_cannot_checkpoint_says_so(policy):

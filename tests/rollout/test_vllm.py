@@ -21,7 +21,7 @@ from sppo.rollout.vllm import build, checksum
 from sppo.run.loop import train
 from sppo.run.run import Run
 
-from ..conftest import small_config
+from ..conftest import logps_of, small_config
 
 PROMPTS = [[5, 6, 7, 8 + i % 9] for i in range(32)]
 
@@ -45,9 +45,7 @@ def test_it_reports_what_the_learner_finds(policy, engine):
         rows = [[*p, *s.ids] for p, s in zip(PROMPTS, samples, strict=True)]
         width = max(map(len, rows))
         ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-        mine = policy.response_logps(
-            ids, torch.full((32,), 4), torch.tensor([len(s.ids) for s in samples]), temperature
-        )
+        mine = logps_of(policy, ids, torch.full((32,), 4), torch.tensor([len(s.ids) for s in samples]), temperature)
         for s, logps in zip(samples, mine.logp_BT.tolist(), strict=True):
             assert s.logps == pytest.approx(logps[: len(s.ids)], abs=1e-4)
             assert (s.finish == "stop") == (s.ids[-1] in policy.eos_ids)

@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     """Train and write a model folder at --out."""
     from ..learning.sft import supervised
     from ..models.loading import pick_device
-    from ..models.policy import Policy, parameter_count, weights_sha256
+    from ..models.policy import Policy
+    from ..models.weights import parameter_count, weights_sha256
     from ..recipe.config import Config
     from ..recipe.recipe import bootstrap_rate
     from ..recipe.sections import BootstrapSection

@@ -22,8 +22,10 @@ from ..errors import ModelError, RecipeError
 from ..files import readable
 from ..objective.ratio import wide
 from ..types import Task
+from .actions import Actions
 from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
-from .policy import Policy, _count, parameter_count
+from .policy import Policy
+from .weights import counted, parameter_count
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -68,7 +70,7 @@ class Critic(nn.Module):
                 with safe_open(trained, "pt") as file:
                     critic.linear = (file.metadata() or {}).get("value") == "linear"
         return critic.to(device), (
-            f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
+            f"critic {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
             + ("the prompt only" if reads == "prompt" else "prompt and response: a value for every token")
         )
 
@@ -123,18 +125,30 @@ class Critic(nn.Module):
             return f"{str(error).removeprefix(f'task {task.id}: ')} (critic.model)"
         return None
 
-    def forward(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits c(x), [B] in float32, for prompts given as ids; right-padded, read at the last real token."""
+    def forward(self, ids_BL: Tensor, action_BL: Tensor) -> Tensor:
+        """Read-outs of the state *before* each action token, [B, T] in float32: a value that has not seen the token. Undefined beyond a row's actions.
+
+        Args:
+            ids_BL: rows of tokens, padded on the right; an action itself is not read where none follows it.
+            action_BL: True for the tokens to predict before.
+        """
         device = self.head.weight.device
-        length_B = torch.tensor([len(p) for p in prompts], device=device)
-        ids_BP = torch.full((len(prompts), int(length_B.max())), self.tokenizer.pad_token_id or 0)
-        for row, prompt in zip(ids_BP, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        ids_BP = ids_BP.to(device)
-        mask_BP = (torch.arange(ids_BP.size(1), device=device)[None] < length_B[:, None]).long()
-        hidden_BPD = self.backbone(input_ids=ids_BP, attention_mask=mask_BP, **self._no_cache).last_hidden_state
-        last_BD = hidden_BPD[torch.arange(len(prompts), device=device), length_B - 1]
-        return self.head(wide(last_BD))[:, 0]
+        ids_BL, actions = ids_BL.to(device), Actions.of(action_BL.to(device))
+        width = int(actions.before_B.max())
+        mask_BL = (torch.arange(width, device=device)[None] < actions.before_B[:, None]).long()
+        found = self.backbone(input_ids=ids_BL[:, :width], attention_mask=mask_BL, **self._no_cache)
+        hidden_BLD = found.last_hidden_state
+        at_BT = actions.spread(actions.position_N - 1)
+        return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
+
+    def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """c(x), [B] in float32, for prompts given as ids: the read-out at each one's last token, before whatever is the answer's first."""
+        ids_BL = torch.full((len(prompts), max(map(len, prompts)) + 1), self.tokenizer.pad_token_id or 0)
+        action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
+        for b, prompt in enumerate(prompts):
+            ids_BL[b, : len(prompt)] = torch.tensor(prompt)
+            action_BL[b, len(prompt)] = True
+        return self(ids_BL, action_BL)[:, 0]
 
     def reads_tokens_of(self, policy: Policy) -> None:
         """Make sure that the policy's ids mean to this critic what they mean to the policy. Raises RecipeError when they do not."""
@@ -143,20 +157,6 @@ class Critic(nn.Module):
                 f"objective.baseline = 'token-critic' reads the response, so critic.model ({self.name}) must have the policy's own "
                 "tokenizer: give it the policy's model or a smaller one of its family"
             )
-
-    def token_logits(self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor) -> Tensor:
-        """Read-outs of the state *before* each response token, [B, T] in float32: PPO's values, and no prompt-only critic's.
-
-        Args:
-            ids_BL: prompt, response, padding on the right. What lies beyond a response comes out as anything.
-        """
-        device = self.head.weight.device
-        ids_BL, length_B = ids_BL.to(device), (prompt_len_B + response_len_B).to(device)
-        mask_BL = (torch.arange(ids_BL.size(1), device=device)[None] < length_B[:, None]).long()
-        hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL, **self._no_cache).last_hidden_state
-        at_BT = prompt_len_B.to(device)[:, None] - 1 + torch.arange(int(response_len_B.max()), device=device)[None]
-        at_BT = at_BT.clamp(max=ids_BL.size(1) - 1)
-        return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
 
     @torch.no_grad()
     def logits(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:
@@ -167,7 +167,7 @@ class Critic(nn.Module):
         while order:
             part = order[: max(1, token_budget // len(prompts[order[0]]))]
             order = order[len(part) :]
-            out_B[part] = self([prompts[i] for i in part]).cpu()
+            out_B[part] = self.prompt_logits([prompts[i] for i in part]).cpu()
         return out_B
 
     def chances(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification
 from ..errors import ModelError
 from ..objective.ratio import wide
 from .loading import choose_dtype, ensure_pad, existing, load_config, load_tokenizer, load_weights
-from .policy import _count, parameter_count
+from .weights import counted, parameter_count
 
 
 class StepModel:
@@ -48,7 +48,7 @@ class StepModel:
         )
         return (
             made,
-            f"step model {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why})",
+            f"step model {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why})",
         )
 
     def ids(self, prompt: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:

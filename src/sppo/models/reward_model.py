@@ -23,7 +23,7 @@ from ..objective.ratio import wide
 from ..types import Prompt, Task
 from . import tiny
 from .loading import choose_dtype, ensure_pad, existing, load, load_config, load_tokenizer, load_weights, render_chat
-from .policy import _count, parameter_count
+from .weights import counted, parameter_count
 
 CENTER_KEY = "sppo_center"
 """In `config.json`: the mean score of the training responses. Preferences fix scores only up to a shift."""
@@ -71,7 +71,7 @@ class RewardModel(nn.Module):
         made = cls(model.to(device=device, dtype=chosen), tokenizer, name=name)
         how = "packed" if made.packs else "in padded batches"
         return made, (
-            f"reward model {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); "
+            f"reward model {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); "
             f"one score a response, {how}"
         )
 

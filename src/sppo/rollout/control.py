@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ..errors import RecipeError
-from ..models.mlp import ControlPolicy, episodes
+from ..models.mlp import ControlPolicy
+from ..models.mlp_episodes import episodes
 from ..models.policy import Policy
 from .engine import Sample, Sampling
 
@@ -43,7 +44,7 @@ class ControlEngine:
         if not prompts:
             return []
         horizon = min(sampling.max_tokens, self.policy.environment.kind.horizon)
-        found = episodes(self.policy, [p[0] for p in prompts], seeds, horizon, sampling.temperature)
+        found = episodes(self.policy.scorer, [p[0] for p in prompts], seeds, horizon, sampling.temperature)
         first = self.policy.states.add(
             torch.from_numpy(np.stack([o for e in found for o in e.observations])),
             torch.from_numpy(np.stack([a for e in found for a in e.actions])),

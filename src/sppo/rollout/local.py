@@ -39,7 +39,7 @@ class LocalEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        slow = policy.unpacked_why or _trouble(policy)
+        slow = policy.scorer.unpacked_why or _trouble(policy)
         self.plain = PlainEngine(policy) if slow else None
         self.compiled = not slow and decode.fits(policy.model)
         self.captured = Captured() if not slow and policy.device.type == "cuda" else None
@@ -125,7 +125,7 @@ def _decode(
     scheduler = Scheduler(prompts, responses, slots, count)
     model = _Forward(policy, scheduler, decode.Decoder(policy.model, slots) if compiled else None, captured)
     # what decode.c does on a CPU: fewer kernels between products
-    with fused(policy.fusable() if policy.device.type != "cpu" else []):
+    with fused(policy.scorer.fusable() if policy.device.type != "cpu" else []):
         while scheduler.unfinished:
             admitted = scheduler.schedule()
             logits_BV = model.prefill(admitted) if admitted else model.next()

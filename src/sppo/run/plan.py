@@ -30,7 +30,7 @@ from ..kernels.logprobs import CHUNK_ELEMENTS
 from ..kernels.patch_layers import fusable_family
 from ..memory import free_memory
 from ..models.loading import native_bfloat16
-from ..models.policy import parameter_count
+from ..models.weights import parameter_count
 from ..recipe.config import Config
 from ..recipe.sections import MICRO_TOKENS
 from ..rollout.scheduler import PREFILL

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..evaluation.evaluate import Evaluation, mean_measures
 from ..learning.batch import Batch
 from ..learning.update_stats import Trace
-from ..models.policy import weights_sha256
+from ..models.weights import weights_sha256
 from ..objective.diagnostics import explained_variance_ceiling
 from ..recipe.config import flattened
 from ..rollout.collect import overruled
