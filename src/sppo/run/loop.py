@@ -19,9 +19,7 @@ def train(run: Run) -> dict[str, object]:
             break
         with judging(c, run.state, run.save):
             with run.clock("rollout"):
-                sampled = sample(
-                    c, step, run.search
-                )  # the curriculum's tasks, the engine's responses, the reward's verdicts
+                sampled = sample(c, step, run.search)  # the curriculum's tasks, the engine's responses, verdicts
             with run.clock("monitors"):
                 sampled = inspect(c, step, sampled)  # is the verifier being fooled?
         beside = sampled.beside if c.critic else []  # what trains no policy still trains the critic
