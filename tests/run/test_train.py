@@ -17,8 +17,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from sppo.audit.chain import GENESIS, file_sha256
+from sppo.audit.chain import GENESIS
 from sppo.errors import NonFinite, RecipeError, RewardError, RunFailure, StaleWeights, UserError
+from sppo.files import file_sha256
 from sppo.recipe.config import Config
 from sppo.recipe.presets import PRESETS
 from sppo.run.loop import train
