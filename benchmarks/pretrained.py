@@ -66,7 +66,7 @@ class Study:
 
     def starts(self, seeds: Sequence[int]) -> None:
         """The supervised starts."""
-        from sppo.cli.compare import Start, _bootstrap
+        from sppo.cli._comparison import Start, bootstrap
         from sppo.recipe.config import Config, parse_value
 
         flags = dict(zip(COMMON[::2], COMMON[1::2], strict=False))
@@ -74,7 +74,7 @@ class Study:
         for seed in seeds:
             folder = self.out / "starts" / f"seed-{seed}"
             own = {"seed": seed, "run.out": str(folder), "task.train": self.args.train, "reward.use": self.args.reward}
-            _bootstrap(Start(folder, Config.load(RECIPE, keys | own)), True)
+            bootstrap(Start(folder, Config.load(RECIPE, keys | own)), True)
             print(f"start of seed {seed}", flush=True)
 
     def found(self, name: str, seed: int) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from sppo.audit.chain import GENESIS, file_sha256
+from sppo.audit.chain import GENESIS
 from sppo.cli.train import interruptible
 from sppo.errors import NonFinite, RecipeError, RewardError, RunFailure, StaleWeights, UserError
+from sppo.files import file_sha256
 from sppo.learning.learner import Learner
 from sppo.recipe.config import Config
 from sppo.run.loop import train
