@@ -15,7 +15,7 @@ from sppo.models.mlp import ControlPolicy
 from sppo.objective.advantage import shifted
 from sppo.recipe.config import Config
 
-from ..conftest import small_config, small_critic, small_policy
+from ..conftest import STEPS, small_config, small_critic, small_policy
 from ..exact.tabular import MASK_ST, logps, parameters, probabilities, rewards, scores
 
 
@@ -154,11 +154,11 @@ def test_what_the_critic_missed_is_a_chance_too_where_rewards_are_not():
 def test_the_optimal_baseline_needs_a_chance_of_success(name):
     with pytest.raises(RecipeError, match=r"optimal_baseline shifts the odds of a chance, and baseline = .* is none"):
         Config.load(None, {"objective.algorithm": name, "objective.optimal_baseline": True})
-    mine = Config.load(None, {"objective.algorithm": "sppo-centred", "objective.optimal_baseline": True})
-    assert not mine.as_algorithm(name, {}).objective.optimal_baseline
+    shifted = {"objective.algorithm": "sppo-centred", "objective.optimal_baseline": True, "reward.use": STEPS}
+    assert not Config.load(None, shifted).as_algorithm(name, {}).objective.optimal_baseline
     with pytest.raises(RecipeError, match="optimal_baseline shifts the odds"):  # named, and contradicted
         Config.load(None, {"objective.algorithm": "sppo-optimal", "objective.baseline": "batch"})
-    with pytest.raises(RecipeError, match="takes back the shift"):
+    with pytest.raises(RecipeError, match="undoes the shift of optimal_baseline"):
         Config.load(None, {"objective.optimal_baseline": True, "objective.scale": "batch"})
 
 
