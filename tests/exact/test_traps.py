@@ -239,7 +239,7 @@ def test_the_critic_reads_the_prompt_only():
     policy, critic = small_policy(), small_critic()
     torch.nn.init.normal_(critic.head.weight)
     rollouts = judged(small_rollouts(policy, 8))
-    altered = [replace(r, response_ids=[5, 6, 7], logps=[-1.0] * 3, text="something else") for r in rollouts]
+    altered = [r.answered([5, 6, 7], "something else", verdict=r.verdict) for r in rollouts]
     learner = Learner(policy, critic, None, small_config())
     values = [learner.advantage(pack(rs, policy.pad_id))[1] for rs in (rollouts, altered)]
     assert torch.equal(values[0], values[1])

@@ -19,15 +19,14 @@ from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
 from sppo.tasks.loading import load_tasks
-from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, small_config, small_critic, small_policy, small_rollouts
 
 BETA = 0.3
 
 
 def judged(rollouts):
-    return [r.judged(Verdict(float(i % 2), "correct" if i % 2 else "wrong")) for i, r in enumerate(rollouts)]
+    return [graded(r, float(i % 2)) for i, r in enumerate(rollouts)]
 
 
 def a_batch(policy, n=8, *, cut=None, max_tokens=12):

@@ -10,9 +10,10 @@ from .mutants import FAST, MUTANTS
 
 ROOT = Path(__file__).parents[2]
 COVERED = (
-    "learning/credit/base.py", "learning/credit/hybrid.py", "learning/credit/optimal_baseline.py", "learning/history.py", "learning/learner.py",
-    "learning/batch.py", "run/curriculum.py", "run/sample.py", "experimental/search.py", "learning/earned.py", "learning/optimizer.py",
-    "run/accuracy.py", "rollout/canary.py", "tasks/epochs.py", "experimental/predicted.py",
+    "types.py", "learning/batch.py", "learning/earned.py", "learning/learner.py", "learning/optimizer.py", "learning/credit/hybrid.py",
+    "learning/credit/optimal_baseline.py", "learning/credit/prompt.py", "learning/credit/protocol.py", "learning/credit/samples.py",
+    "learning/credit/token.py", "learning/credit/trained.py", "run/curriculum.py", "run/accuracy.py", "run/sample.py", "tasks/epochs.py", "experimental/predicted.py", "experimental/search.py",
+    "rollout/canary.py", "rollout/scheduler.py",
 )  # fmt: skip
 
 

@@ -62,8 +62,8 @@ def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, i
     """The trained policy, its last loss, and the number of steps."""
     from ..learning.sft import supervised
     from ..models.loading import pick_device
-    from ..models.policy import Policy, parameter_count
-    from ..recipe.config import 
+    from ..models.policy import Policy
+    from ..models.weights import parameter_count
     from ..recipe.recipe import bootstrap_rate
     from ..recipe.sections import BootstrapSection
     from ..tasks.loading import load_tasks
