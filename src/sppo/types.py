@@ -98,6 +98,7 @@ class Rollout:
     truncated response (`finish == "length"`) has none. `logps[t]` is the log-probability of `response_ids[t]` under the
     sampling distribution, temperature (and any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left.
     `text` leaves special tokens out. `greedy` is the judged greedy response to the same prompt, where the algorithm asks for one.
+    `version` is the number of steps after which the weights that wrote it were taken.
     `forks` says where it left others of its prompt's tree (rollout/tree.py).
     """
 
@@ -111,6 +112,7 @@ class Rollout:
     verdict: Verdict | None = None
     kept: Sequence[float] = ()
     greedy: Rollout | None = None
+    version: int = 0
     forks: tuple[Fork, ...] = ()
 
     @property

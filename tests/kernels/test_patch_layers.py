@@ -123,7 +123,7 @@ def test_checkpointed_layers_are_computed_again_in_the_same_way(dtype):
         logps_of(policy, ids, prompt, response, 1.0).logp_BT.sum().backward()
         found.append([p.grad.clone() for p in policy.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert policy.reference().scorer.fusable()[0][0] is not policy.scorer.fusable()[0][0]
+    assert policy.as_reference().scorer.fusable()[0][0] is not policy.scorer.fusable()[0][0]
 
 
 def test_numbers_of_another_kind_are_left_to_the_module():

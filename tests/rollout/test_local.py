@@ -79,7 +79,7 @@ def of_family(name: str) -> Policy:
 
 def plain(policy: Policy) -> PlainEngine:
     """The reference on a copy that knows nothing of packing or slots."""
-    copy = policy.reference()
+    copy = policy.as_reference()
     copy.model.set_attn_implementation("eager")
     return PlainEngine(copy)
 

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from ..learning.sft import supervised
     from ..models.loading import pick_device
     from ..models.policy import Policy
-    from ..models.weights import parameter_count, weights_sha256
+    from ..models.weights import parameter_count
     from ..recipe.config import BootstrapSection, Config, bootstrap_rate
     from ..report.progress import ProgressDisplay
     from ..run.directory import no_space
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "out": str(out),
         "steps": section.steps,
         "loss": metrics["loss"],
-        "policy_sha256": weights_sha256(policy.model),
+        "policy_sha256": policy.sha256(),
     }
     emit(result, args.json, f"loss {metrics['loss']:.4f} after {section.steps} steps; the model is in {out}")
     return 0

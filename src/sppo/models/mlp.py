@@ -190,8 +190,8 @@ class ControlPolicy(Policy):
         states: States = self.scorer.states
         return states
 
-    def reference(self) -> Policy:
-        """A frozen copy: π_ref, over the same table."""
+    def as_reference(self) -> Policy:
+        """A frozen policy of these weights: π_ref, over the same table."""
         frozen = copy.copy(self)
         net = copy.deepcopy(self.model).requires_grad_(False)
         frozen.scorer = ControlScorer(net, self.environment, self.states)

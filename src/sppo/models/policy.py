@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..types import Task
 from .head import backbone
 from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 from .scorer import ActionLogps, Scorer
-from .weights import counted, fingerprint, parameter_count
+from .weights import counted, fingerprint, parameter_count, sha256, weights_of
 
 
 class Policy:
@@ -77,8 +77,8 @@ class Policy:
         """The most positions the model can attend to, or None when its config does not say."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def reference(self) -> Policy:
-        """A frozen copy: π_ref."""
+    def as_reference(self) -> Policy:
+        """A frozen policy of these weights: π_ref."""
         frozen = copy.copy(self)
         frozen.scorer = copy.deepcopy(self.scorer).requires_grad_(False).eval()
         frozen.scorer.head.forget()  # the copy's own weight is converted when it is asked for
@@ -186,11 +186,20 @@ class Policy:
             logits_BSV = wide(self.model(use_cache=True, logits_to_keep=keep, **inputs).logits)
         return logits_BSV[:, -1] if last_N is None else logits_BSV[0]
 
-    # -- identity --------------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The name and the whole tensor of every weight, always in the same order; tied weights come once. Engines load them, and
+        `fingerprint` and `sha256` are of what is yielded here."""
+        return weights_of(self.model)
 
     def fingerprint(self) -> str:
         """A cheap hash of the weights, bit for bit (weights.py)."""
-        return fingerprint(self.model)
+        return fingerprint(self.weights())
+
+    def sha256(self) -> str:
+        """The weights' SHA-256, for summaries and audits."""
+        return sha256(self.weights())
 
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load."""

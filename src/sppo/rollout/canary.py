@@ -1,4 +1,4 @@
-"""The canary: after every sync the engine must find a fixed probe exactly as likely as the learner does.
+"""The canary: after every sync the engine must find a fixed probe as likely as the learner does.
 
 Engines that went on sampling from old weights, unnoticed, have cost other projects months. Two tests, both of the engine as it would
 sample next: a fingerprint of the weights where they are, which any changed bit alters, and the log-probabilities of a probe, which
@@ -42,10 +42,12 @@ class Canary:
         self.allowed = allowed or 0.0
         self.prompt, self.response = policy.probe(PROMPT, RESPONSE)
 
-    def check(self, engine: Engine, policy: Policy) -> float:
-        """The mean gap in nats a token. Raises StaleWeights when the engine does not hold, or does not use, the policy's weights, and
-        NonFinite when these are broken."""
-        if not engine.holds(policy):
+    def check(self, engine: Engine, policy: Policy, fingerprint: str) -> float:
+        """The mean gap in nats per token; `fingerprint` is the policy's.
+
+        Raises StaleWeights when the engine does not hold, or does not use, the policy's weights, NonFinite when these are broken.
+        """
+        if not engine.holds(fingerprint):
             raise StaleWeights("after a sync the engine's weights are not the learner's (their fingerprints differ)")
         theirs = engine.score([self.prompt], [self.response])[0]
         mine = policy.given_logps([self.prompt], [self.response])[0]

@@ -51,7 +51,18 @@ def collect(
         repeated = [(task, k) for (task, _), leaves in zip(repeated, trees, strict=True) for k in range(len(leaves))]
         responses = [leaf for leaves in trees for leaf in leaves]
     rollouts = [
-        Rollout(task, prompt_ids[id(task)], r.ids, r.logps, r.finish, policy.text(r.ids), k, kept=r.kept, forks=r.forks)
+        Rollout(
+            task,
+            prompt_ids[id(task)],
+            r.ids,
+            r.logps,
+            r.finish,
+            policy.text(r.ids),
+            k,
+            kept=r.kept,
+            forks=r.forks,
+            version=r.version,
+        )
         for (task, k), r in zip(repeated, responses, strict=True)
     ]
     if judging is not None:

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from ..models.policy import Policy
+from ..models.weights import Weights, write
 from .engine import Sample, Sampling
 from .sequences import Drawn, Given, Responses, next_inputs
 
@@ -23,15 +24,16 @@ class PlainEngine:
     context: int | None = None
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.version = policy, 0
 
-    def sync(self, policy: Policy) -> None:
-        """Hold this policy's weights."""
-        self.policy = policy
+    def load(self, weights: Weights, version: int) -> None:
+        """Take these weights; the policy's own lie here already, and are not copied."""
+        write(self.policy.model, weights)
+        self.version = version
 
-    def holds(self, policy: Policy) -> bool:
-        """Sampling reads the policy's own tensors."""
-        return self.policy is policy
+    def holds(self, fingerprint: str) -> bool:
+        """Whether the policy that is sampled from has these weights."""
+        return self.policy.fingerprint() == fingerprint
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -52,7 +54,7 @@ class PlainEngine:
             done += len(part)
             if progress:
                 progress(done)
-        return drawn.samples()
+        return drawn.samples(self.version)
 
     def _parts(self, prompts: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
         """Prompts of similar length are decoded together; of the same length, where padding would go into a recurrent state."""

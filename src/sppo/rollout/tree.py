@@ -72,7 +72,7 @@ class Growing(Drawn):
     def trees(self) -> list[list[Sample]]:
         """Each prompt's leaves, in the order of their forks."""
         out: list[list[Sample]] = [[] for _ in range(1 + max(p.root for p in self.paths))]
-        for path, sample in zip(self.paths, self.samples(), strict=True):
+        for path, sample in zip(self.paths, self.samples(0), strict=True):
             out[path.root].append(replace(sample, forks=path.forks))
         return [sorted(leaves, key=lambda s: s.forks) for leaves in out]
 

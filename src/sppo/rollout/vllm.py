@@ -12,13 +12,14 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import RecipeError
 from ..models.policy import Policy
+from ..models.weights import Weights, fingerprint
 from .engine import Sample, Sampling
 from .sequences import ending_ids
 
@@ -71,21 +72,24 @@ class VLLMEngine:
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise RecipeError(f"rollout.engine = 'vllm': it does not start with this model: {error}") from error
-        self.policy, self.context = policy, limit
+        self.policy, self.context, self.version = policy, limit, 0
+        self._given = (policy.fingerprint(), checksum([tensor for _, tensor in policy.weights()]))
         self.stated = f"engine vllm: weights of its own in {str(policy.dtype).removeprefix('torch.')}, prompts and responses up to {limit} tokens"
 
-    def sync(self, policy: Policy) -> None:
+    def load(self, weights: Weights, version: int) -> None:
         """Push every weight into the running engine; what it remembers of prompts is of the old ones, and goes."""
-        weights = [(name, p.detach()) for name, p in policy.model.named_parameters()]
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if getattr(policy.model.config, "tie_word_embeddings", False):
+        given = list(weights)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(given)})
+        if getattr(self.policy.model.config, "tie_word_embeddings", False):
             self.llm.apply_model(_tie_again)
         self.llm.reset_prefix_cache()
+        self.version, self._given = version, (fingerprint(given), checksum([tensor for _, tensor in given]))
 
-    def holds(self, policy: Policy) -> bool:
-        """Compare checksums that do not depend on how matrices are fused or ordered, taken on both sides."""
-        inside = self.llm.apply_model(_checksum_inside)[0]
-        return inside == checksum(list(policy.model.parameters()))
+    def holds(self, fingerprint: str) -> bool:
+        """Whether what was given last had this fingerprint, and is there: vLLM fuses and reorders matrices, so a checksum is compared that does not
+        depend on that, of what was given and of what the engine multiplies with."""
+        given, outside = self._given
+        return given == fingerprint and self.llm.apply_model(_checksum_inside)[0] == outside
 
     def generate(
         self,
@@ -116,9 +120,8 @@ class VLLMEngine:
             for done in self.llm.generate(asked, params[part], use_tqdm=False):
                 found = done.outputs[0]
                 logps = [entry[i].logprob for i, entry in zip(found.token_ids, found.logprobs, strict=True)]
-                samples.append(
-                    Sample(list(found.token_ids), logps, "stop" if found.finish_reason == "stop" else "length")
-                )
+                finish: Literal["stop", "length"] = "stop" if found.finish_reason == "stop" else "length"
+                samples.append(Sample(list(found.token_ids), logps, finish, version=self.version))
             if progress:
                 progress(len(samples))
         return samples

@@ -40,7 +40,7 @@ def bootstrap(run: Run) -> None:
         run.observer.step(done, dict(metrics))
         if section.until is None or done % UNTIL_EVERY:
             return not run.interrupted
-        run.sync()
+        run.sync(0)
         quarter = probe[: len(probe) // 4]
         if len(quarter) >= 32 and run.evaluate(quarter).accuracy < section.until / 2:
             return not run.interrupted  # so far from it that a quarter tells

@@ -27,7 +27,7 @@ def train(run: Run) -> dict[str, object]:
         with run.clock("update"):
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − b(x), before the critic sees these rewards
             metrics |= run.learner.update(batch, advantage, step, gathered.lessons)  # clipped surrogate, critic's BCE
-            run.sync()  # checked by a fingerprint of the weights
+            run.sync(step + 1)  # checked by a fingerprint of the weights
         run.curriculum.observe(gathered.seen)
         run.record(step, gathered, batch, advantage, value_B, metrics)
     return run.finish()

@@ -33,7 +33,7 @@ from ..learning.optimizer import optimiser_class
 from ..memory import give_back, keep_memory
 from ..models.loading import pick_device
 from ..models.mlp import ControlPolicy
-from ..models.weights import parameter_count, weights_sha256
+from ..models.weights import parameter_count
 from ..objective.diagnostics import explained_variance_ceiling
 from ..recipe.config import Config, flattened
 from ..rewards.base import fitting_reward, load_reward
@@ -257,7 +257,7 @@ class Run:
         if not self.config.needs_reference:
             return
         if self.resumed_from is None:
-            self.learner.reference = self.policy.reference()
+            self.learner.reference = self.policy.as_reference()
             return
         start = self.directory.path / "checkpoints" / "step-000000" / "policy"
         reference, _ = type(self.policy).load(
@@ -287,7 +287,7 @@ class Run:
             if self.interrupted:  # a bootstrap is run again from its beginning, to the same result
                 return
             self._make_learner()
-            self.sync()
+            self.sync(self.state.step)
             result = self.evaluate()
             if result.n == 0:
                 reasons = {
@@ -310,7 +310,7 @@ class Run:
         else:
             if not (self.directory.path / DATA).exists():  # of a version that kept no hashes: from now on they count
                 self.directory.data(self.data)
-            self.sync()
+            self.sync(self.state.step)
         self.observer.stage("train", self.config.training.steps, self.state.step)
 
     def _base_rate(self, otherwise: float) -> float:
@@ -333,11 +333,11 @@ class Run:
         """Progress inside a step: `what` is `sampling`, `judging`, `updating` or `evaluating`."""
         self.observer.within(what, done, total)
 
-    def sync(self) -> None:
-        """Give the engine the learner's weights, and make sure that it has them."""
-        self.engine.sync(self.policy)
+    def sync(self, version: int) -> None:
+        """Give the engine the learner's weights, those after `version` steps, and make sure that it has them."""
+        self.engine.load(self.policy.weights(), version)
         self.fingerprint = self.policy.fingerprint()
-        self.canary_gap = self.canary.check(self.engine, self.policy)
+        self.canary_gap = self.canary.check(self.engine, self.policy, self.fingerprint)
         self.state.canary_limit = self.canary.limit
 
     def inspect(self, step: int, gathered: Gathered) -> Gathered:
@@ -494,7 +494,7 @@ class Run:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "seed": self.config.seed,
             "recipe_sha256": self.config.sha256,
-            "policy_sha256": weights_sha256(self.policy.model),
+            "policy_sha256": self.policy.sha256(),
             "stopped": "finished" if done else self.stopped or "interrupted",
             "policy": str(self.directory.checkpoints()[-1] / "policy") if self.directory.checkpoints() else None,
         }
