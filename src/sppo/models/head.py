@@ -14,7 +14,6 @@ from torch.nn.functional import linear
 from ..kernels.cuda.attention import HALF
 from ..kernels.cuda.head import exact_logits, wide_products
 from ..kernels.logprobs import exact_products
-from .narrow import narrow_linear
 
 
 class Head:
@@ -43,7 +42,7 @@ class Head:
             return logits if bias is None else logits + bias.float()
         weight = self.float32_weight()
         with exact_products(head.weight.dtype):
-            return narrow_linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+            return linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
     def float32_weight(self) -> Tensor:
         """The weight in float32, converted once for each version of the weights rather than once per token, and always in the same place: a
@@ -72,14 +71,11 @@ class Head:
         if not isinstance(head, torch.nn.Linear) or head.weight.dtype in (torch.float32, torch.float64):
             yield
             return
-        before = head.__dict__.get("forward")
         head.forward = partial(self._wide_product, head)  # type: ignore[method-assign]
         try:
             yield
         finally:
             del head.forward
-            if before is not None:  # narrow.py's
-                head.forward = before  # type: ignore[method-assign]
 
     def _wide_product(self, head: Any, hidden: Tensor) -> Tensor:
         weight = head.weight.float() if torch.is_grad_enabled() else self.float32_weight()

@@ -19,7 +19,6 @@ from ..kernels.cpu import decode
 from ..kernels.cpu.build import NoCompiler
 from ..kernels.patch_layers import fused
 from ..models.loading import first_line
-from ..models.narrow import narrow_products
 from ..models.policy import Policy
 from ..models.weights import Weights, write
 from .cuda_graphs import Captured, next_logits
@@ -157,7 +156,7 @@ def _decode(
     live: list[int] = []
     done = 0
     # what decode.c does on a CPU: fewer kernels between products
-    with narrow_products(policy.model), fused(policy.scorer.fusable() if policy.device.type != "cpu" else []):
+    with fused(policy.scorer.fusable() if policy.device.type != "cpu" else []):
         while live or waiting.order or waiting.forked:
             while waiting.forked and len(live) < count:
                 child, prefix = waiting.forked.pop()  # the newest first: fewer prefixes wait than the other way round
