@@ -1,9 +1,9 @@
 """Attention over packed sequences: one row holds many, each attends to itself alone, and nothing is spent on padding.
 
-Sequences of one length that lie next to each other share a call, so sort by length before packing. It plugs into transformers'
-attention interface, so every decoder that uses it can be packed: `use(model)`, then `model(..., **boundaries([5, 3, 3]))`. Without
-them the model attends as it always does (causal). A test against each sequence alone must decide whether a model may be packed:
-some do more in their attention than this knows.
+Sequences of one length that lie next to each other share a call, so sort by length before packing. It plugs into
+transformers' attention interface, so every decoder that uses it can be packed: `use(model)`, then
+`model(..., **boundaries([5, 3, 3]))`. Without them the model attends as it always does (causal). Whether a model may be packed
+must be decided by a test against each sequence alone: some models do more in their attention than this knows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, tor
 
 
 def use(model: Any) -> None:
-    """Let a model's attention layers understand `boundaries`. Raises ValueError for a model without transformers' attention
-    interface, or with layers of another kind: a convolution or a recurrent state would run on from one sequence into the next."""
+    """Make a model's attention layers read `boundaries`. Raises ValueError for a model without transformers'
+    attention interface, or with layers of another kind: a convolution or a recurrent state would run on from one
+    sequence into the next."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise ValueError("its layers remember more than keys and values")
@@ -44,7 +45,8 @@ def use(model: Any) -> None:
 
 
 def boundaries(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """What tells the attention layers where sequences begin and end, by the name that transformers hands on to them."""
+    """Keyword arguments that say where sequences begin and end, under the name that transformers passes to its
+    attention layers."""
     return {"cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0)}
 
 
@@ -75,7 +77,8 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each sequence to itself, or of one token per sequence to what its slot holds (rollout/kv_cache.py).
+    """Causal attention of each sequence to itself, or of one token per sequence to what its slot holds
+    (rollout/kv_cache.py).
 
     Args:
         query, key, value: [1, heads, L, D]; keys and values may have fewer heads (grouped queries).
@@ -88,7 +91,7 @@ def attention(
         [1, L, heads, D], as transformers' attention functions do.
 
     Raises:
-        ValueError: for something in the attention that this does not know (a soft cap, sinks, a window in the mask alone).
+        ValueError: for attention that this does not know (a soft cap, sinks, a window in the mask alone).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("its attention does more than a softmax")
@@ -109,7 +112,7 @@ def attention(
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
-    """Causal attention of each sequence to itself, [1, L, heads, D]: in one call where this machine has a kernel for it."""
+    """Causal attention of each sequence to itself, [1, L, heads, D]; in one call where there is a kernel for it."""
     parts = query[0], key[0], value[0]
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     if window is None and dropout == 0.0 and compiled.fits(*parts, len(starts) - 1):

@@ -1,4 +1,5 @@
-"""Rows of ids as a causal model computes them: packed into one row of nothing but tokens, or padded on the right where a model cannot be packed."""
+"""Rows of ids as a causal model computes them: packed into one row of nothing but tokens, or padded on the right
+where a model cannot be packed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from ..kernels import attention
 
 
 def padded(ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """A model's inputs for the first `length_B` tokens of each row as a rectangle, and where the states of N places lie in it, flattened."""
+    """A model's inputs for the first `length_B` tokens of each row as a rectangle, and where the states of N places
+    lie in it, flattened."""
     width = int(length_B.max())
     return {"input_ids": ids_BL[:, :width]}, row_N * width + position_N
 
@@ -31,7 +33,8 @@ def packed(ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor) 
 
 @torch.no_grad()
 def use(model: Any) -> str:
-    """Let a model take packed rows, if they leave each other alone at every position of three; else returns why not, and leaves it as it was."""
+    """Let a model take packed rows, if they leave each other alone at every position of three; else returns why not,
+    and leaves it as it was."""
     before = model.config._attn_implementation
     weight = next(model.parameters())
     vocabulary = model.get_input_embeddings().weight.size(0)

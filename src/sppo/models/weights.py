@@ -17,14 +17,16 @@ LANES = 8 * 4096
 
 
 def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The name and the whole tensor of every weight, in order of name; tied weights come once. The tensors are the model's own."""
+    """The name and the whole tensor of every weight, in order of name; tied weights come once. The tensors are the
+    model's own."""
     for name, p in sorted(model.named_parameters()):
         yield name, p.detach()
 
 
 @torch.no_grad()
 def write(model: torch.nn.Module, weights: Weights) -> None:
-    """Copy weights into a model's own tensors; what lies there already is not copied. Raises ValueError for names or shapes that are not the model's."""
+    """Copy weights into a model's own tensors; what lies there already is not copied. Raises ValueError for names or
+    shapes that are not the model's."""
     missing: dict[str, Any] = dict(model.named_parameters())
     for name, tensor in weights:
         own = missing.pop(name, None)
@@ -39,11 +41,12 @@ def write(model: torch.nn.Module, weights: Weights) -> None:
 def fingerprint(weights: Weights) -> str:
     """A hash of all weights at about memory speed, the same on every device: 32 hexadecimal digits.
 
-    Bytes are taken as rows of 4,096 lanes of eight bytes. Each word is multiplied by an odd number of its row's own, its upper half is folded
-    into its lower one, and each lane is summed modulo 2⁶⁴; names and lanes go through BLAKE2b. Per word that is one-to-one, so weights that
-    differ in one word of a lane never have the same sum; moved or swapped blocks, and any other change that was not made for it, have with a
-    chance of about 2⁻³² a lane or less. The multipliers are public: who wants two policies of one fingerprint can construct them. Files are
-    vouched for by SHA-256 (audit/chain.py).
+    Bytes are taken as rows of 4,096 lanes of eight bytes. Each word is multiplied by an odd number of its row's own,
+    its upper half is folded into its lower one, and each lane is summed modulo 2⁶⁴; names and lanes go through
+    BLAKE2b. Per word that is one-to-one, so weights that differ in one word of a lane never have the same sum; moved
+    or swapped blocks, and any other change that was not made for it, have with a chance of about 2⁻³² a lane or less.
+    The multipliers are public: who wants two policies of one fingerprint can construct them. Files are vouched for by
+    SHA-256 (audit/chain.py).
     """
     total = hashlib.blake2b(digest_size=16)
     for name, tensor in weights:
@@ -59,7 +62,8 @@ def fingerprint(weights: Weights) -> str:
 
 
 def _lanes(word_RL: Tensor) -> Tensor:
-    """Σ over rows of fold(word · odd multiplier of the row), [L] of int64, in blocks that stay in a processor's cache."""
+    """Σ over rows of fold(word · odd multiplier of the row), [L] of int64, in blocks that stay in a processor's
+    cache."""
     lane_L = word_RL.new_zeros(word_RL.size(1))
     odd_R = _odd(word_RL.size(0), word_RL.device)
     rows = 2048 if word_RL.is_cuda else 16

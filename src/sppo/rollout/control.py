@@ -1,4 +1,5 @@
-"""The engine of control tasks: episodes side by side, the policy asked once a step for all that still run. `rollout.engine = "control"`"""
+"""The engine of control tasks: episodes side by side, the policy asked once per step for all that still run.
+`rollout.engine = "control"`"""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class ControlEngine:
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """One episode a prompt, of `rollout.max_tokens` steps at most (the task's own horizon, if that is shorter), and no other limits."""
+        """One episode per prompt, of `rollout.max_tokens` steps at most (the task's own horizon, if that is shorter),
+        and no other limits."""
         if limits is not None:
             raise ValueError("episodes are all as long as they may get")
         if not prompts:
@@ -75,4 +77,4 @@ class ControlEngine:
         return self.policy.fingerprint() == fingerprint
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""

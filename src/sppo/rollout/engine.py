@@ -20,8 +20,8 @@ from .sampler import Cut
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy; `batch` sequences at once, at most; a response that comes to hold one of the
-    strings `stop` ends there (the tokens that completed it are part of it)."""
+    """How to sample. `temperature` 0 is greedy; `batch` sequences at once, at most; a response that comes to hold one
+    of the strings `stop` ends there (the tokens that completed it are part of it)."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -43,8 +43,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Branching:
-    """When a response goes on in several ways (rollout/tree.py): in `children` ways at a segment's end whose next token has an entropy of
-    `entropy` nats or more, as long as a prompt's tree is sure to stay within `budget` tokens and `leaves` responses."""
+    """When a response goes on in several ways (rollout/tree.py): in `children` ways at a segment's end whose next
+    token has an entropy of `entropy` nats or more, as long as a prompt's tree is sure to stay within `budget` tokens
+    and `leaves` responses."""
 
     children: int
     entropy: float
@@ -65,8 +66,8 @@ class Sample:
     """One response: its ids (EOS included if the model chose it), their log-probabilities as sampled, why it ended.
 
     `kept[t]` is the log of the mass among which token t was drawn; empty where the whole softmax was open, so that
-    `logps[t] + kept[t]` is its log-probability under the softmax itself. `version` is that of the weights that wrote it (`Engine.load`).
-    `forks` says where it left others of its tree.
+    `logps[t] + kept[t]` is its log-probability under the softmax itself. `version` is that of the weights that wrote
+    it (`Engine.load`). `forks` says where it left others of its tree.
     """
 
     ids: list[int]
@@ -80,8 +81,9 @@ class Sample:
 class Engine(Protocol):
     """Samples responses from the weights that it loaded last: those of the policy that it was made with, at first.
 
-    `stated` is a sentence for the user at the start, or empty; `context` the most tokens of a prompt and its response, if the engine
-    has a limit of its own. A whole engine, which reads the sequence anew for every token (in slow.py; `rollout.engine = "slow:Slow"`):
+    `stated` is a sentence for the user at the start, or empty; `context` the most tokens of a prompt and its
+    response, if the engine has a limit of its own. A whole engine, which reads the sequence anew for every token (in
+    slow.py; `rollout.engine = "slow:Slow"`):
 
         import torch
 
@@ -135,18 +137,20 @@ class Engine(Protocol):
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """One sample for each prompt, in order. A sample depends on its prompt, its seed and the weights alone: not on its
-        neighbours, the batch size or the order. `progress` is called with how many sequences are finished; `limits` are tokens of each
-        response, where some must be shorter than `sampling.max_tokens`."""
+        """One sample for each prompt, in order. A sample depends on its prompt, its seed and the weights alone: not
+        on its neighbours, the batch size or the order. `progress` is called with how many sequences are finished;
+        `limits` are tokens of each response, where some must be shorter than `sampling.max_tokens`."""
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """log π of each token of given responses at temperature 1, by the code that samples, for the canary."""
 
     def load(self, weights: Weights, version: int) -> None:
-        """Take over weights (`Policy.weights`), from now on those of a version: the number of steps after which they were taken."""
+        """Take over weights (`Policy.weights`), from now on those of a version: the number of steps after which they
+        were taken."""
 
     def holds(self, fingerprint: str) -> bool:
-        """Whether the weights that the engine would sample from now have this fingerprint (`Policy.fingerprint`), taken where they are."""
+        """Whether the weights that the engine would sample from now have this fingerprint (`Policy.fingerprint`),
+        taken where they are."""
 
     def close(self) -> None:
         """Release processes and memory."""
@@ -156,12 +160,14 @@ ASKED = ("stated", "context", "generate", "score", "load", "holds", "close")
 
 
 def load_engine(use: str, policy: Policy) -> Engine:
-    """The engine that `rollout.engine` names, made with the policy. Raises RecipeError, also for an own object that lacks what an engine needs."""
+    """The engine that `rollout.engine` names, made with the policy. Raises RecipeError, also for an own object that
+    lacks what an engine needs."""
     engine = make(use, "sppo.rollout", "engine", policy)
     missing = [name for name in ASKED if not hasattr(engine, name)]
     if missing:
         raise RecipeError(
-            f"rollout.engine = {use!r} makes a {type(engine).__name__} without {', '.join(missing)}: an engine has {', '.join(ASKED)} "
+            f"rollout.engine = {use!r} makes a {type(engine).__name__} without {', '.join(missing)}: an engine has "
+            f"{', '.join(ASKED)} "
             "(rollout/engine.py says what each is)"
         )
     return engine

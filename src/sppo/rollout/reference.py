@@ -1,4 +1,5 @@
-"""The plain decoding loop: a left-padded batch and the cache that transformers makes. Short, slow, and right for any decoder.
+"""The plain decoding loop: a left-padded batch and the cache that transformers makes. Short, slow, and right for any
+decoder.
 
 It is what the local engine falls back to for models that its slots cannot hold, and what its tests compare with.
 """
@@ -36,7 +37,7 @@ class PlainEngine:
         return self.policy.fingerprint() == fingerprint
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""
 
     def generate(
         self,
@@ -46,7 +47,7 @@ class PlainEngine:
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """Sample one response a prompt."""
+        """Sample one response per prompt."""
         drawn = Drawn(self.policy, seeds, sampling, limits)
         done = 0
         for part in self._parts(prompts, sampling.batch):
@@ -57,7 +58,8 @@ class PlainEngine:
         return drawn.samples(self.version)
 
     def _parts(self, prompts: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
-        """Prompts of similar length are decoded together; of the same length, where padding would go into a recurrent state."""
+        """Prompts of similar length are decoded together; of the same length, where padding would go into a recurrent
+        state."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         stateful = getattr(self.policy.model, "_is_stateful", False)
         for _, alike in groupby(order, key=lambda i: len(prompts[i]) if stateful else 0):
