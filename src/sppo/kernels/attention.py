@@ -2,8 +2,8 @@
 
 Sequences of one length that lie next to each other share a call, so sort by length before packing. It plugs into
 transformers' attention interface, so every decoder that uses it can be packed: `use(model)`, then
-`model(..., **boundaries([5, 3, 3]))`. Without them the model attends as it always does (causal). Whether a model may be packed
-must be decided by a test against each sequence alone: some models do more in their attention than this knows.
+`model(..., **boundaries([5, 3, 3]))`. Without them the model attends as it always does (causal). Whether a model may be
+packed must be decided by a test against each sequence alone: some models do more in their attention than this knows.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def attended(query: Tensor, key: Tensor, value: Tensor, among: Sequence[Lot], sc
         if q.device.type != "cpu" or q.dtype != torch.float32:
             out[start:end] = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
             continue
-        # two plain products: the fused kernel is made for many queries, and takes up to twice the time for one in float32
-        # (in bfloat16 it is as fast, and rounds less)
+        # two plain products: the fused kernel is made for many queries, and takes up to twice the time for one in
+        # float32 (in bfloat16 it is as fast, and rounds less)
         score = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).unflatten(0, k.shape[:2])
         weight = score.mul_(scale).add_(mask).softmax(-1).flatten(0, 1)
         torch.bmm(weight, v.flatten(0, 1), out=out[start:end].flatten(0, 1))

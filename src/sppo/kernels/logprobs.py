@@ -100,7 +100,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits.scatter_add_(1, target_N[part, None], g[:, None])
             grad_logits.div_(temperature)
             with exact_products(weight_VD.dtype):
-                # rounded once, to what the product multiplies anyway: twice as fast as a float32 product of these numbers
+                # rounded once, to what the product multiplies anyway: twice as fast as a float32 product
                 grad_hidden[part] = grad_logits.to(hidden_ND.dtype) @ weight_VD.to(hidden_ND.dtype)
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.T, h)

@@ -30,6 +30,10 @@ class Actions(NamedTuple):
         last_B = (column_L * action_BL).amax(1) if action_BL.numel() else count_B
         return cls(row_N, position_N, mask_BT.nonzero(as_tuple=True)[1], mask_BT, last_B.clamp(min=1))
 
+    def to(self, device: torch.device) -> Actions:
+        """The same on a device."""
+        return Actions(*(x.to(device) for x in self))
+
     def spread(self, x_N: Tensor) -> Tensor:
         """[B, T] with a value for each action, and 0 elsewhere."""
         return x_N.new_zeros(self.mask_BT.shape).index_put((self.row_N, self.t_N), x_N)

@@ -50,10 +50,12 @@ class Scorer(nn.Module):
         """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
         vocabulary."""
         device = next(self.model.parameters()).device
-        ids_BL, actions = ids_BL.to(device), Actions.of(action_BL.to(device))
-        target_N = ids_BL[actions.row_N, actions.position_N]
+        # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
+        ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
         rows = packing.packed if self.packs else packing.padded
-        inputs, state_N = rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1)
+        inputs, state_N = rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
+        target_N = ids_BL[actions.row_N, actions.position_N].to(device)
+        actions = actions.to(device)
         with fused(self.fusable()), self._checkpointing():
             if self.head.direct:
                 hidden_ND = backbone(self.model)(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)[state_N]
