@@ -265,7 +265,7 @@ def test_models_are_saved_and_come_back(tmp_path):
     critic.start_at(0.25)
     critic.save(tmp_path / "critic")
     back, _ = ControlCritic.load(str(tmp_path / "critic"), dtype="auto", device=CPU, seed=2)
-    value = back([[0.1, 0.2, 0.3]]).sigmoid()
+    value = back.prompt_logits([[0.1, 0.2, 0.3]]).sigmoid()
     assert math.isclose(float(value.detach()), 0.25, abs_tol=1e-6)
     assert back.trained
 

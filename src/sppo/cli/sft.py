@@ -26,7 +26,6 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and write a model folder at --out."""
-    from ..models.weights import weights_sha256
     from ..report.progress import ProgressDisplay
     from ..run.directory import no_space
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         display.stop()
     with no_space(out):
         policy.save(out)
-    result = {"out": str(out), "steps": steps, "loss": loss, "policy_sha256": weights_sha256(policy.model)}
+    result = {"out": str(out), "steps": steps, "loss": loss, "policy_sha256": policy.sha256()}
     emit(result, args.json, f"loss {loss:.4f} after {steps} steps; the model is in {out}")
     return 0
 

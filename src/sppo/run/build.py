@@ -276,7 +276,7 @@ def make_learner(c: Components, saved: Path | None) -> Learner:
     if c.tight:
         give_back()
     if c.config.needs_reference:
-        learner.reference = c.policy.reference() if saved is None else _load_reference(c)
+        learner.reference = c.policy.as_reference() if saved is None else _load_reference(c)
     return learner
 
 
