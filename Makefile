@@ -12,7 +12,7 @@ SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 help:
 	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
 	@echo "make test         linter, types, layers and all tests"
-	@echo "make docs         the site, in site/, with the API reference"
+	@echo "make docs         the site, in site/, with the reference of the Python API"
 	@echo "make setup        .venv with the package and what quickstart needs (quickstart does this by itself)"
 	@echo "make dev          .venv with every extra and the developer's tools (test and the benchmarks do this by themselves)"
 	@echo "make bench-trl, bench-stability   the evidence (docs/evidence.md): against TRL's own trainer, and by length"
@@ -90,12 +90,13 @@ trl-env: .venv-trl/.ready
 	.venv-trl/bin/python -m pip install -q -c constraints.txt trl==1.16.0
 	@touch $@
 
-# Read from the source, so that nothing of the package's own needs is installed. Warnings are errors.
+# The site, by Zensical: Material for MkDocs, whose mkdocs.yml it reads, ends in May 2027. It reads the source without importing it, so that nothing of
+# what the package needs is installed. A warning is an error.
 docs: .venv-docs/.ready
-	.venv-docs/bin/mkdocs build --strict
+	.venv-docs/bin/zensical build --strict --clean
 .venv-docs/.ready: constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install -q -c constraints.txt mkdocs-material "mkdocstrings[python]"
+	.venv-docs/bin/python -m pip install -q -c constraints.txt zensical "mkdocstrings[python]" griffe-pydantic ruff
 	@touch $@
 
 test-vllm: vllm-env
