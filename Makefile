@@ -100,7 +100,7 @@ docs: .venv-docs/.ready
 	@touch $@
 
 test-vllm: vllm-env
-	.venv-vllm/bin/python -m pytest -W default tests/integration/test_vllm.py   # what vLLM imports warns of much
+	.venv-vllm/bin/python -m pytest -W default tests/rollout/test_vllm.py   # what vLLM imports warns of much
 
 models/smollm2-135m: | dev
 	$(BIN)/sppo pull smollm2-135m

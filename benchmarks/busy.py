@@ -32,7 +32,7 @@ def started(recipe: str, folder: Path) -> str:
     """A recipe without the supervised start: its policy is what that start leaves."""
     import tomli_w
 
-    from sppo.config import Config
+    from sppo.recipe.config import Config
 
     train(folder, recipe, "--steps", "1", "--evaluation.every", "0", "--evaluation.n", "8")
     tree = Config.load(recipe).model_dump(mode="json", exclude_none=True)

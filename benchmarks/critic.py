@@ -23,9 +23,9 @@ CRITIC = "tiny:hidden=128,layers=3,heads=4"
 
 def share(steps: int) -> dict[str, Any]:
     """The critic's share of the last step's time."""
-    from sppo.config import Config
-    from sppo.training.loop import train
-    from sppo.training.run import Run
+    from sppo.recipe.config import Config
+    from sppo.run.loop import train
+    from sppo.run.run import Run
 
     with tempfile.TemporaryDirectory() as folder:
         config = Config.load(None, {
@@ -50,7 +50,7 @@ def token_critic() -> dict[str, Any]:
     from transformers import AutoModelForTokenClassification
 
     from sppo.memory import keep_memory
-    from sppo.models.pretrained import pick_device
+    from sppo.models.loading import pick_device
 
     keep_memory()
     model = AutoModelForTokenClassification.from_pretrained(workload.model_folder(), num_labels=1, dtype=torch.float32)
@@ -71,10 +71,10 @@ def prompt_critic() -> dict[str, Any]:
     """The same of the prompt-only critic on the 64 prompts of 48 tokens."""
     import torch
 
+    from sppo.learning.optimizer import MasterAdamW
     from sppo.memory import keep_memory
     from sppo.models.critic import Critic
-    from sppo.models.pretrained import pick_device
-    from sppo.training.optim import MasterAdamW
+    from sppo.models.loading import pick_device
 
     keep_memory()
     critic, _ = Critic.load(CRITIC, dtype="auto", device=pick_device(), seed=0)

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from critic_quality import figures, intervals, measured
+from sppo.learning.optimizer import MasterAdamW
 from sppo.models.critic import Critic
 from sppo.rollout.collect import collect
+from sppo.run.run import Run
 from sppo.tasks.chain import MODULUS
-from sppo.training.optim import MasterAdamW
-from sppo.training.run import Run
 from sppo.types import Task
 
 KINDS = ("length", "visible", "computed")

@@ -31,7 +31,7 @@ from sppo.objective.diagnostics import (
     explained_variance_ceiling,
 )
 from sppo.rollout.collect import collect
-from sppo.training.run import Run
+from sppo.run.run import Run
 from sppo.types import Task
 
 PART = 32

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 from sppo.cli.compare import START
-from sppo.config import Config
 from sppo.evaluation.compare import cost_to, mean_interval, median_interval, ratio_interval, value_at
-from sppo.tasks.base import load_tasks
+from sppo.recipe.config import Config
+from sppo.tasks.loading import load_tasks
 from sppo.types import Task
 
 Changes = Mapping[str, Any]
@@ -202,9 +202,9 @@ def recipe(args: argparse.Namespace, arm: str) -> Config:
 def serve(args: argparse.Namespace) -> None:
     """One run, in this process; its curve goes to a file."""
     from sppo.evaluation.evaluate import Evaluation, held_out_tasks
-    from sppo.training.loop import train
-    from sppo.training.observer import Silent
-    from sppo.training.run import Run
+    from sppo.run.loop import train
+    from sppo.run.observer import Silent
+    from sppo.run.run import Run
 
     study, folder = STUDIES[args.study], args.out / f"{args.serve}-{args.seed}"
     curve: dict[str, list[Any]] = {"tokens": [], "accuracy": [], "measures": []}
@@ -239,7 +239,7 @@ def told(args: argparse.Namespace, arm: str) -> str:
 
 def make_start(args: argparse.Namespace) -> None:
     """The checkpoint that all arms of a seed share."""
-    from sppo.training.run import Run
+    from sppo.run.run import Run
 
     folder = args.out / f"start-{args.seed}"
     shutil.rmtree(folder, ignore_errors=True)

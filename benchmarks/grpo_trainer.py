@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from sppo.cli.compare import START
-from sppo.config import Config
 from sppo.evaluation.compare import cost_to, ratio_interval
+from sppo.recipe.config import Config
 
 RATE_OF = {"grpo": "TRL", "reinforce": "sppo"}
 """The parts between run at their neighbours' rates."""
@@ -65,9 +65,9 @@ class Clock:
 def serve_ours(config: Config, algorithm: str, lr: float, clock: Clock) -> None:
     """One run in our loop."""
     from sppo.evaluation.evaluate import Evaluation
-    from sppo.training.loop import train
-    from sppo.training.observer import Silent
-    from sppo.training.run import Run
+    from sppo.run.loop import train
+    from sppo.run.observer import Silent
+    from sppo.run.run import Run
 
     class Watch(Silent):
         def evaluation(self, step: int, result: Evaluation) -> None:
@@ -90,12 +90,12 @@ def serve_trl(config: Config, lr: float, clock: Clock) -> None:
 
     from sppo.evaluation.evaluate import evaluate, held_out_tasks
     from sppo.memory import keep_memory
+    from sppo.models.loading import pick_device
     from sppo.models.policy import Policy
-    from sppo.models.pretrained import pick_device
-    from sppo.rewards.base import load_reward
+    from sppo.rewards.loading import load_reward
     from sppo.rollout.engine import Sampling
     from sppo.rollout.local import LocalEngine
-    from sppo.tasks.base import load_pair
+    from sppo.tasks.loading import load_pair
     from sppo.types import Rollout
 
     keep_memory()
@@ -119,7 +119,7 @@ def serve_trl(config: Config, lr: float, clock: Clock) -> None:
         nonlocal tokens
         tokens += sum(map(len, completion_ids))
         rollouts = [
-            Rollout(tasks[i], [], ids, [], "stop" if ids[-1] in mirror.eos_ids else "length", mirror.text(ids))
+            Rollout.answer(tasks[i], [], ids, [], "stop" if ids[-1] in mirror.eos_ids else "length", mirror.text(ids))
             for i, ids in zip(row, completion_ids, strict=True)
         ]
         return [v.score if r.finish == "stop" else 0.0 for r, v in zip(rollouts, judge.judge(rollouts), strict=True)]
@@ -174,7 +174,7 @@ def serve_trl(config: Config, lr: float, clock: Clock) -> None:
 
 def start(args: argparse.Namespace, seed: int) -> Path:
     """The checkpoint that all sides of a seed share, made once."""
-    from sppo.training.run import Run
+    from sppo.run.run import Run
 
     folder = args.out / f"start-{seed}"
     if not (folder / START).exists():

@@ -1,6 +1,6 @@
 """The output projection with its log-softmax on a GPU, forward and backward, against other ways to have it. `make bench-head`
 
-sppo            chunks of float32 logits, each weighed by one kernel (models/head_cuda.py); also gives the entropy
+sppo            chunks of float32 logits, each weighed by one kernel (kernels/cuda/head.py); also gives the entropy
 full logits     bfloat16 logits of all tokens, widened: the ordinary way
 Liger, cut-cross-entropy    where they are installed; a loss a target, as ours
 
@@ -25,7 +25,7 @@ SIZES = {"SmolLM2-135M, 6,144 tokens": (6144, 576, 49152), "Llama-3-8B, 4,096 to
 
 def ways(hidden: Any, weight: Any, target: Any) -> dict[str, Callable[[], Any]]:
     """What gives the log-probabilities of targets, [N]."""
-    from sppo.models.logprobs import token_logps
+    from sppo.kernels.logprobs import token_logps
 
     found: dict[str, Callable[[], Any]] = {
         "sppo": lambda: token_logps(hidden, weight, None, target, 1.0)[0],

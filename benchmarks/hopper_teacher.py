@@ -16,7 +16,7 @@ from multiprocessing import Pool
 
 import numpy as np
 
-from sppo.environments import Array, Environment
+from sppo.environments.control import Array, Environment
 
 DIRECTIONS, BEST, DEVIATION, RATE, NOISE = 8, 4, 0.025, 0.01, 0.2
 HELD_OUT = 5_000_000

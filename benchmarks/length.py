@@ -24,10 +24,10 @@ def measure(length: int) -> dict[str, Any]:
     """Everything at one length."""
     import torch
 
+    from sppo.kernels.logprobs import token_logps
     from sppo.memory import keep_memory
-    from sppo.models.logprobs import token_logps
+    from sppo.models.loading import pick_device
     from sppo.models.policy import Policy
-    from sppo.models.pretrained import pick_device
     from sppo.rollout.local import LocalEngine
 
     keep_memory()

@@ -67,7 +67,7 @@ class Study:
     def starts(self, seeds: Sequence[int]) -> None:
         """The supervised starts."""
         from sppo.cli.compare import Start, _bootstrap
-        from sppo.config import Config, parse_value
+        from sppo.recipe.config import Config, parse_value
 
         flags = dict(zip(COMMON[::2], COMMON[1::2], strict=False))
         keys = {k[2:]: parse_value(v) for k, v in flags.items() if "." in k and "noise" not in k}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
-from sppo.models.pretrained import LARGE, choose_dtype
+from sppo.models.loading import LARGE, choose_dtype
 from sppo.models.reward_model import RewardModel
 from sppo.models.tiny import character_tokenizer
 

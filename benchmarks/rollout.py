@@ -127,8 +127,8 @@ def main() -> None:
     import torch
 
     from sppo.memory import keep_memory
+    from sppo.models.loading import pick_device
     from sppo.models.policy import Policy
-    from sppo.models.pretrained import pick_device
 
     keep_memory()
     policy, stated = Policy.load(workload.model_folder(), dtype="auto", device=pick_device(), seed=0)

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from sppo.cli.compare import START
-from sppo.config import Config
+from sppo.learning.batch import pack
+from sppo.recipe.config import Config
 from sppo.rollout.collect import collect
-from sppo.training.batch import pack
-from sppo.training.loop import train
-from sppo.training.run import Run
+from sppo.run.loop import train
+from sppo.run.run import Run
 
 LENGTHS = (2, 8, 24)
 RATIOS = ("sequence", "family", "geometric", "token")

@@ -56,12 +56,12 @@ def serve_sppo() -> None:
     """Our side: a run whose loop waits for a word before each step."""
     import torch
 
-    from sppo.config import Config
+    from sppo.learning.batch import pack
     from sppo.memory import keep_memory
-    from sppo.rewards.base import load_reward
+    from sppo.recipe.config import Config
+    from sppo.rewards.loading import load_reward
     from sppo.rollout.collect import collect
-    from sppo.training.batch import pack
-    from sppo.training.run import Run
+    from sppo.run.run import Run
 
     keep_memory()
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +189,7 @@ def main() -> None:
         return
     import torch
 
-    from sppo.models.pretrained import LARGE, choose_dtype, pick_device
+    from sppo.models.loading import LARGE, choose_dtype, pick_device
 
     dtype = str(choose_dtype("auto", LARGE, pick_device())[0]).removeprefix("torch.")
     environment = {

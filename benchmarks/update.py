@@ -48,9 +48,9 @@ def sppo_pass(policy: Any, rows: list[list[int]], prompt_lens: list[int], budget
     """One update's forward and backward passes; seconds."""
     import torch
 
+    from sppo.learning.batch import micro_batches
     from sppo.objective.ratio import log_ratio
     from sppo.objective.surrogate import normalised_sum, surrogate
-    from sppo.training.batch import micro_batches
 
     width = max(map(len, rows))
     ids_BL = torch.tensor([r + [0] * (width - len(r)) for r in rows])
@@ -87,8 +87,8 @@ def measure(side: str, kind: str) -> dict[str, float]:
     import torch
 
     from sppo.memory import keep_memory
+    from sppo.models.loading import pick_device
     from sppo.models.policy import Policy
-    from sppo.models.pretrained import pick_device
 
     keep_memory()
     policy, _ = Policy.load(workload.model_folder(), dtype="auto", device=pick_device(), seed=0)

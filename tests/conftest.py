@@ -11,15 +11,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # these models are too small to share, and 
 import pytest
 import torch
 
-from sppo.config import Config
-from sppo.models import compiled, tiny
+from sppo.kernels.cpu import build as compiled
+from sppo.models import tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
-from sppo.rewards.base import load_reward
+from sppo.recipe.config import Config
+from sppo.rewards.loading import load_reward
 from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 
 given = [str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
 root = str(

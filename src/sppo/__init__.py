@@ -31,7 +31,7 @@ _settle()  # before PyTorch is loaded, wherever a user comes in
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Config": "config",
+    "Config": "recipe.config",
     "Rollout": "types",
     "SPPOConfig": "trainer",
     "SPPOTrainer": "trainer",

@@ -16,16 +16,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import Config
 from .errors import DataError, ModelError, RecipeError, UserError
+from .recipe.config import Config
 from .report.progress import ProgressDisplay
-from .rewards.base import Reward, load_reward
-from .rewards.guard import LIMIT
-from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, load_pair, load_tasks, with_instruction
+from .rewards.base import Reward
+from .rewards.loading import load_reward
+from .rewards.user_reward import LIMIT
+from .run.build import Components, Parts
+from .run.loop import train
+from .run.run import Run
+from .spec import GIVEN
+from .tasks.base import HELD_OUT, ListSource, TaskSource, in_split, with_instruction
+from .tasks.loading import load_pair, load_tasks
 from .tasks.records import tasks_from
-from .training.loop import train
-from .training.parts import Parts
-from .training.run import Run
 from .trl_names import translated
 
 RewardLike = str | Callable[..., Any] | Reward
@@ -227,10 +230,10 @@ class SPPOTrainer:
         """Write policy and tokenizer as an ordinary model folder."""
         self._trained().policy.save(Path(folder))
 
-    def _trained(self) -> Run:
+    def _trained(self) -> Components:
         if self.run is None:
             raise UserError("call train() first")
-        return self.run
+        return self.run.components
 
     def _sources(self, train_rows: Any, eval_rows: Any) -> tuple[TaskSource, TaskSource]:
         """Rows or specs into sources; without held-out rows a tenth of the training rows, by hash, is held out."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import keys
 from .errors import RecipeError
+from .recipe.config import keys
 from .spec import nearest
 
 Settings = dict[str, Any]

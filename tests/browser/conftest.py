@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sppo.training.loop import train
-from sppo.training.run import Run
+from sppo.run.loop import train
+from sppo.run.run import Run
 
 from ..conftest import small_config
 

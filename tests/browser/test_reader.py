@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sppo.config import Config
 from sppo.errors import RecipeError, UserError
+from sppo.recipe.config import Config
 from sppo.report import panels
 from sppo.report.reader import RunReader, open_runs
 from sppo.report.rollouts import Filter
 from sppo.report.single import write
-from sppo.report.story import story
+from sppo.report.summary import story
 
 
 @pytest.fixture

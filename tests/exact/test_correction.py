@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from sppo.config import Config
 from sppo.objective.diagnostics import effective_sample_size
 from sppo.objective.loss import Scored, capped, mismatch, policy_loss
+from sppo.recipe.config import Config
 
 from .tabular import MASK_ST, logps, parameters, probabilities, rewards, true_gradient
 

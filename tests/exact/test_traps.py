@@ -9,20 +9,21 @@ import pytest
 import torch
 
 from sppo.errors import EngineMismatch, RunFailure
+from sppo.kernels.logprobs import token_logps, token_logps_from_logits
+from sppo.learning.batch import micro_batches, pack
+from sppo.learning.learner import Learner
 from sppo.models.critic import Critic
-from sppo.models.logprobs import token_logps, token_logps_from_logits
 from sppo.models.policy import Policy
 from sppo.models.tiny import build
 from sppo.objective.surrogate import normalised_sum
-from sppo.rewards.base import CallableReward
+from sppo.recipe.sections import CurriculumSection
 from sppo.rewards.combine import MixedReward, Part
+from sppo.rewards.user_reward import CallableReward
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
-from sppo.sections import CurriculumSection
-from sppo.tasks.base import ListSource, load_tasks
-from sppo.training.batch import micro_batches, pack
-from sppo.training.curriculum import Uniform
-from sppo.training.learner import Learner
+from sppo.run.curriculum import Uniform
+from sppo.tasks.base import ListSource
+from sppo.tasks.loading import load_tasks
 from sppo.types import Task, Verdict
 
 from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
@@ -451,7 +452,7 @@ def test_the_limit_of_the_gap_follows_from_the_first_step_and_is_kept():
 
 def test_chunked_log_probabilities_and_gradients_equal_the_plain_ones():
     torch.manual_seed(0)
-    import sppo.models.logprobs as module
+    import sppo.kernels.logprobs as module
 
     hidden = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)

@@ -7,21 +7,21 @@ from itertools import pairwise
 
 import pytest
 import torch
+from sppo.learning.credit.base import credit
 
+from sppo.experimental.mcts import Node, walk
+from sppo.learning.batch import pack
+from sppo.learning.credit.hybrid import Gate, SegmentCredit, StepCredit
+from sppo.learning.credit.optimal_baseline import DOUBT, squared_scores
+from sppo.learning.learner import Learner
+from sppo.recipe.sections import CurriculumSection
 from sppo.rollout.canary import PROBED, SAMPLED, Canary, noise_limit
 from sppo.rollout.engine import Branching, Sampling
 from sppo.rollout.local import LocalEngine
-from sppo.rollout.mcts import Node, walk
-from sppo.sections import CurriculumSection
+from sppo.run.curriculum import Uniform
+from sppo.run.run import Run
+from sppo.run.sample import _sorted_out, gather
 from sppo.tasks.base import ListSource
-from sppo.training.batch import pack
-from sppo.training.credit import credit
-from sppo.training.curriculum import Uniform
-from sppo.training.gather import _sorted_out, gather
-from sppo.training.hybrid import Gate, SegmentCredit, StepCredit
-from sppo.training.learner import Learner
-from sppo.training.optimal_baseline import DOUBT, squared_scores
-from sppo.training.run import Run
 from sppo.types import Rollout, Task, Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
@@ -285,7 +285,7 @@ def a_chain(policy, text: str, scores: list[float]) -> Rollout:
     ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
     task = Task("chain/0", "1+2?")
     verdict = Verdict(0.0, "wrong", {"steps": steps, "split": "semicolons"})
-    return Rollout(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", text, verdict=verdict)
+    return Rollout.answer(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", text, verdict=verdict)
 
 
 @pytest.mark.usefixtures("float64")

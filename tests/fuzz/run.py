@@ -107,8 +107,8 @@ def preload() -> None:
     import sppo.report.single
     import sppo.rewards.code
     import sppo.rewards.quality
-    import sppo.training.loop
-    import sppo.training.run
+    import sppo.run.loop
+    import sppo.run.run
 
     torch.set_num_threads(1)
     assert all((datasets, pyarrow.parquet, transformers, sppo))

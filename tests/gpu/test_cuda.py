@@ -9,13 +9,16 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sppo.models import attention_cuda, elementwise, head_cuda, tiny
-from sppo.models.logprobs import token_logps, token_logps_from_logits
+from sppo.kernels import elementwise
+from sppo.kernels.cuda import attention as attention_cuda
+from sppo.kernels.cuda import head as head_cuda
+from sppo.kernels.logprobs import token_logps, token_logps_from_logits
+from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
-from sppo.rollout.plain import PlainEngine
-from tests.unit.test_engine import FAMILIES, PACKED, PROMPTS, of_family, plain
+from sppo.rollout.reference import PlainEngine
+from tests.rollout.test_local import FAMILIES, PACKED, PROMPTS, of_family, plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

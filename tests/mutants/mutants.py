@@ -16,7 +16,7 @@ ADVANTAGES = REFERENCE + "::test_advantages_are_the_plain_ones"
 CRITIC = REFERENCE + "::test_the_critics_gradient_is_the_plain_one"
 LESSONS = REFERENCE + "::test_lessons_add_their_own_gradient_and_no_more"
 PLAN = REFERENCE + "::test_every_epoch_trains_on_every_row_once_and_keeps_a_prompts_samples_together"
-GATE = "tests/unit/test_hybrid.py::test_the_gate_by_hand"
+GATE = "tests/learning/test_hybrid.py::test_the_gate_by_hand"
 NEYMAN = REFERENCE + "::test_a_curriculums_weights_are_the_plain_ones"
 LOSS = "tests/exact/test_loss_gradient.py"
 TRAPS = "tests/exact/test_traps.py"
@@ -24,28 +24,28 @@ KL = "tests/exact/test_kl.py"
 ENTROPY = "tests/exact/test_entropy.py"
 SURROGATES = "tests/exact/test_surrogates.py"
 CORRECTION = "tests/exact/test_correction.py"
-VALUE = "tests/unit/test_value.py"
-DAPO = "tests/unit/test_dapo.py"
-EARNED = "tests/unit/test_earned.py"
+VALUE = "tests/learning/test_value.py"
+DAPO = "tests/learning/test_dapo.py"
+EARNED = "tests/learning/test_earned.py"
 LINE = EARNED + "::test_right_and_wrong_means_by_hand"
 SHAPED = EARNED + "::test_no_baseline_of_a_shaped_reward_sees_its_samples_own"
 PREDICTS = EARNED + "::test_whatever_predicts_sees_all_that_was_judged"
 BESIDE = EARNED + "::test_rows_beside_train_no_policy"
 ALL_JUDGED = EARNED + "::test_the_critic_learns_from_all_that_was_judged"
-OPTIM = "tests/unit/test_optim.py"
-BASE_RATE = "tests/unit/test_base_rate.py"
-TERMS = "tests/unit/test_terms.py"
+OPTIM = "tests/learning/test_optimizer.py"
+BASE_RATE = "tests/run/test_base_rate.py"
+TERMS = "tests/learning/test_terms.py"
 LOOP = TERMS + "::test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop"
 TREE = "tests/exact/test_tree.py"
-TREES = "tests/unit/test_tree.py"
-ADVANTAGE = "tests/unit/test_advantage.py"
-DIAGNOSTICS = "tests/unit/test_diagnostics.py"
-OPTIMAL = "tests/unit/test_optimal_baseline.py"
-HYBRID = "tests/unit/test_hybrid.py"
-PEERS = "tests/unit/test_peers.py"
-UPDATE = "tests/unit/test_update.py"
-CURRICULUM = "tests/unit/test_curriculum.py"
-SEARCH = "tests/unit/test_mcts.py::test_outcomes_go_all_the_way_up_and_puct_follows_them"
+TREES = "tests/rollout/test_tree.py"
+ADVANTAGE = "tests/objective/test_advantage.py"
+DIAGNOSTICS = "tests/objective/test_diagnostics.py"
+OPTIMAL = "tests/learning/test_optimal_baseline.py"
+HYBRID = "tests/learning/test_hybrid.py"
+PEERS = "tests/learning/test_peers.py"
+UPDATE = "tests/learning/test_update.py"
+CURRICULUM = "tests/run/test_curriculum.py"
+SEARCH = "tests/experimental/test_mcts.py::test_outcomes_go_all_the_way_up_and_puct_follows_them"
 WIRES = "tests/exact/test_wires.py"
 
 FAST = (
@@ -216,9 +216,9 @@ m("the value is not clipped", "if not clip:", "if True:")
 m("a clipped value has the smaller error", "torch.maximum(error", "torch.minimum(error")
 m("a value is clipped around its target", "held = old + (value - old).clamp", "held = target + (value - target).clamp")
 
-# -- training/earned.py ----------------------------------------------------------------------------------------------------
+# -- learning/earned.py ----------------------------------------------------------------------------------------------------
 
-m = of("training/earned.py", LINE, EARNED)
+m = of("learning/earned.py", LINE, EARNED)
 m("what is earned is one number for all", "return alpha + beta * chance", "return alpha + 0 * chance")
 m("what is earned is fitted to R", "d_B = reward_B.double() - c_B", "d_B = reward_B.double()")
 m("right and wrong responses earn the same besides", "(w * cd - c * d) / spread", "(w * cd) / spread")
@@ -227,9 +227,9 @@ m("what was earned is forgotten at once", "MEMORY * past + float(x_B.sum())", "f
 m("what was earned is not weighted", "weight_B.double()", "weight_B.double() ** 0", OPTIMAL)
 m("what was earned knows no prior", "w + 2 * doubt, c + doubt, cc + doubt", "w + 1e-3 * doubt, c + 0.5e-3 * doubt, cc + 0.5e-3 * doubt")
 
-# -- training/credit.py ----------------------------------------------------------------------------------------------------
+# -- learning/credit/base.py ----------------------------------------------------------------------------------------------------
 
-m = of("training/credit.py", GRADIENT)
+m = of("learning/credit/base.py", GRADIENT)
 m("the token critic learns shaped rewards", "gae(batch.correct_B, value_BT,", "gae(reward_B, value_BT,", CRITIC)
 m("the token critic's target lacks the value", "mask_BT, decay)) + value_BT\n", "mask_BT, decay))\n", CRITIC)
 m("the token critic's target leaves [0, 1]", "if linear else target_BT.clamp(0, 1), value_BT", "if linear else target_BT, value_BT", CRITIC, equivalent="a lambda-return is a convex combination of values and correctness, all within [0, 1]: the clamp is for rounding alone")
@@ -262,9 +262,9 @@ m("an optimal baseline takes a reward for a chance", "paid_B = batch.correct_B  
 m("the gate forgets at once", "EV_MEMORY * previous + (1 - EV_MEMORY) * ev", "ev", WIRES)
 m("a critic's quality includes what is masked", "batch.correct_B[batch.graded_B], value_B[batch.graded_B]", "batch.correct_B, value_B", WIRES)
 
-# -- training/optimal_baseline.py ------------------------------------------------------------------------------------------
+# -- learning/credit/optimal_baseline.py ------------------------------------------------------------------------------------------
 
-m = of("training/optimal_baseline.py", OPTIMAL)
+m = of("learning/credit/optimal_baseline.py", OPTIMAL)
 m("stakes are paired with the wrong chance", "((1 - right_B, chance_B), (right_B, 1 - chance_B))", "((1 - right_B, 1 - chance_B), (right_B, chance_B))")
 m("a score is divided by its length once", "2 * self.power", "self.power")
 m("the shift is upside down", "math.log(right / wrong)", "math.log(wrong / right)")
@@ -276,9 +276,9 @@ m("what shaping pays is not in the optimal baseline", "right_B + self.earned.bey
 m("what is earned is weighed by the critic's chance", "self.earned.beyond(right_B, doubt)", "self.earned.beyond(chance_B, doubt)", OPTIMAL)
 m("stakes are never forgotten", "self.paired[k] = MEMORY * self.paired[k] +", "self.paired[k] = self.paired[k] +")
 
-# -- training/history.py ---------------------------------------------------------------------------------------------------
+# -- learning/history.py ---------------------------------------------------------------------------------------------------
 
-m = of("training/history.py", ADVANTAGE)
+m = of("learning/history.py", ADVANTAGE)
 m("a past reward never ages", "-(self.clock - clock) / self.half_life", "-(self.clock - self.clock)")
 m("half-lives are one nat", "(self.clock - clock) / self.half_life", "(self.clock - clock)")
 m("pairs are of one visit", "inner + (number and rest * (total - number * value))", "inner", WIRES, ADVANTAGE)
@@ -286,9 +286,9 @@ m("a sample is paired with itself", "(rest**2 - sum((r - value) ** 2 for r in ow
 m("the critic's noise is its value", "value * (1 - value)", "value")
 m("the critic is worth one more", "noise / spread - 1.0", "noise / spread")
 
-# -- training/hybrid.py ----------------------------------------------------------------------------------------------------
+# -- learning/credit/hybrid.py ----------------------------------------------------------------------------------------------------
 
-m = of("training/hybrid.py", HYBRID)
+m = of("learning/credit/hybrid.py", HYBRID)
 m("above and below b are one", "k = 2 * place + (gap > 0)", "k = 2 * place", GATE)
 m("the gate opens beyond 1", "min(1.0, max(0.0, self.cross[k] / self.square[k]))", "max(0.0, self.cross[k] / self.square[k])", WIRES, HYBRID)
 m("the gate opens backwards", "max(0.0, self.cross[k] / self.square[k])", "self.cross[k] / self.square[k]", GATE)
@@ -303,9 +303,9 @@ m("the segments' loss is a mean of means", "\n                / number", "\n    
 m("siblings tell nothing", "= q - value - self.gate.eta(place, gap) * gap", "= q - value", WIRES, TREES)
 m("a leaf's stake is not weighted", "square * node.weight**2", "square", WIRES, TREES)
 
-# -- training/learner.py ---------------------------------------------------------------------------------------------------
+# -- learning/learner.py ---------------------------------------------------------------------------------------------------
 
-m = of("training/learner.py", GRADIENT)
+m = of("learning/learner.py", GRADIENT)
 m("the KL in the reward is of the cut distribution", "batch.behaviour_logp_BT + batch.kept_BT, ref_BT", "batch.behaviour_logp_BT, ref_BT", ADVANTAGES)
 m("a token's KL falls on the whole response", "if self.credit.charges_tokens:", "if False:", ADVANTAGES)
 m("the response's KL is charged to nobody", "reward_B - cost_BT.sum(1)", "reward_B", ADVANTAGES)
@@ -347,9 +347,9 @@ m("ReMax's greedy response pays no penalty", "batch.greedy_B - overlong_penalty(
 m("a random model is fine", "if not gap <= tolerance:", "if gap > 1e9:", TRAPS)
 m("the critic learns from the whole batch each time", "learnt = self.credit.learn(batch, rows, lr)", "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)", CRITIC)
 
-# -- training/batch.py -----------------------------------------------------------------------------------------------------
+# -- learning/batch.py -----------------------------------------------------------------------------------------------------
 
-m = of("training/batch.py", GRADIENT)
+m = of("learning/batch.py", GRADIENT)
 m("nothing is masked", "torch.tensor([not v.masked for v in verdicts])", "torch.tensor([True for v in verdicts])")
 m("a greedy response without a verdict is a baseline", "torch.tensor([not v.masked for v in greedy] or [True])", "torch.tensor([True])", PEERS)
 m("correctness is the score", "torch.tensor([v.correct for v in verdicts])", "torch.tensor([v.score for v in verdicts])", CRITIC)
@@ -368,12 +368,12 @@ m("what was thrown away trains the policy", "batch.keep_B & ~trains_B, batch.kee
 m("what was thrown away teaches what is masked", "batch.keep_B & ~trains_B, batch", "~trains_B, batch", BESIDE)
 m("only what trains the policy is graded", "return self.keep_B if self.beside_B is None else self.keep_B | self.beside_B", "return self.keep_B", BESIDE)
 
-# -- training/optim.py, run.py, rollout/canary.py ----------------------------------------------------------------------------
+# -- learning/optimizer.py, run.py, rollout/canary.py ----------------------------------------------------------------------------
 
-m = of("training/optim.py", OPTIM)
+m = of("learning/optimizer.py", OPTIM)
 m("micro-batches add up in bfloat16", "        self._set_aside()\n        loss.backward()", "        loss.backward()")
 m("only the last micro-batch counts", "master.grad.add_(p.grad)  #", "master.grad.copy_(p.grad)  #")
-m = of("training/run.py", BASE_RATE)
+m = of("run/run.py", BASE_RATE)
 m("the critic starts from the held-out problems", "self.critic.start_at(self._base_rate(result.accuracy))", "self.critic.start_at(result.accuracy)")
 m("the critic starts at the evaluation's temperature", "tasks, self.sampling, seed=(self.config.seed,", "tasks, Sampling.of(self.config.rollout, self.config.evaluation.temperature), seed=(self.config.seed,")
 m("the critic's start consumes problems", "        self.curriculum.load_state_dict(before)\n        rollouts = collect(", "        rollouts = collect(")
@@ -384,9 +384,9 @@ m("the limit of noise has no floor", "max(TIMES * measured, explained[dtype] / 2
 m("the canary's limit is never measured", "self.limit = noise_limit(gap, PROBED, policy.dtype)", "pass", WIRES)
 m("the canary's limit follows every look", "        if self.limit is None:\n            self.limit = noise", "        if True:\n            self.limit = noise", WIRES)
 
-# -- training/curriculum.py ------------------------------------------------------------------------------------------------
+# -- run/curriculum.py ------------------------------------------------------------------------------------------------
 
-m = of("training/curriculum.py", CURRICULUM)
+m = of("run/curriculum.py", CURRICULUM)
 m("what was chosen is not divided out", "weight_M.mean() / weight_M if self.section.corrected", "np.ones_like(weight_M) if self.section.corrected")
 m("the weight is upside down", "weight_M.mean() / weight_M", "weight_M / weight_M.mean()")
 m("variance for deviation", "np.sqrt(value_M * (1 - value_M))", "value_M * (1 - value_M)", NEYMAN)
@@ -400,9 +400,9 @@ m("rest is one epoch longer", "if epoch < self.seen[name][2]", "if epoch <= self
 m("masked answers count against a stage", "and r.verdict and not r.verdict.masked:\n                yield", "and r.verdict:\n                yield")
 m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", WIRES)
 
-# -- training/gather.py ----------------------------------------------------------------------------------------------------
+# -- run/sample.py ----------------------------------------------------------------------------------------------------
 
-m = of("training/gather.py", WIRES)
+m = of("run/sample.py", WIRES)
 m("no group is flat", "if len(scores) > 1 else flat", "if len(scores) > 0 else flat")
 m("what is masked makes a group mixed", "for x in group if x.verdict and not x.verdict.masked}", "for x in group if x.verdict}")
 m("the greedy response is of another prompt", "greedy[i // samples]", "greedy[-1 - i // samples]", WIRES)
@@ -410,9 +410,9 @@ m("the greedy response is sampled", "replace(run.sampling, temperature=0.0)", "r
 m("what is thrown away costs nothing", "Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)", "Gathered(rollouts, 0, thrown_away)", WIRES, PEERS)
 m("a flat group stays", "rollouts = [x for group in mixed for x in group] + fresh", "rollouts = [x for group in [*mixed, *flat] for x in group] + fresh", WIRES, PEERS)
 
-# -- training/search.py, rollout/mcts.py -----------------------------------------------------------------------------------
+# -- experimental/search.py, experimental/mcts.py -----------------------------------------------------------------------------------
 
-m = of("training/search.py", SEARCH)
+m = of("experimental/search.py", SEARCH)
 m("every lesson weighs the same", "max(0.0, 1 - v / self.section.enough)", "1.0", WIRES)
 m("the lessons' weight is ignored", "self.section.weight * max(", "max(", WIRES)
 m("a lesson is not judged again", "if f is not None and f.solved and i not in no", "if f is not None and i not in no", WIRES)
@@ -421,7 +421,7 @@ m("a prefix is worth its best step", "[min((score for score, place", "[max((scor
 m("an unfinished response has an outcome", 'outcome = verdict.correct if rollout.finish == "stop" else', "outcome = verdict.correct if True else", WIRES)
 m("what was solved is hard", "if r.task.id not in solved}", "if True}", WIRES, SEARCH)
 m("the critic's hope is ignored", "if v < self.section.below]", "if v < 2]", WIRES, SEARCH)
-m = of("rollout/mcts.py", SEARCH)
+m = of("experimental/mcts.py", SEARCH)
 m("Q forgets the prefix's value", "/ (1 + self.visits)", "/ max(1, self.visits)")
 m("an outcome goes up one node", "    for node in nodes:\n        node.visits", "    for node in nodes[-1:]:\n        node.visits")
 m("PUCT ignores its prior", "scale * hope / (1 + c.visits)", "scale / (1 + c.visits)", WIRES)

@@ -10,9 +10,9 @@ from .mutants import FAST, MUTANTS
 
 ROOT = Path(__file__).parents[2]
 COVERED = (
-    "training/credit.py", "training/hybrid.py", "training/optimal_baseline.py", "training/history.py", "training/learner.py",
-    "training/batch.py", "training/curriculum.py", "training/gather.py", "training/search.py", "training/earned.py", "training/optim.py",
-    "training/run.py", "rollout/canary.py",
+    "learning/credit/base.py", "learning/credit/hybrid.py", "learning/credit/optimal_baseline.py", "learning/history.py", "learning/learner.py",
+    "learning/batch.py", "run/curriculum.py", "run/sample.py", "experimental/search.py", "learning/earned.py", "learning/optimizer.py",
+    "run/run.py", "rollout/canary.py",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import file_sha256, read_bytes, read_json_or_nothing, write_atomic
+from ..recipe.removed import is_neutral
 
 GENESIS = "0" * 64
 FORMAT = 2
@@ -363,6 +364,7 @@ class _State:
         self.recipe = now
         if before is None:
             return
+        before = {k: v for k, v in before.items() if k in now or not is_neutral(k, v, before)}
         changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
         said = ", ".join(f"{k} {_value(before.get(k))} → {_value(now.get(k))}" for k in changed)
         moved = tuple(self.data) if entry.get("data") == self.data else ()  # the same rows in another place

@@ -23,9 +23,9 @@ import numpy as np
 
 from ..errors import RewardError
 from ..evaluation.intervals import wilson
+from ..recipe.sections import MonitorsSection
 from ..rewards.base import Reward
 from ..rollout.collect import sample_seed
-from ..sections import MonitorsSection
 from ..types import Rollout
 from .stepwise import Outcomes, Spread, Stepwise, Text
 from .verifying import Hidden, Reference, Second, Verifying, reads_reference

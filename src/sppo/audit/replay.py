@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..config import Config
 from ..errors import DataError, UserError
 from ..files import open_regular, readable
+from ..recipe.config import Config
 from ..rewards.base import Reward
 from ..rewards.combine import MixedReward
 from ..rollout.collect import truncation_rule
@@ -68,7 +68,7 @@ def recorded(row: dict[str, Any]) -> Rollout:
     if not isinstance(columns, dict) or not (isinstance(prompt, str) or turns):
         raise ValueError("a task is not one")
     task = Task(str(row["task_id"]), prompt, columns, difficulty=row["difficulty"])
-    return Rollout(
+    return Rollout.answer(
         task, row["prompt_ids"], row["response_ids"], row["logps"], row["finish"], row["response"], row["sample"]
     )
 

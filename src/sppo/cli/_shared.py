@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config import Config, keys, parse_value
 from ..errors import RecipeError, UserError
-from ..sections import RolloutSection
+from ..recipe import removed
+from ..recipe.config import Config, keys, parse_value
+from ..recipe.sections import RolloutSection
 from ..spec import named_columns, nearest
 
 
@@ -51,6 +52,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     if args.extra:
         option = args.extra[0]
         name = option.lstrip("-").partition("=")[0]
+        if name in removed.KEYS:
+            raise UserError(removed.KEYS[name][1])
         exact = [k for k in known if k.rpartition(".")[2] == name]
         if not option.startswith("-"):
             raise UserError(f"unrecognised argument {option!r}")
@@ -114,11 +117,11 @@ class Loaded:
     """A trained (or any) model with what its run, if it has one, says about how to sample and judge."""
 
     def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, with_critic: bool = False) -> None:
-        from ..models.control import is_control
         from ..models.critic import Critic
+        from ..models.loading import pick_device
+        from ..models.mlp import is_control
         from ..models.policy import Policy
-        from ..models.pretrained import pick_device
-        from ..training.rundir import newest_policy
+        from ..run.directory import newest_policy
 
         path = Path(model).expanduser()
         folder = newest_policy(path) if path.is_dir() else None

@@ -79,7 +79,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _anchor(run: Path, given: str | None) -> tuple[Path | None, list[str]]:
     """The file of heads to hold the chain against, and what to say where the recipe names one that is not here."""
-    from ..config import Config
+    from ..recipe.config import Config
 
     if given is not None:
         if not Path(given).is_file():
@@ -100,9 +100,9 @@ def _anchor(run: Path, given: str | None) -> tuple[Path | None, list[str]]:
 def _replay(args: argparse.Namespace) -> int:
     from ..audit.replay import replay
     from ..audit.verifier import verifier_sha256
-    from ..config import Config
-    from ..rewards.base import load_reward
-    from ..tasks.base import GIVEN
+    from ..recipe.config import Config
+    from ..rewards.loading import load_reward
+    from ..spec import GIVEN
 
     run = _run(args.path)
     if args.n is not None and args.n < 1:

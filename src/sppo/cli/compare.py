@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..algorithms import PRESETS
-from ..config import Config, parse_value
 from ..errors import RecipeError, RunFailure, UserError
+from ..recipe.config import Config, parse_value
+from ..recipe.presets import PRESETS
 from ..spec import nearest, parse_spec, split_specs
 from ._shared import add_recipe_options, emit, overrides
 
@@ -304,7 +304,7 @@ def _stoppable() -> Iterator[None]:
 def _bootstrap(start: Start, quiet: bool) -> None:
     """Make a start, if it is not there yet."""
     from ..report.progress import ProgressDisplay
-    from ..training.run import Run
+    from ..run.run import Run
     from .train import interruptible
 
     if start.policy.exists():

@@ -37,8 +37,8 @@ def add(subparsers: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from ..models.critic import Critic
-    from ..models.pretrained import pick_device
-    from ..training.rundir import newest_policy, write_atomic
+    from ..models.loading import pick_device
+    from ..run.directory import newest_policy, write_atomic
 
     policy, out = newest_policy(Path(args.path)), Path(args.out)
     if policy.resolve().name != "policy" or not (policy.resolve().parent / "state.pt").exists():
@@ -62,8 +62,8 @@ def _export(args: argparse.Namespace) -> int:
 
 def _card(run: Path, source: Path) -> str:
     """What the folder is, in words and numbers of the run that it comes from."""
-    from ..config import Config
     from ..models.critic import HEAD_FILE
+    from ..recipe.config import Config
     from ..report.reader import RunReader
 
     if not (run / "recipe.toml").exists():
@@ -104,9 +104,9 @@ hidden state at the prompt's last token, then a sigmoid. `sppo critic score` app
 
 def _score(args: argparse.Namespace) -> int:
     from ..models.critic import HEAD_FILE, Critic
-    from ..models.pretrained import pick_device
-    from ..tasks.base import load_tasks
-    from ..training.rundir import newest_policy, write_atomic
+    from ..models.loading import pick_device
+    from ..run.directory import newest_policy, write_atomic
+    from ..tasks.loading import load_tasks
     from ._shared import _recipe_near
 
     path = Path(args.model).expanduser()

@@ -9,8 +9,8 @@ import platform
 import shutil
 from typing import Any
 
-from ..config import Config
 from ..errors import DataError, ModelError, UserError
+from ..recipe.config import Config
 from ..types import Task
 from ._shared import add_recipe_options, emit, overrides
 
@@ -48,7 +48,7 @@ def _machine() -> dict[str, str]:
     import torch
 
     from ..memory import free_ram
-    from ..models.pretrained import native_bfloat16, pick_device
+    from ..models.loading import native_bfloat16, pick_device
     from ..threads import cores
 
     device = pick_device()
@@ -76,7 +76,7 @@ def _machine() -> dict[str, str]:
 def _decoding() -> str:
     import torch
 
-    from ..models.compiled import NoCompiler, library
+    from ..kernels.cpu.build import NoCompiler, library
 
     try:
         for dtype in (torch.float32, torch.bfloat16):
@@ -98,9 +98,9 @@ def _sandbox() -> str:
 
 
 def _plan(config: Config) -> dict[str, Any]:
-    """Names resolved, and memory as `train` plans it (training/plan.py). What needs data or a network is said where it cannot be had."""
-    from ..models.pretrained import choose_dtype, outline, pick_device
-    from ..training.plan import Model, plan
+    """Names resolved, and memory as `train` plans it (run/plan.py). What needs data or a network is said where it cannot be had."""
+    from ..models.loading import choose_dtype, outline, pick_device
+    from ..run.plan import Model, plan
 
     name, device = config.policy.model, pick_device()
     tasks, problems = _problems(config)
@@ -111,7 +111,7 @@ def _plan(config: Config) -> dict[str, Any]:
         "algorithm": f"{config.objective.algorithm}, {config.settled()[1]}",
     }
     if config.rollout.engine == "control":  # networks of a few thousand weights
-        from ..models.control import SPEC, Shape, Taught
+        from ..models.mlp import SPEC, Shape, Taught
 
         for key, text, shape in (("policy.model", name, Taught), ("critic.model", config.critic.model, Shape)):
             if text.startswith(SPEC):
@@ -149,8 +149,8 @@ def _plan(config: Config) -> dict[str, Any]:
 
 def _problems(config: Config) -> tuple[Any, str]:
     """The training problems, and what is said of them. Raises UserError where the reward cannot grade the first one."""
-    from ..rewards.base import load_reward
-    from ..tasks.base import load_tasks
+    from ..rewards.loading import load_reward
+    from ..tasks.loading import load_tasks
 
     source = config.task.train
     try:
@@ -170,8 +170,8 @@ def _problems(config: Config) -> tuple[Any, str]:
 
 def _prompt_tokens(config: Config, tasks: Any) -> int:
     """A typical prompt's length by the model's tokenizer; three characters are counted a token where it has none here."""
-    from ..models.pretrained import load, load_tokenizer
-    from ..training.plan import typical_prompt
+    from ..models.loading import load, load_tokenizer
+    from ..run.plan import typical_prompt
 
     limit, name = config.task.max_prompt_tokens, config.policy.model
     if tasks is None:
@@ -187,6 +187,6 @@ def _prompt_tokens(config: Config, tasks: Any) -> int:
         text = render_chat(tokenizer, task) if chat and not isinstance(task.prompt, str) else task.text
         return len(tokenizer(text)["input_ids"])
 
-    from ..models.pretrained import render_chat
+    from ..models.loading import render_chat
 
     return typical_prompt(tasks, length, limit)

@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate on each task in turn."""
     from ..evaluation.evaluate import evaluate, held_out_tasks
     from ..evaluation.step_quality import step_checker
-    from ..rewards.base import load_reward
+    from ..rewards.loading import load_reward
     from ..rollout.local import LocalEngine
+    from ..run.directory import write_atomic
     from ..spec import is_records, located, split_specs
-    from ..tasks.base import load_tasks, with_instruction
-    from ..training.rundir import write_atomic
+    from ..tasks.base import with_instruction
+    from ..tasks.loading import load_tasks
 
     if args.n < 1 or args.samples < 1:
         raise UserError("--n and --samples must be at least 1")
@@ -149,8 +150,8 @@ def _row(spec: str, r: Any) -> dict[str, Any]:
 
 def _default_reward(example: Any, loaded: Loaded) -> str:
     """The run's own reward where it can grade such a task, else the one that fits the task."""
-    from ..rewards.base import fitting_reward, load_reward
-    from ..tasks.base import GIVEN
+    from ..rewards.loading import fitting_reward, load_reward
+    from ..spec import GIVEN
 
     own = loaded.recipe.reward.use if loaded.recipe is not None else None
     if own == GIVEN:

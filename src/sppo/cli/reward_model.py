@@ -34,13 +34,13 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, measure on the held-out tenth, write a model folder."""
     from ..evaluation.intervals import accuracy_interval
+    from ..learning.reward_model import encode, judge, train_reward_model, updates
+    from ..models.loading import pick_device
     from ..models.policy import parameter_count
-    from ..models.pretrained import pick_device
     from ..models.reward_model import RewardModel
     from ..report.progress import ProgressDisplay
+    from ..run.directory import newest_policy, no_space
     from ..tasks.preferences import Pair, read_preferences
-    from ..training.reward_model import encode, judge, train_reward_model, updates
-    from ..training.rundir import newest_policy, no_space
 
     if min(args.epochs, args.batch, args.max_tokens, args.micro_tokens) < 1 or (args.lr is not None and args.lr <= 0):
         raise UserError("--epochs, --batch, --lr, --max-tokens and --micro-tokens must be above 0")

@@ -21,13 +21,15 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and write a model folder at --out."""
-    from ..config import BootstrapSection, Config, bootstrap_rate
+    from ..learning.sft import supervised
+    from ..models.loading import pick_device
     from ..models.policy import Policy, parameter_count, weights_sha256
-    from ..models.pretrained import pick_device
+    from ..recipe.config import Config
+    from ..recipe.recipe import bootstrap_rate
+    from ..recipe.sections import BootstrapSection
     from ..report.progress import ProgressDisplay
-    from ..tasks.base import load_tasks
-    from ..training.rundir import no_space
-    from ..training.sft import supervised
+    from ..run.directory import no_space
+    from ..tasks.loading import load_tasks
 
     changes = {"run.out": "models/sft"} | overrides(args)
     for flag in ("steps", "lr"):

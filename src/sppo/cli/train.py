@@ -25,10 +25,10 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit 0 when finished, 130 when interrupted, 1 when an alert stopped it (everything is saved)."""
-    from ..config import DATA_KEYS
+    from ..recipe.config import DATA_KEYS
     from ..report.progress import ProgressDisplay, print_summary
-    from ..training.loop import train
-    from ..training.run import Run
+    from ..run.loop import train
+    from ..run.run import Run
 
     display = ProgressDisplay(quiet=args.quiet)
     job: Run | None = None
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         display.stop()
         if job is not None:
             job.close()
-    out = job.config.run.out
+    out = job.components.config.run.out
     if not args.json:
         print_summary(summary, out)
     if summary["stopped"] == "interrupted":

@@ -34,10 +34,10 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Judge every row."""
-    from ..rewards.base import load_reward
+    from ..rewards.loading import load_reward
+    from ..run.directory import no_space, write_atomic
     from ..tasks.records import has_prompt, renamed, task_from
     from ..tasks.rows import columns_found, read_rows
-    from ..training.rundir import no_space, write_atomic
     from ..types import Rollout
 
     if args.out and Path(args.out).is_dir():
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if not has_prompt(row):
             row["prompt"] = ""
-        rollouts.append(Rollout(task_from(row, name), [], [], [], "stop", response))
+        rollouts.append(Rollout.answer(task_from(row, name), [], [], [], "stop", response))
     if not rollouts:
         raise DataError(f"{args.file} holds no rows")
     verdicts = reward.judge(rollouts)

@@ -22,8 +22,8 @@ from ..errors import ModelError, RecipeError
 from ..files import readable
 from ..objective.ratio import wide
 from ..types import Task
+from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 from .policy import Policy, _count, parameter_count
-from .pretrained import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 
 HEAD_FILE = "value_head.safetensors"
 

@@ -24,15 +24,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ModelError
 from ..files import readable
+from ..kernels import attention as packing
+from ..kernels.cuda.attention import HALF
+from ..kernels.cuda.head import exact_logits, wide_products
+from ..kernels.logprobs import exact_products, token_logps, token_logps_from_logits
+from ..kernels.patch_layers import fusable, fused
 from ..objective.ratio import wide
 from ..types import Task
-from . import packed as packing
-from .attention_cuda import HALF
-from .head_cuda import exact_logits, wide_products
-from .lent import fusable, fused
-from .logprobs import exact_products, token_logps, token_logps_from_logits
+from .loading import choose_dtype, embedded, ensure_pad, first_line, load, prompt_ids, render_chat
 from .narrow import narrow_linear
-from .pretrained import choose_dtype, embedded, ensure_pad, first_line, load, prompt_ids, render_chat
 
 LANES = 8 * 4096
 """Bytes that a fingerprint adds up beside each other."""
@@ -300,7 +300,7 @@ class Policy:
 
     def float32_head(self) -> Tensor:
         """The output projection in float32, converted once for each version of the weights rather than once a token, and always in the same
-        place: a captured step reads it there (rollout/step.py)."""
+        place: a captured step reads it there (rollout/cuda_graphs.py)."""
         weight: Tensor = self.model.get_output_embeddings().weight
         if weight.dtype in (torch.float32, torch.float64):
             return weight

@@ -18,21 +18,12 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from ..errors import ModelError
+from ..kernels import attention as packing
 from ..objective.ratio import wide
 from ..types import Prompt, Task
-from . import packed as packing
 from . import tiny
+from .loading import choose_dtype, ensure_pad, existing, load, load_config, load_tokenizer, load_weights, render_chat
 from .policy import _count, parameter_count
-from .pretrained import (
-    choose_dtype,
-    ensure_pad,
-    existing,
-    load,
-    load_config,
-    load_tokenizer,
-    load_weights,
-    render_chat,
-)
 
 CENTER_KEY = "sppo_center"
 """In `config.json`: the mean score of the training responses. Preferences fix scores only up to a shift."""

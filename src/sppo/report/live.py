@@ -29,7 +29,7 @@ from . import panels
 from .pages import STATIC, environment, rollout_view, script_json
 from .reader import RunReader
 from .rollouts import ORDERS, Filter
-from .story import story
+from .summary import story
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = 50

@@ -17,7 +17,7 @@ from ..evaluation.calibration import reliability
 from ..evaluation.intervals import wilson
 from ..types import OUTCOMES
 from .reader import RunReader
-from .story import RECENT, Metrics, largest_k
+from .summary import RECENT, Metrics, largest_k
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, without the black that a dark page swallows."""

@@ -219,7 +219,7 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
     table.add_row("policy", str(summary["policy"]))
     console = Console(file=sys.stdout, highlight=False)
     console.print(table)
-    from ..models.control import is_control
+    from ..models.mlp import is_control
 
     if summary["policy"] and is_control(summary["policy"]):
         return  # there is nothing to ask

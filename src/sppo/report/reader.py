@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
 from ..errors import SPPOError, UserError
 from ..files import is_folder, open_regular, read_bytes, read_json_or_nothing, readable
+from ..recipe.config import Config
 from .rollouts import Rollouts
 
 SUMMARY: dict[str, Any] = {

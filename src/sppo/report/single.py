@@ -18,7 +18,7 @@ from .pages import STATIC, environment, rollout_view, visible
 from .progress import clock
 from .reader import RunReader
 from .rollouts import Filter
-from .story import RECENT, recent_mean, story, watched
+from .summary import RECENT, recent_mean, story, watched
 
 NAMES = {
     "eval/right_by_wrong_steps": "right answers by a wrong step, of those whose steps can be judged",

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ..errors import RewardError
 from ..types import Rollout, Verdict
-from .guard import each_within
+from .user_reward import each_within
 
 _NUMBER = r"(\d{1,3}(?:\.\d{1,6})?|\.\d{1,6})"
 _END = r"(?!\d|[,./]\d)"  # "0,8" and "8/10" are not read as 0 and 8

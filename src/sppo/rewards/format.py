@@ -16,7 +16,7 @@ import re2
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
-from .guard import each_within
+from .user_reward import each_within
 
 
 def build(tags: str = "", boxed: bool = False, pattern: str = "") -> FormatReward:

@@ -39,7 +39,7 @@ class ModelReward:
     """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
 
     def __init__(self, name: str, center: float | None, scale: float, tokens: int, dtype: str) -> None:
-        from ..models.pretrained import pick_device  # torch, which `sppo verify --help` does not need
+        from ..models.loading import pick_device  # torch, which `sppo verify --help` does not need
         from ..models.reward_model import RewardModel
 
         self.model, self.stated = RewardModel.load(name, device=pick_device(), dtype=dtype)

@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..spec import resolve
 from ..types import Rollout, Task, Verdict
-from .guard import LIMIT, guarded
+from .user_reward import LIMIT, guarded
 
 SPLITS = {"lines": r"\n", "semicolons": r"[;\n]", "sentences": r"(?<=[.!?])\s|\n", "paragraphs": r"\n[^\S\n]*\n"}
 SCORES: dict[str, Callable[[Sequence[float]], float]] = {
@@ -56,8 +56,8 @@ def build(
 
 
 def _by_model(name: str, separator: str) -> Callable[[Sequence[tuple[Task, Sequence[str]]]], list[Any]]:
-    from ..models.pretrained import pick_device
-    from ..models.step_model import StepModel
+    from ..models.loading import pick_device
+    from ..models.process_reward import StepModel
 
     model, _ = StepModel.load(name, device=pick_device(), separator=separator)
     return lambda rows: model.scores([(task.text, steps) for task, steps in rows])

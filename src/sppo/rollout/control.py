@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import RecipeError
-from ..models.control import ControlPolicy, episodes
+from ..models.mlp import ControlPolicy, episodes
 from ..models.policy import Policy
 from .engine import Sample, Sampling
 

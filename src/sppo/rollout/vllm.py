@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import RecipeError
 from ..models.policy import Policy
 from .engine import Sample, Sampling
-from .responses import ending_ids
+from .sequences import ending_ids
 
 
 def build(policy: Policy, *, memory: float = 0.4, context: int = 0, eager: bool = False) -> VLLMEngine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..environments import KINDS
+from ..environments.control import KINDS
 from ..errors import RecipeError
 from ..spec import nearest
 from ..types import Task

@@ -1,0 +1,1 @@
+"""CUDA paths, of PyTorch's own kernels and Triton."""

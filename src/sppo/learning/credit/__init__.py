@@ -1,0 +1,1 @@
+"""Credit: how much each response, or token, is better than its baseline."""

@@ -1,0 +1,371 @@
+"""The learner: from judged rollouts to new weights, for the policy and for its critic.
+
+One update (a minibatch): every micro-batch adds its share of one globally normalised loss, then one optimiser step.
+`old` log-probabilities are those of the weights that sampled. The first minibatch's come from its own training pass, so the first
+update's ratio is exactly 1, and they tell how far engine and learner disagree. Where that is next to nothing the engine's numbers
+serve the other minibatches, and a step needs no forward pass of its own for them; else they are computed, over the same
+micro-batches, and the importance weight corrects for the engine's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFinite, RunFailure
+from ..memory import give_back
+from ..models.critic import Critic
+from ..models.policy import Policy
+from ..objective.advantage import overlong_penalty
+from ..objective.kl import kl_cost
+from ..objective.loss import Scored, denominator, mismatch, policy_loss
+from ..objective.ratio import log_ratio
+from ..recipe.config import Config
+from ..rollout.canary import SAMPLED, noise_limit
+from .agreement import check_gap
+from .batch import Batch, micro_batches
+from .credit.loading import load_credit
+from .lessons import Lessons
+from .optimizer import MasterAdamW, learning_rate
+from .update_stats import Tally, Trace
+
+NEGLIGIBLE, OF_CLIP = 0.01, 0.1
+"""The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by
+more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
+
+
+class Learner:
+    """Holds what is trained, and how. `reference` is None unless the recipe reads it."""
+
+    def __init__(self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config) -> None:
+        config, _ = config.settled()
+        self.policy, self.reference, self.config = policy, reference, config
+        self.credit = load_credit(config, policy, critic)
+        t = config.training
+        self.policy_optimiser = MasterAdamW(
+            policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay, kind=t.optimizer
+        )
+        self.bad_in_a_row = 0
+        self.bad_total = 0
+        self.ratio_checked = False
+        self.gap_limit: float | None = None  # between engine and learner, once a step has measured it
+        self.critic_seconds = 0.0
+        self.trace: Trace  # of the last update
+        self.progress: Callable[[int, int], None] = lambda done, total: None  # micro-batches of an update
+        self._done = self._total = 0
+        self.tight = False  # memory is: what a micro-batch freed goes back at once
+
+    # -- the advantage -----------------------------------------------------------------------------------------------
+
+    def advantage(self, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """R − b for each rollout, [B] (or for each token, [B, T]), the values V(x), [B], where there is a critic, and its metrics.
+
+        Call before `update`: the values must not have seen these rewards. Values for masked rollouts are undefined.
+        """
+        reward_B, o, r = batch.reward_B, self.config.objective, self.config.rollout
+        shaping: dict[str, Any] = {}
+        if r.overlong:
+            penalty_B = overlong_penalty(batch.response_len_B, r.max_tokens, r.overlong)
+            reward_B = reward_B - penalty_B
+            shaping["reward/overlong"] = float(penalty_B[batch.keep_B].mean()) if batch.keep_B.any() else None
+            if batch.greedy_B is not None:
+                length_B = torch.tensor([len(x.greedy.response_ids) for x in batch.rollouts if x.greedy is not None])
+                batch = replace(batch, greedy_B=batch.greedy_B - overlong_penalty(length_B, r.max_tokens, r.overlong))
+        if o.kl > 0 and o.kl_form == "reward":
+            ref_BT = self._all_logps(self._reference(), batch)
+            cost_BT = kl_cost(batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
+            if self.credit.charges_tokens:
+                batch = replace(batch, cost_BT=cost_BT)
+            else:
+                reward_B = reward_B - cost_BT.sum(1)
+        began = time.perf_counter()
+        advantage, value_B, metrics = self.credit.advantage(batch, reward_B)
+        self.critic_seconds = time.perf_counter() - began
+        if batch.weight_B is not None:
+            advantage = advantage * (batch.weight_B if advantage.dim() == 1 else batch.weight_B[:, None])
+        return advantage, value_B, metrics | shaping
+
+    # -- the update --------------------------------------------------------------------------------------------------
+
+    def update(self, batch: Batch, advantage_B: Tensor, step: int, lessons: Lessons | None = None) -> dict[str, Any]:
+        """Train policy and critic on one batch; returns metrics. Masked rollouts are left out of every sum and count.
+
+        `lessons` are learnt beside it by supervision (experimental/search.py), each update a share of them; the critic never sees them.
+
+        Raises NonFinite after `training.max_bad_updates` bad updates in a row, EngineMismatch when the engine's
+        log-probabilities are too far from the learner's.
+        """
+        t = self.config.training
+        self.trace = Trace.empty(batch)
+        if not batch.keep_B.any():
+            return {"update/skipped": "every rollout was masked"}
+        kept, advantage_B, left_out = self._trains(batch, advantage_B)
+        lr, critic_lr = self._rates(step)
+        plans = [self._plan(batch, kept, step, epoch) for epoch in range(t.epochs)]
+        # Once a run the first minibatch is computed twice, to see that two passes over the same weights agree exactly.
+        old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
+        if not self.ratio_checked:
+            self._fill_old(old_BT, batch, plans[0][:1])
+        reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
+        tally = Tally()
+        updates = [minibatch for plan in plans for minibatch in plan]
+        beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
+        self._done, self._total = 0, sum(map(len, updates))
+        self.progress(0, self._total)
+        for number, minibatch in enumerate(updates):
+            rows = torch.cat([*minibatch, beside[number]])
+            self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
+            if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
+                self._settle_rest(old_BT, batch, plans[0], tally)
+            check_gap(tally, self.gap_limit, self.config.objective, self.policy.dtype)
+            if t.measure_noise and number < 2 <= len(plans[0]) <= len(batch.group_B[kept].unique()):
+                tally.gradients.append(self._gradient())
+            if lessons is not None:
+                self._teach(lessons, number, len(updates), tally)
+            norm = self.policy_optimiser.step(lr, t.max_grad_norm)
+            tally.add("update/grad_norm", norm)
+            self._count_bad(norm)
+            self._teach_critic(batch, rows, critic_lr, tally)
+            if self.tight:
+                give_back()
+        gap = tally.engine_gap()
+        if self.gap_limit is None and gap is not None:
+            self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)
+        metrics = tally.metrics(len(updates))
+        self.trace = tally.trace(batch)
+        metrics |= {"update/lr": lr, "update/critic_seconds": self.critic_seconds}  # of the whole step's
+        return metrics | left_out | {"update/skipped_non_finite": self.bad_total}
+
+    def _trains(self, batch: Batch, advantage_B: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The rows that the policy learns from, their advantages, and how many were left out because their group agrees."""
+        kept = batch.keep_B.nonzero()[:, 0]
+        if not self._leaves_flat_groups_out():
+            return kept, advantage_B, {}
+        mixed = (batch.keep_B & ~batch.flat_B).nonzero()[:, 0]
+        left_out = {"update/left_out": len(kept) - len(mixed)}
+        if len(mixed):
+            return mixed, advantage_B, left_out
+        return kept, torch.zeros_like(advantage_B), left_out  # nothing to learn from; lessons may be
+
+    def _rates(self, step: int) -> tuple[float, float]:
+        """The learning rates of policy and critic."""
+        t = self.config.training
+        assert t.lr is not None  # both are resolved by Config.with_rates
+        assert t.critic_lr is not None
+        policy, critic = (
+            learning_rate(peak, step, t.steps, warmup=t.warmup, schedule=t.schedule) for peak in (t.lr, t.critic_lr)
+        )
+        return policy, critic
+
+    def _leaves_flat_groups_out(self) -> bool:
+        """Whether prompts whose samples still agree after the last round of `rollout.resample` leave every sum and denominator, as those do that
+        were replaced (DAPO, arXiv 2503.14476 eq. 11). A critic's baseline learns from them."""
+        return self.config.rollout.resample > 0 and self.config.critic_reads is None
+
+    def _plan(self, batch: Batch, kept: Tensor, step: int, epoch: int) -> list[list[Tensor]]:
+        """Minibatches of micro-batches: a permutation that is a function of (seed, step, epoch). A prompt's samples stay together, so
+        that minibatches are independent of each other, unless there are fewer prompts than minibatches."""
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
+        count = self.config.training.minibatches
+        units = batch.group_B[kept].unique(return_inverse=True)[1]
+        if units.max() + 1 < count:
+            units = torch.arange(len(kept))
+        order = torch.randperm(int(units.max()) + 1, generator=generator)
+        minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
+        return [
+            micro_batches(m, batch.length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches
+        ]
+
+    def _beside(self, batch: Batch, step: int, epoch: int, count: int) -> list[Tensor]:
+        """What only the critic learns from, dealt out to an epoch's updates, the groups whole."""
+        if batch.beside_B is None:
+            return [torch.zeros(0, dtype=torch.long)] * count
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
+        rows = batch.beside_B.nonzero()[:, 0]
+        group, unit = batch.group_B[rows].unique(return_inverse=True)
+        order = torch.randperm(len(group), generator=generator)
+        return [rows[torch.isin(unit, part)] for part in order.tensor_split(count)]
+
+    def _policy_gradient(
+        self,
+        batch: Batch,
+        advantage_B: Tensor,
+        minibatch: list[Tensor],
+        old_BT: Tensor,
+        reference_BT: Tensor | None,
+        number: int,
+        tally: Tally,
+    ) -> None:
+        """Add up the gradient of one minibatch's loss over its micro-batches."""
+        o = self.config.objective
+        rows = torch.cat(minibatch)
+        sequences, tokens = float(len(rows)), float(batch.response_len_B[rows].sum())
+        divisor = denominator(o, sequences, tokens, self.config.rollout.max_tokens)
+        for part in minibatch:
+            current = self._logps(self.policy, batch, part)
+            width, device = current.mask_BT.size(1), current.logp_BT.device
+            if number == 0:
+                self._settle_first(old_BT, part, current.logp_BT, width)
+
+            def of(full: Tensor, part: Tensor = part, width: int = width, device: torch.device = device) -> Tensor:
+                return (full[part, :width] if full.dim() == 2 else full[part]).to(device)
+
+            x = Scored(
+                current.logp_BT,
+                of(old_BT),
+                of(batch.behaviour_logp_BT),
+                current.mask_BT,
+                None if reference_BT is None else of(reference_BT),
+                None if batch.weight_B is None else of(batch.weight_B),
+                current.entropy_BT,
+            )
+            found = policy_loss(x, of(advantage_B), o, sequences=sequences, divisor=divisor)
+            self.policy_optimiser.backward(found.value)
+            if found.correction is not None:
+                tally.correction.append(found.correction.cpu())
+            tally.observe(
+                number,
+                part,
+                found.value.detach(),
+                found.log_ratio.detach(),
+                found.clipped,
+                found.element_mask,
+                current.entropy_BT,
+                x.mask_bT,
+                x.old_bT,
+                x.behaviour_bT + of(batch.kept_BT),
+                x.logp_bT.detach(),
+            )
+            if self.tight:
+                give_back()
+            self._done += 1
+            self.progress(self._done, self._total)
+
+    def _teach(self, lessons: Lessons, number: int, updates: int, tally: Tally) -> None:
+        """Add the gradient of every updates-th lesson from `number` on: weight times the mean negative log-probability of a token, over as
+        many lessons as there could be, so that a single one is not learnt with the weight of all."""
+        batch = lessons.batch
+        rows = torch.arange(number, len(batch), updates)
+        total = 0.0
+        weight_B = torch.tensor(lessons.weights) / batch.response_len_B
+        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, self.policy.packs):
+            current = self._logps(self.policy, batch, part)
+            nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
+            loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
+            self.policy_optimiser.backward(loss)
+            total += float(loss.detach())
+        if len(rows):
+            tally.add("search/loss", total)
+
+    def _teach_critic(self, batch: Batch, rows: Tensor, lr: float, tally: Tally) -> None:
+        began = time.perf_counter()
+        learnt = self.credit.learn(batch, rows, lr)
+        if learnt is not None:
+            loss, norm = learnt
+            tally.add("critic/loss", loss)
+            self.bad_total += not math.isfinite(norm)
+        self.critic_seconds += time.perf_counter() - began
+
+    def _gradient(self) -> Tensor:
+        """The policy's gradient as one vector."""
+        return torch.cat([g.flatten().float().cpu() for g in self.policy_optimiser.gradients()])
+
+    # -- log-probabilities -------------------------------------------------------------------------------------------
+
+    def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> Any:
+        ids_bL, _ = batch.rows(part)  # TEMP
+        return policy.response_logps(
+            ids_bL, batch.prompt_len_B[part], batch.response_len_B[part], self.config.rollout.temperature
+        )
+
+    @torch.no_grad()
+    def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[list[Tensor]]) -> None:
+        """log π_old of some minibatches by a pass of their own."""
+        for part in (p for minibatch in minibatches for p in minibatch):
+            logp = self._logps(self.policy, batch, part).logp_BT
+            old_BT[part, : logp.size(1)] = logp.to(old_BT.dtype).cpu()
+
+    def _settle_rest(self, old_BT: Tensor, batch: Batch, plan: list[list[Tensor]], tally: Tally) -> None:
+        """log π_old of all minibatches but the first: the engine's where the first shows that they are the learner's, else computed."""
+        o, first = self.config.objective, torch.cat(plan[0])
+        engine_BT = batch.behaviour_logp_BT + batch.kept_BT
+        pair = old_BT[first], engine_BT[first], batch.mask_BT[first]
+        off = float(log_ratio(*pair, o.ratio, o.kappa).abs().max())
+        if o.engine_correction:
+            off = max(off, float(mismatch(*pair, o).abs().max()))
+        tally.served = off <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))
+        tally.add("engine/serves_as_old", float(tally.served))
+        if not tally.served:
+            self._fill_old(old_BT, batch, plan[1:])
+            return
+        rest = torch.cat([part for minibatch in plan[1:] for part in minibatch])
+        old_BT[rest] = engine_BT[rest]
+
+    def _settle_first(self, old_BT: Tensor, part: Tensor, logp_bT: Tensor, width: int) -> None:
+        """On the first update old and current are the same numbers. Once a run that is verified, not assumed."""
+        current = logp_bT.detach().to(old_BT.dtype).cpu()
+        if not self.ratio_checked:
+            gap = float((old_BT[part, :width] - current).abs().max())
+            tolerance = 0.0 if logp_bT.device.type == "cpu" else 1e-2
+            if not gap <= tolerance:
+                raise RunFailure(
+                    f"the first update's ratio is not 1 (log-probabilities differ by {gap:.2g} between two passes over the same "
+                    "weights): the model is not deterministic in eval mode, e.g. it has dropout of its own"
+                )
+            self.ratio_checked = True
+        old_BT[part, :width] = current
+
+    @torch.no_grad()
+    def _all_logps(self, policy: Policy, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Of some rows of the batch, or of all; 0 elsewhere."""
+        rows = torch.arange(len(batch)) if rows is None else rows
+        out_BT = torch.zeros_like(batch.behaviour_logp_BT)
+        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, policy.packs):
+            logp = self._logps(policy, batch, part).logp_BT
+            out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
+        return out_BT
+
+    def _reference(self) -> Policy:
+        if self.reference is None:
+            raise RunFailure("the recipe reads the reference policy, but none is held")
+        return self.reference
+
+    def _loss_reads_reference(self) -> bool:
+        o = self.config.objective
+        return o.anchor == "reference" or (o.kl > 0 and o.kl_form != "reward")
+
+    def _count_bad(self, norm: float) -> None:
+        """Count updates that were not finite, each of which was skipped; too many in a row stop the run."""
+        bad = not math.isfinite(norm)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        self.bad_total += bad
+        if self.bad_in_a_row >= self.config.training.max_bad_updates:
+            raise NonFinite(
+                f"the policy's loss or gradient was not finite in {self.bad_in_a_row} updates in a row (each was skipped): "
+                "lower training.lr, or look for infinite log-probabilities in the last rollouts file"
+            )
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the models' weights, which checkpoints hold as model folders."""
+        return {
+            "policy_optimiser": self.policy_optimiser.state_dict(),
+            "credit": self.credit.state_dict(),
+            "bad_in_a_row": self.bad_in_a_row,
+            "bad_total": self.bad_total,
+            "gap_limit": self.gap_limit,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state back."""
+        self.policy_optimiser.load_state_dict(state["policy_optimiser"])
+        self.credit.load_state_dict(state["credit"])
+        self.bad_in_a_row, self.bad_total = state["bad_in_a_row"], state["bad_total"]
+        self.gap_limit = state.get("gap_limit")  # not in checkpoints of older versions

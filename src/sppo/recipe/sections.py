@@ -1,0 +1,400 @@
+"""The sections of a recipe, in the order in which data flows: every key with its default, bounds and help text.
+
+Rules that compare several keys are in checks.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ..spec import named_columns, nearest
+from .presets import DEFAULT, LONG_RATIO, PRESETS, SHORT
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Schedule = Literal["constant", "linear", "cosine"]
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """One table of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PolicySection(Section):
+    """The model that is trained."""
+
+    model: str = Field("tiny", description="a folder, a hub name, or 'tiny:hidden=128,layers=3,heads=4' (from scratch)")
+    dtype: Dtype = Field(
+        "auto",
+        description="weights in rollouts and updates; auto: bfloat16 from 50M parameters on where the hardware "
+        "multiplies it natively, else float32 (master weights, head and log-softmax are always float32)",
+    )
+    chat_template: Literal["auto", "off"] = Field(
+        "auto", description="auto: chat messages go through the tokenizer's template if it has one; off: plain text"
+    )
+
+
+class CriticSection(Section):
+    """The prompt-only value model V(x): any family, any size, its own tokenizer."""
+
+    model: str = Field("tiny:hidden=64,layers=2,heads=4", description="as policy.model; an encoder or a decoder")
+    dtype: Dtype = Field("auto", description="as policy.dtype")
+
+
+class TaskSection(Section):
+    """Which problems."""
+
+    train: str = Field(
+        "chain:steps=4-6",
+        description="training problems: 'name:key=value,…', or a file of rows (.jsonl, .json, .csv, .tsv, .parquet), "
+        "absolute or relative to the recipe",
+    )
+    eval: str | None = Field(None, description="held-out problems; default: a held-out share of the training problems")
+    columns: dict[str, str] | None = Field(
+        None, description="columns of the rows by the name to use, e.g. prompt=q,answer=meta.gold"
+    )
+    instruction: str = Field("", description="text added after every question, e.g. how to mark the answer")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out and counted, never cut")
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns(cls, value: Any) -> Any:
+        return named_columns(value) if isinstance(value, str) else value
+
+
+class CurriculumSection(Section):
+    """The order of the training problems."""
+
+    kind: Literal["uniform", "predicted", "staged"] = Field(
+        "uniform",
+        description="uniform: each once per epoch; predicted: prefer those whose outcome the critic finds open; "
+        "staged: easy ones first",
+    )
+    floor: float = Field(0.1, gt=0, description="predicted: draw a problem in proportion to sqrt(V(1-V)) + floor")
+    pool: int = Field(4, ge=2, description="predicted: candidates for each problem drawn; the critic reads them all")
+    corrected: bool = Field(
+        True, description="predicted: weight each advantage so that the objective is still the uniform one"
+    )
+    stages: tuple[float, ...] = Field(
+        (), description="staged: the highest difficulty of each stage, rising, e.g. [3, 5, 8] (chain: its steps)"
+    )
+    clear: float = Field(
+        0.6, gt=0, lt=1, description="staged: go on once the 95% interval of held-out accuracy is above this"
+    )
+    rehearse: float = Field(0.2, ge=0, lt=1, description="staged: the share of each step from earlier stages")
+    aside: int = Field(
+        0, ge=0, description="rest a problem solved, or failed, on each of its last N visits (biased); 0: never"
+    )
+    revisit: int = Field(2, ge=1, description="with aside: epochs that a problem rests")
+
+
+class RewardSection(Section):
+    """What judges a response."""
+
+    use: str = Field(
+        "answer",
+        description="a module of rewards/ ('answer:extract=boxed', 'math', 'code'), your own package.module:object, or "
+        "several: 'code + 0.2 * mine:style', 'math and mine:checked', 'math gate mine:format'",
+    )
+    anneal: int = Field(0, ge=0, description="steps over which the later parts of a sum fade to nothing; 0: they stay")
+    limit: float = Field(
+        600.0, gt=0, description="seconds per call of your own reward; then samples are judged singly, or masked"
+    )
+
+
+class BootstrapSection(Section):
+    """A supervised start on worked solutions; without this section the model starts as it is."""
+
+    task: str | None = Field(None, description="problems with worked solutions; default: the training problems")
+    steps: int = Field(300, ge=1, description="up to N optimiser updates")
+    until: float | None = Field(None, gt=0, lt=1, description="stop once this share of training problems is solved")
+    batch: int = Field(64, ge=1, description="solutions per update")
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate; default: 2e-3 below 10M parameters, 1e-4 below 1B, 1e-5 above"
+    )
+    warmup: int = Field(50, ge=0, description="updates of linear warm-up")
+    schedule: Schedule = Field("constant", description="after the warm-up")
+
+
+class RolloutSection(Section):
+    """How responses are sampled."""
+
+    engine: str = Field(
+        "local", description="'local' (the learner's own weights), 'vllm:key=value,…', or package.module:object"
+    )
+    prompts: int = Field(128, ge=1, description="prompts per step")
+    samples: int = Field(1, ge=1, description="responses per prompt; SPPO needs one, group baselines two or more")
+    segments: Literal["lines", "semicolons", "sentences", "paragraphs", "tokens"] = Field(
+        "lines", description="what ends a segment of a response, for [search]; tokens: every token"
+    )
+    resample: int = Field(
+        0, ge=0, description="up to N rounds that replace prompts whose samples all score the same (DAPO)"
+    )
+    max_tokens: int = Field(256, ge=1, description="response limit, EOS included")
+    overlong: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="the last share of max_tokens, over which the score falls linearly, by up to half of a right "
+        "answer's (DAPO's over-long punishment); correctness and the critic's targets stay; 0: off",
+    )
+    temperature: float = Field(1.0, gt=0, description="divides the logits in rollouts and in every log-probability")
+    top_k: int = Field(0, ge=0, description="sample from the N likeliest tokens; 0: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the fewest tokens of this total probability; 1: all")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="sample from tokens at least this fraction as likely as the likeliest; 0: all"
+    )
+    stop: tuple[str, ...] = Field((), description="a response ends at any of these strings; EOS always ends it")
+    batch: int = Field(128, ge=1, description="sequences decoded together; changes speed and memory, not the samples")
+    truncated: Literal["penalise", "mask", "keep"] = Field(
+        "penalise",
+        description="a response cut at max_tokens: penalise: scores 0; mask: leaves the loss and every denominator; "
+        "keep: keeps the reward's verdict",
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty string would end every response at once")
+        return value
+
+
+PER_TOKEN = ("token", "geometric-token")
+"""Values of `objective.ratio` that give every token a ratio, and can take an advantage for each."""
+
+
+class ObjectiveSection(Section):
+    """The clipped sequence-level surrogate, or a peer's."""
+
+    algorithm: str = Field(
+        DEFAULT, description="sets the keys below and rollout.samples where you leave them out: " + ", ".join(PRESETS)
+    )
+    baseline: Literal["critic", "centred", "hybrid", "token-critic", "batch", "others", "group", "greedy"] = Field(
+        "critic",
+        description="subtracted from the reward: critic: V(x); centred: V(x) plus the step's mean residual on other "
+        "problems of that difficulty; hybrid: V(x) and the scores of the steps so far; token-critic: a value per "
+        "token, with GAE; batch, others, group: the mean reward of the rest of the batch, of the prompt's other "
+        "samples, of all its samples; greedy: the greedy response's reward",
+    )
+    baseline_weight: float = Field(
+        1.0, ge=0, le=1, description="baseline = 'critic': use this times V(x); 0.5 and 0 are controls"
+    )
+    optimal_baseline: bool = Field(
+        False, description="critic, centred: shift the baseline to the one of least gradient variance in earlier steps"
+    )
+    scale: Literal["none", "group", "batch"] = Field(
+        "none", description="divide the advantage by its group's deviation, or whiten it over the batch (both biased)"
+    )
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="baseline = 'token-critic': GAE's lambda")
+    value_loss: Literal["cross-entropy", "squared"] = Field(
+        "cross-entropy",
+        description="baseline = 'token-critic': cross-entropy of a chance, or PPO's squared error of any value",
+    )
+    value_clip: float = Field(
+        0.0, ge=0, description="value_loss = 'squared': how far a value may move per step (PPO2); 0: no clip"
+    )
+    surrogate: Literal["clip", "cispo", "gmpo", "sapo", "plain"] = Field(
+        "clip",
+        description="clip: PPO's; cispo: a clipped weight on the log-probability; gmpo: the geometric mean of clipped "
+        "token ratios; sapo: a sigmoid gate instead of the clip; plain: the log-probability alone (REINFORCE)",
+    )
+    gate_temperature: tuple[Positive, Positive] = Field(
+        (1.0, 1.05),
+        description="surrogate = 'sapo': [positive advantage, negative]; a higher one drops off-policy tokens sooner",
+    )
+    average: Literal["auto", "tokens", "responses", "constant"] = Field(
+        "auto",
+        description="token ratios: over all tokens (auto), each response's tokens and then responses, or responses "
+        "times rollout.max_tokens (constant); sequence ratios: over responses (auto)",
+    )
+    ratio: Literal["auto", "sequence", "geometric", "token", "geometric-token", "family"] = Field(
+        "auto",
+        description="of T tokens with log ratio l: exp(l), exp(l/T) (GSPO), per token, exp(l/T) with each token's own "
+        "gradient (GSPO-token), exp(l/T^kappa); auto: sequence with one update per step or rollout.max_tokens up to "
+        f"{SHORT}, else {LONG_RATIO['ratio']}",
+    )
+    kappa: float = Field(0.5, ge=0, le=1, description="ratio = 'family': the exponent; 0: sequence, 1: geometric")
+    clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
+    dual_clip: float = Field(3.0, ge=0, description="bound on the ratio where the advantage is negative; 0: none")
+    anchor: Literal["behaviour", "reference"] = Field(
+        "behaviour", description="the ratio's denominator: the sampling policy (exact), or the frozen start"
+    )
+    kl: float = Field(0.0, ge=0, description="weight of the KL to the frozen start; 0 holds no reference model")
+    kl_form: Literal["reward", "k2", "k3", "k3-weighted"] = Field(
+        "reward",
+        description="with x = log(policy/ref): reward: x inside the reward; in the loss: k2: x^2/2, k3: exp(-x)-1+x "
+        "(GRPO), k3-weighted: k3 times the ratio (TRL); docs/algorithm.md has their gradients",
+    )
+    kl_level: Literal["auto", "sequence", "token"] = Field(
+        "auto",
+        description="a KL in the loss: per response, averaged over them, or per token, averaged as the loss is (GRPO); "
+        "auto: as the ratio",
+    )
+    entropy_bonus: float = Field(
+        0.0, ge=0, description="weight of each token's entropy, averaged as the loss is (PPO's bonus against collapse)"
+    )
+    engine_correction: float = Field(
+        2.0, ge=0, description="cap of the importance weight that corrects engine-learner mismatch; 0 turns it off"
+    )
+    engine_correction_level: Literal["auto", "token", "sequence"] = Field(
+        "auto",
+        description="a weight per token, or one per response; auto: sequence for ratios of whole responses with "
+        f"rollout.max_tokens up to {SHORT}, else token",
+    )
+    engine_correction_beyond: Literal["truncate", "mask"] = Field(
+        "truncate", description="a weight above the cap becomes the cap (truncate) or 0 (mask)"
+    )
+    engine_gap_limit: float | None = Field(
+        None,
+        gt=0,
+        description="stop when engine and learner log-probabilities differ by more than this per token on average; "
+        "default: several times the first step's difference, which rounding in policy.dtype must explain",
+    )
+
+    @field_validator("dual_clip")
+    @classmethod
+    def _dual_clip_above_one(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("must be above 1, or 0 to turn it off")
+        return value
+
+    @field_validator("clip")
+    @classmethod
+    def _clip_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not (0 < low <= 1 and high > 0):
+            raise ValueError("low must lie in (0, 1] and high above 0")
+        return value
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known_algorithm(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(nearest(value, list(PRESETS)))
+        return value
+
+    @property
+    def kl_of_tokens(self) -> bool:
+        """Whether a KL in the loss is taken per token."""
+        return self.kl_level == "token" or (self.kl_level == "auto" and self.ratio in PER_TOKEN)
+
+
+MICRO_TOKENS = 16384
+"""Tokens per micro-batch where memory allows it."""
+
+
+class TrainingSection(Section):
+    """The update."""
+
+    steps: int = Field(200, ge=1, description="rollout-and-update steps")
+    minibatches: int = Field(2, ge=1, description="optimiser updates per epoch over one step's rollouts")
+    epochs: int = Field(1, ge=1, description="passes over one step's rollouts")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="of the policy; default: 2e-4 below 10M parameters, 1e-5 below 1B, the paper's 1e-6 above",
+    )
+    critic_lr: float | None = Field(
+        None,
+        gt=0,
+        description="of the critic; default: 1e-3 below 10M parameters, 5e-5 below 1B, the paper's 5e-6 above",
+    )
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Schedule = Field("constant", description="after the warm-up, to zero at the last step")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's")
+    micro_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per micro-batch: decides memory and how sums are rounded; default: by model size and free "
+        f"memory, up to {MICRO_TOKENS}",
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "adamw",
+        description="of the policy; 8-bit moments (bitsandbytes) save 6 bytes per weight, and round differently",
+    )
+    checkpoint_activations: bool = Field(
+        False, description="recompute each layer in the backward pass: less memory for one more forward pass"
+    )
+    measure_noise: bool = Field(
+        False, description="measure the policy gradient's variance on a step's first two minibatches (needs memory)"
+    )
+    max_bad_updates: int = Field(3, ge=1, description="stop after N non-finite updates in a row (each is skipped)")
+
+    @property
+    def micro_budget(self) -> int:
+        """`micro_tokens`, where it is given or was chosen (run/plan.py)."""
+        return self.micro_tokens or MICRO_TOKENS
+
+
+class SearchSection(Section):
+    """Tree search for problems that sampling does not solve, learnt by supervision; off without this section."""
+
+    below: float = Field(0.1, gt=0, le=1, description="search failed problems whose predicted chance is below this")
+    problems: int = Field(8, ge=1, description="up to N problems per step, the most promising first")
+    budget: int = Field(2000, ge=1, description="up to N tokens written per problem")
+    value: Literal["outcomes", "steps", "critic"] = Field(
+        "outcomes",
+        description="guides the search: outcomes only; also a steps reward's scores (+ 0 * steps:…); or the critic at "
+        "the segments' ends (baseline = 'token-critic')",
+    )
+    explore: float = Field(1.0, ge=0, description="PUCT's constant: the larger, the more it explores")
+    width: float = Field(0.5, gt=0, description="a prefix visited n times gets up to width * sqrt(n) continuations")
+    batch: int = Field(32, ge=1, description="up to N solutions learnt per step, beside the update")
+    weight: float = Field(1.0, gt=0, description="of their loss, the mean negative log-probability of a token")
+    enough: float = Field(0.5, gt=0, le=1, description="the predicted chance at which a problem's weight reaches 0")
+
+
+class MonitorsSection(Section):
+    """Reward hacking and collapse: findings go to alerts.jsonl, the terminal and the page."""
+
+    action: Literal["warn", "quarantine", "stop", "off"] = Field(
+        "warn", description="quarantine: mask the responses of an alert; stop: save and end the run; off: no monitors"
+    )
+    sample: int = Field(
+        16, ge=0, description="rewarded responses per step to judge again with other problems' references; 0: none"
+    )
+    second: str = Field("", description="a second verifier, as reward.use, for rewarded responses; it pays nothing")
+    work_every: int = Field(
+        20, ge=0, description="steps between checks whether right answers survive without their reasoning; 0: never"
+    )
+
+
+class EvaluationSection(Section):
+    """Held-out accuracy along the way."""
+
+    every: int = Field(20, ge=0, description="steps between evaluations; 0: only before and after")
+    n: int = Field(256, ge=1, description="held-out problems")
+    samples: int = Field(1, ge=1, description="responses per problem; from 2 on also the ceiling of explained variance")
+    temperature: float | None = Field(None, ge=0, description="default: rollout.temperature; 0 is greedy")
+
+
+class RunSection(Section):
+    """The run directory."""
+
+    out: str = Field("runs/sppo", description="where the run is written")
+    checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
+    trackers: tuple[str, ...] = Field(
+        (), description="metrics also go to: ['tensorboard', 'wandb:project=mine,mode=offline', 'mlflow', 'trackio']"
+    )
+    anchor: str = Field("", description="a file outside the run that records the audit chain's head at each line")
+    threads: int = Field(
+        0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, else the cores available (decides rounding)"
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="GiB for the run (of the GPU if there is one); decides training.micro_tokens; default: free",
+    )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value

@@ -1,0 +1,35 @@
+"""The training loop. It fits on one screen and reads like the algorithm; `run/build.py` makes the components that it moves."""
+
+from __future__ import annotations
+
+from ..learning.batch import pack
+from .run import Run
+from .sample import inspect, judging, sample
+
+
+def train(run: Run) -> dict[str, object]:
+    """Run from where the state is to the last step (or an interruption); returns the summary it also writes.
+
+    Raises RunFailure (non-finite updates, stale weights, engine mismatch): whatever was recorded until then stays.
+    """
+    c = run.components
+    run.begin()
+    for step in range(run.state.step, c.config.training.steps):
+        if run.interrupted:
+            break
+        with judging(c, run.state, run.save):
+            with run.clock("rollout"):
+                sampled = sample(
+                    c, step, run.search
+                )  # the curriculum's tasks, the engine's responses, the reward's verdicts
+            with run.clock("monitors"):
+                sampled = inspect(c, step, sampled)  # is the verifier being fooled?
+        beside = sampled.beside if c.critic else []  # what trains no policy still trains the critic
+        batch = pack(sampled.rollouts, c.policy.pad_id, beside)
+        with run.clock("update"):
+            advantage, value_B, metrics = run.learner.advantage(batch)  # R − b(x), before the critic sees these rewards
+            metrics |= run.learner.update(batch, advantage, step, sampled.lessons)  # clipped surrogate, critic's BCE
+            run.sync()  # verified by a fingerprint of the weights
+        c.curriculum.observe(sampled.seen)
+        run.record(step, sampled, batch, advantage, value_B, metrics)
+    return run.recorder.finish(run.state, run.stopped)

@@ -1,0 +1,156 @@
+"""What a run needs of memory: by arithmetic, against what PyTorch really keeps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sppo.cli.main import main
+from sppo.models import tiny
+from sppo.models.policy import Policy
+from sppo.recipe.config import Config
+from sppo.run.loop import train
+from sppo.run.plan import GIB, LEAST, Model, activations, plan, power_of_two
+from sppo.run.run import Run
+
+from ..conftest import small_config
+
+CPU = torch.device("cpu")
+
+
+def smollm(**changes):
+    """The shape of SmolLM2-135M, without weights."""
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "vocab_size": 49152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape | changes))
+
+
+def kept_by(policy, tokens=64, rows=4):
+    """Bytes that PyTorch keeps of a training pass, and its peak of saved tensors."""
+    seen = {}
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    ids_BL = torch.randint(3, 90, (rows, tokens))
+    length_B = torch.full((rows,), tokens // 2)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = policy.response_logps(ids_BL, length_B, length_B, 1.0)
+    out.logp_BT.sum().backward()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("hidden", [128, 96])  # with compiled layers, and with a head size that they do not take
+def test_activations_are_what_pytorch_keeps(hidden):
+    model, tokenizer = tiny.build(hidden=hidden, layers=6, heads=4)
+    policy = Policy(model, tokenizer)
+    found = kept_by(policy) / (4 * 63)
+    assert activations(Model(model, torch.float32), CPU, False) == pytest.approx(found, rel=0.15)
+
+
+def test_the_chosen_micro_batch_follows_the_memory_and_is_bounded():
+    config = Config.load(None, {"policy.model": "models/x", "task.train": "chain:steps=3"})
+    model = Model(smollm(), torch.bfloat16)
+    chosen = {}
+    for gib in (1, 4, 8, 64, 1000):
+        limited = Config.load(None, {"task.train": "chain:steps=3", "run.memory": gib})
+        found = plan(limited, model, None, CPU, 40)
+        chosen[gib] = found.micro_tokens
+        assert found.fits == (found.total < gib * GIB)
+    assert list(chosen.values()) == sorted(chosen.values())
+    assert chosen[1] == LEAST
+    assert chosen[64] == chosen[1000] == 2048  # a larger one is no faster on a CPU
+    given = Config.load(None, {"task.train": "chain:steps=3", "training.micro_tokens": 4096})
+    assert plan(given, model, None, CPU, 40).micro_tokens == 4096
+    assert config.training.micro_tokens is None
+
+
+def test_a_small_model_s_micro_batch_is_what_it_always_was():
+    model, _ = tiny.build(hidden=128, layers=3, heads=4)
+    found = plan(Config.load(None, {"run.memory": 8}), Model(model, torch.float32), None, CPU, 20)
+    assert found.micro_tokens == 16384
+
+
+def test_what_the_plan_counts():
+    model = Model(smollm(), torch.bfloat16)
+
+    def parts(**changes):
+        given = {"run.memory": 8, "training.micro_tokens": 1024} | {k.replace("__", "."): v for k, v in changes.items()}
+        return plan(Config.load(None, given), model, None, CPU, 40)
+
+    plain = parts()
+    assert parts(training__optimizer="adamw-8bit").stays["optimiser"] == plain.stays["optimiser"] - 6 * model.parameters
+    update = parts(training__checkpoint_activations=True).phases["update"]["one micro-batch"]
+    assert update < plain.phases["update"]["one micro-batch"] / 5
+    assert parts(objective__kl=0.1, objective__kl_form="k3").stays["reference"] == 2 * model.parameters
+    vllm = parts(rollout__engine="vllm:memory=0.2")
+    assert vllm.stays["vLLM's keys and values"] == 2 * GIB
+    assert vllm.stays["vLLM's weights"] == 2 * model.parameters
+    critic = plan(Config.load(None, {"run.memory": 8}), model, model, CPU, 40)
+    assert critic.stays["critic and its optimiser"] == 14 * model.parameters
+    assert plain.total < 4 * GIB
+    assert plain.phases["update"]["gradients in float32"] == 4 * model.parameters  # of several micro-batches
+    assert critic.phases["critic"]["gradients of the critic"] == 6 * model.parameters
+    one = parts(training__micro_tokens=10**6)
+    assert one.phases["update"]["gradients in float32"] == 0
+    assert one.phases["optimiser step"]["gradients in float32"] == 4 * model.parameters
+    assert (
+        parts(training__micro_tokens=10**6, search__below=0.1).phases["update"]["gradients in float32"] > 0
+    )  # lessons
+    whole = plan(Config.load(None, {"run.memory": 8}), Model(smollm(), torch.float32), None, CPU, 40)
+    assert whole.phases["update"]["gradients in float32"] == 0
+
+
+def test_powers_of_two():
+    assert [power_of_two(n) for n in (-5, 100, 257, 1023, 1024, 10**9)] == [256, 256, 256, 512, 1024, 16384]
+
+
+def test_a_run_keeps_what_was_chosen_and_a_resumed_one_uses_it(tmp_path):
+    notes = []
+
+    class Notes:
+        def note(self, text):
+            notes.append(text)
+
+        def stage(self, *args): ...
+        def step(self, *args): ...
+        def within(self, *args): ...
+        def evaluation(self, *args): ...
+
+    config = small_config(run__out=str(tmp_path / "run"), training__steps=1, run__memory=0.001)
+    job = Run.new(config, Notes())
+    train(job)
+    job.close()
+    assert Config.load(tmp_path / "run" / "recipe.toml").training.micro_tokens == LEAST
+    assert any(text.startswith("warning: this run needs about") for text in notes)
+    again = Run.resume(tmp_path / "run", Notes(), steps=2)
+    assert again.config.training.micro_tokens == LEAST
+    again.close()
+
+
+def test_doctor_plans_from_a_config_alone_without_data_and_never_runs_a_model_s_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    smollm(num_hidden_layers=2).config.save_pretrained(model)
+    assert main(["doctor", "--model", str(model), "--data", "none.jsonl", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["recipe"]
+    assert found["memory_bytes"]["total"] == sum(v for k, v in found["memory_bytes"].items() if k != "total")
+    assert "none.jsonl" in found["problems"]
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "strange",
+        "auto_map": {"AutoConfig": "evil.Strange", "AutoModelForCausalLM": "evil.Strange"},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\nclass Strange: ...\n")
+    assert main(["doctor", "--model", str(model), "--data", "none.jsonl"]) == 2
+    assert not (tmp_path / "RAN").exists()
