@@ -158,7 +158,7 @@ def test_predicted_chance_of_questions_conversations_and_rows(tmp_path):
     )
     assert asked[0] == pytest.approx(asked[1]) == pytest.approx(asked[2])
     assert asked[4] != asked[0]
-    critic = trainer.run.critic
+    critic = trainer.run.components.critic
     from sppo.types import Task
 
     trained_on = Task("t", [{"role": "user", "content": "1+1?\nAnswer with a number."}])

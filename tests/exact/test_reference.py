@@ -17,14 +17,14 @@ import pytest
 import torch
 from torch import nn
 
-from sppo.experimental.search import Lessons
+from sppo.experimental.predicted import Predicted
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.models import tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
 from sppo.recipe.sections import CurriculumSection
-from sppo.run.curriculum import Predicted
 from sppo.tasks.base import ListSource
 from sppo.types import Rollout, Task, Verdict
 

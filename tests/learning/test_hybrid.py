@@ -241,10 +241,10 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, phi):
         return job
 
     whole, broken = run("whole", 4), run("broken", 2)
-    again = Run.resume(broken.directory.path, steps=4)
+    again = Run.resume(broken.components.directory.path, steps=4)
     train(again)
     again.close()
-    assert again.policy.fingerprint() == whole.policy.fingerprint()
+    assert again.components.policy.fingerprint() == whole.components.policy.fingerprint()
 
 
 def test_nonsense_is_one_sentence(tmp_path):

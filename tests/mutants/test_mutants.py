@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 COVERED = (
     "learning/credit/base.py", "learning/credit/hybrid.py", "learning/credit/optimal_baseline.py", "learning/history.py", "learning/learner.py",
     "learning/batch.py", "run/curriculum.py", "run/sample.py", "experimental/search.py", "learning/earned.py", "learning/optimizer.py",
-    "run/run.py", "rollout/canary.py",
+    "run/accuracy.py", "rollout/canary.py", "tasks/epochs.py", "experimental/predicted.py",
 )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ import time
 import pytest
 
 from sppo.errors import RecipeError, RewardError
-from sppo.rewards.answer import boxed, extract_answer, looks_cut_off
+from sppo.rewards.answer import looks_cut_off
+from sppo.rewards.extract import boxed, extract_answer
 from sppo.rewards.loading import load_reward
-from sppo.rewards.quantity import number
+from sppo.rewards.quantity import quantity
 from sppo.rewards.workers import WorkerPool
 from sppo.types import Rollout, Task, Verdict
 
@@ -63,8 +64,8 @@ def test_boxed_balances_braces_and_refuses_what_never_closes():
     ],
 )
 def test_number(text, value):
-    found = number(text)
-    assert found is None if value is None else float(found) == value
+    found = quantity(text)
+    assert found is None if value is None else float(found.value) == value
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from sppo.audit.chain import GENESIS, file_sha256
 from sppo.errors import NonFinite, RecipeError, RewardError, RunFailure, StaleWeights, UserError
+from sppo.learning.learner import Learner
 from sppo.recipe.config import Config
 from sppo.recipe.presets import PRESETS
 from sppo.run.loop import train
@@ -79,7 +80,7 @@ def test_a_run_leaves_what_other_tools_rely_on(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "policy")
     AutoTokenizer.from_pretrained(folder / "policy")
     AutoModel.from_pretrained(folder / "critic")
-    for a, b in zip(model.parameters(), job.policy.model.parameters(), strict=True):
+    for a, b in zip(model.parameters(), job.components.policy.model.parameters(), strict=True):
         assert torch.equal(a, b.cpu())
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     for key in ("accuracy_before", "accuracy_after", "accuracy_after_low", "accuracy_after_high", "steps", "seconds",
@@ -155,7 +156,7 @@ def test_every_setting_of_the_objective_runs_and_resumes_to_the_same_bits(tmp_pa
     base = {"training__steps": 4, "run__checkpoint_every": 2, "run__keep": 9, **overrides}
     whole_job, whole = run_small(tmp_path / "a", **base)
     held = whole_job.learner.reference is not None
-    assert held == whole_job.config.needs_reference  # the reference is held only when something reads it
+    assert held == whole_job.components.config.needs_reference  # the reference is held only when something reads it
     job = Run.new(small_config(run__out=str(tmp_path / "b" / "run"), **base))
     original = job.record
 
@@ -174,7 +175,7 @@ def test_every_setting_of_the_objective_runs_and_resumes_to_the_same_bits(tmp_pa
     assert summary["policy_sha256"] == whole["policy_sha256"]
     assert summary["generated_tokens"] == whole["generated_tokens"]
     assert again.learner.gap_limit == whole_job.learner.gap_limit is not None
-    assert again.canary.limit == whole_job.canary.limit == again.state.canary_limit is not None
+    assert again.sync.canary.limit == whole_job.sync.canary.limit == again.state.canary_limit is not None
 
 
 @pytest.mark.slow
@@ -249,30 +250,23 @@ def test_a_half_written_checkpoint_is_never_used(tmp_path):
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
-def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tmp_path):
+def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tmp_path, monkeypatch):
     config = small_config(run__out=str(tmp_path / "run"), training__steps=5)
     job = Run.new(config)
-    original = job._make_learner
+    advantage = Learner.advantage
 
-    def poisoned():
-        original()
-        learner = job.learner
-        advantage = learner.advantage
+    def nan_advantage(self, batch):
+        a, v, m = advantage(self, batch)
+        return a * float("nan"), v, m
 
-        def nan_advantage(batch):
-            a, v, m = advantage(batch)
-            return a * float("nan"), v, m
-
-        learner.advantage = nan_advantage
-
-    job._make_learner = poisoned
+    monkeypatch.setattr(Learner, "advantage", nan_advantage)
     try:
         with pytest.raises(NonFinite, match="3 updates in a row"):
             train(job)
     finally:
         job.close()
     assert job.learner.bad_total >= 3
-    assert all(torch.isfinite(p).all() for p in job.policy.model.parameters())
+    assert all(torch.isfinite(p).all() for p in job.components.policy.model.parameters())
 
 
 def test_a_policy_whose_logits_are_not_finite_is_not_sampled_from(policy):
@@ -288,10 +282,10 @@ def test_a_policy_whose_logits_are_not_finite_is_not_sampled_from(policy):
 
 def test_an_engine_with_other_weights_is_found_at_the_sync(tmp_path):
     job = Run.new(small_config(run__out=str(tmp_path / "run")))
-    job.engine.sync = lambda policy: None
-    job.engine.policy = job.policy.reference()
+    job.components.engine.sync = lambda policy: None
+    job.components.engine.policy = job.components.policy.reference()
     with torch.no_grad():
-        next(job.engine.policy.model.parameters()).add_(1e-3)
+        next(job.components.engine.policy.model.parameters()).add_(1e-3)
     with pytest.raises(StaleWeights):
         job.sync()
     job.close()
@@ -336,7 +330,7 @@ def test_encoder_critic_with_its_own_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path / "bert")
     job, summary = run_small(tmp_path, critic__model=str(tmp_path / "bert"))
     assert summary["stopped"] == "finished"
-    assert type(job.critic.backbone).__name__ == "BertModel"
+    assert type(job.components.critic.backbone).__name__ == "BertModel"
     AutoModel.from_pretrained(Path(summary["policy"]).parent / "critic")
 
 
@@ -368,5 +362,5 @@ def test_a_reward_that_breaks_loses_no_step(tmp_path):
     assert again.state.step == 2
     train(again)
     again.close()
-    assert again.policy.fingerprint() == whole.policy.fingerprint()
-    assert again.curriculum.position == whole.curriculum.position
+    assert again.components.policy.fingerprint() == whole.components.policy.fingerprint()
+    assert again.components.curriculum.position == whole.components.curriculum.position

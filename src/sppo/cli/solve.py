@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Sample, and ask the critic."""
     from collections import Counter
 
-    from ..rewards.answer import extract_answer
     from ..rewards.confidence import stated_confidence
+    from ..rewards.extract import extract_answer
     from ..rollout.collect import sample_seed
     from ..rollout.local import LocalEngine
     from ..tasks.base import ListSource, with_instruction

@@ -24,7 +24,7 @@ from ..learning.credit.protocol import Credit
 from ..learning.credit.token import TokenCritic
 from ..learning.lessons import Lessons
 from ..recipe.sections import SearchSection
-from ..rewards.segments import seen_ends, segment_starts, token_ends
+from ..rewards.segments import STOPS, seen_ends, segment_starts, token_ends
 from ..rollout.collect import sample_seed
 from ..rollout.sequences import ending_ids
 from ..run.build import Components
@@ -32,12 +32,6 @@ from ..run.directory import no_space
 from ..run.rollouts import task_json
 from ..types import Rollout, Task, Verdict
 from .mcts import Found, Ids, Judged, search
-
-STOPS = {
-    "lines": ("\n",), "semicolons": (";", "\n"), "paragraphs": ("\n\n",),
-    "sentences": (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n"),
-}  # fmt: skip
-"""Strings that end a segment, for engines; what they miss is written on."""
 
 
 def build(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.mesh import Mesh
 from ..errors import NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
@@ -43,8 +44,11 @@ more than this share of the clip: GSPO's clip is far narrower than other ratios'
 class Learner:
     """Holds what is trained, and how. `reference` is None unless the recipe reads it."""
 
-    def __init__(self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config) -> None:
+    def __init__(
+        self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config, mesh: Mesh | None = None
+    ) -> None:
         config, _ = config.settled()
+        self.mesh = mesh or Mesh()
         self.policy, self.reference, self.config = policy, reference, config
         self.credit = load_credit(config, policy, critic)
         t = config.training
@@ -113,7 +117,7 @@ class Learner:
         if not self.ratio_checked:
             self._fill_old(old_BT, batch, plans[0][:1])
         reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
-        tally = Tally()
+        tally = Tally(self.mesh)
         updates = [minibatch for plan in plans for minibatch in plan]
         beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
         self._done, self._total = 0, sum(map(len, updates))

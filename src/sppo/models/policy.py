@@ -30,9 +30,10 @@ from ..kernels.cuda.head import exact_logits, wide_products
 from ..kernels.logprobs import exact_products, token_logps, token_logps_from_logits
 from ..kernels.patch_layers import fusable, fused
 from ..objective.ratio import wide
-from ..types import Task
+from ..types import Message, Task
 from .loading import choose_dtype, embedded, ensure_pad, first_line, load, prompt_ids, render_chat
 from .narrow import narrow_linear
+from .turns import continuation_ids
 
 LANES = 8 * 4096
 """Bytes that a fingerprint adds up beside each other."""
@@ -118,6 +119,11 @@ class Policy:
         if ids and ids[-1] in self.eos_ids:  # some tokenizers close what they tokenise; a prompt must stay open
             ids = ids[:-1]
         return ids
+
+    def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that an environment's messages put between a reply of the policy and its next one (turns.py)."""
+        eos = self.rendered(self.eos_ids[:1])
+        return embedded(continuation_ids(self.tokenizer, messages, chat=self.chat, eos=eos), self.model, self.name)
 
     def refuses(self, task: Task) -> str | None:
         """Why a prompt cannot be put to this model, or None: its template refuses it, or it is a conversation and there is no template."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..spec import named_columns, nearest
+from ..spec import is_import, named_columns, nearest
 from .presets import DEFAULT, LONG_RATIO, PRESETS, SHORT
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -56,6 +56,11 @@ class TaskSection(Section):
     eval: str | None = Field(None, description="held-out problems; default: a held-out share of the training problems")
     columns: dict[str, str] | None = Field(
         None, description="columns of the rows by the name to use, e.g. prompt=q,answer=meta.gold"
+    )
+    environment: str = Field(
+        "single_turn",
+        description="what answers the policy between its turns: 'single_turn' (nothing: one answer), or "
+        "package.module:object",
     )
     instruction: str = Field("", description="text added after every question, e.g. how to mark the answer")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out and counted, never cut")
@@ -168,18 +173,22 @@ PER_TOKEN = ("token", "geometric-token")
 """Values of `objective.ratio` that give every token a ratio, and can take an advantage for each."""
 
 
+BASELINES = ("critic", "centred", "hybrid", "token-critic", "batch", "others", "group", "greedy")
+"""Values of `objective.baseline` that come with the package (learning/credit/)."""
+
+
 class ObjectiveSection(Section):
     """The clipped sequence-level surrogate, or a peer's."""
 
     algorithm: str = Field(
         DEFAULT, description="sets the keys below and rollout.samples where you leave them out: " + ", ".join(PRESETS)
     )
-    baseline: Literal["critic", "centred", "hybrid", "token-critic", "batch", "others", "group", "greedy"] = Field(
+    baseline: str = Field(
         "critic",
         description="subtracted from the reward: critic: V(x); centred: V(x) plus the step's mean residual on other "
         "problems of that difficulty; hybrid: V(x) and the scores of the steps so far; token-critic: a value per "
         "token, with GAE; batch, others, group: the mean reward of the rest of the batch, of the prompt's other "
-        "samples, of all its samples; greedy: the greedy response's reward",
+        "samples, of all its samples; greedy: the greedy response's reward; or package.module:object",
     )
     baseline_weight: float = Field(
         1.0, ge=0, le=1, description="baseline = 'critic': use this times V(x); 0.5 and 0 are controls"
@@ -269,6 +278,13 @@ class ObjectiveSection(Section):
         low, high = value
         if not (0 < low <= 1 and high > 0):
             raise ValueError("low must lie in (0, 1] and high above 0")
+        return value
+
+    @field_validator("baseline")
+    @classmethod
+    def _known_baseline(cls, value: str) -> str:
+        if value not in BASELINES and not is_import(value, "sppo.learning.credit"):
+            raise ValueError(nearest(value, list(BASELINES)))
         return value
 
     @field_validator("algorithm")

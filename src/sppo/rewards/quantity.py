@@ -24,18 +24,6 @@ class Quantity:
     """What is counted, where that is no unit: `12 apples`."""
 
 
-def number(text: str) -> Fraction | None:
-    """The number that a text *is* (separators, fractions, mixed numbers, exponents, a currency or percent sign), or None."""
-    found = quantity(text)
-    if (
-        found is None
-        or found.noun
-        or (found.unit is not None and any("currency" not in base for base, _ in found.unit.powers))
-    ):
-        return None
-    return found.value
-
-
 def quantity(text: str) -> Quantity | None:
     r"""The number with its unit that a text is: `12.5 km`, `$3`, `40\%`, `3 × 10^8 m/s`, `x = 12`, `12 apples` (no unit); None for anything else."""
     if len(text) > LONGEST:

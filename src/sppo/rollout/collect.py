@@ -14,7 +14,7 @@ from ..environments.single_turn import build as single_turn
 from ..errors import UserError
 from ..models.policy import Policy
 from ..rewards.base import Reward
-from ..types import Rollout, Span, Task, Verdict
+from ..types import Message, Rollout, Span, Task, Verdict
 from .engine import Engine, Sample, Sampling
 
 
@@ -91,7 +91,11 @@ class _Trajectory:
 
     def begin(self, policy: Policy) -> None:
         """Let the environment begin."""
-        self._observe(policy, self.environment.reset, self.task)
+        seen = self._ask(self.environment.reset, self.task)
+        if seen.messages and not seen.done:
+            own = self.task.prompt
+            given: list[Message] = [{"role": "user", "content": own}] if isinstance(own, str) else own
+            self.ids = policy.prompt_ids(replace(self.task, prompt=[*given, *seen.messages]))
 
     def answer(self, policy: Policy, sample: Sample) -> None:
         """Take in what the policy wrote, and what the environment says to it."""
@@ -103,21 +107,23 @@ class _Trajectory:
         if sample.finish == "length":
             self.done = True
         else:
-            self._observe(policy, self.environment.step, Reply(self.text, sample.ids))
+            seen = self._ask(self.environment.step, Reply(self.text, sample.ids))
+            if seen.messages and not self.done:
+                self.ids = [*self.ids, *policy.continuation_ids(seen.messages)]
 
-    def _observe(self, policy: Policy, ask: Callable[[Any], Observation], what: Task | Reply) -> None:
+    def _ask(self, step: Callable[[Any], Observation], what: Task | Reply) -> Observation:
+        """Ask the environment; one that fails ends its own trajectory."""
         try:
-            seen = ask(what)
+            seen = step(what)
         except UserError:  # of a recipe that cannot work
             raise
         except Exception as error:  # whatever an environment raises is this trajectory's alone
             reason = f"the environment raised {type(error).__name__}: {error}"
             self.failure, self.done = Verdict(0.0, "infra_error", {"reason": reason}), True
-            return
+            return Observation(done=True)
         self.evidence |= seen.evidence
         self.done = seen.done
-        if seen.messages and not seen.done:
-            self.ids = [*self.ids, *policy.continuation_ids(seen.messages, after_reply=bool(self.turns))]
+        return seen
 
     def has_room(self, max_tokens: int, context: int | None) -> bool:
         """Whether the policy may write on; where it may not, the trajectory is cut."""

@@ -35,6 +35,7 @@ def accuracy(c: Components, state: State, problems: Sequence[Task] | None = None
         checker=c.checker,
         critic=c.critic if problems is None and c.config.critic_reads == "prompt" else None,
         keep_cut=c.config.rollout.truncated == "keep",
+        environment=c.environment,
         progress=lambda done: c.observer.within("evaluating", done, len(tried) * e.samples),
     )
     state.seconds_evaluating += time.monotonic() - began
@@ -72,7 +73,8 @@ def base_rate(c: Components, state: State, otherwise: float) -> float:
     c.curriculum.load_state_dict(before)
     rollouts = collect(
         c.engine, c.policy, c.reward, tasks, c.sampling, seed=(c.config.seed, "base rate"),
-        truncated=c.config.rollout.truncated, progress=lambda done: c.observer.within("evaluating", done, len(tasks)),
+        truncated=c.config.rollout.truncated, environment=c.environment,
+        progress=lambda done: c.observer.within("evaluating", done, len(tasks)),
     )  # fmt: skip
     state.seconds_evaluating += time.monotonic() - began
     graded = [r.verdict.correct for r in rollouts if r.verdict and not r.verdict.masked]

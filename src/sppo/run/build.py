@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..audit.monitors import Monitors
 from ..audit.verifier import verifier_sha256
+from ..environments.base import Maker, load_environment
 from ..errors import ModelError, RecipeError
 from ..evaluation.evaluate import held_out_tasks
 from ..evaluation.step_quality import step_checker
@@ -67,6 +68,7 @@ class Components:
     directory: RunDirectory
     data: Mapping[str, Mapping[str, str]]
     """Path and SHA-256 of each file of rows (provenance.py)."""
+    environment: Maker
     reward: Reward
     verifier: str
     """The SHA-256 of the reward's code (audit/verifier.py)."""
@@ -97,7 +99,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     note, device = observer.note, pick_device()
     config = _settled(config, note)
     optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
-    reward = _reward(config, parts)
+    environment, reward = load_environment(config.task.environment), _reward(config, parts)
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
     must_be_the_same(directory.path, data)
@@ -125,7 +127,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
         config.curriculum, train_tasks, config.seed, limit, critic, held_out, config.training.micro_budget
     )
     return Components(
-        config=config, observer=observer, directory=directory, data=data, reward=reward, verifier=verifier_sha256(reward),
+        config=config, observer=observer, directory=directory, data=data, environment=environment, reward=reward, verifier=verifier_sha256(reward),
         monitors=monitors, policy=policy, critic=critic, tight=tight, engine=engine, sampling=sampling, warnings=warnings,
         prompt_limit=limit, train_tasks=train_tasks, held_out=held_out, curriculum=problems,
         checker=step_checker(config.task.eval or config.task.train, held_out[0], reward),

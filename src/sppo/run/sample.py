@@ -87,7 +87,7 @@ def _with_greedy(c: Components, step: int) -> Sampled:
     rollouts = _collect(c, tasks, (c.config.seed, "train", step))
     greedy = collect(
         c.engine, c.policy, c.reward, tasks, replace(c.sampling, temperature=0.0),
-        seed=(c.config.seed, "greedy", step), truncated=c.config.rollout.truncated,
+        seed=(c.config.seed, "greedy", step), truncated=c.config.rollout.truncated, environment=c.environment,
     )  # fmt: skip
     samples = c.config.rollout.samples
     joined = [replace(x, greedy=greedy[i // samples]) for i, x in enumerate(rollouts)]
@@ -98,6 +98,7 @@ def _collect(c: Components, tasks: list[Task], seed: tuple[int | str, ...]) -> l
     r, within = c.config.rollout, c.observer.within
     return collect(
         c.engine, c.policy, c.reward, tasks, c.sampling, samples=r.samples, seed=seed, truncated=r.truncated,
+        environment=c.environment,
         progress=lambda done: within("sampling", done, len(tasks) * r.samples),
         judging=lambda count: within("judging", 0, count),
     )  # fmt: skip
