@@ -7,7 +7,7 @@ SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: bench-busy bench-pretrained
 .PHONY: setup dev docs quickstart test fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise
 
 help:
 	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
@@ -18,8 +18,9 @@ help:
 	@echo "make bench-trl, bench-stability   the evidence (docs/evidence.md): against TRL's own trainer, and by length"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
-	@echo "make bench-pretrained   baselines and ratios on SmolLM2-135M: with a GPU, --jobs 8"
+	@echo "make bench-pretrained   baselines and ratios on SmolLM2-135M: with a GPU, --jobs 12"
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
+	@echo "make bench-elementwise   norms, gated units and rotations on a GPU, against Liger's and PyTorch's"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
 	@echo "make mutants      faults made on purpose in what computes gradients: does a test fail for each? about 15 minutes"
@@ -130,6 +131,9 @@ bench-stability: dev
 
 bench-head: dev
 	$(BIN)/python benchmarks/head.py
+
+bench-elementwise: dev
+	$(BIN)/python benchmarks/elementwise.py
 
 bench-reward-model: dev
 	$(BIN)/python benchmarks/reward_model.py
