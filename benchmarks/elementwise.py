@@ -69,7 +69,7 @@ def plain_turned(query: Any, key: Any, cos: Any, sin: Any) -> tuple[Any, ...]:
 
 def operations(size: dict[str, Any]) -> dict[str, Operation]:
     """What is compared, at one model's sizes."""
-    from sppo.models.elementwise import gated_unit, rms_norm, turned
+    from sppo.kernels.elementwise import gated_unit, rms_norm, turned
 
     norm: dict[str, Way] = {"PyTorch": plain_norm, "sppo": lambda x, w: (rms_norm(x, w, EPSILON),)}
     unit: dict[str, Way] = {"PyTorch": plain_unit, "sppo": lambda gate, up: (gated_unit(gate, up),)}
