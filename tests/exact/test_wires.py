@@ -464,7 +464,7 @@ def searching(tmp_path):
     for r in small_rollouts(job.components.policy, 3):
         text = r.task.solution
         ids = [*job.components.policy.tokenizer(text)["input_ids"], job.components.policy.eos_ids[0]]
-        job.search._keep(replace(r, response_ids=ids, logps=[0.0] * len(ids), text=text, finish="stop", verdict=None))
+        job.search._keep(Rollout.answer(r.task, r.prompt_ids, ids, [0.0] * len(ids), "stop", text))
     yield job
     job.close()
 
