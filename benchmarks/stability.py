@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from sppo.cli.compare import START
+from sppo.cli._comparison import START
 from sppo.learning.batch import pack
 from sppo.recipe.config import Config
 from sppo.rollout.collect import collect

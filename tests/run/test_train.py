@@ -18,9 +18,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from sppo.audit.chain import GENESIS, file_sha256
+from sppo.audit.chain import GENESIS
 from sppo.cli.train import interruptible
 from sppo.errors import NonFinite, RecipeError, RewardError, RunFailure, StaleWeights, UserError
+from sppo.files import file_sha256
 from sppo.learning.learner import Learner
 from sppo.recipe.config import Config
 from sppo.run.loop import train
@@ -276,12 +277,12 @@ def test_a_policy_whose_logits_are_not_finite_is_not_sampled_from(policy):
 
 def test_an_engine_with_other_weights_is_found_at_the_sync(tmp_path):
     job = Run.new(small_config(run__out=str(tmp_path / "run")))
-    job.components.engine.sync = lambda policy: None
-    job.components.engine.policy = job.components.policy.reference()
+    job.components.engine.load = lambda weights, version: None
+    job.components.engine.policy = job.components.policy.as_reference()
     with torch.no_grad():
         next(job.components.engine.policy.model.parameters()).add_(1e-3)
     with pytest.raises(StaleWeights):
-        job.sync()
+        job.sync(1)
     job.close()
 
 

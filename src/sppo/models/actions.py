@@ -1,4 +1,4 @@
-"""Where the action tokens of a rectangle of ids lie: the tokens that the policy wrote, of one answer or of several turns."""
+"""Where the action tokens of a rectangle of ids lie: those that the policy wrote, in one turn or several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Actions(NamedTuple):
-    """The N action tokens of B rows, in order, and the compact rectangle [B, T] that has a place for each; T is the most of a row."""
+    """The N action tokens of B rows in order, and their places in a compact rectangle [B, T], T the most of a row."""
 
     row_N: Tensor
     position_N: Tensor  # in the row of ids; the state at the position before it predicts the token
@@ -29,6 +29,10 @@ class Actions(NamedTuple):
         column_L = torch.arange(action_BL.size(1), device=action_BL.device)
         last_B = (column_L * action_BL).amax(1) if action_BL.numel() else count_B
         return cls(row_N, position_N, mask_BT.nonzero(as_tuple=True)[1], mask_BT, last_B.clamp(min=1))
+
+    def to(self, device: torch.device) -> Actions:
+        """The same on a device."""
+        return Actions(*(x.to(device) for x in self))
 
     def spread(self, x_N: Tensor) -> Tensor:
         """[B, T] with a value for each action, and 0 elsewhere."""

@@ -1,9 +1,10 @@
 """The critic: V(x) = σ(c(x)), the predicted chance that the policy solves prompt x. It reads the prompt only.
 
 It is decoupled from the policy (arXiv 2604.08865): any transformers decoder or encoder, any size, its own tokenizer.
-c is a linear read-out of the last hidden state at the prompt's last real token. The read-out's weights start at 0 and its
-bias at logit(base success rate), so V starts at the base rate for every prompt, and the first advantages are R − mean. A critic that learns by squared
-error (`objective.value_loss = "squared"`, PPO's) is linear: V(x) = c(x), and its bias starts at the base rate.
+c is a linear read-out of the last hidden state at the prompt's last real token. The read-out's weights start at 0 and
+its bias at logit(base success rate), so V starts at the base rate for every prompt, and the first advantages are R −
+mean. A critic that learns by squared error (`objective.value_loss = "squared"`, PPO's) is linear: V(x) = c(x), and
+its bias starts at the base rate.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ HEAD_FILE = "value_head.safetensors"
 
 
 class Critic(nn.Module):
-    """A backbone and a scalar head. `save` writes a folder that `AutoModel.from_pretrained` loads, the head beside it."""
+    """A backbone and a scalar head. `save` writes a folder that `AutoModel.from_pretrained` loads, the head beside
+    it."""
 
     linear = False
     """Whether its read-out is the value itself, not the logit of a chance."""
@@ -75,11 +77,13 @@ class Critic(nn.Module):
         )
 
     def reads_out(self, *, linear: bool) -> None:
-        """What the read-out is to be: the value itself, or the logit of a chance. Raises RecipeError for one that was trained to be the other."""
+        """What the read-out is to be: the value itself, or the logit of a chance. Raises RecipeError for one that was
+        trained to be the other."""
         if self.trained and self.linear != linear:
             was, mend = ("squared error", "squared") if self.linear else ("cross-entropy", "cross-entropy")
             raise RecipeError(
-                f"critic.model = {self.name!r} was trained by {was}, and its read-out means something else to this recipe: set objective.value_loss = {mend!r} "
+                f"critic.model = {self.name!r} was trained by {was}, and its read-out means something else to this "
+                f"recipe: set objective.value_loss = {mend!r} "
                 "(with objective.baseline = 'token-critic'), or begin with another critic"
             )
         self.linear = linear
@@ -90,7 +94,8 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def start_at(self, base_rate: float) -> None:
-        """Zero read-out, and a bias such that V(x) is the base success rate for every prompt. A trained critic is left alone."""
+        """Zero read-out, and a bias such that V(x) is the base success rate for every prompt. A trained critic is
+        left alone."""
         if self.trained:
             return
         rate = min(max(base_rate, 0.01), 0.99)
@@ -126,7 +131,8 @@ class Critic(nn.Module):
         return None
 
     def forward(self, ids_BL: Tensor, action_BL: Tensor) -> Tensor:
-        """Read-outs of the state *before* each action token, [B, T] in float32: a value that has not seen the token. Undefined beyond a row's actions.
+        """Read-outs of the state *before* each action token, [B, T] in float32: a value that has not seen the token.
+        Undefined beyond a row's actions.
 
         Args:
             ids_BL: rows of tokens, padded on the right; an action itself is not read where none follows it.
@@ -142,7 +148,8 @@ class Critic(nn.Module):
         return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
 
     def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """c(x), [B] in float32, for prompts given as ids: the read-out at each one's last token, before whatever is the answer's first."""
+        """c(x), [B] in float32, for prompts given as ids: the read-out at each one's last token, before whatever is
+        the answer's first."""
         ids_BL = torch.full((len(prompts), max(map(len, prompts)) + 1), self.tokenizer.pad_token_id or 0)
         action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
         for b, prompt in enumerate(prompts):
@@ -151,16 +158,18 @@ class Critic(nn.Module):
         return self(ids_BL, action_BL)[:, 0]
 
     def reads_tokens_of(self, policy: Policy) -> None:
-        """Make sure that the policy's ids mean to this critic what they mean to the policy. Raises RecipeError when they do not."""
+        """Make sure that the policy's ids mean to this critic what they mean to the policy. Raises RecipeError when
+        they do not."""
         if self.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise RecipeError(
-                f"objective.baseline = 'token-critic' reads the response, so critic.model ({self.name}) must have the policy's own "
+                f"objective.baseline = 'token-critic' reads the response, so critic.model ({self.name}) must have "
+                "the policy's own "
                 "tokenizer: give it the policy's model or a smaller one of its family"
             )
 
     @torch.no_grad()
     def logits(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:
-        """c(x) for tasks, [B] on the CPU, in batches of similar length and at most so many tokens."""
+        """c(x) for tasks, [B] on the CPU, in batches of similar length and up to `token_budget` tokens."""
         prompts = [self.prompt_ids(t) for t in tasks]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         out_B = torch.zeros(len(prompts))

@@ -1,4 +1,5 @@
-"""The output projection of a causal language model, with float32 logits whatever the model's dtype: in bfloat16 a logit of 20 is only known to 0.06."""
+"""The output projection of a causal language model, with float32 logits whatever the model's dtype: in bfloat16 a
+logit of 20 is only known to 0.06."""
 
 from __future__ import annotations
 
@@ -14,11 +15,10 @@ from torch.nn.functional import linear
 from ..kernels.cuda.attention import HALF
 from ..kernels.cuda.head import exact_logits, wide_products
 from ..kernels.logprobs import exact_products
-from .narrow import narrow_linear
 
 
 class Head:
-    """The head of a model. `direct` is whether its logits are the projection of the last hidden state and nothing more."""
+    """The head of a model. `direct`: its logits are the projection of the last hidden state, and nothing more."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -43,11 +43,11 @@ class Head:
             return logits if bias is None else logits + bias.float()
         weight = self.float32_weight()
         with exact_products(head.weight.dtype):
-            return narrow_linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+            return linear(hidden_ND.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
     def float32_weight(self) -> Tensor:
-        """The weight in float32, converted once for each version of the weights rather than once per token, and always in the same place: a
-        captured step reads it there (rollout/cuda_graphs.py)."""
+        """The weight in float32, converted once for each version of the weights rather than once per token, and
+        always in the same place: a captured step reads it there (rollout/cuda_graphs.py)."""
         weight: Tensor = self.projection.weight
         if weight.dtype in (torch.float32, torch.float64):
             return weight
@@ -66,20 +66,17 @@ class Head:
 
     @contextlib.contextmanager
     def wide(self) -> Iterator[None]:
-        """Until the block ends the model's own projection gives float32, and with it whatever the model does to its logits (caps, scales). A head
-        that is no plain linear layer stays as it is."""
+        """Until the block ends the model's own projection gives float32, and with it whatever the model does to its
+        logits (caps, scales). A head that is no plain linear layer stays as it is."""
         head = self.projection
         if not isinstance(head, torch.nn.Linear) or head.weight.dtype in (torch.float32, torch.float64):
             yield
             return
-        before = head.__dict__.get("forward")
         head.forward = partial(self._wide_product, head)  # type: ignore[method-assign]
         try:
             yield
         finally:
             del head.forward
-            if before is not None:  # narrow.py's
-                head.forward = before  # type: ignore[method-assign]
 
     def _wide_product(self, head: Any, hidden: Tensor) -> Tensor:
         weight = head.weight.float() if torch.is_grad_enabled() else self.float32_weight()
@@ -95,8 +92,8 @@ def backbone(model: Any) -> Any:
 
 @torch.no_grad()
 def _is_a_projection(model: Any) -> bool:
-    """Ask the model: some scale or cap their logits (Gemma 2, Granite, Cohere). Small logits would pass through a cap all but unchanged, so the
-    model is also shown large ones."""
+    """Ask the model: some scale or cap their logits (Gemma 2, Granite, Cohere). Small logits would pass through a cap
+    all but unchanged, so the model is also shown large ones."""
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         return False

@@ -1,10 +1,12 @@
-"""Policy and critic of a control task (environments.py): small MLPs in the places of language models.
+"""Policy and critic of a control task (environments/control.py): small MLPs in the places of language models.
 
-A step of an episode is a token: its id is a row of a table that holds what was observed and what was done, and the start's number is the
-prompt. So the learner, the credit, the checkpoints and the comparisons are the very same code as for text.
+A step of an episode is a token: its id is a row of a table that holds what was observed and what was done, and the
+start's number is the prompt. So the learner, the credit, the checkpoints and the comparisons are the very same code
+as for text.
 
-`mlp:TASK,hidden=64,layers=2` as policy.model clones a teacher's successful episodes until the policy itself succeeds in
-`skill` of its own (`Taught` has the options); as critic.model it is an MLP that reads the first observation (or every one, for a token critic).
+`mlp:TASK,hidden=64,layers=2` as policy.model clones a teacher's successful episodes until the policy itself succeeds
+in `skill` of its own (`Taught` has the options); as critic.model it is an MLP that reads the first observation (or
+every one, for a token critic).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..environments.control import Environment
+from ..environments.base import Reply
+from ..environments.control import ControlTask, episode
 from ..errors import ModelError, RecipeError
 from ..spec import call, parse_spec
 from ..types import Task
@@ -67,14 +70,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Taught(Shape):
-    """Those of a policy: also how it is taught."""
+    """The options of a policy: also how it is taught."""
 
     demonstrations: int = 32
     slip: float = 0.1
     skill: float = 0.3
-    """Cloning ends when so many of the policy's own episodes succeed."""
+    """Cloning ends when this share of the policy's own episodes succeeds."""
     rate: float = 2e-4
-    """Of cloning. What fails at the first false step (the hopper) wants more than 5,000 updates of the default can give."""
+    """Of cloning. What fails at the first false step (the hopper) wants more than 5,000 updates of the default can
+    give."""
     look: int = 10
     """Updates between two looks. One takes as long as 64 episodes."""
 
@@ -88,7 +92,7 @@ class Taught(Shape):
 class ControlPolicy(Policy):
     """A policy over actions; see the module."""
 
-    def __init__(self, net: MLP, environment: Environment, shape: dict[str, int], name: str) -> None:
+    def __init__(self, net: MLP, environment: ControlTask, shape: dict[str, int], name: str) -> None:
         self.environment, self.shape, self.name = environment, shape, name
         self.scorer: Any = ControlScorer(net, environment, States(len(environment.scale), environment.size))
         self.tokenizer: Any = None
@@ -109,14 +113,15 @@ class ControlPolicy(Policy):
         policy = cls._made(shape.task, shape.hidden, shape.layers, seed, name)
         updates, solved = policy._clone(seed, shape)
         return policy, (
-            f"policy {name}: {parameter_count(policy.model)} weights; {updates} updates on {shape.demonstrations} successful episodes of a "
+            f"policy {name}: {parameter_count(policy.model)} weights; {updates} updates on {shape.demonstrations} "
+            "successful episodes of a "
             f"teacher, {solved:.0%} of its own succeed"
             + ("" if solved >= shape.skill else f": warning: skill={shape.skill} was not reached")
         )
 
     @classmethod
     def _made(cls, task: str, hidden: int, layers: int, seed: int, name: str) -> ControlPolicy:
-        environment = Environment(task)
+        environment = ControlTask(task)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             spread = 0 if environment.actions else environment.size
@@ -124,16 +129,18 @@ class ControlPolicy(Policy):
         return cls(net, environment, {"hidden": hidden, "layers": layers}, name)
 
     def _clone(self, seed: int, shape: Taught) -> tuple[int, float]:
-        """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every `look` updates, and after the last)."""
+        """Behaviour cloning until `skill` of 64 own episodes succeed (looked at every `look` updates, and after the
+        last)."""
         env, rng, rows = self.environment, np.random.default_rng(seed), []
         start = tries = 0
         while start < shape.demonstrations:
-            observation, steps = env.reset(10**6 + tries), []
+            observation, steps = env.reset(episode(env.name, 10**6 + tries)).values, []
             for _ in range(env.kind.horizon):
                 action = env.taught(rng, shape.slip)
                 steps.append((observation, action))
-                observation, ended = env.step(action)
-                if ended:
+                seen = env.step(Reply(action=action))
+                observation = seen.values
+                if seen.done:
                     break
             tries += 1
             if env.success():
@@ -190,8 +197,8 @@ class ControlPolicy(Policy):
         states: States = self.scorer.states
         return states
 
-    def reference(self) -> Policy:
-        """A frozen copy: π_ref, over the same table."""
+    def as_reference(self) -> Policy:
+        """A frozen policy of these weights: π_ref, over the same table."""
         frozen = copy.copy(self)
         net = copy.deepcopy(self.model).requires_grad_(False)
         frozen.scorer = ControlScorer(net, self.environment, self.states)
@@ -218,7 +225,7 @@ class ControlCritic(Critic):
 
     def __init__(self, task: str, hidden: int, layers: int, seed: int, name: str) -> None:
         nn.Module.__init__(self)
-        self.environment, self.shape, self.name = Environment(task), {"hidden": hidden, "layers": layers}, name
+        self.environment, self.shape, self.name = ControlTask(task), {"hidden": hidden, "layers": layers}, name
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             net = MLP(len(self.environment.scale), 1, hidden, layers)
@@ -260,7 +267,7 @@ class ControlCritic(Critic):
         if start not in self._starts:
             if len(self._starts) > 10_000:
                 self._starts.clear()
-            self._starts[start] = self.environment.reset(start).tolist()
+            self._starts[start] = self.environment.reset(task).values.tolist()
         return self._starts[start]
 
     def prompt_logits(self, prompts: Sequence[Sequence[float]]) -> Tensor:

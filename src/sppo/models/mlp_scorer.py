@@ -1,4 +1,5 @@
-"""What a control policy computes with: a small MLP, the table of observed and done steps, and the module that scores them.
+"""What a control policy computes with: a small MLP, the table of observed and done steps, and the module that scores
+them.
 
 A step of an episode is a token: its id is a row of the table.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..environments.control import Environment
+from ..environments.control import ControlTask
 from .actions import Actions
 from .scorer import ActionLogps
 
@@ -24,7 +25,8 @@ KEEP = 4
 
 
 class States:
-    """Observations and actions by id. Ids only grow; those of the last `KEEP` blocks are held, and the probe's always."""
+    """Observations and actions by id. Ids only grow; those of the last `KEEP` blocks are held, and the probe's
+    always."""
 
     def __init__(self, observations: int, actions: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -34,7 +36,8 @@ class States:
         self._table = probe
 
     def add(self, observation_ND: Tensor, action_NA: Tensor, ends: Sequence[tuple[int, bool]]) -> int:
-        """Rows for the steps of whole episodes, one after the other; `ends` are their lengths and outcomes. Returns the first id."""
+        """Rows for the steps of whole episodes, one after the other; `ends` are their lengths and outcomes. Returns
+        the first id."""
         self.blocks = [self.blocks[0], *self.blocks[1:][-KEEP + 1 :], (observation_ND, action_NA)]
         first = self.next
         self.next += len(observation_ND)
@@ -81,7 +84,7 @@ class ControlScorer(nn.Module):
 
     packs, unpacked_why = True, ""
 
-    def __init__(self, model: MLP, environment: Environment, states: States) -> None:
+    def __init__(self, model: MLP, environment: ControlTask, states: States) -> None:
         super().__init__()
         self.model, self.environment, self.states = model, environment, states
         self.eval()
@@ -94,7 +97,8 @@ class ControlScorer(nn.Module):
         return ActionLogps(actions.spread(logp_N), actions.spread(entropy_N), actions.mask_BT)
 
     def action_logps(self, observation_ND: Tensor, action_NA: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """log π of given actions, [N], and the entropies, [N] (without gradient). A Gaussian's variance is multiplied by the temperature."""
+        """log π of given actions, [N], and the entropies, [N] (without gradient). A Gaussian's variance is multiplied
+        by the temperature."""
         out = self.model(observation_ND)
         if self.environment.actions:
             logp_NK = torch.log_softmax(out / temperature, -1)

@@ -1,12 +1,13 @@
 """The policy: a causal language model, its tokenizer, and the two questions the loop asks of it.
 
-`prompt_ids(task)`: what the model reads. `logps(ids, actions, temperature)`: how likely it finds the tokens that were written (scorer.py).
+`prompt_ids(task)`: what the model reads. `logps(ids, actions, temperature)`: how likely it finds the tokens that were
+written (scorer.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .head import backbone
 from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 from .scorer import ActionLogps, Scorer
 from .turns import continuation_ids
-from .weights import counted, fingerprint, parameter_count
+from .weights import counted, fingerprint, parameter_count, sha256, weights_of
 
 
 class Policy:
@@ -49,7 +50,8 @@ class Policy:
         head = "" if policy.scorer.head.direct else "; its head is more than a projection, so full logits are held"
         padded = "" if policy.packs else f"; updates are padded, not packed: {policy.scorer.unpacked_why}"
         return policy, (
-            f"policy {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} on {device} ({why}); "
+            f"policy {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} on {device} "
+            f"({why}); "
             f"{style}{head}{padded}"
         )
 
@@ -78,8 +80,8 @@ class Policy:
         """The most positions the model can attend to, or None when its config does not say."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def reference(self) -> Policy:
-        """A frozen copy: π_ref."""
+    def as_reference(self) -> Policy:
+        """A frozen policy of these weights: π_ref."""
         frozen = copy.copy(self)
         frozen.scorer = copy.deepcopy(self.scorer).requires_grad_(False).eval()
         frozen.scorer.head.forget()  # the copy's own weight is converted when it is asked for
@@ -95,7 +97,8 @@ class Policy:
             return ids
         if not isinstance(task.prompt, str) and any(m["role"] == "assistant" for m in task.prompt):
             raise ModelError(
-                f"task {task.id} is a conversation, and {self.name} has no chat template; use a chat model or plain-text prompts"
+                f"task {task.id} is a conversation, and {self.name} has no chat template; use a chat model or "
+                "plain-text prompts"
             )
         if ids and ids[-1] in self.eos_ids:  # some tokenizers close what they tokenise; a prompt must stay open
             ids = ids[:-1]
@@ -107,7 +110,8 @@ class Policy:
         return embedded(continuation_ids(self.tokenizer, messages, chat=self.chat, eos=eos), self.model, self.name)
 
     def refuses(self, task: Task) -> str | None:
-        """Why a prompt cannot be put to this model, or None: its template refuses it, or it is a conversation and there is no template."""
+        """Why a prompt cannot be put to this model, or None: its template refuses it, or it is a conversation and
+        there is no template."""
         if isinstance(task.prompt, str) or (not self.chat and len(task.prompt) == 1):
             return None  # nothing to render
         try:
@@ -117,16 +121,17 @@ class Policy:
         return None
 
     def rendered(self, ids: Sequence[int]) -> str:
-        """What ids say, special tokens included: a prompt as the model reads it."""
+        """The text of ids, special tokens included: a prompt as the model reads it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def response_ids(self, text: str) -> list[int]:
-        """The ids of a response to be learnt by supervision: its text, then the EOS."""
+        """The ids of a response to imitate: its text, then the EOS."""
         ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_ids[0]]
         return embedded(ids, self.model, self.name)
 
     def probe(self, prompt: int, response: int) -> tuple[list[int], list[int]]:
-        """Pseudo-random ids for the engine's canary, the same for every model of a vocabulary: so many of a prompt, of a response."""
+        """Pseudo-random ids for the engine's canary, the same for every model of a vocabulary: a prompt and a
+        response of these lengths."""
         vocabulary = self.model.get_input_embeddings().weight.size(0)
         ids = torch.randint(vocabulary, (prompt + response,), generator=torch.Generator().manual_seed(0)).tolist()
         room = max(1, min(prompt, (self.context or 10**9) - response))
@@ -139,11 +144,13 @@ class Policy:
     # -- log-probabilities ---------------------------------------------------------------------------------------
 
     def logps(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
-        """log π(y_t | x, y_<t) of the tokens that the policy wrote, with gradient where enabled: for `backward()`. (On a CPU the embedding's part goes
-        straight into its `.grad`, unseen by `torch.autograd.grad` and by hooks on the weight: kernels/patch_layers.py.)
+        """log π(y_t | x, y_<t) of the tokens that the policy wrote, with gradient where enabled: for `backward()`.
+        (On a CPU the embedding's part goes straight into its `.grad`, unseen by `torch.autograd.grad` and by hooks on
+        the weight: kernels/patch_layers.py.)
 
         Args:
-            ids_BL: rows of tokens on any device: a prompt, what the policy wrote, perhaps further turns; padding on the right.
+            ids_BL: rows of tokens on any device: a prompt, what the policy wrote, perhaps further turns; padding on
+                the right.
             action_BL: True for the tokens that the policy wrote. What follows a row's last one is not read.
             temperature: the sampling temperature.
 
@@ -169,19 +176,21 @@ class Policy:
         return [logps[: len(r)] for logps, r in zip(logp_BT.tolist(), responses, strict=True)]
 
     def squared_score(self, logp_BT: Tensor) -> Tensor:
-        """(1 − π)² of each token, [B, T]: the squared length of its score in logits, but for a factor between 1 and 2."""
+        """(1 − π)² of each token, [B, T]: the squared length of its score in logits, but for a factor between 1 and
+        2."""
         return (1 - logp_BT.exp()).square()
 
     def checkpoint_activations(self) -> None:
-        """From now on training passes keep only the layers' inputs, and compute the layers again in the backward pass. Raises ModelError."""
+        """From now on training passes keep only the layers' inputs, and compute the layers again in the backward
+        pass. Raises ModelError."""
         if not self.scorer.checkpoint_activations():
             raise ModelError(
                 f"training.checkpoint_activations: {self.name} has no layers that transformers could checkpoint"
             )
 
     def next_logits(self, last_N: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Float32 logits of the tokens to come, for engines: after each row's last one, [B, V], or after the tokens at `last_N`
-        of a single packed row, [N, V]."""
+        """Float32 logits of the tokens to come, for engines: after each row's last one, [B, V], or after the tokens
+        at `last_N` of a single packed row, [N, V]."""
         head = self.scorer.head
         if head.direct:
             hidden_BSD = backbone(self.model)(use_cache=True, **inputs).last_hidden_state
@@ -192,11 +201,20 @@ class Policy:
             logits_BSV = wide(self.model(use_cache=True, logits_to_keep=keep, **inputs).logits)
         return logits_BSV[:, -1] if last_N is None else logits_BSV[0]
 
-    # -- identity --------------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The name and the whole tensor of every weight, always in the same order; tied weights come once. Engines
+        load them, and `fingerprint` and `sha256` are of what is yielded here."""
+        return weights_of(self.model)
 
     def fingerprint(self) -> str:
         """A cheap hash of the weights, bit for bit (weights.py)."""
-        return fingerprint(self.model)
+        return fingerprint(self.weights())
+
+    def sha256(self) -> str:
+        """The weights' SHA-256, for summaries and audits."""
+        return sha256(self.weights())
 
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load."""

@@ -1,4 +1,5 @@
-"""The module whose forward pass is all of `Policy.logps`, the head's product included: whatever wraps a module finds its hooks here."""
+"""The module whose forward pass is all of `Policy.logps`, the head's product included: whatever wraps a module finds
+its hooks here."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .head import Head, backbone
 
 
 class ActionLogps(NamedTuple):
-    """Log-probabilities and entropies (nats, without gradient) of action tokens, [B, T], zeros beyond a row's own; the mask is bool."""
+    """Log-probabilities and entropies (nats, without gradient) of action tokens, [B, T], zeros beyond a row's own;
+    the mask is bool."""
 
     logp_BT: Tensor
     entropy_BT: Tensor
@@ -28,8 +30,8 @@ class ActionLogps(NamedTuple):
 
 
 class Scorer(nn.Module):
-    """A causal language model, asked for the log-probabilities of given tokens. Dropout is off in every pass: old and current
-    log-probabilities come from the same function.
+    """A causal language model, asked for the log-probabilities of given tokens. Dropout is off in every pass: old and
+    current log-probabilities come from the same function.
 
     Rows are packed where the model allows it (`packs`); else `unpacked_why` says why they are padded.
     """
@@ -45,12 +47,15 @@ class Scorer(nn.Module):
         self._fusable: tuple[Any, list[Any]] | None = None
 
     def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
-        """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the vocabulary."""
+        """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
+        vocabulary."""
         device = next(self.model.parameters()).device
-        ids_BL, actions = ids_BL.to(device), Actions.of(action_BL.to(device))
-        target_N = ids_BL[actions.row_N, actions.position_N]
+        # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
+        ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
         rows = packing.packed if self.packs else packing.padded
-        inputs, state_N = rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1)
+        inputs, state_N = rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
+        target_N = ids_BL[actions.row_N, actions.position_N].to(device)
+        actions = actions.to(device)
         with fused(self.fusable()), self._checkpointing():
             if self.head.direct:
                 hidden_ND = backbone(self.model)(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)[state_N]
@@ -73,16 +78,16 @@ class Scorer(nn.Module):
         return logits_NV[state_N]
 
     def checkpoint_activations(self, on: bool = True) -> bool:
-        """From now on training passes keep only the layers' inputs, and compute the layers again in the backward pass. Returns whether the model has
-        layers for it."""
+        """From now on training passes keep only the layers' inputs, and compute the layers again in the backward
+        pass. Returns whether the model has layers for it."""
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._checkpointed = layers if on else []
         return bool(layers)
 
     @contextlib.contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """transformers' own switch works in training mode only, where dropout is on; so the layers are wrapped here, while
-        gradients are wanted."""
+        """transformers' own switch works in training mode only, where dropout is on; so the layers are wrapped here,
+        while gradients are wanted."""
         layers = self._checkpointed if torch.is_grad_enabled() else []
         for layer in layers:
             layer.forward = partial(checkpoint, partial(self._again, layer.forward), use_reentrant=False)

@@ -21,7 +21,7 @@ from ..learning.learner import Learner
 from ..learning.optimizer import optimiser_class
 from ..memory import give_back, keep_memory
 from ..models.critic import Critic
-from ..models.loading import pick_device, saved_dtype
+from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
 from ..models.policy import Policy
 from ..models.weights import parameter_count
@@ -98,6 +98,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     keep_memory()
     torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
     note, device = observer.note, pick_device()
+    note(f"processor {processor(device)}")
     config = _settled(config, note)
     optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
     environment, reward = load_environment(config.task.environment), _reward(config, parts)
@@ -276,7 +277,7 @@ def make_learner(c: Components, saved: Path | None) -> Learner:
     if c.tight:
         give_back()
     if c.config.needs_reference:
-        learner.reference = c.policy.reference() if saved is None else _load_reference(c)
+        learner.reference = c.policy.as_reference() if saved is None else _load_reference(c)
     return learner
 
 

@@ -27,7 +27,7 @@ def train(run: Run) -> dict[str, object]:
         with run.clock("update"):
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − b(x), before the critic sees these rewards
             metrics |= run.learner.update(batch, advantage, step, sampled.lessons)  # clipped surrogate, critic's BCE
-            run.sync()  # verified by a fingerprint of the weights
+            run.sync(step + 1)  # verified by a fingerprint of the weights
         c.curriculum.observe(sampled.seen)
         run.record(step, sampled, batch, advantage, value_B, metrics)
     return run.recorder.finish(run.state, run.stopped)

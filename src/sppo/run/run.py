@@ -104,7 +104,7 @@ class Run:
                 if self.interrupted:
                     return  # a bootstrap is run again from its beginning, to the same result
                 self.learner = make_learner(c, None)
-            self.sync()
+            self.sync(self.state.step)
             if self.saved is None:
                 measure_start(c, self.state)
                 self.save()
