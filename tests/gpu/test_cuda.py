@@ -127,7 +127,7 @@ def test_what_lies_between_products(dtype):
 def test_a_policy_scores_as_on_the_cpu():
     policy = llama(torch.float32)
     assert policy.packs
-    assert policy.scorer.fusable()
+    assert policy.scorer.fusable
     assert attention_cuda.fits(*(torch.zeros(2, 3, 32, device="cuda") for _ in range(3)), None)
     there = Policy(copy.deepcopy(policy.model).cpu(), policy.tokenizer)
     ids_BL = torch.randint(97, (5, 40))

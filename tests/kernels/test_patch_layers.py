@@ -98,7 +98,7 @@ def test_attention_is_replaced_where_it_is_the_packed_one():
         ids, prompt, response = torch.arange(24).view(2, 12), torch.tensor([4, 5]), torch.tensor([8, 6])
         found = []
         for now in (replaced, []):
-            policy.scorer._fusable = ((policy.model, policy.dtype, policy.device), now)
+            policy.scorer.fusable = now
             policy.model.zero_grad()
             logp = logps_of(policy, ids, prompt, response, 1.0).logp_BT
             logp.sum().backward()
@@ -123,7 +123,7 @@ def test_checkpointed_layers_are_computed_again_in_the_same_way(dtype):
         logps_of(policy, ids, prompt, response, 1.0).logp_BT.sum().backward()
         found.append([p.grad.clone() for p in policy.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert policy.as_reference().scorer.fusable()[0][0] is not policy.scorer.fusable()[0][0]
+    assert policy.as_reference().scorer.fusable[0][0] is not policy.scorer.fusable[0][0]
 
 
 def test_numbers_of_another_kind_are_left_to_the_module():

@@ -10,6 +10,7 @@ from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
+
 from ..conftest import logps_of
 
 SIZES = {

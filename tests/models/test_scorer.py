@@ -6,7 +6,11 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from sppo.models.policy import Policy
@@ -33,9 +37,7 @@ def plain(model, ids_BL: torch.Tensor, action_BL: torch.Tensor, temperature: flo
     rows = []
     for ids, action in zip(ids_BL, action_BL, strict=True):
         logits = model(input_ids=ids[None], use_cache=False).logits[0] / temperature
-        rows.append(
-            [logits[t - 1][ids[t]] - logits[t - 1].exp().sum().log() for t in range(len(ids)) if action[t]]
-        )
+        rows.append([logits[t - 1][ids[t]] - logits[t - 1].exp().sum().log() for t in range(len(ids)) if action[t]])
     return rows
 
 
@@ -117,8 +119,33 @@ def test_logps_and_values_are_forward_passes_of_modules_and_their_hooks_fire(pol
             handle.remove()
 
 
+def test_fully_sharded_it_gives_the_same_bits(policy, tmp_path):
+    """FSDP2 on each layer and on the scorer, in a group of one process: it finds its hooks, also for the head's product."""
+    plain = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    ids_BL, action_BL = two_turns()
+    found = []
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in policy.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(policy.scorer, mesh=mesh)
+        for one in (policy, plain):
+            scored = one.logps(ids_BL, action_BL, 0.7)
+            (scored.logp_BT * torch.arange(11)).sum().backward()
+            grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in one.model.parameters()]
+            found.append([scored.logp_BT.detach(), *grads])
+        assert policy.fingerprint() == plain.fingerprint()
+    finally:
+        dist.destroy_process_group()
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_names_of_weights_and_saved_files_are_transformers_own(policy, tmp_path):
     policy.save(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "model.layers.0.self_attn.q_proj.weight" in file.keys()  # noqa: SIM118
-    assert [n for n, _ in policy.scorer.named_parameters()] == [f"model.{n}" for n, _ in policy.model.named_parameters()]
+    assert [n for n, _ in policy.scorer.named_parameters()] == [
+        f"model.{n}" for n, _ in policy.model.named_parameters()
+    ]

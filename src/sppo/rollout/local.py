@@ -156,7 +156,7 @@ def _decode(
     live: list[int] = []
     done = 0
     # what decode.c does on a CPU: fewer kernels between products
-    with fused(policy.scorer.fusable() if policy.device.type != "cpu" else []):
+    with fused(policy.scorer.fusable if policy.device.type != "cpu" else []):
         while live or waiting.order or waiting.forked:
             while waiting.forked and len(live) < count:
                 child, prefix = waiting.forked.pop()  # the newest first: fewer prefixes wait than the other way round
