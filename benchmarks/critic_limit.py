@@ -91,10 +91,11 @@ def main() -> None:
     parser.add_argument("--critics", nargs="*", default=[], metavar="NAME@LR")
     args = parser.parse_args()
     run = Run.resume(args.run)
+    c = run.components
     seen: list[tuple[Task, float]] = []
     while len(seen) < args.problems:
         rollouts = collect(
-            run.engine, run.policy, run.reward, run.curriculum.sample(PART), run.sampling, seed=(0, "limit", len(seen))
+            c.engine, c.policy, c.reward, c.curriculum.sample(PART), c.sampling, seed=(0, "limit", len(seen))
         )
         seen += [(r.task, r.verdict.correct) for r in rollouts if r.verdict and not r.verdict.masked]
         print(f"{len(seen)} training problems", flush=True)

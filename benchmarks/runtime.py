@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.types import Rollout, Task
 
 N = 400_000
@@ -33,7 +33,7 @@ def main() -> None:
     result: dict[str, object] = {}
     noise = {}
     for name, program in PROGRAMS.items():
-        rollout = Rollout(task, [], [], [], "stop", program)
+        rollout = Rollout.answer(task, [], [], [], "stop", program)
         began = time.perf_counter()
         verdicts = [reward.judge([rollout])[0] for _ in range(REPEATS)]
         seconds = (time.perf_counter() - began) / REPEATS

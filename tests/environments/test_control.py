@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("gymnasium")
 
-from sppo.environments.control import KINDS, Environment
+from sppo.environments.base import Reply
+from sppo.environments.control import KINDS, ControlTask, episode
 from sppo.errors import RecipeError
 from sppo.models.mlp import ControlCritic, ControlPolicy
 from sppo.models.mlp_episodes import episodes
@@ -25,7 +26,7 @@ from sppo.rollout.engine import Sampling
 from sppo.run.build import load_policy
 from sppo.run.loop import train
 from sppo.run.run import Run
-from sppo.tasks.base import load_pair
+from sppo.tasks.loading import load_pair
 
 from ..conftest import logps_of, small_policy
 
@@ -62,11 +63,11 @@ def test_success_is_what_the_paper_says():
 def test_teachers_succeed_where_chance_does_not(name):
     rates = []
     for slip in (0.02 if name == "hopper" else 0.1, 1.0):
-        env, rng, solved = Environment(name), np.random.default_rng(0), 0
+        env, rng, solved = ControlTask(name), np.random.default_rng(0), 0
         for start in range(6):
-            env.reset(start)
+            env.reset(episode(name, start))
             for _ in range(env.kind.horizon):
-                if env.step(env.taught(rng, slip))[1]:
+                if env.step(Reply(action=env.taught(rng, slip))).done:
                     break
             solved += env.success()
         rates.append(solved / 6)
@@ -75,21 +76,21 @@ def test_teachers_succeed_where_chance_does_not(name):
 
 
 def test_a_hopper_that_falls_ends_there():
-    env = Environment("hopper")
-    env.reset(0)
+    env = ControlTask("hopper")
+    env.reset(episode("hopper", 0))
     steps = 1
-    while not env.step(np.ones(3, dtype=np.float32))[1]:
+    while not env.step(Reply(action=np.ones(3, dtype=np.float32))).done:
         steps += 1
     assert steps < 100
     assert not env.success()
 
 
 def test_the_same_start_and_actions_give_the_same_episode():
-    env, other = Environment("mountain-car"), Environment("mountain-car")
-    other.reset(9)
-    assert np.array_equal(env.reset(4), other.reset(4))
+    env, other = ControlTask("mountain-car"), ControlTask("mountain-car")
+    other.reset(episode("mountain-car", 9))
+    assert np.array_equal(env.reset(episode("mountain-car", 4)).values, other.reset(episode("mountain-car", 4)).values)
     for action in (0, 2, 1, 2):
-        assert np.array_equal(env.step(np.array([action]))[0], other.step(np.array([action]))[0])
+        assert np.array_equal(*(e.step(Reply(action=np.array([action]))).values for e in (env, other)))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,14 @@ def test_actions_are_drawn_from_the_policy():
     """The first action over many seeds: frequencies against probabilities."""
     policy, n = a_policy(), 4000
     with torch.no_grad():
-        p = float(torch.softmax(policy.model(torch.from_numpy(policy.environment.reset(7))[None]), -1)[0, 1])
+        p = float(
+            torch.softmax(
+                policy.model(
+                    torch.from_numpy(policy.environment.reset(episode(policy.environment.name, 7)).values)[None]
+                ),
+                -1,
+            )[0, 1]
+        )
     ones = sum(
         int(e.actions[0][0])
         for i in range(0, n, 500)

@@ -17,14 +17,14 @@ import pytest
 import torch
 from torch import nn
 
-from sppo.experimental.search import Lessons
+from sppo.experimental.predicted import Predicted
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.models import tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
 from sppo.recipe.sections import CurriculumSection
-from sppo.run.curriculum import Predicted
 from sppo.tasks.base import ListSource
 from sppo.types import Rollout, Task, Verdict
 
@@ -125,9 +125,9 @@ def some_rollouts(
         ids = [rng.randrange(3, 90) for _ in range(LENGTHS[b])]
         outcome = "infra_error" if masked and b in (1, 6) else "wrong"
         verdict = Verdict(SCORES[b], outcome, correctness=RIGHT[b])
-        greedy = Rollout(task, [5], [6], [0.0], "stop", "", verdict=Verdict(float(b % 3 == 0), "wrong"))
+        greedy = Rollout.answer(task, [5], [6], [0.0], "stop", "", verdict=Verdict(float(b % 3 == 0), "wrong"))
         out.append(
-            Rollout(
+            Rollout.answer(
                 task, policy.prompt_ids(task), ids, [0.0] * len(ids), "stop", "", b % samples, verdict, greedy=greedy
             )
         )
@@ -475,7 +475,7 @@ def test_a_curriculums_weights_are_the_plain_ones():
     critic = a_critic()
     tasks = [Task(f"t{i}", p) for i, p in enumerate(PROMPTS)]
     chances = judged_by(
-        plain_critic(critic), [Rollout(t, [], [], [], "stop", "") for t in tasks], "critic"
+        plain_critic(critic), [Rollout.answer(t, [], [], [], "stop", "") for t in tasks], "critic"
     )  # what it reads is the prompt alone
     section = CurriculumSection(kind="predicted", pool=4, floor=0.07)
     found = Predicted(section, ListSource(tasks), 0, lambda t: None, critic).sample(2)  # of a pool of all eight

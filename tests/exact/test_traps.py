@@ -17,12 +17,13 @@ from sppo.models.policy import Policy
 from sppo.models.tiny import build
 from sppo.objective.surrogate import normalised_sum
 from sppo.recipe.sections import CurriculumSection
-from sppo.rewards.base import CallableReward
 from sppo.rewards.combine import MixedReward, Part
+from sppo.rewards.user_reward import CallableReward
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.run.curriculum import Uniform
-from sppo.tasks.base import ListSource, load_tasks
+from sppo.tasks.base import ListSource
+from sppo.tasks.loading import load_tasks
 from sppo.types import Task, Verdict
 
 from ..conftest import gradients_of, logps_of, small_config, small_critic, small_policy, small_rollouts
@@ -238,7 +239,7 @@ def test_the_critic_reads_the_prompt_only():
     policy, critic = small_policy(), small_critic()
     torch.nn.init.normal_(critic.head.weight)
     rollouts = judged(small_rollouts(policy, 8))
-    altered = [replace(r, response_ids=[5, 6, 7], logps=[-1.0] * 3, text="something else") for r in rollouts]
+    altered = [r.answered([5, 6, 7], "something else", verdict=r.verdict) for r in rollouts]
     learner = Learner(policy, critic, None, small_config())
     values = [learner.advantage(pack(rs, policy.pad_id))[1] for rs in (rollouts, altered)]
     assert torch.equal(values[0], values[1])

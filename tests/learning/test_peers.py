@@ -24,13 +24,13 @@ from sppo.run.run import Run
 from sppo.run.sample import _sorted_out
 from sppo.types import Verdict
 
-from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, gradients_of, small_config, small_critic, small_policy, small_rollouts
 
 SCORES = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]  # two groups of four
 
 
 def judged(rollouts, scores):
-    return [r.judged(Verdict(s, "correct" if s else "wrong")) for r, s in zip(rollouts, scores, strict=True)]
+    return [graded(r, s) for r, s in zip(rollouts, scores, strict=True)]
 
 
 def a_batch(policy, name, *, scores=SCORES, masked=()):
@@ -268,12 +268,6 @@ def test_gspo_token_is_gspo_where_a_response_has_one_advantage_and_else_it_is_no
     assert torch.allclose(each, gradients(policy), atol=1e-5)
 
 
-def test_the_trees_of_a_hybrid_may_not_have_a_whole_responses_ratio():
-    Config.load(None, {"objective.algorithm": "sppo-hybrid", "objective.ratio": "geometric-token"})
-    with pytest.raises(RecipeError, match=r"tree.*set objective.ratio = 'token'"):
-        Config.load(None, {"objective.algorithm": "sppo-tree", "objective.ratio": "geometric-token"})
-
-
 TRL = {
     "grpo": {"loss_type": "grpo"},
     "dr-grpo": {"loss_type": "dr_grpo", "scale_rewards": False},
@@ -404,10 +398,8 @@ def test_another_algorithm_on_the_command_line_replaces_the_recipes_keys_and_kee
     config = Config.load(recipe, {"objective.algorithm": "grpo"})
     assert (config.rollout.prompts, config.rollout.samples, config.objective.ratio) == (32, 8, "token")
     assert config.objective.clip == (0.1, 0.1)  # which both presets leave alike: the recipe's own choice
-    beta = Config.load(recipe, {"objective.algorithm": "sppo-beta"})  # differs in its baseline, and in nothing else
-    assert (beta.objective.ratio, beta.objective.clip, beta.objective.baseline) == ("geometric", (0.1, 0.1), "beta")
-    gated = Config.load(None, {"objective.ev_gate": True})
-    assert not gated.as_algorithm("grpo", {}).objective.ev_gate
+    centred = Config.load(recipe, {"objective.algorithm": "sppo-centred"}).objective  # differs in its baseline alone
+    assert (centred.ratio, centred.clip, centred.baseline) == ("geometric", (0.1, 0.1), "centred")
     assert (
         Config.load(None, {"objective.algorithm": "grpo"}).rollout.prompts == 16
     )  # 128 responses, with a recipe or without
@@ -430,8 +422,6 @@ def test_another_algorithm_on_the_command_line_replaces_the_recipes_keys_and_kee
         ({"objective.baseline": "token-critic"}, "set ratio = 'token'"),
         ({"objective.average": "constant"}, "set ratio = 'token'"),
         ({"rollout.resample": 2}, "set rollout.samples to 2 or more"),
-        ({"objective.algorithm": "sppo-beta", "training.minibatches": 1}, "set training.minibatches to 2 or more"),
-        ({"objective.ev_gate": True, "objective.baseline": "batch"}, "ev_gate"),
         ({"objective": 3}, "objective"),
         ({"objective": 3, "objective.algorithm": "grpo"}, "objective"),
         ({"objective.algorithm": ["grpo"]}, "objective.algorithm"),

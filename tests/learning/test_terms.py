@@ -13,21 +13,20 @@ from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
 from sppo.recipe.config import Config
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
-from sppo.tasks.base import load_tasks
-from sppo.types import Verdict
+from sppo.tasks.loading import load_tasks
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, small_config, small_critic, small_policy, small_rollouts
 
 BETA = 0.3
 
 
 def judged(rollouts):
-    return [r.judged(Verdict(float(i % 2), "correct" if i % 2 else "wrong")) for i, r in enumerate(rollouts)]
+    return [graded(r, float(i % 2)) for i, r in enumerate(rollouts)]
 
 
 def a_batch(policy, n=8, *, cut=None, max_tokens=12):

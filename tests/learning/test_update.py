@@ -182,10 +182,10 @@ def test_engine_and_learner_as_old_give_the_same_gradients(monkeypatch):
 def test_a_cut_is_no_gap_between_engine_and_learner_but_an_importance_weight(policy):
     from dataclasses import replace
 
-    from sppo.rewards.base import load_reward
+    from sppo.rewards.loading import load_reward
     from sppo.rollout.collect import collect
     from sppo.rollout.engine import Sampling
-    from sppo.tasks.base import load_tasks
+    from sppo.tasks.loading import load_tasks
 
     source = load_tasks("chain:steps=1-2")
     rollouts = collect(

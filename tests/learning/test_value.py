@@ -12,7 +12,7 @@ from sppo.models.critic import Critic
 from sppo.objective.advantage import gae
 from sppo.objective.value import squared_error
 from sppo.recipe.config import Config
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 from sppo.types import Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts

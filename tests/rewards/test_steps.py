@@ -15,15 +15,15 @@ from sppo.errors import ModelError, RecipeError, RewardError
 from sppo.models.process_reward import StepModel
 from sppo.models.tiny import character_tokenizer
 from sppo.rewards.arithmetic import check, value_of
-from sppo.rewards.base import load_reward
-from sppo.rewards.steps import split_steps
-from sppo.tasks.base import load_tasks
+from sppo.rewards.loading import load_reward
+from sppo.rewards.segments import split_steps
 from sppo.tasks.chain import check_steps
+from sppo.tasks.loading import load_tasks
 from sppo.types import Rollout, Task, Verdict
 
 
 def judged(spec: str, text: str, task: Task | None = None) -> Verdict:
-    return load_reward(spec).judge([Rollout(task or Task("t", "7+5-3*2?"), [], [], [], "stop", text)])[0]
+    return load_reward(spec).judge([Rollout.answer(task or Task("t", "7+5-3*2?"), [], [], [], "stop", text)])[0]
 
 
 def test_steps_and_where_they_end() -> None:

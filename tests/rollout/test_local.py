@@ -165,7 +165,7 @@ def test_slots_grow_beyond_their_first_columns(policy, monkeypatch, compiled):
 
 
 def test_prompts_beyond_one_pass(policy, monkeypatch):
-    monkeypatch.setattr("sppo.rollout.local.PREFILL", 10)
+    monkeypatch.setattr("sppo.rollout.scheduler.PREFILL", 10)
     mine = LocalEngine(policy).generate(PROMPTS, range(24), Sampling(8))
     assert [s.ids for s in mine] == [s.ids for s in plain(policy).generate(PROMPTS, range(24), Sampling(8))]
 

@@ -133,7 +133,7 @@ def test_a_run_keeps_what_was_chosen_and_a_resumed_one_uses_it(tmp_path):
     assert Config.load(tmp_path / "run" / "recipe.toml").training.micro_tokens == LEAST
     assert any(text.startswith("warning: this run needs about") for text in notes)
     again = Run.resume(tmp_path / "run", Notes(), steps=2)
-    assert again.config.training.micro_tokens == LEAST
+    assert again.components.config.training.micro_tokens == LEAST
     again.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,26 @@ LARGE = 50_000_000
 """Parameters from which bfloat16 pays; below, a step is dominated by other things and float32 is simply more exact."""
 
 
+CLASSES = {"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16", "AVX-512": "avx512_f", "AVX2": "avx2"}
+"""Classes of processors, the fastest first, by what PyTorch calls their instructions; the first two multiply bfloat16 natively."""
+
+
+def processor(device: torch.device) -> str:
+    """What computes: a GPU's name, or a processor's with its class and the threads used: `AMD EPYC (AVX2), threads: 2`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = torch.cpu.get_capabilities()
+    name = found.get("cpu_name") or platform.machine()
+    kind = next((f" ({kind})" for kind, key in CLASSES.items() if found.get(key)), "")
+    return f"{name}{kind}, threads: {torch.get_num_threads()}"
+
+
 def native_bfloat16(device: torch.device) -> str | None:
     """What multiplies bfloat16 natively here (`CUDA`, `AMX`, `AVX512-BF16`), or None."""
     if device.type == "cuda":
         return "CUDA" if torch.cuda.is_bf16_supported() else None
-    for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")):
-        if torch.cpu.get_capabilities().get(key):
-            return name
-    return None
+    found = torch.cpu.get_capabilities()
+    return next((kind for kind in ("AMX", "AVX512-BF16") if found.get(CLASSES[kind])), None)
 
 
 def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple[torch.dtype, str]:

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..environments.control import Environment
+from ..environments.base import Reply
+from ..environments.control import ControlTask, episode
 from ..errors import ModelError, RecipeError
 from ..spec import call, parse_spec
 from ..types import Task
@@ -91,7 +92,7 @@ class Taught(Shape):
 class ControlPolicy(Policy):
     """A policy over actions; see the module."""
 
-    def __init__(self, net: MLP, environment: Environment, shape: dict[str, int], name: str) -> None:
+    def __init__(self, net: MLP, environment: ControlTask, shape: dict[str, int], name: str) -> None:
         self.environment, self.shape, self.name = environment, shape, name
         self.scorer: Any = ControlScorer(net, environment, States(len(environment.scale), environment.size))
         self.tokenizer: Any = None
@@ -120,7 +121,7 @@ class ControlPolicy(Policy):
 
     @classmethod
     def _made(cls, task: str, hidden: int, layers: int, seed: int, name: str) -> ControlPolicy:
-        environment = Environment(task)
+        environment = ControlTask(task)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             spread = 0 if environment.actions else environment.size
@@ -133,12 +134,13 @@ class ControlPolicy(Policy):
         env, rng, rows = self.environment, np.random.default_rng(seed), []
         start = tries = 0
         while start < shape.demonstrations:
-            observation, steps = env.reset(10**6 + tries), []
+            observation, steps = env.reset(episode(env.name, 10**6 + tries)).values, []
             for _ in range(env.kind.horizon):
                 action = env.taught(rng, shape.slip)
                 steps.append((observation, action))
-                observation, ended = env.step(action)
-                if ended:
+                seen = env.step(Reply(action=action))
+                observation = seen.values
+                if seen.done:
                     break
             tries += 1
             if env.success():
@@ -223,7 +225,7 @@ class ControlCritic(Critic):
 
     def __init__(self, task: str, hidden: int, layers: int, seed: int, name: str) -> None:
         nn.Module.__init__(self)
-        self.environment, self.shape, self.name = Environment(task), {"hidden": hidden, "layers": layers}, name
+        self.environment, self.shape, self.name = ControlTask(task), {"hidden": hidden, "layers": layers}, name
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             net = MLP(len(self.environment.scale), 1, hidden, layers)
@@ -265,7 +267,7 @@ class ControlCritic(Critic):
         if start not in self._starts:
             if len(self._starts) > 10_000:
                 self._starts.clear()
-            self._starts[start] = self.environment.reset(start).tolist()
+            self._starts[start] = self.environment.reset(task).values.tolist()
         return self._starts[start]
 
     def prompt_logits(self, prompts: Sequence[Sequence[float]]) -> Tensor:

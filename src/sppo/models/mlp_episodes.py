@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..environments.control import Environment
+from ..environments.base import Reply
+from ..environments.control import ControlTask
+from ..environments.control import episode as begun
 from .mlp_scorer import ControlScorer
 
 
@@ -22,7 +24,7 @@ class Episode:
     success: bool = False
 
 
-_environments: dict[str, list[Environment]] = {}
+_held: dict[str, list[ControlTask]] = {}
 """Made once per process: a physics engine takes its time."""
 
 
@@ -31,11 +33,11 @@ def episodes(
     scorer: ControlScorer, starts: Sequence[int], seeds: Sequence[int], horizon: int, temperature: float
 ) -> list[Episode]:
     """One episode from each start, all its randomness from its seed; temperature 0 takes the likeliest action."""
-    held = _environments.setdefault(scorer.environment.name, [])
+    held = _held.setdefault(scorer.environment.name, [])
     while len(held) < len(starts):
-        held.append(Environment(scorer.environment.name))
+        held.append(ControlTask(scorer.environment.name))
     found, live = [Episode() for _ in starts], list(range(len(starts)))
-    now = [held[i].reset(start) for i, start in enumerate(starts)]
+    now = [held[i].reset(begun(scorer.environment.name, start)).values for i, start in enumerate(starts)]
     noise = [_noise(scorer, seed, horizon) for seed in seeds]
     for t in range(horizon):
         observed = torch.from_numpy(np.stack([now[i] for i in live]))
@@ -47,8 +49,9 @@ def episodes(
             episode.observations.append(now[i])
             episode.actions.append(action)
             episode.logps.append(logp_N[n])
-            now[i], ended = held[i].step(action)
-            if ended or t + 1 == horizon:
+            seen = held[i].step(Reply(action=action))
+            now[i] = seen.values
+            if seen.done or t + 1 == horizon:
                 episode.success = held[i].success()
             else:
                 going.append(i)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..environments.control import Environment
+from ..environments.control import ControlTask
 from .actions import Actions
 from .scorer import ActionLogps
 
@@ -84,7 +84,7 @@ class ControlScorer(nn.Module):
 
     packs, unpacked_why = True, ""
 
-    def __init__(self, model: MLP, environment: Environment, states: States) -> None:
+    def __init__(self, model: MLP, environment: ControlTask, states: States) -> None:
         super().__init__()
         self.model, self.environment, self.states = model, environment, states
         self.eval()

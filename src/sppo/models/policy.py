@@ -17,10 +17,11 @@ from torch import Tensor
 from ..errors import ModelError
 from ..files import readable
 from ..objective.ratio import wide
-from ..types import Task
+from ..types import Message, Task
 from .head import backbone
 from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 from .scorer import ActionLogps, Scorer
+from .turns import continuation_ids
 from .weights import counted, fingerprint, parameter_count, sha256, weights_of
 
 
@@ -102,6 +103,11 @@ class Policy:
         if ids and ids[-1] in self.eos_ids:  # some tokenizers close what they tokenise; a prompt must stay open
             ids = ids[:-1]
         return ids
+
+    def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that an environment's messages put between a reply of the policy and its next one (turns.py)."""
+        eos = self.rendered(self.eos_ids[:1])
+        return embedded(continuation_ids(self.tokenizer, messages, chat=self.chat, eos=eos), self.model, self.name)
 
     def refuses(self, task: Task) -> str | None:
         """Why a prompt cannot be put to this model, or None: its template refuses it, or it is a conversation and

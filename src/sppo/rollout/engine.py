@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 from ..errors import RecipeError
 from ..models.policy import Policy
 from ..models.weights import Weights
 from ..recipe.sections import RolloutSection
 from ..spec import make
-from ..types import Fork
 from .sampler import Cut
 
 
@@ -42,39 +41,18 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Branching:
-    """When a response goes on in several ways (rollout/tree.py): in `children` ways at a segment's end whose next
-    token has an entropy of `entropy` nats or more, as long as a prompt's tree is sure to stay within `budget` tokens
-    and `leaves` responses."""
-
-    children: int
-    entropy: float
-    budget: int
-    segments: str
-    leaves: int = 16
-
-    @classmethod
-    def of(cls, section: RolloutSection) -> Branching | None:
-        """As a recipe says; None where it has no trees."""
-        if section.kind != "tree":
-            return None
-        return cls(section.branch, section.entropy, section.tree_budget, section.segments, section.leaves)
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One response: its ids (EOS included if the model chose it), their log-probabilities as sampled, why it ended.
 
     `kept[t]` is the log of the mass among which token t was drawn; empty where the whole softmax was open, so that
     `logps[t] + kept[t]` is its log-probability under the softmax itself. `version` is that of the weights that wrote
-    it (`Engine.load`). `forks` says where it left others of its tree.
+    it (`Engine.load`).
     """
 
     ids: list[int]
     logps: list[float]
     finish: Literal["stop", "length"]
     kept: list[float] = field(default_factory=list)
-    forks: tuple[Fork, ...] = ()
     version: int = 0
 
 
@@ -171,20 +149,3 @@ def load_engine(use: str, policy: Policy) -> Engine:
             "(rollout/engine.py says what each is)"
         )
     return engine
-
-
-@runtime_checkable
-class TreeEngine(Protocol):
-    """An engine that can branch; `branches` says whether it can with this model."""
-
-    branches: bool
-
-    def generate_trees(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        branching: Branching,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[list[Sample]]:
-        """The leaves of one tree a prompt (rollout/tree.py); `progress` hears how many trees are finished."""

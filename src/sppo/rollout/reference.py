@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from ..models.policy import Policy
 from ..models.weights import Weights, write
 from .engine import Sample, Sampling
-from .sequences import Drawn, Given, Responses, next_inputs
+from .sequences import Drawn, Forced, Responses, next_inputs
 
 
 class PlainEngine:
@@ -68,7 +68,7 @@ class PlainEngine:
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """See the protocol."""
-        given = Given(responses)
+        given = Forced(responses)
         for part in self._parts(prompts, len(prompts)):
             decode(self.policy, prompts, given, part)
         return given.logps
@@ -87,7 +87,7 @@ def decode(policy: Policy, prompts: Sequence[Sequence[int]], responses: Response
         logits_BV = policy.next_logits(
             input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_BS, past_key_values=cache
         )
-        finished = set(responses.take(logits_BV, live)[0])
+        finished = set(responses.take(logits_BV, live))
         if finished:
             keep = torch.tensor([b for b in range(len(live)) if b not in finished], device=policy.device)
             live = [i for b, i in enumerate(live) if b not in finished]

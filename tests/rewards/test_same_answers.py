@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
-from sppo.rewards.compare import choice, members, quantity
+from sppo.rewards.choice import choice
+from sppo.rewards.loading import load_reward
+from sppo.rewards.quantity import quantity
+from sppo.rewards.text import members
 from sppo.rewards.units import unit
 from sppo.types import Rollout, Task
 
 
 def outcome(spec: str, text: str, answer: Any, **columns: Any) -> str:
     task = Task("t", "?", {"answer": answer, **columns})
-    return load_reward(spec).judge([Rollout(task, [], [], [], "stop", text)])[0].outcome
+    return load_reward(spec).judge([Rollout.answer(task, [], [], [], "stop", text)])[0].outcome
 
 
 @pytest.mark.parametrize(
