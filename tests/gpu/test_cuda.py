@@ -1,4 +1,5 @@
-"""What runs only on CUDA, against float64 and against the plain ways: skipped where there is no GPU. `pytest tests/gpu` on a machine that has one."""
+"""What runs only on CUDA, against float64 and against the plain ways: skipped where there is no GPU. `pytest
+tests/gpu` on a machine that has one."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def test_a_module_that_does_something_else_is_left_alone(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_embedding_gives_its_gradient_to_the_rows_that_were_read(tied, dtype):
-    """Also of a row read twice, beside what the head adds to a tied matrix, on top of what was there; nothing for the padding's."""
+    """Also of a row read twice, beside what the head adds to a tied matrix, on top of what was there; nothing for the
+    padding's."""
     torch.manual_seed(0)
     sizes = SIZES | {"pad_token_id": 3, "tie_word_embeddings": tied}
     model = LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(dtype)

@@ -1,4 +1,5 @@
-"""The fast update against the plain one: packed log-probabilities and gradients, whose `old` serves, checkpointed activations."""
+"""The fast update against the plain one: packed log-probabilities and gradients, whose `old` serves, checkpointed
+activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`Policy.logps` is the forward pass of a module, and scores the action tokens of any mask as a plain loop over a full forward pass does."""
+"""`Policy.logps` is the forward pass of a module, and scores the action tokens of any mask as a plain loop over a
+full forward pass does."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def test_rows_without_actions_go_through_the_layers_all_the_same(policy):
 
 
 def test_logps_and_values_are_forward_passes_of_modules_and_their_hooks_fire(policy):
-    """What wraps a module (FSDP2, adapters, checkpointing) acts in hooks: before and after the pass, and before its gradients."""
+    """What wraps a module (FSDP2, adapters, checkpointing) acts in hooks: before and after the pass, and before its
+    gradients."""
     critic = small_critic()
     ids_BL, action_BL = two_turns()
     for module, call in (
@@ -120,7 +122,8 @@ def test_logps_and_values_are_forward_passes_of_modules_and_their_hooks_fire(pol
 
 
 def test_fully_sharded_it_gives_the_same_bits(policy, tmp_path):
-    """FSDP2 on each layer and on the scorer, in a group of one process: it finds its hooks, also for the head's product."""
+    """FSDP2 on each layer and on the scorer, in a group of one process: it finds its hooks, also for the head's
+    product."""
     plain = Policy(copy.deepcopy(policy.model), policy.tokenizer)
     ids_BL, action_BL = two_turns()
     found = []
