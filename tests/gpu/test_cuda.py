@@ -1,4 +1,5 @@
-"""What runs only on CUDA, against float64 and against the plain ways: skipped where there is no GPU. `pytest tests/gpu` on a machine that has one."""
+"""What runs only on CUDA, against float64 and against the plain ways: skipped where there is no GPU. `pytest
+tests/gpu` on a machine that has one."""
 
 from __future__ import annotations
 
@@ -127,7 +128,7 @@ def test_what_lies_between_products(dtype):
 def test_a_policy_scores_as_on_the_cpu():
     policy = llama(torch.float32)
     assert policy.packs
-    assert policy.scorer.fusable()
+    assert policy.scorer.fusable
     assert attention_cuda.fits(*(torch.zeros(2, 3, 32, device="cuda") for _ in range(3)), None)
     there = Policy(copy.deepcopy(policy.model).cpu(), policy.tokenizer)
     ids_BL = torch.randint(97, (5, 40))

@@ -62,7 +62,8 @@ def test_a_module_that_does_something_else_is_left_alone(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_embedding_gives_its_gradient_to_the_rows_that_were_read(tied, dtype):
-    """Also of a row read twice, beside what the head adds to a tied matrix, on top of what was there; nothing for the padding's."""
+    """Also of a row read twice, beside what the head adds to a tied matrix, on top of what was there; nothing for the
+    padding's."""
     torch.manual_seed(0)
     sizes = SIZES | {"pad_token_id": 3, "tie_word_embeddings": tied}
     model = LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(dtype)
@@ -98,7 +99,7 @@ def test_attention_is_replaced_where_it_is_the_packed_one():
         ids, prompt, response = torch.arange(24).view(2, 12), torch.tensor([4, 5]), torch.tensor([8, 6])
         found = []
         for now in (replaced, []):
-            policy.scorer._fusable = ((policy.model, policy.dtype, policy.device), now)
+            policy.scorer.fusable = now
             policy.model.zero_grad()
             logp = logps_of(policy, ids, prompt, response, 1.0).logp_BT
             logp.sum().backward()
@@ -123,7 +124,7 @@ def test_checkpointed_layers_are_computed_again_in_the_same_way(dtype):
         logps_of(policy, ids, prompt, response, 1.0).logp_BT.sum().backward()
         found.append([p.grad.clone() for p in policy.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert policy.as_reference().scorer.fusable()[0][0] is not policy.scorer.fusable()[0][0]
+    assert policy.as_reference().scorer.fusable[0][0] is not policy.scorer.fusable[0][0]
 
 
 def test_numbers_of_another_kind_are_left_to_the_module():

@@ -1,4 +1,5 @@
-"""The fast update against the plain one: packed log-probabilities and gradients, whose `old` serves, checkpointed activations."""
+"""The fast update against the plain one: packed log-probabilities and gradients, whose `old` serves, checkpointed
+activations."""
 
 from __future__ import annotations
 
@@ -235,7 +236,7 @@ class Deaf(LocalEngine):
         return True
 
 
-def test_the_canary_hears_stale_weights_that_a_fingerprint_does_not(policy):
+def test_the_canary_finds_stale_weights_that_a_fingerprint_does_not(policy):
     engine, canary = Deaf(policy), Canary(policy)
     assert canary.check(engine, policy, policy.fingerprint()) < 1e-5
     with torch.no_grad():

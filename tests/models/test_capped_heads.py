@@ -1,4 +1,5 @@
-"""Heads that scale or cap their logits (Gemma 2, Granite, Cohere) in bfloat16: projection, scale, cap and log-softmax are float32, learner and engine."""
+"""Heads that scale or cap their logits (Gemma 2, Granite, Cohere) in bfloat16: projection, scale, cap and log-softmax
+are float32, learner and engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`Policy.logps` is the forward pass of a module, and scores the action tokens of any mask as a plain loop over a full forward pass does."""
+"""`Policy.logps` is the forward pass of a module, and scores the action tokens of any mask as a plain loop over a
+full forward pass does."""
 
 from __future__ import annotations
 
@@ -6,7 +7,11 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from sppo.models.policy import Policy
@@ -89,7 +94,8 @@ def test_rows_without_actions_go_through_the_layers_all_the_same(policy):
 
 
 def test_logps_and_values_are_forward_passes_of_modules_and_their_hooks_fire(policy):
-    """What wraps a module (FSDP2, adapters, checkpointing) acts in hooks: before and after the pass, and before its gradients."""
+    """What wraps a module (FSDP2, adapters, checkpointing) acts in hooks: before and after the pass, and before its
+    gradients."""
     critic = small_critic()
     ids_BL, action_BL = two_turns()
     for module, call in (
@@ -113,6 +119,30 @@ def test_logps_and_values_are_forward_passes_of_modules_and_their_hooks_fire(pol
         assert seen == ["before", "after", "gradient"]
         for handle in handles:
             handle.remove()
+
+
+def test_fully_sharded_it_gives_the_same_bits(policy, tmp_path):
+    """FSDP2 on each layer and on the scorer, in a group of one process: it finds its hooks, also for the head's
+    product."""
+    plain = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    ids_BL, action_BL = two_turns()
+    found = []
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in policy.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(policy.scorer, mesh=mesh)
+        for one in (policy, plain):
+            scored = one.logps(ids_BL, action_BL, 0.7)
+            (scored.logp_BT * torch.arange(11)).sum().backward()
+            grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in one.model.parameters()]
+            found.append([scored.logp_BT.detach(), *grads])
+        assert policy.fingerprint() == plain.fingerprint()
+    finally:
+        dist.destroy_process_group()
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_names_of_weights_and_saved_files_are_transformers_own(policy, tmp_path):

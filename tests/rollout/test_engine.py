@@ -1,4 +1,5 @@
-"""What an engine must be: the example of the protocol's docstring, run as it stands; weights that are loaded, held and noted in samples."""
+"""What an engine must be: the example of the protocol's docstring, run as it stands; weights that are loaded, held
+and noted in samples."""
 
 from __future__ import annotations
 

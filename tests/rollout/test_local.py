@@ -262,7 +262,8 @@ def test_score_is_what_sampling_reports(policy):
 
 
 def test_a_bfloat16_model_is_sampled_as_closely_as_the_learner_knows_it(policy):
-    """Rounding apart: neither the compiled step nor the slots may be further from the float32 model than the learner's own pass is."""
+    """Rounding apart: neither the compiled step nor the slots may be further from the float32 model than the
+    learner's own pass is."""
     responses = [[1 + (5 * i + k) % 20 for k in range(3 + i % 9)] for i in range(24)]
     rounded = copy.deepcopy(policy.model).to(torch.bfloat16)
     exact = Policy(copy.deepcopy(rounded).float(), policy.tokenizer).given_logps(PROMPTS, responses)

@@ -73,7 +73,8 @@ def _attention_forward(
     **kwargs: Any,
 ) -> Any:
     cos, sin = position_embeddings
-    if cos.dtype != hidden_states.dtype or cos.shape != (*hidden_states.shape[:2], module.head_dim):
+    packed = module.config._attn_implementation == NAME
+    if not packed or cos.dtype != hidden_states.dtype or cos.shape != (*hidden_states.shape[:2], module.head_dim):
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )

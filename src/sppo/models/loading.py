@@ -26,11 +26,12 @@ LARGE = 50_000_000
 
 
 CLASSES = {"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16", "AVX-512": "avx512_f", "AVX2": "avx2"}
-"""Classes of processors, the fastest first, by what PyTorch calls their instructions; the first two multiply bfloat16 natively."""
+"""Classes of processors, the fastest first, by what PyTorch calls their instructions; the first two multiply bfloat16
+natively."""
 
 
 def processor(device: torch.device) -> str:
-    """What computes: a GPU's name, or a processor's with its class and the threads used: `AMD EPYC (AVX2), threads: 2`."""
+    """What computes: a GPU, or a processor with its class and its threads: `AMD EPYC (AVX2), threads: 2`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = torch.cpu.get_capabilities()

@@ -25,7 +25,7 @@ class StepModel:
         ensure_pad(tokenizer, f"step model: {name}")
         if model.config.num_labels not in (1, 2):
             raise ModelError(
-                f"step model: {name} has {model.config.num_labels} outputs a token; one or two (bad, good) are read"
+                f"step model: {name} has {model.config.num_labels} outputs per token; one or two (bad, good) are read"
             )
         self.model, self.tokenizer, self.name, self.separator = model.eval(), tokenizer, name, separator
 

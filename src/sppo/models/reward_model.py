@@ -73,7 +73,7 @@ class RewardModel(nn.Module):
         how = "packed" if made.packs else "in padded batches"
         return made, (
             f"reward model {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); "
-            f"one score a response, {how}"
+            f"one score per response, {how}"
         )
 
     @property

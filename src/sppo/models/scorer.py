@@ -43,8 +43,8 @@ class Scorer(nn.Module):
         self.head = Head(model)
         self.unpacked_why = packing.use(model)
         self.packs = not self.unpacked_why
+        self.fusable = fusable(model)  # found now: later a wrapper may hold parts of the weights only
         self._checkpointed: list[Any] = []
-        self._fusable: tuple[Any, list[Any]] | None = None
 
     def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
         """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
@@ -56,7 +56,7 @@ class Scorer(nn.Module):
         inputs, state_N = rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
         target_N = ids_BL[actions.row_N, actions.position_N].to(device)
         actions = actions.to(device)
-        with fused(self.fusable()), self._checkpointing():
+        with fused(self.fusable), self._checkpointing():
             if self.head.direct:
                 hidden_ND = backbone(self.model)(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)[state_N]
                 weight, bias = self.head.projection.weight, self.head.bias
@@ -99,13 +99,5 @@ class Scorer(nn.Module):
 
     def _again(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """A layer as it was computed the first time: by the backward pass the replaced forwards are gone."""
-        with fused(self.fusable()):
+        with fused(self.fusable):
             return forward(*args, **kwargs)
-
-    def fusable(self) -> list[Any]:
-        """What `fused` takes, found once for the model as it is."""
-        weight = next(self.model.parameters())
-        now = (self.model, weight.dtype, weight.device)
-        if self._fusable is None or self._fusable[0] != now:
-            self._fusable = (now, fusable(self.model))
-        return self._fusable[1]

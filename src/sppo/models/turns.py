@@ -1,4 +1,5 @@
-"""What a trajectory's next turn is begun with: the ids that stand between what the policy wrote and what it writes next.
+"""What a trajectory's next turn is begun with: the ids that stand between what the policy wrote and what it writes
+next.
 
 Nothing that was sampled is tokenised again: these ids are appended to those that are there.
 """
@@ -19,13 +20,15 @@ PROBE: list[Message] = [{"role": "user", "content": "."}, {"role": "assistant", 
 def continuation_text(tokenizer: Any, messages: Sequence[Message], eos: str) -> str:
     """What a chat template writes between a reply that ended with `eos` and the next one, `messages` in between.
 
-    Raises RecipeError for a template that rewrites earlier turns when later ones come: what was sampled would no longer be what is read.
+    Raises RecipeError for a template that rewrites earlier turns when later ones come: what was sampled would no
+    longer be what is read.
     """
     before = render_chat(tokenizer, Task("turns", PROBE), answer=False)
     after = render_chat(tokenizer, Task("turns", [*PROBE, *messages]))
     if not after.startswith(before):
         raise RecipeError(
-            "task.environment: the model's chat template changes earlier turns when later ones are added, so a trajectory of several turns "
+            "task.environment: the model's chat template changes earlier turns when later ones are added, so a "
+            "trajectory of several turns "
             "cannot be continued token by token: use a template that keeps them, or policy.chat_template = 'off'"
         )
     beyond = before.rpartition(eos)[2] if eos and eos in before else ""  # e.g. a newline that follows the end of a turn

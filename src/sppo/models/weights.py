@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Weights = Iterable[tuple[str, Tensor]]
 """Names and whole tensors, in the order of `weights_of`."""
@@ -18,9 +19,10 @@ LANES = 8 * 4096
 
 def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The name and the whole tensor of every weight, in order of name; tied weights come once. The tensors are the
-    model's own."""
+    model's own, or put together where they are sharded."""
     for name, p in sorted(model.named_parameters()):
-        yield name, p.detach()
+        tensor = p.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class Canary:
             dtype = str(policy.dtype).removeprefix("torch.")
             kind = "measured at the start" if self.limit is not None else f"what {dtype} can explain"
             raise StaleWeights(
-                f"after a sync the engine finds a fixed probe {gap:.3g} nats a token more or less likely than the "
+                f"after a sync the engine finds a fixed probe {gap:.3g} nats per token more or less likely than the "
                 "learner does (limit "
                 f"{limit:.2g}, {kind}): it samples from other weights, or computes something else. Where it is known "
                 "to be right, set "

@@ -127,7 +127,7 @@ def _decode(
     scheduler = Scheduler(prompts, responses, slots, count)
     model = _Forward(policy, scheduler, decode.Decoder(policy.model, slots) if compiled else None, captured)
     # what decode.c does on a CPU: fewer kernels between products
-    with fused(policy.scorer.fusable() if policy.device.type != "cpu" else []):
+    with fused(policy.scorer.fusable if policy.device.type != "cpu" else []):
         while scheduler.unfinished:
             admitted = scheduler.schedule()
             logits_BV = model.prefill(admitted) if admitted else model.next()
