@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: bench-busy bench-pretrained
-.PHONY: setup quickstart test fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
+.PHONY: setup quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make test         linter, types, layers and all tests"
+	@echo "make test-fast    the tests that need no browser, no jail and no whole run, in under 90 seconds"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
 	@echo "make mutants      faults made on purpose in what computes gradients: does a test fail for each? about 15 minutes"
 	@echo "make test-vllm    the vLLM engine, in an environment of its own (.venv-vllm)"
@@ -46,6 +47,10 @@ check: setup
 
 test: check bubblewrap chromium
 	$(BIN)/python -m pytest
+
+# In under 90 seconds: no browser, no jail, no whole runs (tests/conftest.py says which tests are left out).
+test-fast: setup
+	$(BIN)/python -m pytest -m "not (browser or jail or slow)"
 
 # Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
 fuzz: setup bubblewrap

@@ -29,6 +29,37 @@ root = str(
 )  # judging workers run functions of these tests, and would not find them on their own
 os.environ["PYTHONPATH"] = os.pathsep.join([*given, root])
 
+APART = {
+    "browser": ["tests/browser/"],
+    "jail": [
+        "tests/sandbox/", "tests/rewards/test_code.py", "tests/rewards/test_runtime.py", "tests/tasks/test_rows.py",
+        "tests/tasks/test_functions.py",
+    ],
+    "slow": [
+        "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/mutants/", "tests/run/", "tests/trackers/",
+        "tests/test_benchmarks.py", "tests/test_trainer.py", "tests/evaluation/test_compare.py::test_the_command",
+    ],
+}  # fmt: skip
+"""What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, and all that trains whole runs."""
+SAMPLED = {"tests/exact/test_reference.py::test_every_updates_gradient_is_the_plain_one": 8}
+"""Of these many cases it runs every n-th."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The only place that says which tests are not fast."""
+    number: dict[str, int] = {}
+    for item in items:
+        for marker, beginnings in APART.items():
+            if item.nodeid.startswith(tuple(beginnings)):
+                item.add_marker(marker)
+        if "jailed" in getattr(item, "fixturenames", ()):
+            item.add_marker("jail")
+        name = item.nodeid.partition("[")[0]
+        number[name] = number.get(name, -1) + 1
+        if number[name] % SAMPLED.get(name, 1):
+            item.add_marker("slow")
+
+
 SMALL = "tiny:hidden=32,layers=2,heads=2"
 STEPS = "answer + 0 * steps:check=chain,split=semicolons"
 """Measures the steps of a response, and pays nothing for them: what sppo-hybrid reads."""
