@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sppo.cli.compare import START
+from sppo.cli._comparison import START
 from sppo.evaluation.compare import cost_to, ratio_interval
 from sppo.recipe.config import Config
 
@@ -92,10 +92,10 @@ def serve_trl(config: Config, lr: float, clock: Clock) -> None:
     from sppo.memory import keep_memory
     from sppo.models.loading import pick_device
     from sppo.models.policy import Policy
-    from sppo.rewards.base import load_reward
+    from sppo.rewards.loading import load_reward
     from sppo.rollout.engine import Sampling
     from sppo.rollout.local import LocalEngine
-    from sppo.tasks.base import load_pair
+    from sppo.tasks.loading import load_pair
     from sppo.types import Rollout
 
     keep_memory()

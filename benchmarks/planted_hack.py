@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from sppo.audit.monitors import Monitors
 from sppo.audit.replay import recorded, rows_of
 from sppo.recipe.config import Config
-from sppo.rewards.answer import extract_answer
-from sppo.rewards.base import load_reward
+from sppo.rewards.extract import extract_answer
+from sppo.rewards.loading import load_reward
 from sppo.tasks.chain import build
 from sppo.types import Verdict
 

@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.types import Rollout, Task
 
 N = 400_000

@@ -25,7 +25,7 @@ def model_folder() -> str:
 
 def prompts(policy: Any, count: int) -> list[list[int]]:
     """Questions of eight kinds in the model's chat template, 40 to 240 tokens: their answers end by themselves, some at once, some never."""
-    from sppo.tasks.base import load_tasks
+    from sppo.tasks.loading import load_tasks
 
     sources = [load_tasks(f"gym:{family}") for family in FAMILIES]
     return [policy.prompt_ids(sources[i % len(sources)][i]) for i in range(count)]

@@ -16,11 +16,11 @@ from sppo.models import tiny
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
 from sppo.recipe.config import Config
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 from sppo.types import Rollout, Verdict
 
 given = [str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
@@ -110,7 +110,7 @@ def actions_of(ids_BL: torch.Tensor, prompt_len_B: torch.Tensor, response_len_B:
 
 def logps_of(policy: Policy, ids_BL, prompt_len_B, response_len_B, temperature: float):
     """`Policy.logps` of one answer per row."""
-    return policy.response_logps(ids_BL, prompt_len_B, response_len_B, temperature)
+    return policy.logps(ids_BL, actions_of(ids_BL, prompt_len_B, response_len_B), temperature)
 
 
 def gradients_of(learner) -> list[torch.Tensor]:

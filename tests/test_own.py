@@ -12,7 +12,7 @@ import pytest
 
 from sppo import own
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.spec import is_import, parse_spec, resolve
 from sppo.types import Rollout, Task
 

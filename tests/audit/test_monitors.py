@@ -7,11 +7,11 @@ import json
 import pytest
 
 from sppo.audit.monitors import Monitors
-from sppo.audit.stepwise import other_script, repetition
-from sppo.audit.verifying import reads_reference, reference_of
+from sppo.audit.step_monitors import other_script, repetition
+from sppo.audit.verdict_monitors import reads_reference, reference_of
 from sppo.audit.work import cut_at, without_work
 from sppo.recipe.sections import MonitorsSection
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.types import Rollout, Task, Verdict
@@ -202,7 +202,8 @@ def test_samples_of_one_problem_are_one_trial():
 def test_a_rate_that_is_as_high_as_can_be_does_not_rise():
     monitors = _monitors(load_reward("answer"))
     rows = [
-        Rollout.answer(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x", verdict=Verdict(0.0, "unparseable")) for i in range(64)
+        Rollout.answer(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x", verdict=Verdict(0.0, "unparseable"))
+        for i in range(64)
     ]
     for step in range(40):
         monitors.look(step, rows, {"reward/correct": 0.0, "policy/entropy": 0.1, "advantage/std": 0.5})
@@ -274,7 +275,9 @@ def test_drift_is_told_from_when_the_reward_last_rose():
 
     def look(s, n, reward):
         rows = [
-            Rollout.answer(Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong"))
+            Rollout.answer(
+                Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong")
+            )
             for i in range(10)
         ]
         monitors.look(s, rows, {"reward/correct": reward, "policy/entropy": 0.1, "advantage/std": 0.5})
@@ -338,7 +341,9 @@ def test_length_that_pays_is_no_alarm():
     for s in range(60):
         n = 20 + 4 * s
         rows = [
-            Rollout.answer(Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong"))
+            Rollout.answer(
+                Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong")
+            )
             for i in range(10)
         ]
         monitors.look(s, rows, {"reward/correct": 0.3 + 0.01 * s, "policy/entropy": 0.1, "advantage/std": 0.5})
@@ -402,7 +407,11 @@ def test_where_a_chain_can_be_cut():
     )  # the cue would give it away
     assert cut_at(right("4", None)) is None
     assert (
-        cut_at(Rollout.answer(Task("", "p"), [], [], [], "stop", "1;A:4", verdict=Verdict(0.0, "wrong", {"extracted": "4"})))
+        cut_at(
+            Rollout.answer(
+                Task("", "p"), [], [], [], "stop", "1;A:4", verdict=Verdict(0.0, "wrong", {"extracted": "4"})
+            )
+        )
         is None
     )
 

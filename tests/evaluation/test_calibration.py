@@ -9,8 +9,8 @@ from sppo.errors import RecipeError
 from sppo.evaluation.calibration import calibration, reliability, risk_coverage
 from sppo.evaluation.evaluate import calibrations
 from sppo.objective.diagnostics import expected_calibration_error
-from sppo.rewards.base import load_reward
 from sppo.rewards.confidence import stated_confidence
+from sppo.rewards.loading import load_reward
 from sppo.tasks.chain import build, check_steps
 from sppo.types import Rollout, Task, Verdict
 

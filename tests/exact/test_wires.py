@@ -19,7 +19,7 @@ from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.run.curriculum import Uniform
 from sppo.run.run import Run
-from sppo.run.sample import _sorted_out, gather
+from sppo.run.sample import _sorted_out, sample
 from sppo.tasks.base import ListSource
 from sppo.types import Rollout, Task, Verdict
 
@@ -218,11 +218,11 @@ def test_a_greedy_response_is_of_its_own_prompt_and_is_greedy(tmp_path):
     )
     job = Run.new(config)
     job.begin()
-    found = gather(job, 0)
+    found = sample(job.components, 0)
     assert len(found.rollouts) == 8
     for r in found.rollouts:
         assert r.greedy.task.id == r.task.id
-        (again,) = LocalEngine(job.policy).generate([r.prompt_ids], [5], Sampling(12, 0.0))
+        (again,) = LocalEngine(job.components.policy).generate([r.prompt_ids], [5], Sampling(12, 0.0))
         assert list(r.greedy.response_ids) == again.ids
     assert found.beside_tokens == sum(len(r.greedy.response_ids) for r in found.rollouts[::2])
     job.close()
@@ -235,7 +235,7 @@ def test_flat_groups_are_replaced_and_paid_for(tmp_path, monkeypatch):
     job = Run.new(config)
     job.begin()
     monkeypatch.setattr(job, "reward", Turns())
-    found = gather(job, 0)
+    found = sample(job.components, 0)
     monkeypatch.undo()
     groups = [found.rollouts[i : i + 2] for i in range(0, len(found.rollouts), 2)]
     assert len(groups) == 4
@@ -296,10 +296,11 @@ def searching(tmp_path):
     })  # fmt: skip
     job = Run.new(config)
     job.begin()
-    for r in small_rollouts(job.policy, 3):
+    for r in small_rollouts(job.components.policy, 3):
         text = r.task.solution
-        ids = [*job.policy.tokenizer(text)["input_ids"], job.policy.eos_ids[0]]
-        job.searcher._keep(r.answered(ids, text, finish="stop"))
+        policy = job.components.policy
+        ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
+        job.search._keep(r.answered(ids, text, finish="stop"))
     yield job
     job.close()
 

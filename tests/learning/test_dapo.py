@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sppo.errors import RecipeError
-from sppo.experimental.search import Lessons
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.objective.advantage import overlong_penalty
 from sppo.recipe.config import Config
 from sppo.rollout.collect import truncation_rule

@@ -13,7 +13,7 @@ from sppo.learning.batch import pack
 from sppo.learning.credit.hybrid import PLACES, Gate, StepCredit, levelled, stretch_scores
 from sppo.learning.credit.loading import load_credit
 from sppo.learning.credit.optimal_baseline import squared_scores
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rewards.segments import seen_ends, segment_starts, token_ends
 from sppo.run.loop import train
 from sppo.run.run import Run
@@ -219,10 +219,10 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
         return job
 
     whole, broken = run("whole", 4), run("broken", 2)
-    again = Run.resume(broken.directory.path, steps=4)
+    again = Run.resume(broken.components.directory.path, steps=4)
     train(again)
     again.close()
-    assert again.policy.fingerprint() == whole.policy.fingerprint()
+    assert again.components.policy.fingerprint() == whole.components.policy.fingerprint()
 
 
 def test_nonsense_is_one_sentence(tmp_path):

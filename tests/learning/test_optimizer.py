@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sppo.experimental.search import Lessons
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.learning.optimizer import MasterAdamW
 from sppo.learning.update_stats import Tally
 

@@ -188,7 +188,7 @@ def ours(policy, name, batch, advantage, old_BT, reference_BT=None, **changes):
 
 
 def logps(policy, batch):
-    return policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, 1.0).logp_BT
+    return policy.logps(batch.ids_BL, batch.action_BL, 1.0).logp_BT
 
 
 def by_hand(policy, name, batch, advantage_B, old_BT, max_tokens):
@@ -448,10 +448,10 @@ def test_the_token_critics_values_do_not_see_their_own_token():
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     changed = ids.clone()
     changed[0, 4] = 20  # the second response token
-    lengths = torch.tensor([3]), torch.tensor([3])
+    actions = torch.tensor([[False] * 3 + [True] * 3])
     with torch.no_grad():
-        a, b = (critic.token_logits(x, *lengths)[0] for x in (ids, changed))
-        prompt = critic([[5, 6, 7]])[0]
+        a, b = (critic(x, actions)[0] for x in (ids, changed))
+        prompt = critic.prompt_logits([[5, 6, 7]])[0]
     assert torch.allclose(a[:2], b[:2], atol=1e-6)
     assert abs(float(a[2] - b[2])) > 1e-4
     assert torch.allclose(a[0], prompt, atol=1e-5)  # before the first token: the prompt-only value

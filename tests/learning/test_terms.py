@@ -13,12 +13,12 @@ from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
 from sppo.recipe.config import Config
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 
 from ..conftest import graded, small_config, small_critic, small_policy, small_rollouts
 
@@ -125,7 +125,7 @@ def test_at_the_start_there_is_no_kl_to_it_whatever_a_cut_takes(changes):
     batch = a_batch(policy, cut=Cut(top_k=4))
     assert float(batch.kept_BT.sum()) < -1.0
     shaped, plain = (
-        a_learner(policy, policy.reference(), objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
+        a_learner(policy, policy.as_reference(), objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
     )
     assert torch.allclose(shaped, plain, atol=1e-4)
 
@@ -231,7 +231,7 @@ KLS = [
     ("form", "level", "ratio"), KLS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
 )
 def test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop(form, level, ratio):
-    policy, reference = small_policy(), small_policy(seed=5).reference()
+    policy, reference = small_policy(), small_policy(seed=5).as_reference()
     rollouts = [
         replace(r, task=replace(r.task, weight=0.5 + i / 4)) for i, r in enumerate(judged(small_rollouts(policy, 8)))
     ]

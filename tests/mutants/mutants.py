@@ -372,37 +372,39 @@ m("a pass for every free slot", "free * REFILL < self.count", "not free")
 m("a pass reads any number of tokens", "if out and tokens > PREFILL:", "if False:")
 m("a prompt is counted each time it is sampled", "0 if key in out else len(key)", "len(key)")
 
-# -- learning/optimizer.py, run.py, rollout/canary.py ----------------------------------------------------------------------------
+# -- learning/optimizer.py, run/accuracy.py, rollout/canary.py ----------------------------------------------------------------------------
 
 m = of("learning/optimizer.py", OPTIM)
 m("micro-batches add up in bfloat16", "        self._set_aside()\n        loss.backward()", "        loss.backward()")
 m("only the last micro-batch counts", "master.grad.add_(p.grad)  #", "master.grad.copy_(p.grad)  #")
-m = of("run/run.py", BASE_RATE)
-m("the critic starts from the held-out problems", "self.critic.start_at(self._base_rate(result.accuracy))", "self.critic.start_at(result.accuracy)")
-m("the critic starts at the evaluation's temperature", "tasks, self.sampling, seed=(self.config.seed,", "tasks, Sampling.of(self.config.rollout, self.config.evaluation.temperature), seed=(self.config.seed,")
-m("the critic's start consumes problems", "        self.curriculum.load_state_dict(before)\n        rollouts = collect(", "        rollouts = collect(")
-m("the critic starts from what was masked", "if r.verdict and not r.verdict.masked]\n        return sum(graded)", "if r.verdict]\n        return sum(graded)")
+m = of("run/accuracy.py", BASE_RATE)
+m("the critic starts from the held-out problems", "c.critic.start_at(base_rate(c, state, result.accuracy))", "c.critic.start_at(result.accuracy)")
+m("the critic starts at the evaluation's temperature", "tasks, c.sampling, seed=(c.config.seed,", "tasks, Sampling.of(c.config.rollout, c.config.evaluation.temperature), seed=(c.config.seed,")
+m("the critic's start consumes problems", "    c.curriculum.load_state_dict(before)\n    rollouts = collect(", "    rollouts = collect(")
+m("the critic starts from what was masked", "if r.verdict and not r.verdict.masked]\n    return sum(graded)", "if r.verdict]\n    return sum(graded)")
 m = of("rollout/canary.py", WIRES)
 m("the limit of noise is twice what it should be", "return max(TIMES * measured", "return max(2 * TIMES * measured")
 m("the limit of noise has no floor", "max(TIMES * measured, explained[dtype] / 2)", "TIMES * measured")
 m("the canary's limit is never measured", "self.limit = noise_limit(gap, PROBED, policy.dtype)", "pass", WIRES)
 m("the canary's limit follows every look", "        if self.limit is None:\n            self.limit = noise", "        if True:\n            self.limit = noise", WIRES)
 
-# -- run/curriculum.py ------------------------------------------------------------------------------------------------
+# -- tasks/epochs.py, run/curriculum.py, experimental/predicted.py ----------------------------------------------------
 
-m = of("run/curriculum.py", CURRICULUM)
+m = of("tasks/epochs.py", CURRICULUM)
+m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", WIRES)
+m = of("experimental/predicted.py", CURRICULUM)
 m("what was chosen is not divided out", "weight_M.mean() / weight_M if self.section.corrected", "np.ones_like(weight_M) if self.section.corrected")
 m("the weight is upside down", "weight_M.mean() / weight_M", "weight_M / weight_M.mean()")
 m("variance for deviation", "np.sqrt(value_M * (1 - value_M))", "value_M * (1 - value_M)", NEYMAN)
 m("no floor", "np.sqrt(value_M * (1 - value_M)) + self.section.floor", "np.sqrt(value_M * (1 - value_M))", NEYMAN)
 m("the marks never move", "(np.arange(n) + uniform)", "(np.arange(n) + 0.5)")
+m = of("run/curriculum.py", CURRICULUM)
 m("the mean clears a stage", "self.accuracy[1] < self.section.clear", "self.accuracy[0] < self.section.clear")
 m("nothing is rehearsed", "round(n * self.section.rehearse) if self.stage else 0", "0")
 m("a bound belongs to the next stage", "task.difficulty > bound", "task.difficulty >= bound")
 m("a streak is one longer", "if streak >= self.after", "if streak > self.after")
 m("rest is one epoch longer", "if epoch < self.seen[name][2]", "if epoch <= self.seen[name][2]")
 m("masked answers count against a stage", "and r.verdict and not r.verdict.masked:\n                yield", "and r.verdict:\n                yield")
-m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", WIRES)
 
 # -- run/sample.py ----------------------------------------------------------------------------------------------------
 
@@ -410,8 +412,8 @@ m = of("run/sample.py", WIRES)
 m("no group is flat", "if len(scores) > 1 else flat", "if len(scores) > 0 else flat")
 m("what is masked makes a group mixed", "for x in group if x.verdict and not x.verdict.masked}", "for x in group if x.verdict}")
 m("the greedy response is of another prompt", "greedy[i // samples]", "greedy[-1 - i // samples]", WIRES)
-m("the greedy response is sampled", "replace(run.sampling, temperature=0.0)", "run.sampling", WIRES)
-m("what is thrown away costs nothing", "Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)", "Gathered(rollouts, 0, thrown_away)", WIRES, PEERS)
+m("the greedy response is sampled", "replace(c.sampling, temperature=0.0)", "c.sampling", WIRES)
+m("what is thrown away costs nothing", "Sampled(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)", "Sampled(rollouts, 0, thrown_away)", WIRES, PEERS)
 m("a flat group stays", "rollouts = [x for group in mixed for x in group] + fresh", "rollouts = [x for group in [*mixed, *flat] for x in group] + fresh", WIRES, PEERS)
 
 # -- experimental/search.py, experimental/mcts.py -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sppo.recipe.presets import LONG_RATIO, PRESETS
 from sppo.recipe.sections import PER_TOKEN
 from sppo.rollout.engine import Sampling
 from sppo.run.run import Run
-from sppo.run.warnings import Health
+from sppo.run.warnings import Warnings
 
 from ..conftest import SMALL, small_config
 
@@ -48,7 +48,8 @@ def test_the_rule(tokens, minibatches, epochs, ratio, level):
 def test_a_peer_keeps_its_papers_ratio(name):
     ratio = PRESETS[name]["objective"]["ratio"]
     for tokens in (32, 4096):
-        found = settled(objective__algorithm=name, rollout__max_tokens=tokens)
+        reward = "answer + 0 * steps:check=chain,split=semicolons"  # what sppo-hybrid needs
+        found = settled(objective__algorithm=name, rollout__max_tokens=tokens, reward__use=reward)
         assert found[0] == ratio
         assert "auto" not in found[2]
         assert found[1] == ("sequence" if tokens == 32 and ratio not in PER_TOKEN else "token")
@@ -144,10 +145,10 @@ def test_a_run_says_its_ratio_and_its_recipe_holds_it(tmp_path):
 def said(metrics, **keys) -> list[str]:
     sentences: list[str] = []
     config = small_config(**keys)
-    health = Health(config, Sampling.of(config.rollout), sentences.append)
+    warnings = Warnings(config, Sampling.of(config.rollout), sentences.append)
     step = {"rollout/mean_tokens": 80.0, "rollout/truncated": 0.0, "rollout/overruled": 0.0, "reward/spread": 1.0}
     for _ in range(2):  # the second time nothing is said
-        health.look(step | metrics, [])
+        warnings.look(step | metrics, [])
     return sentences
 
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
 from sppo.rewards.code import CodeReward, build, extract_code
+from sppo.rewards.loading import load_reward
 from sppo.sandbox.verdict import same_output
 from sppo.tasks.records import task_from
 from sppo.types import Rollout, Task, Verdict
@@ -364,7 +364,9 @@ def test_tests_that_can_fail_nobody_or_everybody_are_the_rows_fault(reward, colu
 
 def test_no_program_can_make_its_row_invalid(reward):
     for body in ("raise ModuleNotFoundError('x', name='y')", "import nothing_like_this", "raise ImportError"):
-        rollout = Rollout.answer(Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", f"def f(x):\n    {body}")
+        rollout = Rollout.answer(
+            Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", f"def f(x):\n    {body}"
+        )
         assert reward.judge([rollout])[0].outcome in ("wrong", "crashed")
 
 
@@ -375,11 +377,15 @@ def test_which_block_is_the_program_and_what_it_may_use(reward):
         assert reward.judge([rollout])[0].outcome == "correct", after
     row = {"tests": ["assert f(4) == 2"], "test_imports": ["import math"]}
     assert (
-        reward.judge([Rollout.answer(Task("t", "?", row), [], [], [], "stop", "def f(x): return math.sqrt(x)")])[0].outcome
+        reward.judge([Rollout.answer(Task("t", "?", row), [], [], [], "stop", "def f(x): return math.sqrt(x)")])[
+            0
+        ].outcome
         == "correct"
     )
     row = {"test": "def check(candidate):\n    assert candidate(3) == 9", "entry_point": "f"}
     assert (
-        reward.judge([Rollout.answer(Task("t", "Square", row), [], [], [], "stop", "def f(x): return x * x")])[0].outcome
+        reward.judge([Rollout.answer(Task("t", "Square", row), [], [], [], "stop", "def f(x): return x * x")])[
+            0
+        ].outcome
         == "correct"
     )

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sppo.errors import RecipeError, RewardError
-from sppo.rewards.base import load_reward
 from sppo.rewards.combine import MixedReward, Part, adds, parse_mixture
+from sppo.rewards.loading import load_reward
 from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.types import Outcome, Rollout, Task, Verdict

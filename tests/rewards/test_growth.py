@@ -22,10 +22,10 @@ import pytest
 import sppo
 from sppo.errors import RecipeError
 from sppo.rewards.answer import MODES
-from sppo.rewards.base import load_reward
 from sppo.rewards.confidence import stated_confidence
 from sppo.rewards.extract import EXTRACT, extract_answer
-from sppo.rewards.steps import SPLITS
+from sppo.rewards.loading import load_reward
+from sppo.rewards.segments import SEPARATORS
 from sppo.types import Rollout, Task
 
 ROOT = Path(sppo.__file__).parent
@@ -36,7 +36,7 @@ CAP = 1.5
 """Seconds of processor time after which a call is given up."""
 FUNCTIONS = {"compile", "match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer"}
 DYNAMIC = {
-    ("rewards/steps.py", "SPLITS[how]"), ("rewards/segments.py", "SPLITS[split]"), ("rollout/tree.py", "SPLITS.get(branching.segments, '')"),
+    ("rewards/segments.py", "SEPARATORS[how]"), ("rewards/segments.py", "SEPARATORS[split]"), ("rollout/tree.py", "SEPARATORS.get(branching.segments, '')"),
 }  # fmt: skip
 """Patterns that are chosen at run time, from tables that are tested here as well."""
 
@@ -117,7 +117,9 @@ def patterns() -> dict[str, Use]:
                 re.compile(_text(node.args[0], scope, where), value),
                 frozenset(methods if node.func.attr == "compile" else {node.func.attr}),
             )
-    return found | {f"SPLITS[{name}]": Use(re.compile(p), frozenset({"finditer"})) for name, p in SPLITS.items()}
+    return found | {
+        f"SEPARATORS[{name}]": Use(re.compile(p), frozenset({"finditer"})) for name, p in SEPARATORS.items()
+    }
 
 
 def calls_of(use: Use) -> list[Callable[[str], Any]]:
@@ -196,11 +198,13 @@ def readers() -> dict[str, Callable[[str], Any]]:
     }
     modes = [f"answer:extract=whole,mode={mode}" for mode in MODES]
     forms = ["format:tags=think+answer,boxed=true", r"format:pattern=(a+)+b$", r"format:pattern=(\s*\w+)*;"]
-    steps = [f"steps:check=arithmetic,split={split}" for split in SPLITS]
+    steps = [f"steps:check=arithmetic,split={split}" for split in SEPARATORS]
     for spec in (*modes, *forms, *steps):
         reward = load_reward(spec)
         task = Task("t", "q", {"answer": "B", "choices": ["x", "y"]} if "choice" in spec else {"answer": "1"})
-        out[spec] = lambda text, reward=reward, task=task: reward.judge([Rollout.answer(task, [], [], [], "stop", text)])
+        out[spec] = lambda text, reward=reward, task=task: reward.judge(
+            [Rollout.answer(task, [], [], [], "stop", text)]
+        )
     return out | {"confidence": stated_confidence}
 
 
@@ -278,6 +282,7 @@ def test_a_pattern_that_is_not_linear_is_refused() -> None:
             load_reward(f"format:pattern={pattern}")
     reward = load_reward(r"format:pattern=^A:\d+$")
     outcomes = [
-        reward.judge([Rollout.answer(Task("t", "q"), [], [], [], "stop", text)])[0].outcome for text in ("x\nA:5\ny", "A:x")
+        reward.judge([Rollout.answer(Task("t", "q"), [], [], [], "stop", text)])[0].outcome
+        for text in ("x\nA:5\ny", "A:x")
     ]
     assert outcomes == ["correct", "unparseable"]

@@ -21,11 +21,11 @@ from reasoning_gym.factory import DATASETS  # noqa: E402
 from sppo.cli.main import main  # noqa: E402
 from sppo.errors import RecipeError, SandboxUnavailable  # noqa: E402
 from sppo.rewards import gym as reward_module  # noqa: E402
-from sppo.rewards.base import load_reward  # noqa: E402
 from sppo.rewards.gym import GymReward  # noqa: E402
 from sppo.rewards.inside import guards  # noqa: E402
+from sppo.rewards.loading import load_reward  # noqa: E402
 from sppo.sandbox import confined  # noqa: E402
-from sppo.tasks.base import load_tasks  # noqa: E402
+from sppo.tasks.loading import load_tasks  # noqa: E402
 from sppo.types import Rollout, Task, Verdict  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own: files left open, empty matrices
@@ -74,7 +74,9 @@ def jailed(request: pytest.FixtureRequest) -> Iterator[GymReward]:
 def rollout(family: str, index: int, text: str, entry: Any = None) -> Rollout:
     entry = entry or reasoning_gym.create_dataset(family, seed=SEED, size=SIZE)[index]
     where = {"family": family, "seed": SEED, "size": SIZE, "options": {}, "index": index}
-    return Rollout.answer(Task("t", entry["question"], {"answer": entry["answer"], "gym": where}), [], [], [], "stop", text)
+    return Rollout.answer(
+        Task("t", entry["question"], {"answer": entry["answer"], "gym": where}), [], [], [], "stop", text
+    )
 
 
 def judged(reward: GymReward, family: str, *answers: str) -> list[Verdict]:
@@ -373,7 +375,11 @@ def test_without_a_jail_only_families_that_evaluate_nothing_are_judged(
     assert "gym:simple_integration" in capsys.readouterr().err
     task = load_tasks("gym:chain_sum")[0]
     texts = [f"Answer: {task.columns['answer']}", "Answer: 1", f"Answer: {as_numbers('exit()')}"]
-    assert [v.score for v in bare.judge([Rollout.answer(task, [], [], [], "stop", text) for text in texts])] == [1, 0, 0]
+    assert [v.score for v in bare.judge([Rollout.answer(task, [], [], [], "stop", text) for text in texts])] == [
+        1,
+        0,
+        0,
+    ]
     bare.close()
     confined.confinement.cache_clear()
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from sppo.rewards.base import load_reward
 from sppo.rewards.extract import extract_answer
+from sppo.rewards.loading import load_reward
 from sppo.rewards.math import build, judge_one
 from sppo.rewards.reading import read
 from sppo.rewards.same import same
@@ -511,7 +511,9 @@ def test_where_the_answer_stands(text: str, gold: str) -> None:
 )
 def test_a_number_that_is_not_the_answer_is_not_paid(text: str) -> None:
     assert outcome("17", text) in ("wrong", "unparseable")
-    verdict = load_reward("answer").judge([Rollout.answer(Task("t", "q", {"answer": "17"}), [], [], [], "stop", text)])[0]
+    verdict = load_reward("answer").judge([Rollout.answer(Task("t", "q", {"answer": "17"}), [], [], [], "stop", text)])[
+        0
+    ]
     assert verdict.score == 0.0
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
-from sppo.rewards.hidden import hidden, outside_functions
+from sppo.rewards.branches import outside_functions
+from sppo.rewards.hidden import hidden
+from sppo.rewards.loading import load_reward
 from sppo.rewards.quality import QualityReward
 from sppo.types import Rollout, Task, Verdict
 

@@ -8,9 +8,10 @@ import time
 import pytest
 
 from sppo.errors import RecipeError, RewardError
-from sppo.rewards.answer import boxed, extract_answer, looks_cut_off
-from sppo.rewards.base import load_reward
-from sppo.rewards.compare import number
+from sppo.rewards.answer import looks_cut_off
+from sppo.rewards.extract import boxed, extract_answer
+from sppo.rewards.loading import load_reward
+from sppo.rewards.quantity import quantity
 from sppo.rewards.workers import WorkerPool
 from sppo.types import Rollout, Task, Verdict
 
@@ -63,8 +64,8 @@ def test_boxed_balances_braces_and_refuses_what_never_closes():
     ],
 )
 def test_number(text, value):
-    found = number(text)
-    assert found is None if value is None else float(found) == value
+    found = quantity(text)
+    assert found is None if value is None else float(found.value) == value
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_workers_kill_what_overruns_and_survive_what_crashes():
 
 
 def test_gym_reward_scores_with_the_family():
-    from sppo.tasks.base import load_tasks
+    from sppo.tasks.loading import load_tasks
 
     task = load_tasks("gym:chain_sum,min_terms=2,max_terms=3,min_digits=1,max_digits=2")[0]
     reward = load_reward("gym")
@@ -341,7 +342,7 @@ def test_one_sample_at_fault_costs_one_sample(monkeypatch):
 
 def test_an_answer_is_never_executed(tmp_path):
     """Some families' scorers evaluate what they are given: only literals and mathematics reach them."""
-    from sppo.tasks.base import load_tasks
+    from sppo.tasks.loading import load_tasks
 
     mark = tmp_path / "mark"
     for family in ("countdown", "spiral_matrix", "n_queens"):
@@ -349,7 +350,9 @@ def test_an_answer_is_never_executed(tmp_path):
         good = str(task.columns["answer"])
         evil = [f"__import__('os').system('touch {mark}') or 5", f"[open('{mark}', 'w')]", "().__class__"]
         with_reward = load_reward("gym")
-        verdicts = with_reward.judge([Rollout.answer(task, [], [], [], "stop", f"Answer: {text}") for text in (good, *evil)])
+        verdicts = with_reward.judge(
+            [Rollout.answer(task, [], [], [], "stop", f"Answer: {text}") for text in (good, *evil)]
+        )
         with_reward.close()
         assert verdicts[0].score == 1.0, (family, good)
         assert [v.score for v in verdicts[1:]] == [0.0, 0.0, 0.0]

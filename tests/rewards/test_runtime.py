@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.rewards.runtime import Cost, RuntimeReward, Turn
 from sppo.sandbox import Result
 from sppo.sandbox.inside import counter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.types import Rollout, Task
 
 
@@ -89,7 +89,9 @@ def test_right_answers_by_wrong_steps_are_counted():
     free = step_checker("rows.jsonl", rows, load_reward("answer"))
     assert free is not None
     texts = ("12 * 3 = 36\n36 + 4 = 40", "12 * 3 = 38\nso 40", "It is 40.")
-    found = step_quality([Rollout.answer(rows, [1], [2], [-1.0], "stop", t, 0, Verdict(1.0, "correct")) for t in texts], free)
+    found = step_quality(
+        [Rollout.answer(rows, [1], [2], [-1.0], "stop", t, 0, Verdict(1.0, "correct")) for t in texts], free
+    )
     assert found == {"right_by_wrong_steps": 0.5, "steps_judged_share": pytest.approx(2 / 3)}
     for use in ("steps:check=chain", "answer and steps:check=chain,score=min"):  # modulo 10, as the reward has it
         named = step_checker("rows.jsonl", rows, load_reward(use))

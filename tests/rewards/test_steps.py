@@ -15,10 +15,10 @@ from sppo.errors import ModelError, RecipeError, RewardError
 from sppo.models.process_reward import StepModel
 from sppo.models.tiny import character_tokenizer
 from sppo.rewards.arithmetic import check, value_of
-from sppo.rewards.base import load_reward
-from sppo.rewards.steps import split_steps
-from sppo.tasks.base import load_tasks
+from sppo.rewards.loading import load_reward
+from sppo.rewards.segments import split_steps
 from sppo.tasks.chain import check_steps
+from sppo.tasks.loading import load_tasks
 from sppo.types import Rollout, Task, Verdict
 
 

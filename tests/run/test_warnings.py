@@ -12,7 +12,8 @@ from sppo.rollout.collect import truncation_rule
 from sppo.run.build import Parts
 from sppo.run.loop import train
 from sppo.run.run import Run
-from sppo.tasks.base import ListSource, load_tasks
+from sppo.tasks.base import ListSource
+from sppo.tasks.loading import load_tasks
 from sppo.types import Rollout, Task, Verdict
 
 from ..conftest import SMALL, small_config

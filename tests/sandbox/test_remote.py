@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from sppo.errors import RecipeError, SandboxUnavailable
-from sppo.rewards.base import load_reward
+from sppo.rewards.loading import load_reward
 from sppo.sandbox import Case, Job, Limits, RemoteSandbox, Sandbox, TestCode, asserts, calls, stdio
 from sppo.sandbox import remote as remote_module
 from sppo.sandbox.serve import Server

@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.base import load_reward
-from sppo.tasks.base import load_tasks
+from sppo.rewards.loading import load_reward
 from sppo.tasks.functions import ENDS, STEPS, run
+from sppo.tasks.loading import load_tasks
 from sppo.types import Rollout, Task
 
 

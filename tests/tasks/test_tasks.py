@@ -11,7 +11,8 @@ import pytest
 from sppo.errors import DataError, RecipeError
 from sppo.recipe.config import Config, keys
 from sppo.spec import parse_spec, split_specs
-from sppo.tasks.base import ListSource, in_split, load_pair, load_tasks, with_instruction
+from sppo.tasks.base import ListSource, in_split, with_instruction
+from sppo.tasks.loading import load_pair, load_tasks
 from sppo.tasks.records import task_from
 from sppo.tasks.rows import read_rows
 
@@ -137,7 +138,7 @@ def test_published_layouts_of_references_and_tests():
 
 
 def test_a_row_without_a_reference_answer_is_masked_not_scored():
-    from sppo.rewards.base import load_reward
+    from sppo.rewards.loading import load_reward
     from sppo.types import Rollout
 
     tests = '{"inputs": ["1"], "outputs": ["1"]}'

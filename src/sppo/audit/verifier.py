@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..rewards.base import CallableReward, Reward
+from ..rewards.base import Reward
 from ..rewards.combine import MixedReward
 from ..rewards.steps import StepReward
+from ..rewards.user_reward import CallableReward
 
 ROOMS = ("rewards", "sandbox")
 """Of this package: verdicts come from the one, on what the other ran."""

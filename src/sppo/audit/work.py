@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ..models.policy import Policy
 from ..rewards.base import Reward
-from ..rewards.steps import split_steps
+from ..rewards.segments import split_steps
 from ..rollout.collect import sample_seed
 from ..rollout.engine import Engine, Sampling
 from ..types import Rollout

@@ -106,7 +106,7 @@ def _score(args: argparse.Namespace) -> int:
     from ..models.critic import HEAD_FILE, Critic
     from ..models.loading import pick_device
     from ..run.directory import newest_policy, write_atomic
-    from ..tasks.base import load_tasks
+    from ..tasks.loading import load_tasks
     from ._shared import _recipe_near
 
     path = Path(args.model).expanduser()

@@ -67,7 +67,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check every row; exit 2 above the threshold."""
-    from ..rewards.base import fitting_reward, load_reward
+    from ..rewards.loading import fitting_reward, load_reward
 
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is a share between 0 and 1, not {args.threshold}")
@@ -131,7 +131,8 @@ def _shown(problems: list[Problem]) -> list[str]:
 def _read(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[Any], list[str]]:
     """The tasks, and the columns that the rows have; unreadable rows go to `problems` instead of ending the check."""
     from ..spec import is_records
-    from ..tasks.base import in_split, load_tasks, record_options
+    from ..tasks.base import in_split
+    from ..tasks.loading import load_tasks, record_options
     from ..tasks.records import rows_of, task_from
 
     if not is_records(args.data):
@@ -163,7 +164,7 @@ def _read(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[Any],
 def _prompt_problems(args: argparse.Namespace, tasks: list[Any]) -> tuple[list[Problem], str | None]:
     """What is wrong with prompts, and one prompt as the model of --model reads it."""
     from ..models.loading import load_tokenizer, prompt_ids
-    from ..run.build import said_prompt
+    from ..run.prompts import said_prompt
     from ..tasks.records import is_empty
 
     tokenizer = load_tokenizer(args.model, "--model") if args.model else None

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from ..rewards.arithmetic import check_steps as arithmetic
 from ..rewards.base import TEST_COLUMNS, Reward
 from ..rewards.combine import MixedReward
-from ..rewards.steps import Checker, StepReward, split_steps
+from ..rewards.segments import split_steps
+from ..rewards.steps import Checker, StepReward
 from ..spec import modules_in, offers, parse_spec, resolve
 from ..types import Rollout, Task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..spec import is_import
+from ..spec import GIVEN, is_import
 from .presets import CHANCES
 from .recipe import Recipe
 from .sections import PER_TOKEN
@@ -210,7 +210,7 @@ def readers_of_step_scores_have_some(c: Recipe) -> Sentences:
     if not hybrid and (c.search is None or c.search.value != "steps"):
         return
     who, use = "objective.baseline = 'hybrid'" if hybrid else "search.value = 'steps'", c.reward.use
-    if any(is_import(part, "sppo.rewards") for part in use.split()):
+    if use == GIVEN or any(is_import(part, "sppo.rewards") for part in use.split()):
         return  # the user's own reward: known once it has judged
     if "steps:" not in use:
         yield (

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..rewards.steps import split_steps
+from ..rewards.segments import split_steps
 from .progress import clock
 from .reader import MOST, RunReader
 from .rollouts import SURPRISED

@@ -19,23 +19,14 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
-from .compare import choice, members, plain, quantity, same_quantity
-from .extract import EXTRACT, after_hashes, after_last_mark, after_thinking, boxed, extract_answer
+from .choice import choice
+from .extract import EXTRACT, after_hashes, after_thinking, boxed, extract_answer
+from .quantity import quantity, same_quantity
 from .reading import read
+from .text import members, plain
 from .tokens import Unreadable
 from .user_reward import each_within
 
-__all__ = [
-    "AnswerReward",
-    "after_last_mark",
-    "boxed",
-    "build",
-    "choice_letter",
-    "extract_answer",
-    "gold_of",
-    "looks_cut_off",
-    "reference_problem",
-]
 MODES = ("auto", "exact", "numeric", "set", "list", "choice")
 UNITS = ("optional", "required", "ignore")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import mpmath
 
-from .latex import DEGREE, Node
+from .syntax import Node
+from .vocabulary import DEGREE
 
 FINE, FINEST = 100, 400
 """Significant digits of the two evaluations."""

@@ -18,7 +18,7 @@ from ..errors import RecipeError, SandboxUnavailable
 from ..sandbox.confined import MENDS, command, confinement
 from ..tasks.gym import make_dataset
 from ..types import Rollout, Task, Verdict
-from .answer import after_last_mark
+from .extract import after_last_mark
 from .inside.guards import EXPRESSIONS
 from .workers import PATIENCE, WorkerPool
 

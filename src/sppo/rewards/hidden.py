@@ -8,11 +8,11 @@ object goes after that cannot be followed, so the finding is any use of it but a
 from __future__ import annotations
 
 import ast
-import copy
 import doctest
-import re
 from collections.abc import Iterator
 from typing import Any
+
+from .names import IMPORTS, Names, text_of
 
 EXECUTES = frozenset({
     "builtins.exec", "builtins.eval", "builtins.compile", "builtins.execfile", "ctypes.pythonapi", "ctypes.PyDLL", "ctypes.pydll",
@@ -53,10 +53,6 @@ GUARDED = frozenset(
     {"builtins", "importlib", "importlib.util", "sys", "os", "subprocess", "types", "ctypes", "pickle", "gc", "inspect"}
 )
 """Modules of which an attribute is taken by a name that can be read."""
-BUILT_BY = frozenset(
-    {"chr", "bytes", "bytearray", "reversed", "str", "map", "list", "sorted", "ord", "int", "range", "zip"}
-)
-DECODERS = frozenset({"base64", "codecs", "binascii", "zlib", "builtins.bytes", "builtins.bytearray", "builtins.str"})
 
 
 def hidden(tree: ast.Module) -> list[dict[str, Any]]:
@@ -83,28 +79,8 @@ def _doctests(tree: ast.Module) -> Iterator[ast.Module]:
                 continue  # it would not run either
 
 
-class _Reach:
-    """One pass over a program with its imports, its scopes and each node's parent."""
-
-    def __init__(self, tree: ast.Module) -> None:
-        self.tree = tree
-        self.parent = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-        self.modules: dict[str, set[str]] = {}
-        self.values: dict[str, list[ast.expr]] = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    name = alias.asname or alias.name.partition(".")[0]
-                    self.modules.setdefault(name, set()).add(alias.name if alias.asname else name)
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                for alias in node.names:
-                    self.modules.setdefault(alias.asname or alias.name, set()).add(f"{node.module}.{alias.name}")
-            elif isinstance(node, ast.Assign):
-                for target in node.targets:
-                    if isinstance(target, ast.Name):
-                        self.values.setdefault(target.id, []).append(node.value)
-        self.locals: dict[ast.AST, set[str]] = {n: _bound(n) for n in ast.walk(tree) if isinstance(n, FUNCTIONS)}
-        self.own = self._own_names()
+class _Reach(Names):
+    """The rules, in one pass over a program."""
 
     def findings(self) -> Iterator[tuple[int, str, str]]:
         """(line, rule, what is said) of everything that is hidden."""
@@ -125,69 +101,9 @@ class _Reach:
                 says = f"the name {node.value} as a text" if node.value in INSIDES else self._annotation(node)
             if says:
                 yield getattr(node, "lineno", 1), "EXEC", f"code that no analyser sees: {says}"
-            elif isinstance(node, (ast.Name, ast.Attribute)) and not self._is_called(node):
+            elif isinstance(node, (ast.Name, ast.Attribute)) and not self.is_called(node):
                 for name in self.origin(node) & STARTS:
                     yield node.lineno, "ALIAS", f"{name} as a value: its calls are not seen"
-
-    # -- what things are -----------------------------------------------------------------------------------------------
-
-    def origin(self, node: ast.AST) -> set[str]:
-        """The qualified names that an expression may stand for, as far as imports tell."""
-        if isinstance(node, ast.Name):
-            if node.id == "__builtins__":
-                return {"builtins"}
-            known = set(self.modules.get(node.id, ()))
-            return known | {f"builtins.{node.id}"} if self._is_builtin(node) else known
-        if isinstance(node, ast.Attribute):
-            return {f"{base}.{node.attr}" for base in self.origin(node.value)}
-        if isinstance(node, ast.Call) and self.origin(node.func) & IMPORTS and node.args:
-            name = text_of(node.args[0])
-            return {name} if name else set()
-        return set()
-
-    def _is_builtin(self, node: ast.Name) -> bool:
-        """Whether a name may be the builtin one where it stands: no function around it binds it, nor the module before its first use."""
-        if node.id in self.own:
-            return False
-        above: ast.AST | None = node
-        while above is not None:
-            if node.id in self.locals.get(above, ()):
-                return False
-            above = self.parent.get(above)
-        return True
-
-    def _own_names(self) -> set[str]:
-        """Names that the module binds at its top, before anything uses them, and that nothing unbinds."""
-        first_use: dict[str, int] = {}
-        undone: set[str] = set()
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                first_use[node.id] = min(first_use.get(node.id, node.lineno), node.lineno)
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del):
-                undone.add(node.id)
-            elif isinstance(node, ast.Global):
-                undone |= set(node.names)
-        own = set()
-        for statement in self.tree.body:
-            names: list[str] = []
-            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                names = [statement.name]
-            elif isinstance(statement, (ast.Import, ast.ImportFrom)):
-                names = [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
-            elif isinstance(statement, ast.Assign):
-                names = [t.id for t in statement.targets if isinstance(t, ast.Name)]
-            own |= {
-                n
-                for n in names
-                if n not in undone and first_use.get(n, 1 << 60) >= statement.lineno and not _reads(statement, n)
-            }
-        return own
-
-    def _is_called(self, node: ast.AST) -> bool:
-        parent = self.parent.get(node)
-        return isinstance(parent, ast.Call) and parent.func is node
-
-    # -- rules -----------------------------------------------------------------------------------------------------------
 
     def _imported(self, node: ast.Import | ast.ImportFrom) -> str | None:
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -205,7 +121,7 @@ class _Reach:
     def _used(self, node: ast.Name | ast.Attribute) -> str | None:
         """A use of what executes, or of a module as a value, out of which anything may be taken later."""
         names, parent = self.origin(node), self.parent.get(node)
-        called = self._is_called(node)
+        called = self.is_called(node)
         for name in sorted(names):
             if (
                 name in ("builtins.exec", "builtins.eval")
@@ -251,9 +167,9 @@ class _Reach:
             return self._fetched(first)
         if names & MAKES_CODE:
             return f"{min(names & MAKES_CODE)} makes a function"
-        if "builtins.eval" in names and first is not None and self._holds_text(first):
+        if "builtins.eval" in names and first is not None and self.holds_text(first):
             return "eval of a text of the program's own"
-        if names & TAKES_TEXT and any(self._holds_text(a) for a in (*node.args, *(k.value for k in node.keywords))):
+        if names & TAKES_TEXT and any(self.holds_text(a) for a in (*node.args, *(k.value for k in node.keywords))):
             return f"{min(names & TAKES_TEXT)} of a text"
         if names & {"builtins.getattr", "builtins.setattr", "operator.attrgetter", "operator.methodcaller"}:
             by_name = "builtins" in min(names)
@@ -274,7 +190,7 @@ class _Reach:
         if (
             function.attr == "eval"
             and isinstance(function.value, (ast.Call, ast.Subscript, ast.Attribute))
-            and self._holds_text(node.args[0])
+            and self.holds_text(node.args[0])
         ):
             return "a method eval of something unknown"
         if function.attr in ("get", "pop", "__getitem__", "setdefault") and self._is_namespace(function.value):
@@ -298,7 +214,7 @@ class _Reach:
                 return f"{text} by its name"
             hit = {f"{owner}.{text}" for owner in owners} & (EXECUTES | STARTS | CODE_MODULES | {"sys.modules"})
             return f"{min(hit)} by its name" if hit else None
-        if self._is_built(key):
+        if self.is_built(key):
             return "a name put together from pieces"
         if namespace or owners & GUARDED or any(o.startswith("builtins.") for o in owners):
             return "a name that is not written in the program"
@@ -330,121 +246,6 @@ class _Reach:
             return None
         return "an annotation that calls" if any(isinstance(n, ast.Call) for n in ast.walk(tree)) else None
 
-    def _holds_text(self, node: ast.expr) -> bool:
-        """Whether a value is made of words of the program's own, also by way of its variables. What a function makes of them is not known."""
-        pending: list[ast.expr] = [node]
-        seen: set[str] = set()
-        while pending:
-            part = pending.pop()
-            text = part.value if isinstance(part, ast.Constant) else None
-            if isinstance(text, bytes) or (isinstance(text, str) and re.search(r"[A-Za-z_]", text)):
-                return True
-            if isinstance(part, ast.Name) and part.id not in seen:
-                seen.add(part.id)
-                pending += self.values.get(part.id, ())
-            elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
-                pending += [part.func.value, *(part.args if isinstance(part.func.value, ast.Constant) else [])]
-            elif isinstance(part, (*COMPOSED, ast.NamedExpr)):
-                pending += [c for c in ast.iter_child_nodes(part) if isinstance(c, ast.expr)]
-        return False
-
-    def _is_built(self, node: ast.expr) -> bool:
-        """Whether a name is put together out of constants, which could have been written as it is."""
-        return not isinstance(node, ast.Constant) and self._is_constant(node)
-
-    def _is_constant(self, node: ast.expr) -> bool:
-        """Whether nothing but constants goes into a value, also by way of its variables."""
-        pending: list[ast.expr] = [node]
-        seen: set[str] = set()
-        while pending:
-            part = pending.pop()
-            if isinstance(part, ast.Name):
-                values = self.values.get(part.id)
-                if not values:
-                    return False
-                if part.id not in seen:
-                    seen.add(part.id)
-                    pending += values
-            elif isinstance(part, (ast.ListComp, ast.GeneratorExp)):
-                pending += [g.iter for g in part.generators]
-            elif isinstance(part, ast.Call):
-                made = isinstance(part.func, ast.Name) and part.func.id in BUILT_BY
-                if isinstance(part.func, ast.Attribute):
-                    made = True
-                    if not self.origin(part.func.value) & DECODERS:
-                        pending.append(part.func.value)
-                if not made:
-                    return False
-                pending += [a for a in part.args if not (isinstance(a, ast.Name) and a.id in BUILT_BY)]
-            elif isinstance(part, COMPOSED):
-                pending += [c for c in ast.iter_child_nodes(part) if isinstance(c, ast.expr)]
-            elif not isinstance(part, ast.Constant):
-                return False
-        return True
-
-
-COMPOSED = (
-    ast.BinOp,
-    ast.JoinedStr,
-    ast.FormattedValue,
-    ast.List,
-    ast.Tuple,
-    ast.Subscript,
-    ast.Slice,
-    ast.UnaryOp,
-    ast.IfExp,
-)
-FUNCTIONS = (
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
-    ast.Lambda,
-    ast.ListComp,
-    ast.SetComp,
-    ast.DictComp,
-    ast.GeneratorExp,
-)
-IMPORTS = frozenset({"builtins.__import__", "importlib.import_module", "importlib.__import__"})
-
-
-def text_of(node: ast.expr) -> str | None:
-    """The text of a constant, else None."""
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
-
-
-def _bound(scope: ast.AST) -> set[str]:
-    """The names that a function or a comprehension binds itself."""
-    names: set[str] = set()
-    elsewhere: set[str] = set()
-    pending = list(ast.iter_child_nodes(scope))
-    if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        pending = [scope.args, *scope.body]  # its decorators, defaults and annotations stand outside
-    while pending:
-        node = pending.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.add(node.name)
-            continue
-        if isinstance(node, FUNCTIONS):
-            continue
-        if isinstance(node, ast.arg):
-            names.add(node.arg)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, (ast.Global, ast.Nonlocal)):
-            elsewhere |= set(node.names)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {(a.asname or a.name).partition(".")[0] for a in node.names}
-        pending += ast.iter_child_nodes(node)
-    return names - elsewhere
-
-
-def _reads(statement: ast.stmt, name: str) -> bool:
-    """Whether a top-level assignment reads the name that it binds (`exec = exec`), or an import takes it from what it hides."""
-    if isinstance(statement, ast.ImportFrom):
-        return statement.module == "builtins"
-    return isinstance(statement, ast.Assign) and any(
-        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(statement.value)
-    )
-
 
 def _names_it(parent: ast.AST | None, node: ast.AST) -> bool:
     """Whether a module is only the first argument of getattr and the like, which look at the name themselves."""
@@ -463,61 +264,3 @@ def _docstring(node: ast.AST) -> Iterator[ast.expr]:
         first = node.body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             yield first.value
-
-
-# -- branches outside functions ----------------------------------------------------------------------------------------
-
-
-def outside_functions(tree: ast.Module) -> tuple[str, list[int]]:
-    """A program whose functions are the branches that analysers count in functions only, and the line where each began.
-
-    The code of the module and of each class, and every expression with conditions inside conditions, becomes a function.
-    """
-    made: list[tuple[int, list[ast.stmt]]] = []
-    inner = {child for n in ast.walk(tree) if isinstance(n, ast.IfExp) for child in (n.body, n.orelse)}
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef)):
-            made.append((getattr(node, "lineno", 1), [_Bare().visit(copy.deepcopy(s)) for s in node.body]))
-        elif isinstance(node, ast.IfExp) and node not in inner:
-            made.append((node.lineno, _branches(node)))
-    source, lines = "", []
-    for line, body in made:
-        if sum(isinstance(n, BRANCHES) for s in body for n in ast.walk(s)) <= FEW and len(body) <= MANY:
-            continue
-        function = ast.parse("def made(): pass").body[0]
-        assert isinstance(function, ast.FunctionDef)
-        function.body = body
-        text = ast.unparse(function) + "\n"
-        source += text
-        lines += [line] * text.count("\n")
-    return source, lines
-
-
-BRANCHES = (ast.If, ast.For, ast.While, ast.Try, ast.Match, ast.With)
-FEW, MANY = 4, 40
-
-
-class _Bare(ast.NodeTransformer):
-    """Leaves out what has a place of its own, or none in a function."""
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        if isinstance(
-            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Global)
-        ):
-            return ast.Pass()
-        return super().generic_visit(node)
-
-
-def _branches(node: ast.expr) -> list[ast.stmt]:
-    """`a if t else b` as statements, all the way down; without recursion, for chains are long."""
-    nested: list[ast.stmt] = []
-    pending: list[tuple[ast.expr, list[ast.stmt]]] = [(node, nested)]
-    while pending:
-        here, into = pending.pop()
-        if isinstance(here, ast.IfExp):
-            branch = ast.If(here.test, [], [])
-            into.append(branch)
-            pending += [(here.body, branch.body), (here.orelse, into)]
-        else:
-            into.append(ast.Return(here))
-    return nested

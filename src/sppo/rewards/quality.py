@@ -24,8 +24,9 @@ from typing import Any
 from ..errors import RecipeError
 from ..sandbox.names import parsed
 from ..types import Rollout, Task, Verdict
+from .branches import outside_functions
 from .code import program_of
-from .hidden import hidden, outside_functions
+from .hidden import hidden
 from .workers import WorkerPool
 
 PENALTY = {"high": 0.5, "medium": 0.25, "low": 0.1}

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 
-from .latex import FUNCTIONS, Node, Reader, lettered
+from .latex import Reader
+from .syntax import Node
 from .tokens import TEXT, Unreadable, places, tidy, tokens
 from .units import unit
+from .vocabulary import FUNCTIONS, lettered
 
 LONGEST = 2000
 """Characters of an answer that is read."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 import mpmath
 
 from .evaluate import FAILS, FINE, Point, Undefined, Value, approximate, close, evaluate, infinite, is_real, walk
-from .latex import Node
+from .syntax import Node
 
 # -- sets of real numbers -------------------------------------------------------------------------------------------------------
 

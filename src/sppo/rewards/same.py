@@ -1,58 +1,18 @@
-r"""When two mathematical answers are the same: trees of `latex.py`, compared by value. Exact where both are; nothing is simplified.
+"""Whether a mathematical answer says what the reference says: trees of `latex.py`, compared part by part.
 
-Rational values are compared as fractions. Others are evaluated twice, to 100 and to 400 digits, and must agree relative to their size at
-both: `e^{-50}` is not 0, and 10^{-34} not 10^{-19}. Expressions with letters are the same when they agree at random rational points
-(Schwartz–Zippel), positive ones, and negative ones where both are real there: so `\sqrt{1/n}` is `1/\sqrt{n}`, and `|x|` is not `x`.
-Every evaluation has a budget: an answer that is too large to compute is the same as nothing but itself.
+Values are compared by `scalars.py`, sets of real numbers by `reals.py`; this module knows quantities, words, ratios, lists and relations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 
-import mpmath
-
-from .evaluate import (
-    EVALUATED,
-    FAILS,
-    FINE,
-    FINEST,
-    Point,
-    Value,
-    approximate,
-    close,
-    evaluate,
-    infinite,
-    is_real,
-    multiply,
-    walk,
-)
-from .latex import Node, integer, times
+from .evaluate import FAILS, Point, evaluate, walk
+from .forms import by_letter, forwards, letterless, spread, without_indices
 from .reals import same_reals
+from .scalars import SCALAR, proportional, same_scalar
+from .syntax import Node, integer, times
 from .units import Unit
-
-DIGITS = 6
-"""Significant digits from which on a decimal stands for an exact value: 0.333333 for 1/3."""
-
-
-_SCALAR = {
-    "number",
-    "symbol",
-    "constant",
-    "sum",
-    "product",
-    "power",
-    "negative",
-    "quotient",
-    "call",
-    "factorial",
-    "big",
-}
-
-
-_COUNTING = {"n", "k", "m"}
-"""Letters that stand for whole numbers wherever the answers differ elsewhere: (-1)^n = cos(n pi)."""
 
 
 def same(gold: Node, given: Node) -> bool:
@@ -63,12 +23,12 @@ def same(gold: Node, given: Node) -> bool:
         return _same_relations(gold, given)
     if "labelled" in (gold.op, given.op):
         return _same_labelled(gold, given)
-    gold, given = _spread(gold), _spread(given)
+    gold, given = spread(gold), spread(given)
     ops = {gold.op, given.op}
     if ops & {"quantity", "counted"}:
         return _same_quantity(gold, given)
     if "based" in ops:  # a reference in a base asks for that base: only the very same digits are it
-        return gold.op != "based" and _same_scalar(gold, integer(int(*given.args)))
+        return gold.op != "based" and same_scalar(gold, integer(int(*given.args)))
     if "words" in ops:
         return _same_words(gold, given)
     if ops & {"ratio", "clock"}:
@@ -79,106 +39,7 @@ def same(gold: Node, given: Node) -> bool:
         return _same_members(gold, given)
     if "matrix" in ops:
         return _same_matrix(gold, given)
-    return _same_scalar(gold, given)
-
-
-# -- scalars --------------------------------------------------------------------------------------------------------------------
-
-
-def _same_scalar(a: Node, b: Node) -> bool:
-    if a == b:
-        return True
-    if a.op not in _SCALAR or b.op not in _SCALAR:
-        return False
-    if infinite(a) is not None or infinite(b) is not None:
-        return infinite(a) == infinite(b)
-    if any(node.op == "dots" for tree in (a, b) for node in walk(tree)):
-        return False  # 1 + 2 + … + n is not evaluated
-    names = {node.args[0] for tree in (a, b) for node in walk(tree) if node.op == "symbol"}
-    opaque = any(node.op == "big" or (node.op == "call" and node.args[0] not in EVALUATED) for tree in (a, b) for node in walk(tree))  # fmt: skip
-    if not names and not opaque:
-        return _agree(a, b, Point(0)) is True or _rounds(a, b)
-    return _identical(a, b) or (bool(names) and names <= _COUNTING and _identical(a, b, whole=True))
-
-
-def _identical(a: Node, b: Node, whole: bool = False) -> bool:
-    """Equality at random points."""
-    found = [_agree(a, b, Point(i, whole=whole)) for i in range(1, 7)]
-    if False in found or found.count(True) < 3:
-        return False
-    return whole or False not in [_agree(a, b, Point(i, negative=True), real=True) for i in range(1, 4)]
-
-
-def _agree(a: Node, b: Node, point: Point, real: bool = False) -> bool | None:
-    """Whether two expressions have the same value at a point; None where one has none (`real`: or none that is real)."""
-    try:
-        with mpmath.workdps(FINE):
-            x, y = evaluate(a, point), evaluate(b, point)
-            if isinstance(x, Fraction) and isinstance(y, Fraction):
-                return x == y
-            if real and not (is_real(x) and is_real(y)):
-                return None
-            tiny = mpmath.mpf(10) ** (40 - FINE)
-            if not close(x, y, FINE) and min(abs(approximate(x)), abs(approximate(y))) > tiny:
-                return False
-        with mpmath.workdps(FINEST):
-            u, v = evaluate(a, point), evaluate(b, point)
-            shrink = mpmath.mpf(10) ** (
-                FINE - FINEST + 20
-            )  # noise around 0 shrinks with the precision, a small value does not
-            zeros = [abs(approximate(fine)) <= shrink * abs(approximate(coarse)) for fine, coarse in ((u, x), (v, y))]
-            return all(zeros) if any(zeros) else close(u, v, FINEST)
-    except FAILS:
-        return None
-
-
-def _rounds(a: Node, b: Node) -> bool:
-    """Whether one is a decimal of six significant digits or more that stands for the other: 0.333333 for 1/3, 3.141593 for pi.
-
-    Not where the other could have been written out to as many places: 0.9999996 is not 1.
-    """
-    for decimal, other in ((a, b), (b, a)):
-        written = _decimal(decimal)
-        if written is None:
-            continue
-        value, places = written
-        if len(str(abs(int(value * Fraction(10) ** places)))) < DIGITS:
-            continue
-        try:
-            with mpmath.workdps(FINE):
-                exact = evaluate(other, Point(0))
-                if not is_real(exact):
-                    continue
-                unit = Fraction(10) ** -places
-                if isinstance(exact, Fraction):
-                    if (exact * Fraction(10) ** places).denominator != 1 and abs(value - exact) < unit:
-                        return True
-                elif abs(approximate(value) - mpmath.re(exact)) < approximate(unit):
-                    return True
-        except FAILS:
-            continue
-    return False
-
-
-def _decimal(node: Node) -> tuple[Fraction, int] | None:
-    """The value and the places of a number written as a decimal: `1.20`, `-0.5`, `6.02 \\times 10^{23}`; None for anything else."""
-    if node.op == "number":
-        return None if node.args[1] is None else (node.args[0], node.args[1])
-    if node.op == "negative" and (inner := _decimal(node.args[0])):
-        return -inner[0], inner[1]
-    if node.op == "product" and len(node.args) == 2 and (inner := _decimal(node.args[0])):
-        power = node.args[1]
-        if power.op == "power" and power.args[0] == integer(10):
-            above, sign = power.args[1], 1
-            if above.op == "negative":
-                above, sign = above.args[0], -1
-            exponent = sign * above.args[0] if above.op == "number" else None
-            if isinstance(exponent, Fraction) and exponent.denominator == 1 and abs(exponent) < 1000:
-                return inner[0] * Fraction(10) ** int(exponent), inner[1] - int(exponent)
-    return None
-
-
-# -- quantities, words, ratios --------------------------------------------------------------------------------------------------
+    return same_scalar(gold, given)
 
 
 def _same_quantity(gold: Node, given: Node) -> bool:
@@ -229,7 +90,7 @@ def _same_words(gold: Node, given: Node) -> bool:
         return other.args[0].casefold() == text
     if other.op == "product" and len(text) <= 4 and text.isalpha() and text.isascii():  # `ab` for `a \cdot b`
         letters = [Node("constant", (c,)) if c in "ei" else Node("symbol", (c,)) for c in text]
-        return len(other.args) == len(letters) and _same_scalar(Node("product", tuple(letters)), other)
+        return len(other.args) == len(letters) and same_scalar(Node("product", tuple(letters)), other)
     return False
 
 
@@ -248,13 +109,13 @@ def _same_ratio(gold: Node, given: Node) -> bool:
         return False
     if (gold.op == "clock" and given.op != "ratio") or (given.op == "clock" and gold.op != "ratio"):
         return False
-    return all(_same_scalar(times(x, b[0]), times(y, a[0])) for x, y in zip(a[1:], b[1:], strict=True))
+    return all(same_scalar(times(x, b[0]), times(y, a[0])) for x, y in zip(a[1:], b[1:], strict=True))
 
 
 def _fraction(node: Node) -> list[Node] | None:
     if node.op == "quotient":
         return list(node.args)
-    return [node, integer(1)] if node.op in _SCALAR else None
+    return [node, integer(1)] if node.op in SCALAR else None
 
 
 def _zero(node: Node) -> bool:
@@ -269,37 +130,6 @@ def _same_matrix(gold: Node, given: Node) -> bool:
         return False
     rows = list(zip(gold.args, given.args, strict=True))
     return all(len(p) == len(q) and all(map(same, p, q)) for p, q in rows)
-
-
-# -- lists, sets, tuples --------------------------------------------------------------------------------------------------------
-
-
-def _spread(node: Node) -> Node:
-    """± written out: `1 \\pm \\sqrt{2}` is a list of two; in a list or set it is two members."""
-    if node.op in ("list", "set"):
-        items = node.args[1] if node.op == "list" else node.args
-        spread = [member for item in items for member in _signs(item)]
-        if len(spread) == len(items):
-            return node
-        return Node("list", (node.args[0], tuple(spread))) if node.op == "list" else Node("set", tuple(spread))
-    found = _signs(node) if node.op in _SCALAR | {"plusminus", "quantity"} else [node]
-    return node if len(found) == 1 else Node("list", (",", tuple(found)))
-
-
-def _signs(node: Node) -> list[Node]:
-    if not any(n.op == "plusminus" for n in walk(node)):
-        return [node]
-    return [_signed(node, plus=True), _signed(node, plus=False)]
-
-
-def _signed(node: Node, plus: bool) -> Node:
-    if node.op == "plusminus":
-        sign, left, right = node.args
-        right = _signed(right, plus)
-        if (sign == "pm") != plus:
-            right = Node("negative", (right,))
-        return right if left is None else Node("sum", (_signed(left, plus), right))
-    return Node(node.op, tuple(_signed(arg, plus) if isinstance(arg, Node) else arg for arg in node.args))
 
 
 def _same_members(gold: Node, given: Node) -> bool:
@@ -339,19 +169,16 @@ def _in_any_order(a: Sequence[Node], b: Sequence[Node]) -> bool:
     return True
 
 
-# -- relations ------------------------------------------------------------------------------------------------------------------
-
-
 def _has_relations(*nodes: Node) -> bool:
     return any(node.op == "list" and any(item.op == "relation" for item in node.args[1]) for node in nodes)
 
 
 def _same_relations(gold: Node, given: Node) -> bool:
     """`x = 5` is 5, `y = 2x` is `2y = 4x`, `m \\ge 2` is `m \\in [2, \\infty)` and `[2, \\infty)`."""
-    roots, others = _without_indices(gold), _without_indices(given)
+    roots, others = without_indices(gold), without_indices(given)
     if (roots is None) != (others is None):  # x_1 = 3, x_2 = -3 for x = 3 or x = -3
         gold, given = roots or gold, others or given
-    for values, point in ((_by_letter(gold), given), (_by_letter(given), gold)):
+    for values, point in ((by_letter(gold), given), (by_letter(given), gold)):
         if values is not None and point.op == "bracket" and point.args[:2] == ("(", ")"):
             return _in_order(values, point.args[2])
     (name_a, a), (name_b, b) = _named(gold), _named(given)
@@ -375,35 +202,6 @@ def _same_relations(gold: Node, given: Node) -> bool:
     return same_reals(gold, given)
 
 
-def _equations(node: Node) -> list[tuple[str, Node]] | None:
-    """The names and values of a list of `letter = value`, two or more of them; None for anything else."""
-    if node.op != "list" or node.args[0] == "or":
-        return None
-    items = node.args[1]
-    if not all(i.op == "relation" and i.args[0] == ("=",) and i.args[1][0].op == "symbol" for i in items):
-        return None
-    return [(item.args[1][0].args[0], item.args[1][1]) for item in items]
-
-
-def _without_indices(node: Node) -> Node | None:
-    """`x_1 = 3, x_2 = -3` as `x = 3, x = -3`: roots that were numbered; None for anything else."""
-    found = _equations(node if node.op != "list" else Node("list", (",", node.args[1])))
-    if found is None or [name[1:] for name, _ in found] != [f"_{i}" for i in range(1, len(found) + 1)]:
-        return None
-    if len({name[0] for name, _ in found}) != 1:
-        return None
-    letter = Node("symbol", (found[0][0][0],))
-    return Node("list", (node.args[0], tuple(Node("relation", (("=",), (letter, value))) for _, value in found)))
-
-
-def _by_letter(node: Node) -> list[Node] | None:
-    """The values of `y = -2, x = 3` in the order of their letters, where these follow each other: a point's coordinates."""
-    found = sorted(_equations(node) or (), key=lambda pair: pair[0])
-    names = "".join(name for name, _ in found)
-    follow = len(names) == len(found) > 1 and names in "abcdefghijklmnopqrstuvwxyz"
-    return [value for _, value in found] if follow else None
-
-
 def _ordering(node: Node) -> bool:
     return any(operator != "=" for operator in node.args[0])
 
@@ -416,10 +214,10 @@ def _named(node: Node) -> tuple[Node | None, Node]:
             return (sides[0], sides[1]) if sides[0].op == "symbol" else (None, node)
         if set(operators) != {"="}:
             return None, node
-        if _letterless(sides[0]) and sides[-1].op == "symbol" and len(sides) == 2:
+        if letterless(sides[0]) and sides[-1].op == "symbol" and len(sides) == 2:
             return sides[1], sides[0]
         if any(not same(side, sides[-1]) for side in sides[1:-1]) or (
-            _letterless(sides[0]) and not same(sides[0], sides[-1])
+            letterless(sides[0]) and not same(sides[0], sides[-1])
         ):
             return None, node
         return sides[0], sides[-1]
@@ -448,55 +246,20 @@ def _nameable(node: Node) -> bool:
     return "symbol" in inside and "number" not in inside
 
 
-def _letterless(node: Node) -> bool:
-    return node.op in _SCALAR | {"plusminus", "set", "list", "bracket"} and not any(n.op in ("symbol", "big", "dots") for n in walk(node))  # fmt: skip
-
-
-_FLIPPED = {">": "<", ">=": "<="}
-
-
 def _same_equation(gold: Node, given: Node) -> bool:
     """Two relations between the same things: sides exchanged, or both multiplied by the same number."""
     if len(gold.args[0]) != len(given.args[0]):
         return False
-    (ops_a, a), (ops_b, b) = _forwards(gold), _forwards(given)
+    (ops_a, a), (ops_b, b) = forwards(gold), forwards(given)
     if ops_a != ops_b:
         return False
     if len(ops_a) > 1 or ops_a[0] not in ("=", "!=", "<", "<="):
         return _in_order(a, b) or (set(ops_a) <= {"=", "equiv", "sim", "cong", "parallel", "perp"} and _in_order(a, b[::-1]))  # fmt: skip
     if _in_order(a, b) or (ops_a[0] in ("=", "!=") and _in_order(a, b[::-1])):
         return True
-    if not all(side.op in _SCALAR for side in (*a, *b)):
+    if not all(side.op in SCALAR for side in (*a, *b)):
         return False
     p, q = (Node("sum", (x, Node("negative", (y,)))) for x, y in (a, b))
     if not any(n.op == "symbol" for n in walk(p)):
         return False
-    return _proportional(p, q, ordered=ops_a[0] in ("<", "<="))
-
-
-def _forwards(node: Node) -> tuple[tuple[str, ...], tuple[Node, ...]]:
-    operators, sides = node.args
-    if all(op in _FLIPPED for op in operators):
-        return tuple(_FLIPPED[op] for op in reversed(operators)), tuple(reversed(sides))
-    return operators, sides
-
-
-def _proportional(p: Node, q: Node, ordered: bool) -> bool:
-    """Whether p / q is one constant, other than 0, wherever both are defined; `ordered`: a positive one."""
-    if any(n.op in ("dots", "plusminus") or infinite(n) for tree in (p, q) for n in walk(tree)):
-        return False
-    ratio: Value = None
-    found = 0
-    for i in range(1, 7):
-        try:
-            with mpmath.workdps(FINE):
-                x, y = evaluate(p, Point(i)), evaluate(q, Point(i))
-                if x == 0 or y == 0:
-                    return False
-                this = multiply(x, 1 / y)
-                if ratio is not None and not (this == ratio or close(this, ratio, FINE)):
-                    return False
-                ratio, found = this, found + 1
-        except FAILS:
-            continue
-    return found >= 3 and (not ordered or (is_real(ratio) and mpmath.re(approximate(ratio)) > 0))
+    return proportional(p, q, ordered=ops_a[0] in ("<", "<="))

@@ -13,16 +13,15 @@ could be judged is `unparseable`. Usually a part of a mixture: `answer + 0.3 * s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import RecipeError
 from ..spec import resolve
 from ..types import Rollout, Task, Verdict
+from .segments import SEPARATORS, split_steps
 from .user_reward import LIMIT, guarded
 
-SPLITS = {"lines": r"\n", "semicolons": r"[;\n]", "sentences": r"(?<=[.!?])\s|\n", "paragraphs": r"\n[^\S\n]*\n"}
 SCORES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda scores: sum(scores) / len(scores),
     "min": min,
@@ -40,8 +39,8 @@ def build(
         raise RecipeError(
             "reward steps: say what scores a step: check=chain, check=arithmetic, check=mine:f, or model=FOLDER"
         )
-    if split != "auto" and split not in SPLITS:
-        raise RecipeError(f"reward steps: split={split} is not one of auto, {', '.join(SPLITS)}")
+    if split != "auto" and split not in SEPARATORS:
+        raise RecipeError(f"reward steps: split={split} is not one of auto, {', '.join(SEPARATORS)}")
     if score not in SCORES:
         raise RecipeError(f"reward steps: score={score} is not one of {', '.join(SCORES)}")
     if model:
@@ -61,19 +60,6 @@ def _by_model(name: str, separator: str) -> Callable[[Sequence[tuple[Task, Seque
 
     model, _ = StepModel.load(name, device=pick_device(), separator=separator)
     return lambda rows: model.scores([(task.text, steps) for task, steps in rows])
-
-
-def split_steps(text: str, how: str = "auto") -> list[tuple[str, int]]:
-    """(step, where it ends in the text), empty ones left out. `auto`: lines, or else semicolons, or else sentences."""
-    body = text.rstrip()
-    if how == "auto":
-        how = "lines" if "\n" in body.strip() else "semicolons" if ";" in body else "sentences"
-    steps, start = [], 0
-    for separator in re.finditer(SPLITS[how], body):
-        steps.append((body[start : separator.start()].strip(), separator.start()))
-        start = separator.end()
-    steps.append((body[start:].strip(), len(body)))
-    return [(step, end) for step, end in steps if step]
 
 
 class StepReward:

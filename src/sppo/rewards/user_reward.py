@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from ..errors import RewardError
-from ..types import Rollout, Verdict
+from ..errors import RecipeError, RewardError
+from ..spec import nearest
+from ..types import OUTCOMES, Rollout, Task, Verdict
 
 TOLERATED = 0.1
 LIMIT = 600.0
@@ -24,12 +29,121 @@ IN_PROCESS = 10.0
 """Seconds that one of our own judges may take for one response, in the trainer's process. They are linear in it: none comes near."""
 
 
+GIVEN_TO_ALL = ("prompts", "completions", "completion_ids")
+"""Names under which a callable receives the responses."""
+
+
 class Fault(Exception):
     """What is wrong with a call of a reward, in a sentence."""
 
 
 class _Overrun(BaseException):
     """Raised inside a reward that does not come back; not an Exception, which a user's `except Exception` would swallow."""
+
+
+class CallableReward:
+    """A user's `f(prompts, completions, **columns)`: checked at every call, because a silent 0 is the worst answer.
+
+    Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat prompts. `options` go with each
+    call, before columns of the same name.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], name: str, limit: float = LIMIT, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raises RecipeError for an option that the function does not take."""
+        self.function, self.name, self.limit, self.options = function, name, limit, dict(options or {})
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.takes = {p.name for p in parameters}
+        for key in self.options:
+            if key in GIVEN_TO_ALL or not (self.takes_any or key in self.takes):
+                known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in GIVEN_TO_ALL]
+                raise RecipeError(f"reward {name} has no option {key!r}: {nearest(key, known)}")
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Raises RewardError naming the reward and the mend when it raises, hangs or returns what it may not."""
+        return guarded(self.name, self.limit, rollouts, self._call)
+
+    def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:
+        columns = {key for r in rollouts for key in r.task.columns} - {
+            *GIVEN_TO_ALL,
+            "prompt",
+            "completion",
+            *self.options,
+        }
+        chosen = columns if self.takes_any else columns & self.takes
+        arguments: dict[str, Any] = {key: [r.task.columns.get(key) for r in rollouts] for key in sorted(chosen)}
+        if self.takes_any or "completion_ids" in self.takes:
+            arguments["completion_ids"] = [list(r.response_ids) for r in rollouts]
+        prompts = [r.task.prompt for r in rollouts]
+        completions = [
+            r.text if isinstance(r.task.prompt, str) else [{"role": "assistant", "content": r.text}] for r in rollouts
+        ]
+        arguments |= {"prompts": prompts, "completions": completions, **self.options}
+        if not self.takes_any:
+            arguments = {key: value for key, value in arguments.items() if key in self.takes}
+        scores = self.function(**arguments)
+        if not isinstance(scores, (list, tuple)):
+            scores = getattr(scores, "tolist", lambda: scores)()
+        if not isinstance(scores, (list, tuple)) or len(scores) != len(rollouts):
+            got = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else type(scores).__name__
+            raise Fault(
+                f"reward {self.name} returned {got} for {len(rollouts)} completions; it must return one each, in order"
+            )
+        return [self._verdict(score, r) for score, r in zip(scores, rollouts, strict=True)]
+
+    def _verdict(self, score: Any, rollout: Rollout) -> Verdict | str:
+        if score is None:
+            return Verdict(0.0, "infra_error", {"reason": f"{self.name} returned None"})
+        try:
+            value = float(score)
+        except (TypeError, ValueError):
+            return f"reward {self.name} returned {score!r} for task {rollout.task.id}; scores are numbers in [0, 1]"
+        if math.isnan(value) or not 0.0 <= value <= 1.0:
+            return f"reward {self.name} returned {value} for task {rollout.task.id}; scores must lie in [0, 1], None means ungradable"
+        return Verdict(value, "correct" if value >= 0.5 else "wrong", {"reward": self.name})
+
+    def check(self, task: Task) -> str | None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class UserJudge:
+    """A user's object with `judge`: the count and the types are checked."""
+
+    def __init__(self, inner: Any, name: str, limit: float) -> None:
+        self.inner, self.name, self.limit = inner, name, limit
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Raises RewardError as `CallableReward` does."""
+        return guarded(self.name, self.limit, rollouts, self._call)
+
+    def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:
+        verdicts = list(self.inner.judge(rollouts))
+        if len(verdicts) != len(rollouts) or not all(isinstance(v, Verdict) for v in verdicts):
+            raise Fault(
+                f"reward {self.name} must return one Verdict for each of {len(rollouts)} rollouts, got {len(verdicts)} objects"
+            )
+        return [self._checked(v, r) for v, r in zip(verdicts, rollouts, strict=True)]
+
+    def _checked(self, verdict: Verdict, rollout: Rollout) -> Verdict | str:
+        if verdict.outcome not in OUTCOMES:
+            return f"reward {self.name} gave task {rollout.task.id} the outcome {verdict.outcome!r}; known: {', '.join(OUTCOMES)}"
+        if not verdict.masked and not (0.0 <= verdict.score <= 1.0 and 0.0 <= verdict.correct <= 1.0):
+            return f"reward {self.name} scored task {rollout.task.id} {verdict.score}; scores must lie in [0, 1]"
+        return replace(
+            verdict, score=float(verdict.score), correctness=float(verdict.correct)
+        )  # plain numbers, not NumPy's
+
+    def check(self, task: Task) -> str | None:
+        check = getattr(self.inner, "check", None)
+        return None if check is None else check(task)
+
+    def close(self) -> None:
+        getattr(self.inner, "close", lambda: None)()
 
 
 def guarded(

@@ -24,8 +24,7 @@ from ...errors import RecipeError
 from ...models.critic import Critic
 from ...models.policy import Policy
 from ...recipe.config import Config
-from ...rewards.segments import seen_ends, token_ends
-from ...rewards.steps import SPLITS
+from ...rewards.segments import SEPARATORS, seen_ends, token_ends
 from ...types import Rollout
 from ..batch import Batch
 from ..earned import MEMORY
@@ -176,9 +175,9 @@ def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
             "objective.baseline = 'hybrid' (and search.value = 'steps') reads the scores of a steps reward, and reward.use measures none: add "
             "`+ 0 * steps:check=…,split=…` to it (0: measured, not paid)"
         )
-    if evidence.get("split") not in SPLITS:
+    if evidence.get("split") not in SEPARATORS:
         raise RecipeError(
             "objective.baseline = 'hybrid' must know where a step ends from what was written so far, and split=auto looks at the whole response: "
-            f"name one in reward.use, e.g. steps:check=…,split=lines (known: {', '.join(SPLITS)})"
+            f"name one in reward.use, e.g. steps:check=…,split=lines (known: {', '.join(SEPARATORS)})"
         )
     return evidence["steps"], evidence["split"]

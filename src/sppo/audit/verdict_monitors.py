@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..rewards.answer import choice_letter, gold_of
-from ..rewards.base import TEST_COLUMNS, CallableReward, Reward, load_reward
+from ..rewards.base import TEST_COLUMNS, Reward
 from ..rewards.combine import MixedReward
+from ..rewards.loading import load_reward
+from ..rewards.user_reward import CallableReward
 from ..rollout.collect import sample_seed
 from ..types import Rollout, Task
 from .detect import Cusum, Rate

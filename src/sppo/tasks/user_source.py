@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import DataError, RecipeError
 from ..spec import call_own, is_import, is_records, parse_spec, resolve
 from ..types import Task
+from .records import task_from
 
 
 def is_own(spec: str) -> bool:
@@ -43,8 +44,6 @@ class OwnSource:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Task:
-        from .records import task_from
-
         try:
             item = self.source[index]
         except IndexError:
