@@ -36,28 +36,32 @@ APART = {
         "tests/tasks/test_functions.py",
     ],
     "slow": [
-        "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/mutants/", "tests/run/", "tests/trackers/",
-        "tests/test_benchmarks.py", "tests/test_trainer.py", "tests/evaluation/test_compare.py::test_the_command",
+        "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/kernels/", "tests/mutants/",
+        "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py", "tests/evaluation/test_compare.py::test_the_command",
     ],
 }  # fmt: skip
-"""What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, and all that trains whole runs."""
-SAMPLED = {"tests/exact/test_reference.py::test_every_updates_gradient_is_the_plain_one": 8}
-"""Of these many cases it runs every n-th."""
+"""What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs, and
+what compiles C for every kind of processor."""
+SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 4
+"""Of a test with many cases there, it runs so many."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The only place that says which tests are not fast."""
-    number: dict[str, int] = {}
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         for marker, beginnings in APART.items():
             if item.nodeid.startswith(tuple(beginnings)):
                 item.add_marker(marker)
         if "jailed" in getattr(item, "fixturenames", ()):
             item.add_marker("jail")
-        name = item.nodeid.partition("[")[0]
-        number[name] = number.get(name, -1) + 1
-        if number[name] % SAMPLED.get(name, 1):
-            item.add_marker("slow")
+        if item.nodeid.startswith(SAMPLED):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in cases.values():
+        every = -(-len(same) // FEW)
+        for n, item in enumerate(same):
+            if n % every:
+                item.add_marker("slow")
 
 
 SMALL = "tiny:hidden=32,layers=2,heads=2"
