@@ -1,4 +1,4 @@
-"""ALGORITHM §4.4: every row of the KL table in `objective/kl.py` against enumeration, and the sign of each form's gradient."""
+"""Every row of the KL table in `objective/kl.py` against enumeration, and the sign of each form's gradient."""
 
 from __future__ import annotations
 
