@@ -1,4 +1,4 @@
-"""Can a stated chance be believed? Reliability, calibration error, Brier score, and what is gained by abstaining.
+"""Calibration of stated chances: reliability, calibration error, Brier score, and accuracy under abstention.
 
 The same numbers for any predictor of success: the critic's V(x), or a confidence that the model itself writes. Sources: reliability diagrams
 and ECE, Guo et al. 2017 (arXiv 1706.04599 eq. 3); Brier 1950; risk and coverage, El-Yaniv and Wiener 2010, Geifman and El-Yaniv 2017

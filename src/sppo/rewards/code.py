@@ -38,7 +38,7 @@ from .suites import PRELUDE, binds, column_of, defines, entry_name, suites_of
 
 BROKEN = "the sandbox could not try the row's tests"
 DECIDED = ("ok", "exception")
-"""Statuses of a reference solution that say something of the row, not of the machine."""
+"""Statuses of a reference solution that are the row's fault, not the machine's."""
 
 
 def build(partial: bool = False, tolerance: float = TOLERANCE, **sandbox: Any) -> CodeReward:
@@ -103,7 +103,7 @@ def _chosen(blocks: Sequence[tuple[str, str]], wanted: Iterable[str], reads: boo
 
 
 def _with_its_parts(program: str, codes: Sequence[str]) -> str:
-    """The program behind those blocks before it that make a name which it lacks: an answer given in parts."""
+    """The program, preceded by the earlier blocks that define names it lacks: an answer given in parts."""
     for earlier in reversed(codes[: codes.index(program)][-PARTS:]):
         if parsed(program) is None or (name := undefined([program], modules=())) is None:
             break
@@ -113,7 +113,7 @@ def _with_its_parts(program: str, codes: Sequence[str]) -> str:
 
 
 PARTS = 8
-"""Blocks before the program that it may be put together with."""
+"""Blocks before the program that may be joined with it."""
 READING = ("input", "stdin", "fileinput")
 """Names by which a program reads its standard input."""
 
@@ -236,7 +236,7 @@ def _prompt_code(task: Task, entry: str) -> str:
 
 
 class CodeReward:
-    """Verdicts by running; see the module."""
+    """Verdicts from running programs; see the module."""
 
     def __init__(self, sandbox: Runs, partial: bool = False, tolerance: float = TOLERANCE) -> None:
         self.sandbox, self.partial, self.tolerance = sandbox, partial, tolerance
@@ -302,10 +302,10 @@ class CodeReward:
             for column, suite in ((column_of(rows[key]), found[0]), ("hidden_tests", found[1])):
                 if suite is not None and suite.code is not None:
                     reference = reference_of(rows[key], found[0])
-                    told = repr((suite.code.tests, suite.code.setup, suite.code.names, reference)).encode(
+                    described = repr((suite.code.tests, suite.code.setup, suite.code.names, reference)).encode(
                         "utf-8", "backslashreplace"
                     )
-                    digest = hashlib.blake2b(told, digest_size=16).digest()
+                    digest = hashlib.blake2b(described, digest_size=16).digest()
                     if digest in self._problems:
                         problems[key] = problems[key] or self._problems[digest]
                     else:

@@ -65,7 +65,7 @@ TEXT = places(
 
 
 _ABOUT = ("approximately", "approx.", "approx", "about", "around", "roughly", "exactly", "precisely")
-"""Words before a value that do not change it."""
+"""Words before a value that leave it unchanged."""
 
 
 def tidy(text: str) -> str:

@@ -36,7 +36,7 @@ MOST_CONNECTIONS, BACKLOG = 512, 128
 HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10.0, 300.0, 30
 """How long a client may take over a request's head and over its body, and how long a connection may lie idle."""
 CALL_OFF_SECONDS = 0.05
-"""How often the jobs of a client that left are told to end until they have."""
+"""Seconds between attempts to end the jobs of a client that has left."""
 Work = Callable[[Any, CallOff], dict[str, Any]]
 
 
@@ -119,7 +119,7 @@ class Connection(H11Protocol):
 
 
 def authorised(headers: Sequence[tuple[bytes, bytes]], token: str) -> bool:
-    """Whether a request shows the token, in a time that does not tell how much of it is right."""
+    """Whether a request shows the token, in constant time."""
     given = [value for name, value in headers if name == b"authorization"]
     return len(given) == 1 and hmac.compare_digest(given[0].removeprefix(b"Bearer "), token.encode())
 
