@@ -56,7 +56,7 @@ def add(subparsers: Any) -> None:
         "--max-prompt-tokens",
         type=int,
         default=1024,
-        help="prompts with more tokens count as too long [1024; 4 characters a token without --model]",
+        help="prompts with more tokens count as too long [1024; 4 characters per token without --model]",
     )
     parser.add_argument(
         "--n", type=int, help="look at the first N rows only [all of a file, 1000 of a task that makes its problems]"

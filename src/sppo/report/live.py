@@ -75,7 +75,7 @@ class Site:
     # -- pages -------------------------------------------------------------------------------------------------------
 
     async def overview(self, request: Request) -> Response:
-        """All runs at a glance."""
+        """The overview of all runs."""
         return await self._page(request, "overview.html", "overview")
 
     async def health(self, request: Request) -> Response:

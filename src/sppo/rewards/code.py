@@ -54,8 +54,8 @@ def extract_code(text: str, wanted: Iterable[str] = (), reads: bool = False) -> 
     """The program in a response: of its fenced blocks of Python the last that defines what is `wanted`; else the bare text, if it parses.
 
     Where none does (or nothing is wanted by name) it is the last that reads standard input, if the tests give one (`reads`), else the
-    last that defines something, else the last. Blocks of another language count only where there are no others. A response that thinks
-    first is read behind its `</think>`, if there is code.
+    last that defines something, else the last. Blocks of another language count only where there are no others. A response with thinking is
+    read after its `</think>`, if there is code.
     """
     answer = text.rpartition("</think>")[2]
     if answer != text and (found := extract_code(answer, wanted, reads)) is not None:
@@ -93,7 +93,7 @@ def _chosen(blocks: Sequence[tuple[str, str]], wanted: Iterable[str], reads: boo
         (codes, lambda code: any(binds(code, name) for name in wanted)),  # f = lambda x: …
         (tagged if reads else [], lambda code: reading(code) and undefined([code]) is None),  # not a test of the answer
         (tagged if reads else [], reading),
-        (tagged, _defines_something),  # a usage example after the answer is not the answer
+        (tagged, _defines_something),  # a usage example after the answer does not count
         (codes, _defines_something),
         (tagged, lambda code: True),
     ):
@@ -180,7 +180,7 @@ LANGUAGES = (
     "java",
     "javascript",
 )
-"""Words behind a fence that open a block even inside of one that was not closed."""
+"""Words after a fence that open a block even inside an unclosed one."""
 
 
 def _defines_something(code: str) -> bool:
@@ -273,7 +273,7 @@ class CodeReward:
         return [v for v in verdicts if v is not None]
 
     def _suites(self, task: Task) -> tuple[Suite, Suite | None] | str:
-        """A row's tests, if what they expect fits into what the sandbox keeps of an output."""
+        """A row's tests, if their expected output fits into the sandbox's output limit."""
         found = suites_of(task)
         if isinstance(found, str):
             return found
@@ -343,7 +343,7 @@ class CodeReward:
         if passed and all(passed):
             return Verdict(1.0, "correct", evidence)
         cannot = next((r.evidence["cannot"] for r in reports.values() if "cannot" in r.evidence), None)
-        if cannot is not None:  # said by the tests' jail of the tests' own values: no program can bring it about
+        if cannot is not None:  # reported by the tests' jail about the tests' own values: no program can cause it
             return Verdict(
                 0.0, "invalid_task", evidence | {"reason": f"the tests cannot be run in a jail of their own: {cannot}"}
             )
