@@ -25,8 +25,8 @@ from ..errors import RecipeError
 from ..sandbox.names import parsed
 from ..types import Rollout, Task, Verdict
 from .branches import outside_functions
-from .code import program_of
 from .hidden import hidden
+from .program import program_of
 from .workers import WorkerPool
 
 PENALTY = {"high": 0.5, "medium": 0.25, "low": 0.1}

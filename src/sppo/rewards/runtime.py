@@ -31,7 +31,8 @@ from ..errors import RecipeError
 from ..sandbox import Job, Result, Runs, Suite, open_sandbox
 from ..spec import call
 from ..types import Outcome, Rollout, Task, Verdict
-from .code import CodeReward, fitted, program_of
+from .code import CodeReward
+from .program import fitted, program_of
 from .suites import suite_in, suites_of
 
 REFERENCES = ("reference", "canonical_solution", "code", "solution")
