@@ -76,7 +76,9 @@ def fitted(name: str, lr: float, seen: list[tuple[Task, float]], tasks: list[Tas
     optimiser = MasterAdamW(critic.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     ids, correct_N = [critic.prompt_ids(t) for t, _ in seen], torch.tensor([c for _, c in seen])
     for part in torch.randperm(len(seen), generator=torch.Generator().manual_seed(0)).split(128):
-        binary_cross_entropy_with_logits(critic([ids[i] for i in part.tolist()]), correct_N[part]).backward()
+        binary_cross_entropy_with_logits(
+            critic.prompt_logits([ids[i] for i in part.tolist()]), correct_N[part]
+        ).backward()
         optimiser.step(lr, 1.0)
     return critic.logits(tasks).sigmoid()
 

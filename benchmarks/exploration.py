@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from sppo.cli.compare import START
+from sppo.cli._comparison import START
 from sppo.evaluation.compare import cost_to, mean_interval, median_interval, ratio_interval, value_at
 from sppo.recipe.config import Config
 from sppo.tasks.loading import load_tasks

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sppo.cli.compare import START
+from sppo.cli._comparison import START
 from sppo.evaluation.compare import cost_to, ratio_interval
 from sppo.recipe.config import Config
 

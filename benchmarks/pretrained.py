@@ -83,14 +83,14 @@ class Study:
 
 def start(seed: int, out: Path, train: str, reward: str) -> int:
     """Make one seed's supervised start."""
-    from sppo.cli.compare import Start, _bootstrap
+    from sppo.cli._comparison import Start, bootstrap
     from sppo.recipe.config import Config, parse_value
 
     flags = dict(zip(COMMON[::2], COMMON[1::2], strict=False))
     keys = {k[2:]: parse_value(v) for k, v in flags.items() if "." in k and "noise" not in k}
     folder = out / "starts" / f"seed-{seed}"
     own = {"seed": seed, "run.out": str(folder), "task.train": train, "reward.use": reward}
-    _bootstrap(Start(folder, Config.load(RECIPE, keys | own)), True)
+    bootstrap(Start(folder, Config.load(RECIPE, keys | own)), True)
     return seed
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from sppo.cli.compare import START
+from sppo.cli._comparison import START
 from sppo.learning.batch import pack
 from sppo.recipe.config import Config
 from sppo.rollout.collect import collect
@@ -128,7 +128,7 @@ def tail(out: Path) -> dict[str, Any]:
             if algorithm == "sppo":
                 squares = [(c.critic.logits([r.task for r in rollouts]).sigmoid() - reward_B).square().mean()]
             else:
-                value_BT = c.critic.token_logits(batch.ids_BL, batch.prompt_len_B, batch.response_len_B).sigmoid()
+                value_BT = c.critic(batch.ids_BL, batch.action_BL).sigmoid()
                 width = value_BT.size(1)
                 tenth_BT = (torch.arange(width) * DECILES // batch.response_len_B[:, None]).clamp(max=DECILES - 1)
                 square_BT = (value_BT - reward_B[:, None]).square()

@@ -97,7 +97,7 @@ def serve_sppo() -> None:
             advantage_B = learner.advantage(batch)[0]
             advantage_B += torch.linspace(-1, 1, len(batch))  # so that no gradient is 0
             learner.update(batch, advantage_B, step)
-            run.sync()
+            run.sync(step + 1)
             told = {
                 "seconds": time.perf_counter() - began,
                 "rollout": half - began,

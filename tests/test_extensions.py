@@ -159,7 +159,9 @@ def test_a_trajectory_of_two_turns_trains_on_what_the_policy_wrote_and_nothing_e
 
 def test_an_environment_that_raises_masks_its_own_trajectory_alone(recipe: Config, tmp_path: Path) -> None:
     (tmp_path / "mine_environment.py").write_text(
-        FILES["mine_environment"].replace("self.seen.append(reply.text)", "self.seen.append(reply.text); assert len(reply.text) % 3")
+        FILES["mine_environment"].replace(
+            "self.seen.append(reply.text)", "self.seen.append(reply.text); assert len(reply.text) % 3"
+        )
     )
     from sppo.run.sample import sample
 
@@ -173,5 +175,5 @@ def test_an_environment_that_raises_masks_its_own_trajectory_alone(recipe: Confi
 
 def test_an_environment_that_lacks_a_method_is_refused_before_anything_starts(recipe: Config) -> None:
     changed = recipe.model_copy(update={"task": recipe.task.model_copy(update={"environment": "mine_tracker:json"})})
-    with pytest.raises(Exception, match="task.environment"):
+    with pytest.raises(Exception, match=r"task\.environment"):
         Run.new(changed)

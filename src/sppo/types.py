@@ -100,7 +100,7 @@ class Rollout:
 
     `logps[t]` is the log-probability of the t-th token that the policy wrote, under the distribution it was sampled from, temperature (and
     any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left. `text` leaves special tokens out. `greedy` is the judged
-    greedy response to the same prompt, where the algorithm asks for one. `version` counts the weight updates of the policy that sampled it.
+    greedy response to the same prompt, where the algorithm asks for one. `version` is the number of steps after which the weights that wrote it were taken.
     `evidence` is what an environment says of the trajectory, for the reward.
     """
 

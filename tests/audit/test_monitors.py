@@ -7,8 +7,8 @@ import json
 import pytest
 
 from sppo.audit.monitors import Monitors
-from sppo.audit.stepwise import other_script, repetition
-from sppo.audit.verifying import reads_reference, reference_of
+from sppo.audit.step_monitors import other_script, repetition
+from sppo.audit.verdict_monitors import reads_reference, reference_of
 from sppo.audit.work import cut_at, without_work
 from sppo.recipe.sections import MonitorsSection
 from sppo.rewards.loading import load_reward

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sppo
-from sppo.audit.chain import verify
+from sppo.audit.integrity import verify
 from sppo.cli.main import main
 from sppo.errors import RecipeError
 from sppo.run.loop import train

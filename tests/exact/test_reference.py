@@ -359,7 +359,7 @@ def test_advantages_are_the_plain_ones(name, scale, masked):
     )  # fmt: skip
     policy, critic, start = a_policy(), a_critic(), a_policy(seed=5)
     rollouts = some_rollouts(policy, samples=4, cut=True, masked=masked, weighted=True, noise=0.1, temperature=0.8)
-    learner = Learner(policy, critic if config.critic_reads else None, start.reference(), config)
+    learner = Learner(policy, critic if config.critic_reads else None, start.as_reference(), config)
     o = config.objective
     found, value_B, _ = learner.advantage(pack(rollouts, policy.pad_id))
     ref = numbers(plain(start.model), rollouts, 0.8)
@@ -387,7 +387,7 @@ def test_the_critics_gradient_is_the_plain_one(baseline, updates, micro):
     )  # fmt: skip
     policy, critic, start = a_policy(), a_critic(), a_policy(seed=5)
     rollouts = some_rollouts(policy, masked=True, weighted=True, noise=0.1, cut=True)
-    learner = Learner(policy, critic, start.reference(), config)
+    learner = Learner(policy, critic, start.as_reference(), config)
     batch = pack(rollouts, policy.pad_id)
     model = plain_critic(critic)
     values = judged_by(model, rollouts, baseline)
@@ -496,7 +496,10 @@ def test_every_updates_gradient_is_the_plain_one(case):
         temperature=case.temperature,
     )  # fmt: skip
     learner = Learner(
-        policy, critic if config.critic_reads else None, start.reference() if config.needs_reference else None, config
+        policy,
+        critic if config.critic_reads else None,
+        start.as_reference() if config.needs_reference else None,
+        config,
     )
     batch = pack(rollouts, policy.pad_id)
     model, o = plain(policy.model), config.objective

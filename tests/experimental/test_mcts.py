@@ -22,7 +22,7 @@ from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.types import Task, Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import logps_of, small_config, small_critic, small_policy, small_rollouts
 
 # -- the search -------------------------------------------------------------------------------------------------------
 # A lock of eight digits; a "policy" that knows nothing; segments are single digits, and the value says how far the prefix is right.
@@ -188,8 +188,8 @@ def test_the_lessons_gradient_is_the_weighted_likelihood():
     loss = 0.0
     for r, w in zip(rollouts, weights, strict=True):
         ids = torch.tensor([[*r.prompt_ids, *r.response_ids]])
-        logp = policy.response_logps(
-            ids, torch.tensor([len(r.prompt_ids)]), torch.tensor([len(r.response_ids)]), 1.0
+        logp = logps_of(
+            policy, ids, torch.tensor([len(r.prompt_ids)]), torch.tensor([len(r.response_ids)]), 1.0
         ).logp_BT
         loss = loss - w * logp.mean() / 4
     loss.backward()

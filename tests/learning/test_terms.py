@@ -19,15 +19,14 @@ from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
 from sppo.tasks.loading import load_tasks
-from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, small_config, small_critic, small_policy, small_rollouts
 
 BETA = 0.3
 
 
 def judged(rollouts):
-    return [r.judged(Verdict(float(i % 2), "correct" if i % 2 else "wrong")) for i, r in enumerate(rollouts)]
+    return [graded(r, float(i % 2)) for i, r in enumerate(rollouts)]
 
 
 def a_batch(policy, n=8, *, cut=None, max_tokens=12):
@@ -126,7 +125,7 @@ def test_at_the_start_there_is_no_kl_to_it_whatever_a_cut_takes(changes):
     batch = a_batch(policy, cut=Cut(top_k=4))
     assert float(batch.kept_BT.sum()) < -1.0
     shaped, plain = (
-        a_learner(policy, policy.reference(), objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
+        a_learner(policy, policy.as_reference(), objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
     )
     assert torch.allclose(shaped, plain, atol=1e-4)
 
@@ -229,7 +228,7 @@ def by_hand(policy, reference, batch, o, max_tokens=12):
     ids=lambda r: "-".join(map(str, r.values())),
 )
 def test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop(form, level, ratio):
-    policy, reference = small_policy(), small_policy(seed=5).reference()
+    policy, reference = small_policy(), small_policy(seed=5).as_reference()
     rollouts = [
         replace(r, task=replace(r.task, weight=0.5 + i / 4)) for i, r in enumerate(judged(small_rollouts(policy, 8)))
     ]

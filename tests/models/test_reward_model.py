@@ -20,12 +20,12 @@ from transformers import (
 
 from sppo.cli.main import main
 from sppo.errors import DataError, ModelError, RecipeError
+from sppo.learning.reward_model import Example, losses, preference_loss
 from sppo.models.reward_model import RewardModel
 from sppo.models.tiny import character_tokenizer
 from sppo.rewards.loading import load_reward
 from sppo.rewards.model import ModelReward
 from sppo.tasks.preferences import Labelled, Pair, read_preferences
-from sppo.learning.reward_model import Example, losses, preference_loss
 from sppo.types import Rollout, Task
 
 CPU = torch.device("cpu")

@@ -142,6 +142,17 @@ def test_an_older_run_resumes_and_its_audit_chain_says_the_same_recipe(run, caps
     assert "another recipe" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["task = ['chain']", "lr = 'fast'", "until = {a = 1}"])
+def test_a_value_of_another_type_is_no_recipe_of_any_version(tmp_path, line):
+    """Also where the default is None: a report would fail on it later."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"[bootstrap]\n{line}\n[objective]\nalgorithm = 'sppo-tree'\n")
+    with pytest.raises(RecipeError, match="another type"):
+        Config.recalled(path)
+    path.write_text("[bootstrap]\nlr = 1\n[objective]\nalgorithm = 'sppo-tree'\n")
+    assert Config.recalled(path).bootstrap.lr == 1
+
+
 def reseal(run, neutral):
     """Write the chain anew, as a version with these keys would have."""
     lines = [json.loads(line) for line in (run / CHAIN).read_text().splitlines()]

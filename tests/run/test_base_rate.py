@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sppo.models.mlp import KEEP
+from sppo.models.mlp_scorer import KEEP
 from sppo.recipe.config import Config
 from sppo.run import accuracy
 from sppo.run.build import Parts

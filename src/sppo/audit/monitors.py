@@ -27,8 +27,8 @@ from ..recipe.sections import MonitorsSection
 from ..rewards.base import Reward
 from ..rollout.collect import sample_seed
 from ..types import Rollout
-from .stepwise import Outcomes, Spread, Stepwise, Text
-from .verifying import Hidden, Reference, Second, Verifying, reads_reference
+from .step_monitors import Outcomes, Spread, Stepwise, Text
+from .verdict_monitors import Hidden, Reference, Second, Verifying, reads_reference
 
 EXAMPLES = 8
 """Rollouts that an alert points to."""

@@ -43,7 +43,7 @@ def add(subparsers: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..audit.chain import verify
+    from ..audit.integrity import verify
 
     run = _run(args.path)
     if args.head and not re.fullmatch(r"[0-9a-f]{64}", args.head):
@@ -157,8 +157,9 @@ def _steps(steps: list[int]) -> str:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from ..audit.chain import file_sha256, lines_of_steps, step_file
+    from ..audit.chain import lines_of_steps, step_file
     from ..audit.replay import rows_of
+    from ..files import file_sha256
 
     run = _run(args.path)
     step, _, row = args.id.partition(":")

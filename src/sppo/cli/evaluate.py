@@ -49,14 +49,10 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate on each task in turn."""
-    from ..evaluation.evaluate import evaluate, held_out_tasks
-    from ..evaluation.step_quality import step_checker
     from ..rewards.loading import load_reward
     from ..rollout.local import LocalEngine
-    from ..run.directory import write_atomic
-    from ..spec import is_records, located, split_specs
+    from ..spec import split_specs
     from ..tasks.base import with_instruction
-    from ..tasks.loading import load_tasks
 
     if args.n < 1 or args.samples < 1:
         raise UserError("--n and --samples must be at least 1")
@@ -65,9 +61,43 @@ def run(args: argparse.Namespace) -> int:
     specs = split_specs(args.tasks)
     if not specs:
         raise UserError("--tasks names no task")
+    sources = _sources(specs, args)
+    loaded = Loaded(args.model, with_critic=True)
+    if loaded.recipe is not None and args.instruction is None:
+        sources = {s: with_instruction(source, loaded.recipe.task.instruction) for s, source in sources.items()}
+    _warn_of_training_rows(specs, loaded)
+    rewards = {s: load_reward(args.reward or _default_reward(sources[s][0], loaded)) for s in specs}
+    sampling = loaded.sampling(
+        temperature=args.temperature, max_tokens=args.max_tokens, batch=args.batch, top_k=args.top_k, top_p=args.top_p
+    )
+    engine = LocalEngine(loaded.policy)
+    if engine.stated:
+        print(engine.stated, file=sys.stderr)
+    results, rows = [], list[dict[str, Any]]()
+    for spec in specs:
+        result, responses = _measured(spec, sources[spec], rewards[spec], engine, loaded, sampling, args)
+        rewards[spec].close()
+        results.append(result)
+        rows += responses
+    out = {
+        "model": loaded.name, "temperature": sampling.temperature, "max_tokens": sampling.max_tokens, "seed": args.seed, "tasks": results,
+    }  # fmt: skip
+    said = [_lines(r, sampling.temperature) for r in results]
+    if args.out:
+        _write(Path(args.out), rows)
+        out["out"] = args.out
+        said.append(f"every response: {args.out}")
+    emit(out, args.json, "\n".join(said))
+    return 0
+
+
+def _sources(specs: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """The problems of every task, loaded before the model: a typo in the third task must not cost the first two."""
+    from ..spec import is_records
+    from ..tasks.loading import load_tasks
+
     columns = columns_for(args)
-    # Every name is checked before a model is loaded: a typo in the third task must not cost the first two.
-    sources = {
+    return {
         s: load_tasks(
             s,
             instruction=args.instruction or "",
@@ -76,9 +106,11 @@ def run(args: argparse.Namespace) -> int:
         )
         for s in specs
     }
-    loaded = Loaded(args.model, with_critic=True)
-    if loaded.recipe is not None and args.instruction is None:
-        sources = {s: with_instruction(source, loaded.recipe.task.instruction) for s, source in sources.items()}
+
+
+def _warn_of_training_rows(specs: list[str], loaded: Loaded) -> None:
+    from ..spec import is_records, located
+
     for spec in specs:
         if loaded.recipe is not None and is_records(spec) and located(spec, None) == loaded.recipe.task.train:
             print(
@@ -86,57 +118,36 @@ def run(args: argparse.Namespace) -> int:
                 f"for that: --tasks records:path={spec},split=held-out",
                 file=sys.stderr,
             )
-    rewards = {s: load_reward(args.reward or _default_reward(sources[s][0], loaded)) for s in specs}
-    sampling = loaded.sampling(
-        temperature=args.temperature, max_tokens=args.max_tokens, batch=args.batch, top_k=args.top_k, top_p=args.top_p
-    )
-    engine = LocalEngine(loaded.policy)
-    if engine.stated:
-        print(engine.stated, file=sys.stderr)
-    keep_cut = loaded.recipe is not None and loaded.recipe.rollout.truncated == "keep"
-    results, rows = [], list[dict[str, Any]]()
-    for spec in specs:
-        tasks = held_out_tasks(sources[spec], args.n)
-        usable = [
-            t for t in tasks if len(ids := loaded.policy.prompt_ids(t)) > 0 and loaded.fits(ids, sampling.max_tokens)
-        ]
-        if not usable:
-            raise UserError(
-                f"{spec}: no prompt fits into the model's {loaded.policy.context} positions with --max-tokens {sampling.max_tokens}"
-            )
-        result = evaluate(
-            engine, loaded.policy, rewards[spec], usable, sampling, samples=args.samples, seed=args.seed,
-            checker=step_checker(spec, usable[0], rewards[spec]), critic=loaded.prompt_critic(usable), keep_cut=keep_cut,
-        )  # fmt: skip
-        rewards[spec].close()
-        rows += [_row(spec, r) for r in result.rollouts]
-        results.append({"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)})
-    if args.out:
-        lines = [json.dumps(row, default=str) for row in rows]
-        whole = (
-            "[\n" + ",\n".join(lines) + "\n]\n"
-            if args.out.endswith(".json")
-            else "".join(f"{line}\n" for line in lines)
+
+
+def _measured(
+    spec: str, source: Any, reward: Any, engine: Any, loaded: Loaded, sampling: Any, args: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of one task, and its responses as rows for `--out`."""
+    from ..evaluation.evaluate import evaluate, held_out_tasks
+    from ..evaluation.step_quality import step_checker
+
+    tasks = held_out_tasks(source, args.n)
+    usable = [t for t in tasks if len(ids := loaded.policy.prompt_ids(t)) > 0 and loaded.fits(ids, sampling.max_tokens)]
+    if not usable:
+        raise UserError(
+            f"{spec}: no prompt fits into the model's {loaded.policy.context} positions with --max-tokens {sampling.max_tokens}"
         )
-        write_atomic(Path(args.out), whole)
-    emit(
-        {
-            "model": loaded.name,
-            "temperature": sampling.temperature,
-            "max_tokens": sampling.max_tokens,
-            "seed": args.seed,
-            "tasks": results,
-        }
-        | ({"out": args.out} if args.out else {}),
-        args.json,
-        "\n".join(
-            [
-                *(_lines(r, sampling.temperature) for r in results),
-                *([f"every response: {args.out}"] if args.out else []),
-            ]
-        ),
-    )
-    return 0
+    result = evaluate(
+        engine, loaded.policy, reward, usable, sampling, samples=args.samples, seed=args.seed,
+        checker=step_checker(spec, usable[0], reward), critic=loaded.prompt_critic(usable),
+        keep_cut=loaded.recipe is not None and loaded.recipe.rollout.truncated == "keep",
+    )  # fmt: skip
+    figures = {"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)}
+    return figures, [_row(spec, r) for r in result.rollouts]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    from ..files import write_atomic
+
+    lines = [json.dumps(row, default=str) for row in rows]
+    listed = path.name.endswith(".json")
+    write_atomic(path, "[\n" + ",\n".join(lines) + "\n]\n" if listed else "".join(f"{line}\n" for line in lines))
 
 
 def _row(spec: str, r: Any) -> dict[str, Any]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError, UserError
+from ..recipe.config import Config
 from ._shared import add_recipe_options, emit, overrides
+
+if TYPE_CHECKING:
+    from ..models.policy import Policy
+    from ..report.progress import ProgressDisplay
 
 
 def add(subparsers: Any) -> None:
@@ -21,16 +26,27 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and write a model folder at --out."""
-    from ..learning.sft import supervised
-    from ..models.loading import pick_device
-    from ..models.policy import Policy, parameter_count, weights_sha256
-    from ..recipe.config import Config
-    from ..recipe.recipe import bootstrap_rate
-    from ..recipe.sections import BootstrapSection
     from ..report.progress import ProgressDisplay
     from ..run.directory import no_space
-    from ..tasks.loading import load_tasks
 
+    config = _config(args)
+    out = Path(config.run.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} is not empty; choose another folder for the model")
+    display = ProgressDisplay(quiet=args.quiet)
+    try:
+        policy, loss, steps = _trained(config, display)
+    finally:
+        display.stop()
+    with no_space(out):
+        policy.save(out)
+    result = {"out": str(out), "steps": steps, "loss": loss, "policy_sha256": policy.sha256()}
+    emit(result, args.json, f"loss {loss:.4f} after {steps} steps; the model is in {out}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The recipe, in which `--steps` and `--lr` are those of the supervised training."""
     changes = {"run.out": "models/sft"} | overrides(args)
     for flag in ("steps", "lr"):
         changes.pop(f"training.{flag}", None)
@@ -38,12 +54,20 @@ def run(args: argparse.Namespace) -> int:
             changes[f"bootstrap.{flag}"] = getattr(args, flag)
     if args.recipe is None and not {"policy.model", "task.train"} <= changes.keys():
         raise RecipeError("give a recipe, or --model and --data")
-    config = Config.load(args.recipe, changes)
+    return Config.load(args.recipe, changes)
+
+
+def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, int]:
+    """The trained policy, its last loss, and the number of steps."""
+    from ..learning.sft import supervised
+    from ..models.loading import pick_device
+    from ..models.policy import Policy
+    from ..models.weights import parameter_count
+    from ..recipe.recipe import bootstrap_rate
+    from ..recipe.sections import BootstrapSection
+    from ..tasks.loading import load_tasks
+
     section = config.bootstrap or BootstrapSection()
-    out = Path(config.run.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is not empty; choose another folder for the model")
-    display = ProgressDisplay(quiet=args.quiet)
     source = load_tasks(
         section.task or config.task.train,
         instruction=config.task.instruction,
@@ -66,25 +90,8 @@ def run(args: argparse.Namespace) -> int:
         display.step(done, dict(metrics))
         return True
 
-    try:
-        metrics = supervised(
-            policy,
-            source,
-            section,
-            seed=config.seed,
-            micro_tokens=config.training.micro_budget,
-            limit=policy.context,
-            on_step=on_step,
-        )
-    finally:
-        display.stop()
-    with no_space(out):
-        policy.save(out)
-    result = {
-        "out": str(out),
-        "steps": section.steps,
-        "loss": metrics["loss"],
-        "policy_sha256": weights_sha256(policy.model),
-    }
-    emit(result, args.json, f"loss {metrics['loss']:.4f} after {section.steps} steps; the model is in {out}")
-    return 0
+    metrics = supervised(
+        policy, source, section, seed=config.seed, micro_tokens=config.training.micro_budget, limit=policy.context,
+        on_step=on_step,
+    )  # fmt: skip
+    return policy, metrics["loss"], section.steps

@@ -43,18 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise UserError("--samples must be at least 1")
-    for name, text in (("the question", args.question), ("--system", args.system or "")):
-        if any(0xD800 <= ord(c) < 0xE000 for c in text):
-            raise UserError(f"{name} is no text: it holds bytes that are not UTF-8")
-    if not args.question.strip():
-        raise UserError("the question is empty")
+    messages = _asked(args.question, args.system)
     loaded = Loaded(args.model, with_critic=True)
     instruction = loaded.recipe.task.instruction if loaded.recipe else ""
-    messages = _messages(args.question) or [{"role": "user", "content": args.question}]
-    if args.system is not None:
-        if messages[0]["role"] == "system":
-            raise UserError("--system: the messages begin with a system message already")
-        messages = [{"role": "system", "content": args.system}, *messages]
     task = with_instruction(ListSource([Task("question", messages)]), instruction)[0]
     temperature = args.temperature if args.temperature is not None else (0.0 if args.samples == 1 else None)
     sampling = loaded.sampling(max_tokens=args.max_tokens, temperature=temperature)
@@ -92,6 +83,21 @@ def run(args: argparse.Namespace) -> int:
     cut = "  (cut at the limit)" if samples[0].finish == "length" else ""
     emit(result, args.json, f"{responses[0]}{cut}\n\nanswer: {answer}{agreement}\n{said}")
     return 0
+
+
+def _asked(question: str, system: str | None) -> list[dict[str, str]]:
+    """The question and the system message as chat messages. Raises UserError for what is no text, empty or no chat."""
+    for name, text in (("the question", question), ("--system", system or "")):
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):
+            raise UserError(f"{name} is no text: it holds bytes that are not UTF-8")
+    if not question.strip():
+        raise UserError("the question is empty")
+    messages = _messages(question) or [{"role": "user", "content": question}]
+    if system is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise UserError("--system: the messages begin with a system message already")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _messages(text: str) -> list[dict[str, str]] | None:

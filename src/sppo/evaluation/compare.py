@@ -14,27 +14,9 @@ from typing import Any
 import numpy as np
 
 T_975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-)
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
 """Student's t, 97.5%, for 1 to 20 degrees of freedom."""
 COLLAPSE, BELOW = 0.5, 0.05
 """A run collapsed when it ends below half of the best that it reached, or by so much below its start."""
@@ -132,60 +114,59 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
     seeds that both have: ratios of costs where both reached the target (`…_missed`: in how many of the other seeds this one did not, and the
     first one did not), differences of accuracy.
     """
-    missing = {name: sum(c is None for c in runs.values()) for name, runs in runs_of.items()}
     curves = {name: {seed: c for seed, c in runs.items() if c is not None} for name, runs in runs_of.items()}
     budget = min(c.tokens[-1] for runs in curves.values() for c in runs.values())
-    out: dict[str, Any] = {"target": target, "equal_tokens": budget, "algorithms": {}}
-    finals: dict[str, dict[int, float]] = {}
     first = next(iter(curves))
+    algorithms = {}
     for name, runs in curves.items():
-        finals[name] = {seed: value_at(c.tokens, c.accuracy, budget) for seed, c in runs.items()}
-        never = [math.inf] * missing[name]
-        tokens = [cost_to(c.tokens, c.accuracy, target) for c in runs.values()] + never
-        seconds = [cost_to(c.seconds, c.accuracy, target) for c in runs.values()] + never
-        metrics = sorted({key for c in runs.values() for key in c.means})
-        ends = sorted({key for c in runs.values() for key in c.ends})
-        out["algorithms"][name] = {
-            "seeds": sorted(runs),
-            "failed": missing[name],
-            "reached": sum(map(math.isfinite, tokens)),
-            "tokens_to_target": median_interval(tokens),
-            "time_to_target": median_interval(seconds),
-            "final_accuracy": _share(mean_interval(list(finals[name].values()))),
-            "area": _share(mean_interval([area_under(c.tokens, c.accuracy, budget) for c in runs.values()])),
-            "seconds": mean_interval([c.seconds[-1] for c in runs.values()]),
-            "tokens": mean_interval([c.tokens[-1] for c in runs.values()]),
-            "collapses": sum(collapsed(c.accuracy) for c in runs.values()),
-            **{key: _mean_of([c.means.get(key) for c in runs.values()]) for key in metrics},
-            **{
-                key: mean_interval(known) for key in ends if (known := _known([c.ends.get(key) for c in runs.values()]))
-            },
-            "per_seed": {
-                str(seed): {
-                    "final_accuracy": finals[name][seed],
-                    "tokens_to_target": _finite(cost_to(c.tokens, c.accuracy, target)),
-                    "time_to_target": _finite(cost_to(c.seconds, c.accuracy, target)),
-                }
-                for seed, c in sorted(runs.items())
-            },
-        }
-    for name, runs in curves.items():
-        shared = sorted(set(runs) & set(curves[first]))
-        if name == first or not shared:
-            continue
-        against: dict[str, Any] = {"seeds": len(shared)}
-        for key, cost in (("tokens_ratio", "tokens"), ("time_ratio", "seconds")):
-            pairs = [
-                [cost_to(getattr(run, cost), run.accuracy, target) for run in (runs[s], curves[first][s])]
-                for s in shared
-            ]
-            both = [a / b for a, b in pairs if math.isfinite(a) and math.isfinite(b) and a > 0 and b > 0]
-            against[key] = ratio_interval(both) if both else None
-            against[f"{key}_pairs"] = len(both)
-            missed = [(math.isinf(a) and math.isfinite(b), math.isinf(b) and math.isfinite(a)) for a, b in pairs]
-            against[f"{key}_missed"] = [sum(column) for column in zip(*missed, strict=True)]
-        against["accuracy_difference"] = mean_interval([finals[name][s] - finals[first][s] for s in shared])
-        out["algorithms"][name]["against"] = {first: against}
+        algorithms[name] = _alone(runs, len(runs_of[name]) - len(runs), target, budget)
+        if name != first and set(runs) & set(curves[first]):
+            algorithms[name]["against"] = {first: _against(runs, curves[first], target, budget)}
+    return {"target": target, "equal_tokens": budget, "algorithms": algorithms}
+
+
+def _alone(runs: Mapping[int, Curve], failed: int, target: float, budget: float) -> dict[str, Any]:
+    """What one algorithm's runs show; `failed` more never reached the target."""
+    curves = [runs[seed] for seed in sorted(runs)]
+    never = [math.inf] * failed
+    finals = [value_at(c.tokens, c.accuracy, budget) for c in curves]
+    tokens = [cost_to(c.tokens, c.accuracy, target) for c in curves]
+    seconds = [cost_to(c.seconds, c.accuracy, target) for c in curves]
+    metrics = sorted({key for c in curves for key in c.means})
+    ends = sorted({key for c in curves for key in c.ends})
+    return {
+        "seeds": sorted(runs),
+        "failed": failed,
+        "reached": sum(map(math.isfinite, tokens)),
+        "tokens_to_target": median_interval(tokens + never),
+        "time_to_target": median_interval(seconds + never),
+        "final_accuracy": _share(mean_interval(finals)),
+        "area": _share(mean_interval([area_under(c.tokens, c.accuracy, budget) for c in curves])),
+        "seconds": mean_interval([c.seconds[-1] for c in curves]),
+        "tokens": mean_interval([c.tokens[-1] for c in curves]),
+        "collapses": sum(collapsed(c.accuracy) for c in curves),
+        **{key: _mean_of([c.means.get(key) for c in curves]) for key in metrics},
+        **{key: mean_interval(known) for key in ends if (known := _known([c.ends.get(key) for c in curves]))},
+        "per_seed": {
+            str(seed): {"final_accuracy": final, "tokens_to_target": _finite(t), "time_to_target": _finite(s)}
+            for seed, final, t, s in zip(sorted(runs), finals, tokens, seconds, strict=True)
+        },
+    }
+
+
+def _against(runs: Mapping[int, Curve], first: Mapping[int, Curve], target: float, budget: float) -> dict[str, Any]:
+    """An algorithm's runs against the first algorithm's, on the seeds that both have."""
+    pairs = [(runs[seed], first[seed]) for seed in sorted(set(runs) & set(first))]
+    out: dict[str, Any] = {"seeds": len(pairs)}
+    for key, cost in (("tokens_ratio", "tokens"), ("time_ratio", "seconds")):
+        costs = [[cost_to(getattr(run, cost), run.accuracy, target) for run in pair] for pair in pairs]
+        both = [a / b for a, b in costs if math.isfinite(a) and math.isfinite(b) and a > 0 and b > 0]
+        out[key] = ratio_interval(both) if both else None
+        out[f"{key}_pairs"] = len(both)
+        missed = [(math.isinf(a) and math.isfinite(b), math.isinf(b) and math.isfinite(a)) for a, b in costs]
+        out[f"{key}_missed"] = [sum(column) for column in zip(*missed, strict=True)]
+    finals = [[value_at(run.tokens, run.accuracy, budget) for run in pair] for pair in pairs]
+    out["accuracy_difference"] = mean_interval([a - b for a, b in finals])
     return out
 
 

@@ -66,7 +66,7 @@ class Search:
 
     def recall(self, before: int) -> None:
         """Read back what was found before a step. Raises DataError."""
-        with readable(f"{self.path} cannot be gone on from"):
+        with readable(f"{self.path} cannot be resumed from"):
             for line in read_bytes(self.path).decode().split("\n") if self.path.exists() else ():
                 if line and (entry := json.loads(line))["step"] < before:
                     self._keep(_solution(entry))

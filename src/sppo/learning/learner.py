@@ -23,6 +23,7 @@ from ..errors import NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
+from ..models.scorer import ActionLogps
 from ..objective.advantage import overlong_penalty
 from ..objective.kl import kl_cost
 from ..objective.loss import Scored, denominator, mismatch, policy_loss
@@ -282,11 +283,8 @@ class Learner:
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
-    def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> Any:
-        ids_bL, _ = batch.rows(part)  # TEMP
-        return policy.response_logps(
-            ids_bL, batch.prompt_len_B[part], batch.response_len_B[part], self.config.rollout.temperature
-        )
+    def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> ActionLogps:
+        return policy.logps(*batch.rows(part), self.config.rollout.temperature)
 
     @torch.no_grad()
     def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[list[Tensor]]) -> None:

@@ -60,7 +60,8 @@ def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple
 
 
 def outline(name: str, *, role: str, head: bool) -> Any:
-    """The model without its weights (on the meta device), to count with; a folder needs its config.json only. The same errors as `load`.
+    """The model without its weights (on the meta device), to count with; a folder needs its config.json only. The
+    same errors as `load`.
 
     Never runs code that comes with a model (`auto_map`): a model that needs it is refused."""
     if name == "tiny" or name.startswith("tiny:"):
@@ -82,8 +83,8 @@ def load_config(name: str, role: str) -> Any:
 
 
 def load_weights(factory: Any, name: str, role: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A float32 model of a folder or hub name by one of transformers' factories, and transformers' report of what it lacked. Raises
-    ModelError."""
+    """A float32 model of a folder or hub name by one of transformers' factories, and transformers' report of what it
+    lacked. Raises ModelError."""
     with readable(f"{role}: {name} cannot be loaded", ModelError):
         model, report = factory.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
@@ -92,7 +93,8 @@ def load_weights(factory: Any, name: str, role: str, **options: Any) -> tuple[An
 
 
 def saved_dtype(folder: str) -> str:
-    """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would choose. Raises ModelError."""
+    """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would
+    choose. Raises ModelError."""
     path = Path(folder) / "config.json"
     with readable(f"{path} cannot be read", ModelError):
         dtype = read_json(path).get("dtype", "float32")
@@ -129,7 +131,8 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
     if missing:
         raise ModelError(
-            f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a whole {'causal LM' if head else 'model'}?"
+            f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a whole "
+            f"{'causal LM' if head else 'model'}?"
         )
     return model, load_tokenizer(name, role)
 
@@ -144,7 +147,8 @@ def load_tokenizer(name: str, role: str) -> Any:
 
 
 def ensure_pad(tokenizer: Any, where: str) -> int:
-    """The pad id: the tokenizer's own, or its EOS or UNK (padding is masked everywhere, so which one does not matter)."""
+    """The pad id: the tokenizer's own, or its EOS or UNK (padding is masked everywhere, so which one does not
+    matter)."""
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
@@ -154,7 +158,8 @@ def ensure_pad(tokenizer: Any, where: str) -> int:
 
 
 def render_chat(tokenizer: Any, task: Task, answer: bool = True) -> str:
-    """Chat messages through the template, open for the assistant's turn (`answer`); the row's `tools`, if it has any, go along.
+    """Chat messages through the template, open for the assistant's turn (`answer`); the row's `tools`, if it has any,
+    go along.
 
     Raises ModelError where the template refuses: one row's conversation, whatever the template raises.
     """
@@ -174,7 +179,8 @@ def render_chat(tokenizer: Any, task: Task, answer: bool = True) -> str:
 def prompt_ids(tokenizer: Any, task: Task, chat: bool) -> list[int]:
     """A prompt's ids: chat messages through the template (`chat`), anything else as plain text; never two BOS in a row.
 
-    A template writes its own BOS, and a plain prompt may have been rendered before it became a row: the tokenizer's own BOS would be a second.
+    A template writes its own BOS, and a plain prompt may have been rendered before it became a row: the tokenizer's
+    own BOS would be a second.
     """
     if chat and not isinstance(task.prompt, str):
         ids = tokenizer(render_chat(tokenizer, task), add_special_tokens=False)["input_ids"]
@@ -187,17 +193,20 @@ def prompt_ids(tokenizer: Any, task: Task, chat: bool) -> list[int]:
 
 
 def embedded(ids: list[int], model: Any, name: str) -> list[int]:
-    """The ids. Raises ModelError where one is beyond the model's embedding: a tokenizer of another model, or one that was changed."""
+    """The ids. Raises ModelError where one is beyond the model's embedding: a tokenizer of another model, or one that
+    was changed."""
     rows = model.get_input_embeddings().weight.size(0)
     if ids and max(ids) >= rows:
         raise ModelError(
-            f"{name}: its tokenizer gives the id {max(ids)}, and the model has {rows} embeddings: they are not of one model"
+            f"{name}: its tokenizer gives the id {max(ids)}, and the model has {rows} embeddings: they are not of "
+            "one model"
         )
     return ids
 
 
 def _tools(task: Task) -> list[Any] | None:
-    """The functions that a row describes for the template (tasks/records.py); None for a column of that name that is something else."""
+    """The functions that a row describes for the template (tasks/records.py); None for a column of that name that is
+    something else."""
     tools = task.columns.get("tools")
     described = isinstance(tools, list) and all(
         isinstance(t, dict) and ("function" in t or "parameters" in t) for t in tools

@@ -10,7 +10,7 @@ import hashlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError, model_validator
@@ -175,7 +175,7 @@ def _locate(tree: dict[str, Any], folder: Path | None) -> None:
 
 
 def _unchecked(section: type[Section], tree: Mapping[str, Any]) -> Any:
-    """A section without validation: each value need only have the type of the key's default."""
+    """A section without validation: each value need only have the type that its key has here."""
     values = {}
     for name, field in section.model_fields.items():
         inner, default = _section_type(field.annotation), field.get_default(call_default_factory=True)
@@ -183,12 +183,17 @@ def _unchecked(section: type[Section], tree: Mapping[str, Any]) -> Any:
         if inner is not None:
             values[name] = _unchecked(inner, given) if isinstance(given, Mapping) else given
             continue
-        alike: dict[type, tuple[type, ...]] = {int: (int, float), float: (int, float), tuple: (list, tuple)}
-        kinds = alike.get(type(default), (type(default),))
-        if default is not None and not isinstance(given, kinds):
+        if not isinstance(given, _types(field.annotation, default)):
             raise RecipeError(f"{name} = {str(given)[:60]!r} has another type than a recipe's")
         values[name] = given
     return section.model_construct(**values)
+
+
+def _types(annotation: Any, default: Any) -> tuple[type, ...]:
+    """The types of a key's values: that of its default, or those of `X | None`."""
+    alike: dict[Any, tuple[type, ...]] = {int: (int, float), float: (int, float), tuple: (list, tuple)}
+    kinds = [type(default)] if default is not None else [get_origin(kind) or kind for kind in get_args(annotation)]
+    return tuple(like for kind in kinds for like in alike.get(kind, (kind,)))
 
 
 def _whole(value: Any) -> int | None:

@@ -55,7 +55,7 @@ class TaskSection(Section):
     )
     eval: str | None = Field(None, description="held-out problems; default: a held-out share of the training problems")
     columns: dict[str, str] | None = Field(
-        None, description="columns of the rows by the name to use, e.g. prompt=q,answer=meta.gold"
+        None, description="which column of the rows to use under which name, e.g. prompt=q,answer=meta.gold"
     )
     environment: str = Field(
         "single_turn",
@@ -82,7 +82,7 @@ class CurriculumSection(Section):
     floor: float = Field(0.1, gt=0, description="predicted: draw a problem in proportion to sqrt(V(1-V)) + floor")
     pool: int = Field(4, ge=2, description="predicted: candidates for each problem drawn; the critic reads them all")
     corrected: bool = Field(
-        True, description="predicted: weight each advantage so that the objective is still the uniform one"
+        True, description="predicted: weight each advantage so that the objective stays the uniform one"
     )
     stages: tuple[float, ...] = Field(
         (), description="staged: the highest difficulty of each stage, rising, e.g. [3, 5, 8] (chain: its steps)"
@@ -94,7 +94,7 @@ class CurriculumSection(Section):
     aside: int = Field(
         0, ge=0, description="rest a problem solved, or failed, on each of its last N visits (biased); 0: never"
     )
-    revisit: int = Field(2, ge=1, description="with aside: epochs that a problem rests")
+    revisit: int = Field(2, ge=1, description="aside: how many epochs a problem rests")
 
 
 class RewardSection(Section):
@@ -107,7 +107,7 @@ class RewardSection(Section):
     )
     anneal: int = Field(0, ge=0, description="steps over which the later parts of a sum fade to nothing; 0: they stay")
     limit: float = Field(
-        600.0, gt=0, description="seconds per call of your own reward; then samples are judged singly, or masked"
+        600.0, gt=0, description="seconds per call of your own reward; then each sample alone, masked if it hangs"
     )
 
 
@@ -197,7 +197,7 @@ class ObjectiveSection(Section):
         False, description="critic, centred: shift the baseline to the one of least gradient variance in earlier steps"
     )
     scale: Literal["none", "group", "batch"] = Field(
-        "none", description="divide the advantage by its group's deviation, or whiten it over the batch (both biased)"
+        "none", description="divide the advantage by its group's deviation, or whiten it over the batch; both biased"
     )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="baseline = 'token-critic': GAE's lambda")
     value_loss: Literal["cross-entropy", "squared"] = Field(
@@ -218,20 +218,20 @@ class ObjectiveSection(Section):
     )
     average: Literal["auto", "tokens", "responses", "constant"] = Field(
         "auto",
-        description="token ratios: over all tokens (auto), each response's tokens and then responses, or responses "
-        "times rollout.max_tokens (constant); sequence ratios: over responses (auto)",
+        description="token ratios: over all tokens (auto), within each response and then over responses, or over "
+        "responses times rollout.max_tokens (constant); other ratios: over responses (auto)",
     )
     ratio: Literal["auto", "sequence", "geometric", "token", "geometric-token", "family"] = Field(
         "auto",
-        description="of T tokens with log ratio l: exp(l), exp(l/T) (GSPO), per token, exp(l/T) with each token's own "
-        "gradient (GSPO-token), exp(l/T^kappa); auto: sequence with one update per step or rollout.max_tokens up to "
-        f"{SHORT}, else {LONG_RATIO['ratio']}",
+        description="of T tokens with log ratio l: sequence: exp(l); geometric: exp(l/T) (GSPO); token: one per token; "
+        "geometric-token: exp(l/T) with each token's own gradient; family: exp(l/T^kappa); auto: sequence with one "
+        f"update per step or rollout.max_tokens up to {SHORT}, else {LONG_RATIO['ratio']}",
     )
     kappa: float = Field(0.5, ge=0, le=1, description="ratio = 'family': the exponent; 0: sequence, 1: geometric")
     clip: tuple[float, float] = Field((0.2, 0.2), description="[low, high]: the ratio is clipped to [1-low, 1+high]")
     dual_clip: float = Field(3.0, ge=0, description="bound on the ratio where the advantage is negative; 0: none")
     anchor: Literal["behaviour", "reference"] = Field(
-        "behaviour", description="the ratio's denominator: the sampling policy (exact), or the frozen start"
+        "behaviour", description="denominator of the ratio: the policy that sampled (exact), or the frozen start"
     )
     kl: float = Field(0.0, ge=0, description="weight of the KL to the frozen start; 0 holds no reference model")
     kl_form: Literal["reward", "k2", "k3", "k3-weighted"] = Field(
@@ -313,7 +313,7 @@ class TrainingSection(Section):
     lr: float | None = Field(
         None,
         gt=0,
-        description="of the policy; default: 2e-4 below 10M parameters, 1e-5 below 1B, the paper's 1e-6 above",
+        description="learning rate; default: 2e-4 below 10M parameters, 1e-5 below 1B, the paper's 1e-6 above",
     )
     critic_lr: float | None = Field(
         None,
@@ -339,7 +339,7 @@ class TrainingSection(Section):
         False, description="recompute each layer in the backward pass: less memory for one more forward pass"
     )
     measure_noise: bool = Field(
-        False, description="measure the policy gradient's variance on a step's first two minibatches (needs memory)"
+        False, description="measure the policy gradient's variance on a step's first two minibatches (copies it)"
     )
     max_bad_updates: int = Field(3, ge=1, description="stop after N non-finite updates in a row (each is skipped)")
 
@@ -363,7 +363,7 @@ class SearchSection(Section):
     explore: float = Field(1.0, ge=0, description="PUCT's constant: the larger, the more it explores")
     width: float = Field(0.5, gt=0, description="a prefix visited n times gets up to width * sqrt(n) continuations")
     batch: int = Field(32, ge=1, description="up to N solutions learnt per step, beside the update")
-    weight: float = Field(1.0, gt=0, description="of their loss, the mean negative log-probability of a token")
+    weight: float = Field(1.0, gt=0, description="weight of their loss, the mean negative log-probability per token")
     enough: float = Field(0.5, gt=0, le=1, description="the predicted chance at which a problem's weight reaches 0")
 
 
@@ -400,7 +400,7 @@ class RunSection(Section):
     trackers: tuple[str, ...] = Field(
         (), description="metrics also go to: ['tensorboard', 'wandb:project=mine,mode=offline', 'mlflow', 'trackio']"
     )
-    anchor: str = Field("", description="a file outside the run that records the audit chain's head at each line")
+    anchor: str = Field("", description="a file elsewhere for the audit chain's heads, to notice a rewritten run")
     threads: int = Field(
         0, ge=0, description="CPU threads; 0: OMP_NUM_THREADS, else the cores available (decides rounding)"
     )

@@ -82,6 +82,7 @@ class _Trajectory:
     kept: list[float] = field(default_factory=list)
     evidence: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+    version: int = 0
     finish: Any = "stop"
     done: bool = False
     room: int = 0
@@ -103,7 +104,7 @@ class _Trajectory:
         self.ids = [*self.ids, *sample.ids]
         self.logps += sample.logps
         self.kept += sample.kept
-        self.finish, self.text = sample.finish, policy.text(sample.ids)
+        self.finish, self.text, self.version = sample.finish, policy.text(sample.ids), sample.version
         if sample.finish == "length":
             self.done = True
         else:
@@ -138,7 +139,8 @@ class _Trajectory:
         """What became of it. A trajectory that failed before the first token has an empty turn."""
         turns = self.turns or [(len(self.ids), len(self.ids))]
         return Rollout(
-            self.task, self.ids, turns, self.logps, self.finish, self.text, self.sample, kept=self.kept, evidence=self.evidence
+            self.task, self.ids, turns, self.logps, self.finish, self.text, self.sample, kept=self.kept, evidence=self.evidence,
+            version=self.version,
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ..kernels.cpu.build import NoCompiler
 from ..kernels.patch_layers import fused
 from ..models.loading import first_line
 from ..models.policy import Policy
+from ..models.weights import Weights, write
 from .cuda_graphs import Captured, next_logits
 from .engine import Sample, Sampling
 from .kv_cache import Prefix, Slots
@@ -38,8 +39,8 @@ class LocalEngine:
     context: int | None = None
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        slow = policy.unpacked_why or _trouble(policy)
+        self.policy, self.version = policy, 0
+        slow = policy.scorer.unpacked_why or _trouble(policy)
         self.plain = PlainEngine(policy) if slow else None
         self.compiled = not slow and decode.fits(policy.model)
         self.captured = Captured() if not slow and policy.device.type == "cuda" else None
@@ -51,15 +52,16 @@ class LocalEngine:
             self.captured = None
             self.stated = f"engine local: decoding steps are not captured as CUDA graphs, several times slower: {why}"
 
-    def sync(self, policy: Policy) -> None:
-        """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
-        self.policy = policy
+    def load(self, weights: Weights, version: int) -> None:
+        """Take these weights; the policy's own lie here already, and are not copied."""
+        write(self.policy.model, weights)
+        self.version = version
         if self.plain is not None:
-            self.plain.sync(policy)
+            self.plain.version = version
 
-    def holds(self, policy: Policy) -> bool:
-        """Sampling reads the policy's own tensors."""
-        return self.policy is policy
+    def holds(self, fingerprint: str) -> bool:
+        """Whether the policy that is sampled from has these weights."""
+        return self.policy.fingerprint() == fingerprint
 
     def close(self) -> None:
         """Let go of what is kept between calls."""
@@ -83,7 +85,7 @@ class LocalEngine:
             return self.plain.generate(prompts, seeds, sampling, progress, limits)
         drawn = Drawn(self.policy, seeds, sampling, limits)
         self._decode(prompts, drawn, sampling.batch, progress)
-        return drawn.samples()
+        return drawn.samples(self.version)
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """See the protocol: the decoding loop, with the given tokens in place of drawn ones."""
@@ -125,7 +127,7 @@ def _decode(
     scheduler = Scheduler(prompts, responses, slots, count)
     model = _Forward(policy, scheduler, decode.Decoder(policy.model, slots) if compiled else None, captured)
     # what decode.c does on a CPU: fewer kernels between products
-    with fused(policy.fusable() if policy.device.type != "cpu" else []):
+    with fused(policy.scorer.fusable() if policy.device.type != "cpu" else []):
         while scheduler.unfinished:
             admitted = scheduler.schedule()
             logits_BV = model.prefill(admitted) if admitted else model.next()

@@ -70,10 +70,10 @@ class Drawn:
         tail = self.policy.text(ids[-self._tail :])
         return any(s in tail for s in stop)
 
-    def samples(self) -> list[Sample]:
-        """What was sampled, in the order of the prompts."""
+    def samples(self, version: int) -> list[Sample]:
+        """What was sampled by the weights of a version, in the order of the prompts."""
         return [
-            Sample(ids, logps, "stop" if stopped else "length", kept)
+            Sample(ids, logps, "stop" if stopped else "length", kept, version=version)
             for ids, logps, stopped, kept in zip(self.ids, self.logps, self.stopped, self.kept, strict=True)
         ]
 

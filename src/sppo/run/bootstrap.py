@@ -16,7 +16,7 @@ UNTIL_EVERY, UNTIL_PROBLEMS = 10, 256
 """`bootstrap.until` is measured every 10 updates, on up to 256 problems."""
 
 
-def bootstrap(c: Components, state: State, sync: Callable[[], None], interrupted: Callable[[], bool]) -> None:
+def bootstrap(c: Components, state: State, sync: Callable[[int], None], interrupted: Callable[[], bool]) -> None:
     """Learn from worked solutions, until enough of the training problems are solved or the run is interrupted.
 
     Nothing where the recipe has no such section.
@@ -38,7 +38,7 @@ def bootstrap(c: Components, state: State, sync: Callable[[], None], interrupted
         c.observer.step(done, dict(metrics))
         if section.until is None or done % UNTIL_EVERY:
             return not interrupted()
-        sync()
+        sync(0)
         quarter = probe[: len(probe) // 4]
         if len(quarter) >= 32 and accuracy(c, state, quarter).accuracy < section.until / 2:
             return not interrupted()  # so far from it that a quarter is enough to see it

@@ -23,7 +23,8 @@ from ..memory import give_back, keep_memory
 from ..models.critic import Critic
 from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
-from ..models.policy import Policy, parameter_count
+from ..models.policy import Policy
+from ..models.weights import parameter_count
 from ..recipe.config import Config
 from ..rewards.base import Reward
 from ..rewards.combine import MixedReward, adds
@@ -276,7 +277,7 @@ def make_learner(c: Components, saved: Path | None) -> Learner:
     if c.tight:
         give_back()
     if c.config.needs_reference:
-        learner.reference = c.policy.reference() if saved is None else _load_reference(c)
+        learner.reference = c.policy.as_reference() if saved is None else _load_reference(c)
     return learner
 
 
@@ -288,6 +289,6 @@ def _load_reference(c: Components) -> Policy:
         device=policy.device, seed=0, chat_template=c.config.policy.chat_template,
     )  # fmt: skip
     if isinstance(reference, ControlPolicy) and isinstance(policy, ControlPolicy):
-        reference.states = policy.states
+        reference.scorer.states = policy.states
     reference.model.requires_grad_(False)
     return reference

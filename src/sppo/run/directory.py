@@ -6,7 +6,7 @@
     start.json  held-out accuracy before the first step    alerts.jsonl  what the monitors raised, one object per alert
     buffer.jsonl  what [search] has found: state of the run, read back when it goes on
 
-Every file is complete or absent: written beside its name, then renamed. One process owns a run at a time.
+Every file is complete or absent: written under another name, then renamed. One process owns a run at a time.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class RunDirectory:
 
     @property
     def chain(self) -> AuditChain:
-        """What vouches for the run. Raises DataError where it cannot be gone on with."""
+        """What vouches for the run. Raises DataError where it is damaged."""
         self._chain = self._chain or AuditChain(self.path, self.anchor)
         return self._chain
 
@@ -267,7 +267,7 @@ class RunDirectory:
             spare = {step_name(s) for s in always}
             names = sorted({final.name, *(p.name for p in self.checkpoints())})
             doomed = [n for n in names if n not in spare][:-keep]
-            # The chain first: a checkpoint that it does not know is never gone on from.
+            # The chain first: a run never resumes from a checkpoint that it does not know.
             kept = [n for n in names if n not in doomed]
             self.chain.append({"event": "checkpoint", "name": final.name, "files": files_of(part), "kept": kept})
             if final.exists():

@@ -19,9 +19,7 @@ def train(run: Run) -> dict[str, object]:
             break
         with judging(c, run.state, run.save):
             with run.clock("rollout"):
-                sampled = sample(
-                    c, step, run.search
-                )  # the curriculum's tasks, the engine's responses, the reward's verdicts
+                sampled = sample(c, step, run.search)  # the curriculum's tasks, the engine's responses, verdicts
             with run.clock("monitors"):
                 sampled = inspect(c, step, sampled)  # is the verifier being fooled?
         beside = sampled.beside if c.critic else []  # what trains no policy still trains the critic
@@ -29,7 +27,7 @@ def train(run: Run) -> dict[str, object]:
         with run.clock("update"):
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − b(x), before the critic sees these rewards
             metrics |= run.learner.update(batch, advantage, step, sampled.lessons)  # clipped surrogate, critic's BCE
-            run.sync()  # verified by a fingerprint of the weights
+            run.sync(step + 1)  # verified by a fingerprint of the weights
         c.curriculum.observe(sampled.seen)
         run.record(step, sampled, batch, advantage, value_B, metrics)
     return run.recorder.finish(run.state, run.stopped)

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..evaluation.evaluate import Evaluation, mean_measures
 from ..learning.batch import Batch
 from ..learning.update_stats import Trace
-from ..models.policy import weights_sha256
 from ..objective.diagnostics import explained_variance_ceiling
 from ..recipe.config import flattened
 from ..rollout.collect import overruled
@@ -251,7 +250,7 @@ class Recorder:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "seed": c.config.seed,
             "recipe_sha256": c.config.sha256,
-            "policy_sha256": weights_sha256(c.policy.model),
+            "policy_sha256": c.policy.sha256(),
             "stopped": stopped or "interrupted" if state.step < c.config.training.steps else "finished",
             "policy": str(checkpoints[-1] / "policy") if checkpoints else None,
         }  # fmt: skip

@@ -41,9 +41,9 @@ class Run:
         self.learner: Learner  # made by begin(): its master weights are copies of what the bootstrap leaves
         self.sync = WeightSync(c.engine, c.policy, c.config.objective.engine_gap_limit)
         self.search: Search | None = None
-        if c.config.search is not None:
-            late = (lambda: self.learner.credit), (lambda: self.sync.fingerprint)
-            self.search = make("search", "sppo.experimental", "search", c.config.search, c, *late)
+        if c.config.search is not None:  # it reads both as they are at each step
+            now = (lambda: self.learner.credit), (lambda: self.sync.fingerprint)
+            self.search = make("search", "sppo.experimental", "search", c.config.search, c, *now)
         self.recorder = Recorder(c, saved)
         if saved is not None:
             self.learner = make_learner(c, saved)
@@ -71,11 +71,8 @@ class Run:
         cls, path: Path, observer: Observer | None = None, parts: Parts | None = None, steps: int | None = None,
         data: Mapping[str, Any] | None = None,
     ) -> Run:  # fmt: skip
-        """A run from its newest complete checkpoint, or from its beginning where there is none.
-
-        `steps` is a new number of steps; `data` says where the recipe's files of rows are now, by key. Raises a UserError, and changes
-        nothing in the folder, where the run cannot be resumed.
-        """
+        """A run from its newest complete checkpoint, or its beginning; `steps` replaces its number of steps, `data` the places of its files by key.
+        Raises a UserError, and changes nothing in the folder, where it cannot be resumed."""
         found, run = reopen(path, observer or Silent(), steps, data), None
         try:
             c = build(found.config, found.directory, observer or Silent(), parts or Parts(), found.saved)
@@ -98,10 +95,8 @@ class Run:
         self.stopped = self.stopped or "interrupted"
 
     def begin(self) -> None:
-        """Before the first step: bootstrap, measure the start, set the critic to the base rate, save step 0.
-
-        A start that fails by the user's mistake removes its folder, so that the next try can use it.
-        """
+        """Before the first step: bootstrap, measure the start, set the critic to the base rate, save step 0. A start that fails by the user's
+        mistake removes its folder, so that the next try can use it."""
         c = self.components
         try:
             if self.saved is None:
@@ -109,7 +104,7 @@ class Run:
                 if self.interrupted:
                     return  # a bootstrap is run again from its beginning, to the same result
                 self.learner = make_learner(c, None)
-            self.sync()
+            self.sync(self.state.step)
             if self.saved is None:
                 measure_start(c, self.state)
                 self.save()

@@ -20,7 +20,8 @@ class WeightSync:
         self.fingerprint = ""
         self.gap = 0.0  # in nats per token of the canary's probe
 
-    def __call__(self) -> None:
-        self.engine.sync(self.policy)
+    def __call__(self, version: int) -> None:
+        """The weights are those after `version` steps."""
+        self.engine.load(self.policy.weights(), version)
         self.fingerprint = self.policy.fingerprint()
-        self.gap = self.canary.check(self.engine, self.policy)
+        self.gap = self.canary.check(self.engine, self.policy, self.fingerprint)

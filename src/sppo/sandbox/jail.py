@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import queue
-import selectors
 import shutil
 import signal
 import socket
@@ -24,9 +23,11 @@ from typing import Any
 
 from ..errors import SandboxUnavailable
 from .job import Limits, Result, Status
+from .pipes import Pipes
 
 INSIDE = (
-    "world.py", "zygote.py", "program.py", "asserts.py", "nodes.py", "codec.py", "seccomp.py", "landlock.py", "kernel.py", "counter.py",
+    "world.py", "zygote.py", "program.py", "answering.py", "asserts.py", "standins.py", "workfolder.py", "nodes.py", "codec.py", "seccomp.py",
+    "landlock.py", "kernel.py", "counter.py",
 )  # fmt: skip
 SYSTEM_PYTHON = "/usr/bin/python3"
 FIRST_UID = 65_000
@@ -35,7 +36,6 @@ GRACE = 3.0
 """Seconds beyond a program's wall time after which the jail itself is taken to hang, and is started anew."""
 START_LIMIT = 20.0
 OUT_OF_MEMORY = 97  # inside/program.py
-CHUNK = 1 << 16
 
 
 class Starter:
@@ -204,10 +204,10 @@ class Jail:
         """Run one program to its end (or its limits) and return what is known. Never raises for what a program does."""
         self.ready()
         assert self.control is not None
-        pipes: dict[str, tuple[int, int]] = {n: os.pipe() for n in ("request", "channel", "stdin", "stdout", "stderr")}
-        theirs = [pipes["request"][0], pipes["channel"][1], pipes["stdin"][0], pipes["stdout"][1], pipes["stderr"][1]]
-        mine = {"request": pipes["request"][1], "stdin": pipes["stdin"][1]}
-        mine |= {name: pipes[name][0] for name in ("channel", "stdout", "stderr")}
+        ends: dict[str, tuple[int, int]] = {n: os.pipe() for n in ("request", "channel", "stdin", "stdout", "stderr")}
+        theirs = [ends["request"][0], ends["channel"][1], ends["stdin"][0], ends["stdout"][1], ends["stderr"][1]]
+        mine = {"request": ends["request"][1], "stdin": ends["stdin"][1]}
+        mine |= {name: ends[name][0] for name in ("channel", "stdout", "stderr")}
         handed = [*theirs, *([peer.fileno()] if peer else [])]
         try:
             with self._lock:
@@ -225,13 +225,14 @@ class Jail:
             if peer:
                 peer.close()
         feeds = {"request": json.dumps(request).encode(), "stdin": stdin}
-        report, kept, truncated = self._pump(mine, feeds, limits)
+        pipes = Pipes(self.control, mine, feeds, limits.output_bytes)
+        report = pipes.pump(time.monotonic() + limits.wall_seconds + GRACE, self.cancel)
         if report is None:
             self.close()
             return Result("infra_error", detail="the jail did not answer and was killed", backend=self.backend)
         if report["stuck"]:  # killed, and not gone: the jail goes with it
             self.close()
-        return self._result(report, kept, truncated, limits)
+        return self._result(report, pipes, limits)
 
     def cancel(self) -> None:
         """End the running program early (its result says `cancelled`)."""
@@ -239,79 +240,7 @@ class Jail:
             if self.control is not None:
                 self.control.send(b"stop")
 
-    def _pump(
-        self, mine: dict[str, int], feeds: dict[str, bytes], limits: Limits
-    ) -> tuple[dict[str, Any] | None, dict[str, bytearray], set[str]]:
-        """Feed and drain in one loop until the zygote reports; then take what the pipes still hold, without waiting for their end."""
-        assert self.control is not None
-        left = {name: memoryview(data) for name, data in feeds.items()}
-        kept: dict[str, bytearray] = {"channel": bytearray(), "stdout": bytearray(), "stderr": bytearray()}
-        truncated: set[str] = set()
-        report: dict[str, Any] | None = None
-        flooded = False
-        deadline = time.monotonic() + limits.wall_seconds + GRACE
-        open_fds = dict(mine)
-
-        def done(selector: selectors.BaseSelector, name: str) -> None:
-            fd = open_fds.pop(name)
-            selector.unregister(fd)
-            os.close(fd)
-
-        def drain(selector: selectors.BaseSelector, name: str) -> bool:
-            try:
-                data = os.read(open_fds[name], CHUNK)
-            except BlockingIOError:
-                return False
-            if not data:
-                done(selector, name)
-                return False
-            room = limits.output_bytes - len(kept[name])
-            if room < len(data):
-                truncated.add(name)
-            kept[name] += data[: max(room, 0)]
-            return True
-
-        with selectors.DefaultSelector() as selector:
-            for name, fd in mine.items():
-                os.set_blocking(fd, False)
-                selector.register(fd, selectors.EVENT_WRITE if name in left else selectors.EVENT_READ, name)
-            selector.register(self.control, selectors.EVENT_READ, "control")
-            for name in [n for n, data in left.items() if not data]:
-                done(selector, name)
-            while report is None and time.monotonic() < deadline:
-                if truncated and not flooded:  # nothing that comes after can make it right: end it
-                    flooded = True
-                    self.cancel()
-                for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
-                    name = key.data
-                    if name == "control":
-                        try:
-                            said = self.control.recv(1 << 16)
-                            report = json.loads(said) if said else {}
-                        except (OSError, ValueError):
-                            report = {}
-                    elif name in left:
-                        try:
-                            left[name] = left[name][os.write(open_fds[name], left[name][:CHUNK]) :]
-                        except BlockingIOError:
-                            continue
-                        except BrokenPipeError:
-                            left[name] = memoryview(b"")
-                        if not left[name]:
-                            done(selector, name)
-                    else:
-                        drain(selector, name)
-            for name in [n for n in open_fds if n in kept]:
-                for _ in range(1 + (1 << 20) // CHUNK):  # a pipe holds 1 MiB at most; its writers are dead
-                    if name not in open_fds or not drain(selector, name):
-                        break
-            for fd in open_fds.values():
-                os.close(fd)
-        return report or None, kept, truncated
-
-    def _result(
-        self, report: dict[str, Any], kept: dict[str, bytearray], truncated: set[str], limits: Limits
-    ) -> Result:
+    def _result(self, report: dict[str, Any], pipes: Pipes, limits: Limits) -> Result:
         status: Status = "ok"
         code = number = None
         detail = ""
@@ -327,19 +256,19 @@ class Jail:
         else:
             code = os.WEXITSTATUS(report["status"])
             status = "memory" if code == OUT_OF_MEMORY else "exception" if code else "ok"
-        if status in ("ok", "cancelled") and truncated:
+        if status in ("ok", "cancelled") and pipes.truncated:
             status = "output_limit"
         return Result(
             status,
-            bytes(kept["stdout"]),
-            bytes(kept["stderr"]),
-            bytes(kept["channel"]),
+            bytes(pipes.kept["stdout"]),
+            bytes(pipes.kept["stderr"]),
+            bytes(pipes.kept["channel"]),
             code,
             number,
             float(report.get("cpu_seconds", 0.0)),
             float(report["seconds"]),
             int(report.get("max_rss_bytes", 0)),
-            tuple(sorted(truncated)),
+            tuple(sorted(pipes.truncated)),
             detail,
             self.backend,
             int(report["instructions"]) if report.get("instructions", -1) >= 0 else None,

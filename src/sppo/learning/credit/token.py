@@ -80,5 +80,4 @@ class TokenCritic(TrainedCritic):
         return micro_batches(rows, batch.length_B, self.config.training.micro_budget)
 
     def _logits(self, batch: Batch, part: Tensor) -> Tensor:
-        ids_bL, _ = batch.rows(part)  # TEMP
-        return self.model.token_logits(ids_bL, batch.prompt_len_B[part], batch.response_len_B[part])
+        return self.model(*batch.rows(part))

@@ -11,6 +11,7 @@ import fractions
 import itertools
 
 DEPTH = 100
+LINE = 1 << 24  # bytes of one message between two jails
 ITEMS = 100_000
 ITERATORS = (map, filter, zip, enumerate, reversed, type(iter([])), type(iter(())), type(iter("")), type(i for i in ()))
 
@@ -83,6 +84,24 @@ def encode(value, depth=0, keep=None):
     return ["?", kind.__name__] if keep is None else keep(value)
 
 
+WRITTEN = {
+    "i": lambda tree: int(tree[1], 16),
+    "f": lambda tree: float(tree[1]),
+    "s": lambda tree: str(tree[1]),
+    "b": lambda tree: bytes.fromhex(tree[1]),
+    "B": lambda tree: bytearray.fromhex(tree[1]),
+    "c": lambda tree: complex(float(tree[1]), float(tree[2])),
+    "r": lambda tree: range(int(tree[1], 16), int(tree[2], 16), int(tree[3], 16)),
+    "D": lambda tree: decimal.Decimal(tree[1]),
+    "Q": lambda tree: fractions.Fraction(int(tree[1], 16), int(tree[2], 16)),
+    "T": lambda tree: {k.__name__: k for k in MOMENTS}[tree[1]].fromisoformat(tree[2]),
+    "P": lambda tree: datetime.timedelta(tree[1], tree[2], tree[3]),
+}
+"""What values without parts are made from, by tag."""
+HOLDING = {"l": list, "t": tuple, "S": set, "F": frozenset, "q": collections.deque, "g": iter}
+"""What holds its parts, by tag."""
+
+
 def decode(tree, depth=0, handle=None, graph=None):
     """The value of a tree; raises Opaque for anything that is not the plain form of a value.
 
@@ -98,47 +117,14 @@ def decode(tree, depth=0, handle=None, graph=None):
     def part(x):
         return decode(x, depth + 1, handle, graph)
 
-    def items():
-        return [part(x) for x in tree[1]]
-
     try:
         tag = tree[0]
-        if tag == "i":
-            return int(tree[1], 16)
-        if tag == "f":
-            return float(tree[1])
-        if tag == "s":
-            return str(tree[1])
-        if tag == "l":
-            return items()
-        if tag == "t":
-            return tuple(items())
+        if tag in WRITTEN:
+            return WRITTEN[tag](tree)
+        if tag in HOLDING:
+            return HOLDING[tag]([part(x) for x in tree[1]])
         if tag == "d":
             return {part(k): part(v) for k, v in tree[1]}
-        if tag == "S":
-            return set(items())
-        if tag == "F":
-            return frozenset(items())
-        if tag == "b":
-            return bytes.fromhex(tree[1])
-        if tag == "B":
-            return bytearray.fromhex(tree[1])
-        if tag == "c":
-            return complex(float(tree[1]), float(tree[2]))
-        if tag == "r":
-            return range(int(tree[1], 16), int(tree[2], 16), int(tree[3], 16))
-        if tag == "q":
-            return collections.deque(items())
-        if tag == "D":
-            return decimal.Decimal(tree[1])
-        if tag == "Q":
-            return fractions.Fraction(int(tree[1], 16), int(tree[2], 16))
-        if tag == "T":
-            return {k.__name__: k for k in MOMENTS}[tree[1]].fromisoformat(tree[2])
-        if tag == "P":
-            return datetime.timedelta(tree[1], tree[2], tree[3])
-        if tag == "g":
-            return iter(items())
         if tag == "h" and handle is not None and type(tree[1]) is int:
             return handle(tree[1])
         if tag == "N" and graph is not None:
@@ -148,3 +134,13 @@ def decode(tree, depth=0, handle=None, graph=None):
     except Exception as error:
         raise Opaque("malformed value: %s" % type(error).__name__) from None
     raise Opaque("a value of type %s has no plain form" % (tree[1] if len(tree) > 1 else "?"))
+
+
+def failure(error):
+    """An exception as data: its name, its text, and the builtin exception that it comes from."""
+    return ["exception", type(error).__name__, str(error)[:200], builtin_base(type(error))]
+
+
+def builtin_base(kind):
+    """The name of the builtin exception that a class is, or comes from."""
+    return next(k.__name__ for k in kind.__mro__ if k.__module__ == "builtins")

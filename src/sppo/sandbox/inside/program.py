@@ -1,7 +1,7 @@
 """What a program's own process does, after the zygote has taken everything from it. The code in here is the attacker's to change.
 
 Roles: `script` (run as __main__ with a standard input), `calls` (define, then answer calls with values), `solution` and `tests` (the
-program and the task's own test code, in two jails: asserts.py).
+program and the task's own test code, in two jails: answering.py and asserts.py).
 """
 
 import _sitebuiltins
@@ -31,12 +31,13 @@ import traceback
 import types
 import typing
 
-import asserts  # this folder's
+import answering  # this folder's
+import asserts
 import nodes
 from codec import decode, encode
 
 builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D"), _sitebuiltins.Quitter("quit", "Ctrl-D")
-OUT_OF_MEMORY, LINE = 97, 1 << 24
+OUT_OF_MEMORY = 97
 PRELOADED = (
     bisect, collections, copy, dataclasses, datetime, decimal, fractions, functools, heapq, io, itertools, math, operator,
     random, re, statistics, string, types, typing,
@@ -133,7 +134,7 @@ def calls(request, result_fd, _peer):
 
 
 def solution(request, _result, peer_fd):
-    asserts.solution(module("solution", request["code"], "<solution>"), peer_fd)
+    answering.solution(module("solution", request["code"], "<solution>"), peer_fd)
 
 
 def tests(request, result_fd, peer_fd):

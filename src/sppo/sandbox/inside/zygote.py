@@ -174,82 +174,93 @@ def seconds_in_use(mine, exactly):
 
 def serve(limits, fds):
     """Run one program to its end; returns the report, whose contents no program can write."""
-    report_read, report_write = os.pipe()
+    report = os.pipe()
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    keeper = os.fork()
-    if keeper == 0:
-        try:
-            control.close()
-            os.close(report_read)
-            check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
-            if ISOLATED:
-                check(libc.unshare(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
-            first = os.fork()
-            if first == 0:
-                try:
-                    first_process(limits, fds, report_write)
-                except BaseException as error:
-                    os.write(report_write, b"F" + repr(error).encode()[:400])
-                finally:
-                    os._exit(120)
-            for fd in (*fds, report_write):
-                os.close(fd)
-            os.waitpid(first, 0)
-            os._exit(0)
-        except BaseException as error:
-            os.write(report_write, b"F" + repr(error).encode()[:400])
-        finally:
-            os._exit(121)
-    for fd in fds:
+    keeper = keep(limits, fds, report)
+    for fd in (*fds, report[1]):
         os.close(fd)
-    os.close(report_write)
-    end, ended_by, keeper_fd = began + limits["wall_seconds"], None, os.pidfd_open(keeper)
     trusted = {1, os.getpid(), keeper}
-    poll = select.poll()
-    poll.register(keeper_fd, select.POLLIN)
-    poll.register(control, select.POLLIN)
-    while True:
-        left = end - time.monotonic()
-        if left <= 0:
-            ended_by = "timeout"
-            break
-        events = poll.poll(1000 * (min(left, WATCH_SECONDS) if limits["fork"] else left))
-        if any(fd == keeper_fd for fd, _ in events):
-            break
-        if events:  # the host has no use for the rest
-            control.recv(64)
-            ended_by = "cancelled"
-            break
-        if limits["fork"] and ISOLATED:  # the limits of the kernel are for each process
-            if memory_in_use(trusted) > address_space(limits):
-                ended_by = "memory"
-                break
-            if seconds_in_use(trusted, exactly=False) > limits["cpu_seconds"]:
-                ended_by = "timeout"
-                break
-    lost = 0.0
+    ended_by, lost = watch(keeper, trusted, limits, began + limits["wall_seconds"]), 0.0
     if ended_by is not None:
         if ISOLATED:  # a namespace that is torn down takes the account of its processes with it
             lost = seconds_in_use(trusted, exactly=True)
         os.kill(keeper, signal.SIGKILL)  # and with it process 1, and with that everything in its namespace
-    os.close(keeper_fd)
     stuck = not reap(STUCK_SECONDS)  # only when nothing of the program is left may the next one come
     if MODE == "landlock" and not stuck:
         remove(OWN_FOLDER)
-    os.set_blocking(report_read, False)  # what is stuck still holds the other end
-    text = bytearray()
-    try:
-        while part := os.read(report_read, 4096):
-            text += part
-    except BlockingIOError:
-        pass
-    os.close(report_read)
-    said = describe(bytes(text), ended_by, time.monotonic() - began)
+    said = describe(contents(report[0]), ended_by, time.monotonic() - began)
     said["stuck"] = stuck
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # of everything that ran for this program and is gone: what was killed, what its children's children did
     said["cpu_seconds"] = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime + lost
     return said
+
+
+def keep(limits, fds, report):
+    """Fork the process that makes a program's namespaces and waits for its first process; its id. `report`: both ends of a pipe."""
+    keeper = os.fork()
+    if keeper:
+        return keeper
+    try:
+        control.close()
+        os.close(report[0])
+        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+        if ISOLATED:
+            check(libc.unshare(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
+        first = os.fork()
+        if first == 0:
+            try:
+                first_process(limits, fds, report[1])
+            except BaseException as error:
+                os.write(report[1], b"F" + repr(error).encode()[:400])
+            finally:
+                os._exit(120)
+        for fd in (*fds, report[1]):
+            os.close(fd)
+        os.waitpid(first, 0)
+        os._exit(0)
+    except BaseException as error:
+        os.write(report[1], b"F" + repr(error).encode()[:400])
+    finally:
+        os._exit(121)
+
+
+def watch(keeper, trusted, limits, end):
+    """Wait for a program's end. None, or why it must be ended: `timeout`, `cancelled`, `memory`."""
+    keeper_fd, poll = os.pidfd_open(keeper), select.poll()
+    poll.register(keeper_fd, select.POLLIN)
+    poll.register(control, select.POLLIN)
+    try:
+        while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                return "timeout"
+            events = poll.poll(1000 * (min(left, WATCH_SECONDS) if limits["fork"] else left))
+            if any(fd == keeper_fd for fd, _ in events):
+                return None
+            if events:  # the host has no use for the rest
+                control.recv(64)
+                return "cancelled"
+            if limits["fork"] and ISOLATED:  # the limits of the kernel are for each process
+                if memory_in_use(trusted) > address_space(limits):
+                    return "memory"
+                if seconds_in_use(trusted, exactly=False) > limits["cpu_seconds"]:
+                    return "timeout"
+    finally:
+        os.close(keeper_fd)
+
+
+def contents(fd):
+    """What a pipe holds, without waiting for more: what is stuck may still hold its other end."""
+    os.set_blocking(fd, False)
+    text = bytearray()
+    try:
+        while part := os.read(fd, 4096):
+            text += part
+    except BlockingIOError:
+        pass
+    os.close(fd)
+    return bytes(text)
 
 
 def remove(folder):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..types import Rollout
 from .detect import Level, Rate
-from .verifying import rewarded
+from .verdict_monitors import rewarded
 
 Finding = tuple[str, str, int, str, str, Sequence[int]]
 """(monitor, what, since, why, advice, rows of this step)."""
