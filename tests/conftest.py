@@ -37,12 +37,15 @@ APART = {
     ],
     "slow": [
         "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/kernels/", "tests/mutants/",
-        "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py", "tests/evaluation/test_compare.py::test_the_command",
+        "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py",
+        "tests/evaluation/test_compare.py::test_the_command", "tests/learning/test_earned.py::test_a_run", "tests/learning/test_hybrid.py::test_a_run",
+        "tests/learning/test_peers.py::test_loss_and_gradient_equal_trls", "tests/learning/test_peers.py::test_the_kl_to_the_start_equals_trls",
+        "tests/rewards/test_growth.py", "tests/rewards/test_gym.py",
     ],
 }  # fmt: skip
-"""What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs, and
-what compiles C for every kind of processor."""
-SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 4
+"""What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs,
+compares with TRL or reasoning-gym, or compiles C for every kind of processor."""
+SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 2
 """Of a test with many cases there, it runs so many."""
 
 
