@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import read_bytes, read_json_or_nothing
+from ..recipe.config import keys
 from ..recipe.removed import is_neutral
 from .chain import (
     CHAIN,
@@ -164,7 +165,10 @@ class _State:
             return
         # a removed key at a neutral value is no change: the recipe of an older version held it
         before = {k: v for k, v in before.items() if k in now or not is_neutral(k, v, before)}
-        changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
+        # a new key at its default neither: that is what the older version did
+        defaults = {k: list(d) if isinstance(d, tuple) else d for k, d, _ in keys()}
+        new = {k for k in now.keys() - before.keys() if k in defaults and now[k] == defaults[k]}
+        changed = [k for k in sorted((now.keys() | before.keys()) - new) if now.get(k) != before.get(k)]
         said = ", ".join(f"{k} {_value(before.get(k))} → {_value(now.get(k))}" for k in changed)
         moved = tuple(self.data) if entry.get("data") == self.data else ()  # the same rows in another place
         if any(not k.startswith(FREE) and k not in moved for k in changed):
