@@ -29,22 +29,8 @@ from . import (
 )
 
 COMMANDS = (
-    train,
-    sft,
-    evaluate,
-    compare,
-    verify,
-    solve,
-    view,
-    report,
-    audit,
-    critic,
-    reward_model,
-    sandbox,
-    pull,
-    data,
-    doctor,
-)
+    train, sft, evaluate, compare, verify, solve, view, report, audit, critic, reward_model, sandbox, pull, data, doctor,
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -31,19 +31,7 @@ from .syntax import Node, integer
 
 DIGITS = 6
 """The fewest significant digits with which a decimal stands for an exact value: 0.333333 for 1/3."""
-SCALAR = {
-    "number",
-    "symbol",
-    "constant",
-    "sum",
-    "product",
-    "power",
-    "negative",
-    "quotient",
-    "call",
-    "factorial",
-    "big",
-}
+SCALAR = {"number", "symbol", "constant", "sum", "product", "power", "negative", "quotient", "call", "factorial", "big"}
 COUNTING = {"n", "k", "m"}
 """Letters that may stand for whole numbers only: (-1)^n = cos(n pi)."""
 

@@ -76,18 +76,8 @@ def command(script: Path, package: str) -> tuple[list[str], dict[str, str]]:
     for there, here in zip(inside, own, strict=True):
         jail += ["--ro-bind", here, there]
     jail += [
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-        "--remount-ro",
-        "/dev",
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/",
-        "--clearenv",
-    ]
+        "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/", "--clearenv",
+    ]  # fmt: skip
     for name, value in environment.items():
         jail += ["--setenv", name, value]
     return [*jail, *run], environment

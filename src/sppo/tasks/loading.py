@@ -13,11 +13,7 @@ from .user_source import is_own, own_source
 
 
 def load_tasks(
-    spec: str,
-    *,
-    instruction: str = "",
-    default_split: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    spec: str, *, instruction: str = "", default_split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> TaskSource:
     """The source for a spec or the path of a data file.
 

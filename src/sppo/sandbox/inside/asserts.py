@@ -104,11 +104,7 @@ class Onward(ast.NodeTransformer):
         message = [] if node.msg is None else [node.msg]
         return [
             ast.copy_location(
-                ast.If(
-                    ast.UnaryOp(ast.Not(), part),
-                    [ast.Expr(ast.Call(ast.Name(NOTE, ast.Load()), message, []))],
-                    [],
-                ),
+                ast.If(ast.UnaryOp(ast.Not(), part), [ast.Expr(ast.Call(ast.Name(NOTE, ast.Load()), message, []))], []),
                 node,
             )
             for part in parts
