@@ -6,39 +6,49 @@ BIN    := $(VENV)/bin
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: bench-busy bench-pretrained
-.PHONY: setup quickstart test fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head
+.PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise
 
 help:
-	@echo "make setup        the virtual environment and the package (both below do this by themselves)"
-	@echo "make quickstart   train a tiny reasoner from nothing, two to six minutes on two cores"
+	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
+	@echo "make test         linter, types, layers and all tests"
+	@echo "make test-fast    the tests that need no browser, no jail and no whole run, in under 90 seconds"
+	@echo "make docs         the site, in site/, with the reference of the Python API"
+	@echo "make setup        .venv with the package and what quickstart needs (quickstart does this by itself)"
+	@echo "make dev          .venv with every extra and the developer's tools (test and the benchmarks do this by themselves)"
 	@echo "make bench-trl, bench-stability   the evidence (docs/evidence.md): against TRL's own trainer, and by length"
 	@echo "make bench-sandbox, bench-verify, bench-runtime, bench-reward-model   what a verdict costs"
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
-	@echo "make bench-pretrained   baselines and ratios on SmolLM2-135M: with a GPU, --jobs 8"
+	@echo "make bench-pretrained   baselines and ratios on SmolLM2-135M: with a GPU, --jobs 12"
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
+	@echo "make bench-elementwise   norms, gated units and rotations on a GPU, against Liger's and PyTorch's"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
-	@echo "make test         linter, types, layers and all tests"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
 	@echo "make mutants      faults made on purpose in what computes gradients: does a test fail for each? about 15 minutes"
 	@echo "make test-vllm    the vLLM engine, in an environment of its own (.venv-vllm)"
 
 setup: $(VENV)/.ready
+dev: $(VENV)/.ready-dev
 
-# torch first and pinned, so that nothing that depends on it brings another one. Which build that is, the package index decides: see constraints.txt.
+# Python compiles a module when it is first imported, so that nobody waits for those that quickstart never imports.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sppo needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "sppo needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gym,gguf,trackers,dev]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .
+	@touch $@
+
+# Compiled whole, since jailed processes import libraries and may not write what they compiled.
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true   # some packages hold templates, no Python
 	@touch $@
 
 quickstart: setup
 	@if [ -e runs/quickstart ]; then kept=runs/quickstart-$$(date +%Y%m%d-%H%M%S); mv runs/quickstart $$kept; echo "the previous run is now $$kept"; fi
 	$(BIN)/sppo train recipes/quickstart.toml
 
-check: setup
+check: dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check -q src tests benchmarks
 	$(BIN)/mypy
@@ -47,12 +57,16 @@ check: setup
 test: check bubblewrap chromium
 	$(BIN)/python -m pytest
 
+# In under 90 seconds: no browser, no jail, no whole runs (tests/conftest.py says which tests are left out).
+test-fast: dev
+	$(BIN)/python -m pytest -m "not (browser or jail or slow)"
+
 # Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
-fuzz: setup bubblewrap
+fuzz: dev bubblewrap
 	$(BIN)/python -m tests.fuzz.run
 
 # The last line is JSON: how many mutants of tests/mutants/mutants.py the tests kill, of how many. At most 15 minutes on one core.
-mutants: setup
+mutants: dev
 	$(BIN)/python -m tests.mutants.run
 
 # The sandbox for model-written programs needs bubblewrap, a Debian package of 50 kB.
@@ -82,43 +96,55 @@ trl-env: .venv-trl/.ready
 	.venv-trl/bin/python -m pip install -q -c constraints.txt trl==1.16.0
 	@touch $@
 
+# The site, by Zensical: Material for MkDocs, whose mkdocs.yml it reads, ends in May 2027. It reads the source without importing it, so that nothing of
+# what the package needs is installed. A warning is an error.
+docs: .venv-docs/.ready
+	.venv-docs/bin/zensical build --strict --clean
+.venv-docs/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -c constraints.txt zensical "mkdocstrings[python]" griffe-pydantic ruff
+	@touch $@
+
 test-vllm: vllm-env
 	.venv-vllm/bin/python -m pytest -W default tests/rollout/test_vllm.py   # what vLLM imports warns of much
 
-models/smollm2-135m: | setup
+models/smollm2-135m: | dev
 	$(BIN)/sppo pull smollm2-135m
 
-$(SPEED): setup | models/smollm2-135m
+$(SPEED): dev | models/smollm2-135m
 	$(BIN)/python benchmarks/$(@:bench-%=%).py
 bench-rollout: vllm-env
 bench-step: trl-env
 
-bench-busy: setup
+bench-busy: dev
 	$(BIN)/python benchmarks/busy.py
 
-bench-sandbox: setup bubblewrap
+bench-sandbox: dev bubblewrap
 	$(BIN)/python benchmarks/sandbox.py
 
-bench-verify: setup
+bench-verify: dev
 	$(BIN)/python benchmarks/verify.py
 
-bench-runtime: setup bubblewrap
+bench-runtime: dev bubblewrap
 	$(BIN)/python benchmarks/runtime.py
 
-bench-trl: setup
+bench-trl: dev
 	$(BIN)/python benchmarks/grpo_trainer.py
 
-bench-stability: setup
+bench-stability: dev
 	$(BIN)/python benchmarks/stability.py --figure docs/evidence/stability.svg
 
-bench-head: setup
+bench-head: dev
 	$(BIN)/python benchmarks/head.py
 
-bench-reward-model: setup
+bench-elementwise: dev
+	$(BIN)/python benchmarks/elementwise.py
+
+bench-reward-model: dev
 	$(BIN)/python benchmarks/reward_model.py
 
-bench-pretrained: setup | models/smollm2-135m
+bench-pretrained: dev | models/smollm2-135m
 	$(BIN)/python benchmarks/pretrained.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

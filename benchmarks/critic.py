@@ -81,7 +81,7 @@ def prompt_critic() -> dict[str, Any]:
     before = workload.peak_bytes()
     optimiser = MasterAdamW(critic.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     began = time.perf_counter()
-    logit = critic([[3 + i % 20 for i in range(48)]] * 64)
+    logit = critic.prompt_logits([[3 + i % 20 for i in range(48)]] * 64)
     torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.ones_like(logit)).backward()
     optimiser.step(1e-6, 1.0)
     return {"seconds": workload.since(began), "bytes": workload.peak_bytes() - before + _weights(critic)}

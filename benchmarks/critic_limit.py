@@ -76,7 +76,9 @@ def fitted(name: str, lr: float, seen: list[tuple[Task, float]], tasks: list[Tas
     optimiser = MasterAdamW(critic.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     ids, correct_N = [critic.prompt_ids(t) for t, _ in seen], torch.tensor([c for _, c in seen])
     for part in torch.randperm(len(seen), generator=torch.Generator().manual_seed(0)).split(128):
-        binary_cross_entropy_with_logits(critic([ids[i] for i in part.tolist()]), correct_N[part]).backward()
+        binary_cross_entropy_with_logits(
+            critic.prompt_logits([ids[i] for i in part.tolist()]), correct_N[part]
+        ).backward()
         optimiser.step(lr, 1.0)
     return critic.logits(tasks).sigmoid()
 
@@ -89,10 +91,11 @@ def main() -> None:
     parser.add_argument("--critics", nargs="*", default=[], metavar="NAME@LR")
     args = parser.parse_args()
     run = Run.resume(args.run)
+    c = run.components
     seen: list[tuple[Task, float]] = []
     while len(seen) < args.problems:
         rollouts = collect(
-            run.engine, run.policy, run.reward, run.curriculum.sample(PART), run.sampling, seed=(0, "limit", len(seen))
+            c.engine, c.policy, c.reward, c.curriculum.sample(PART), c.sampling, seed=(0, "limit", len(seen))
         )
         seen += [(r.task, r.verdict.correct) for r in rollouts if r.verdict and not r.verdict.masked]
         print(f"{len(seen)} training problems", flush=True)

@@ -41,21 +41,22 @@ RESAMPLES = 1000
 
 def measured(run: Run, samples: int) -> tuple[Tensor, Tensor, list[Task]]:
     """Correctness of each sample, [problems, samples], V(x), [problems], and the problems; those with a sample that cannot be graded are left out."""
-    assert run.critic is not None
+    c = run.components
+    assert c.critic is not None
     rows, kept = [], []
-    for start in range(0, len(run.held_out), PART):
-        tasks = run.held_out[start : start + PART]
+    for start in range(0, len(c.held_out), PART):
+        tasks = c.held_out[start : start + PART]
         found = collect(
-            run.engine, run.policy, run.reward, tasks, run.sampling,
-            samples=samples, seed=(run.config.seed, "critic quality", start), truncated=run.config.rollout.truncated,
+            c.engine, c.policy, c.reward, tasks, c.sampling,
+            samples=samples, seed=(c.config.seed, "critic quality", start), truncated=c.config.rollout.truncated,
         )  # fmt: skip
         for i, task in enumerate(tasks):
             verdicts = [r.verdict for r in found[i * samples : (i + 1) * samples] if r.verdict]
             if not any(v.masked for v in verdicts):
                 rows.append([v.correct for v in verdicts])
                 kept.append(task)
-        print(f"{min(start + PART, len(run.held_out))} of {len(run.held_out)} problems", flush=True)
-    return torch.tensor(rows), run.critic.logits(kept).sigmoid(), kept
+        print(f"{min(start + PART, len(c.held_out))} of {len(c.held_out)} problems", flush=True)
+    return torch.tensor(rows), c.critic.logits(kept).sigmoid(), kept
 
 
 def pearson(a: Tensor, b: Tensor) -> float:

@@ -202,6 +202,7 @@ def recipe(args: argparse.Namespace, arm: str) -> Config:
 def serve(args: argparse.Namespace) -> None:
     """One run, in this process; its curve goes to a file."""
     from sppo.evaluation.evaluate import Evaluation, held_out_tasks
+    from sppo.run.accuracy import accuracy
     from sppo.run.loop import train
     from sppo.run.observer import Silent
     from sppo.run.run import Run
@@ -211,8 +212,9 @@ def serve(args: argparse.Namespace) -> None:
 
     class Watch(Silent):
         def evaluation(self, step: int, result: Evaluation) -> None:
+            c = job.components
             if study.probe:
-                result = job.evaluate(held_out_tasks(load_tasks(study.probe), job.config.evaluation.n))
+                result = accuracy(c, job.state, held_out_tasks(load_tasks(study.probe), c.config.evaluation.n))
             curve["tokens"].append(job.state.generated_tokens if step else 0)
             curve["accuracy"].append(result.accuracy)
             curve["measures"].append(result.measures)

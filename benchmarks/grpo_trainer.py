@@ -119,7 +119,7 @@ def serve_trl(config: Config, lr: float, clock: Clock) -> None:
         nonlocal tokens
         tokens += sum(map(len, completion_ids))
         rollouts = [
-            Rollout(tasks[i], [], ids, [], "stop" if ids[-1] in mirror.eos_ids else "length", mirror.text(ids))
+            Rollout.answer(tasks[i], [], ids, [], "stop" if ids[-1] in mirror.eos_ids else "length", mirror.text(ids))
             for i, ids in zip(row, completion_ids, strict=True)
         ]
         return [v.score if r.finish == "stop" else 0.0 for r, v in zip(rollouts, judge.judge(rollouts), strict=True)]

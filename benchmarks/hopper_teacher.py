@@ -16,15 +16,17 @@ from multiprocessing import Pool
 
 import numpy as np
 
-from sppo.environments.control import Array, Environment
+from sppo.environments.base import Reply
+from sppo.environments.control import Array, ControlTask
+from sppo.environments.control import episode as begun
 
 DIRECTIONS, BEST, DEVIATION, RATE, NOISE = 8, 4, 0.025, 0.01, 0.2
 HELD_OUT = 5_000_000
 
 
 @cache
-def _environment() -> Environment:
-    return Environment("hopper")
+def _environment() -> ControlTask:
+    return ControlTask("hopper")
 
 
 def episode(job: tuple[Array, int]) -> tuple[float, bool, int, Array]:
@@ -32,12 +34,12 @@ def episode(job: tuple[Array, int]) -> tuple[float, bool, int, Array]:
     most), success, steps, and the observations summed and squared."""
     weights, seed = job
     env, rng = _environment(), np.random.default_rng(seed)
-    env.reset(seed)
+    env.reset(begun("hopper", seed))
     seen, gained = [], 0.0
     for _ in range(env.kind.horizon):
         seen.append(env.last)
         torque = np.clip(weights[:, :11] @ env.last + weights[:, 11] + NOISE * rng.standard_normal(3), -1, 1)
-        _, ended = env.step(torque)
+        ended = env.step(Reply(action=torque)).done
         gained -= 1e-3 * float(torque @ torque)
         if ended:
             break

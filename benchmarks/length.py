@@ -44,13 +44,11 @@ def measure(length: int) -> dict[str, Any]:
     logits_bytes = peak() - before
     policy.checkpoint_activations()
     if cuda:  # what is compiled the first time is not the length's
-        policy.response_logps(torch.arange(8)[None], torch.tensor([2]), torch.tensor([6]), 1.0).logp_BT.sum().backward()
+        policy.logps(torch.arange(8)[None], torch.arange(8)[None] >= 2, 1.0).logp_BT.sum().backward()
         torch.cuda.synchronize()
     row = [[(31 * t) % 40000 for t in range(PROMPT + length)]]
     before, began = peak(), time.perf_counter()
-    policy.response_logps(
-        torch.tensor(row), torch.tensor([PROMPT]), torch.tensor([length]), 1.0
-    ).logp_BT.sum().backward()
+    policy.logps(torch.tensor(row), torch.arange(PROMPT + length)[None] >= PROMPT, 1.0).logp_BT.sum().backward()
     update, update_bytes = workload.since(began), peak() - before
     engine = LocalEngine(policy)
     middle = [row[0][: PROMPT + length // 2]]

@@ -33,7 +33,7 @@ def main() -> None:
     result: dict[str, object] = {}
     noise = {}
     for name, program in PROGRAMS.items():
-        rollout = Rollout(task, [], [], [], "stop", program)
+        rollout = Rollout.answer(task, [], [], [], "stop", program)
         began = time.perf_counter()
         verdicts = [reward.judge([rollout])[0] for _ in range(REPEATS)]
         seconds = (time.perf_counter() - began) / REPEATS

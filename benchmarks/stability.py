@@ -118,16 +118,17 @@ def tail(out: Path) -> dict[str, Any]:
         errors: dict[str, list[float]] = {}
         for algorithm in ("ppo", "sppo"):
             run = Run.resume(out / f"credit-{algorithm}-{length}")
+            c = run.components
             rollouts = collect(
-                run.engine, run.policy, run.reward, run.curriculum.sample(512), run.sampling, seed=(0, "tail", length)
+                c.engine, c.policy, c.reward, c.curriculum.sample(512), c.sampling, seed=(0, "tail", length)
             )
-            batch = pack(rollouts, run.policy.pad_id)
+            batch = pack(rollouts, c.policy.pad_id)
             reward_B = batch.correct_B
-            assert run.critic is not None
+            assert c.critic is not None
             if algorithm == "sppo":
-                squares = [(run.critic.logits([r.task for r in rollouts]).sigmoid() - reward_B).square().mean()]
+                squares = [(c.critic.logits([r.task for r in rollouts]).sigmoid() - reward_B).square().mean()]
             else:
-                value_BT = run.critic.token_logits(batch.ids_BL, batch.prompt_len_B, batch.response_len_B).sigmoid()
+                value_BT = c.critic(batch.ids_BL, batch.action_BL).sigmoid()
                 width = value_BT.size(1)
                 tenth_BT = (torch.arange(width) * DECILES // batch.response_len_B[:, None]).clamp(max=DECILES - 1)
                 square_BT = (value_BT - reward_B[:, None]).square()

@@ -61,6 +61,7 @@ def serve_sppo() -> None:
     from sppo.recipe.config import Config
     from sppo.rewards.loading import load_reward
     from sppo.rollout.collect import collect
+    from sppo.run.build import Parts, make_learner
     from sppo.run.run import Run
 
     keep_memory()
@@ -74,30 +75,29 @@ def serve_sppo() -> None:
             "training.lr": 1e-6, "training.minibatches": 1, "training.micro_tokens": 16384 if torch.cuda.is_available() else 2048,
             "evaluation.n": 1, "run.out": f"{folder}/run",
         })  # fmt: skip
-        run = Run.new(config)
-        run.reward.close()
-        run.reward = load_reward("workload:digits")
-        run.policy.eos_ids = [run.policy.model.config.vocab_size - 1]  # an id that is never likely
-        run._make_learner()
-        run.critic.start_at(0.5)
+        run = Run.new(config, parts=Parts(reward=load_reward("workload:digits")))
+        c = run.components
+        c.policy.eos_ids = [c.policy.model.config.vocab_size - 1]  # an id that is never likely
+        learner = make_learner(c, None)
+        c.critic.start_at(0.5)
         print("{}", flush=True)
         for step, _ in enumerate(sys.stdin):
             began = time.perf_counter()
             rollouts = collect(
-                run.engine,
-                run.policy,
-                run.reward,
-                run.curriculum.sample(RESPONSES),
-                run.sampling,
+                c.engine,
+                c.policy,
+                c.reward,
+                c.curriculum.sample(RESPONSES),
+                c.sampling,
                 seed=(1, "train", step),
                 truncated="penalise",
             )
             half = time.perf_counter()
-            batch = pack(rollouts, run.policy.pad_id)
-            advantage_B = run.learner.advantage(batch)[0]
+            batch = pack(rollouts, c.policy.pad_id)
+            advantage_B = learner.advantage(batch)[0]
             advantage_B += torch.linspace(-1, 1, len(batch))  # so that no gradient is 0
-            run.learner.update(batch, advantage_B, step)
-            run.sync()
+            learner.update(batch, advantage_B, step)
+            run.sync(step + 1)
             told = {
                 "seconds": time.perf_counter() - began,
                 "rollout": half - began,

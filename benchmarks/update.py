@@ -55,9 +55,11 @@ def sppo_pass(policy: Any, rows: list[list[int]], prompt_lens: list[int], budget
     width = max(map(len, rows))
     ids_BL = torch.tensor([r + [0] * (width - len(r)) for r in rows])
     prompt_B, length_B = torch.tensor(prompt_lens), torch.tensor([len(r) for r in rows])
+    column_L = torch.arange(width)
+    action_BL = (column_L >= prompt_B[:, None]) & (column_L < length_B[:, None])
     began = time.perf_counter()
     for part in micro_batches(torch.arange(len(rows)), length_B, budget, policy.packs):
-        scored = policy.response_logps(ids_BL[part], prompt_B[part], (length_B - prompt_B)[part], 1.0)
+        scored = policy.logps(ids_BL[part], action_BL[part], 1.0)
         log_r = log_ratio(scored.logp_BT, scored.logp_BT.detach(), scored.mask_BT, "sequence", 0.5)
         value, _ = surrogate(log_r, torch.ones(len(part), device=log_r.device), (0.2, 0.2), 3.0)
         (-normalised_sum(value, torch.ones_like(log_r, dtype=torch.bool), len(rows))).backward()

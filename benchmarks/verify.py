@@ -25,7 +25,7 @@ def problems(n: int, seed: int) -> list[Rollout]:
         gold = [f"{a}", f"\\frac{{{a}}}{{{b}}}", f"{a}\\sqrt{{{b}}}", f"{a}x^2+{b}x"][i % 4]
         said = gold if rng.random() < 0.5 else gold.replace(str(a), str(a + 1), 1)
         task = Task(str(i), "", {"answer": gold})
-        out.append(Rollout(task, [], [], [], "stop", f"So the answer is $\\boxed{{{said}}}$."))
+        out.append(Rollout.answer(task, [], [], [], "stop", f"So the answer is $\\boxed{{{said}}}$."))
     return out
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     limited.judge(warm)
     began = time.perf_counter()
     task = Task("hang", "", {"answer": "1"})
-    mixed = limited.judge([*problems(40, 99), Rollout(task, [], [], [], "stop", f"\\boxed{{{HANGS[1:-1]}}}")])
+    mixed = limited.judge([*problems(40, 99), Rollout.answer(task, [], [], [], "stop", f"\\boxed{{{HANGS[1:-1]}}}")])
     hanging = time.perf_counter() - began
     reward.close()
     limited.close()

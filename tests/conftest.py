@@ -21,6 +21,7 @@ from sppo.rollout.collect import collect
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.tasks.loading import load_tasks
+from sppo.types import Rollout, Verdict
 
 given = [str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
 root = str(
@@ -28,7 +29,44 @@ root = str(
 )  # judging workers run functions of these tests, and would not find them on their own
 os.environ["PYTHONPATH"] = os.pathsep.join([*given, root])
 
+APART = {
+    "browser": ["tests/browser/"],
+    "jail": [
+        "tests/sandbox/", "tests/rewards/test_code.py", "tests/rewards/test_runtime.py", "tests/tasks/test_rows.py",
+        "tests/tasks/test_functions.py",
+    ],
+    "slow": [
+        "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/kernels/", "tests/mutants/",
+        "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py", "tests/evaluation/test_compare.py::test_the_command",
+    ],
+}  # fmt: skip
+"""What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs, and
+what compiles C for every kind of processor."""
+SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 4
+"""Of a test with many cases there, it runs so many."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The only place that says which tests are not fast."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        for marker, beginnings in APART.items():
+            if item.nodeid.startswith(tuple(beginnings)):
+                item.add_marker(marker)
+        if "jailed" in getattr(item, "fixturenames", ()):
+            item.add_marker("jail")
+        if item.nodeid.startswith(SAMPLED):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in cases.values():
+        every = -(-len(same) // FEW)
+        for n, item in enumerate(same):
+            if n % every:
+                item.add_marker("slow")
+
+
 SMALL = "tiny:hidden=32,layers=2,heads=2"
+STEPS = "answer + 0 * steps:check=chain,split=semicolons"
+"""Measures the steps of a response, and pays nothing for them: what sppo-hybrid reads."""
 
 
 def small_policy(seed: int = 0, **changes) -> Policy:
@@ -48,6 +86,8 @@ def small_config(**overrides) -> Config:
         "rollout.prompts": 16, "rollout.max_tokens": 12, "training.lr": 1e-3, "training.critic_lr": 1e-3,
         "training.steps": 3, "evaluation.n": 16, "evaluation.every": 0,
     }  # fmt: skip
+    if "sppo-hybrid" in overrides.values():
+        base["reward.use"] = STEPS
     return Config.load(None, base | {k.replace("__", "."): v for k, v in overrides.items()}).settled()[0]
 
 
@@ -57,6 +97,24 @@ def small_rollouts(policy: Policy, n: int = 16, *, max_tokens: int = 12, tempera
         LocalEngine(policy), policy, load_reward("answer"), [source[i] for i in range(n)],
         Sampling(max_tokens, temperature), seed=("test",), **kwargs,
     )  # fmt: skip
+
+
+def graded(rollout: Rollout, score: float, correct: float | None = None) -> Rollout:
+    """With a reward, how right it is where that is not the same, and what a steps reward would have measured: 0, ½ and 1 in turn."""
+    steps = [{"text": "", "end": i, "score": i % 3 / 2} for i, c in enumerate(rollout.text) if c == ";"]
+    outcome = "correct" if (score if correct is None else correct) >= 0.5 else "wrong"
+    return rollout.judged(Verdict(score, outcome, {"steps": steps, "split": "semicolons"}, correct))
+
+
+def actions_of(ids_BL: torch.Tensor, prompt_len_B: torch.Tensor, response_len_B: torch.Tensor) -> torch.Tensor:
+    """The action mask of one answer per row, [B, L]."""
+    column_L = torch.arange(ids_BL.size(1))
+    return (column_L >= prompt_len_B[:, None]) & (column_L < (prompt_len_B + response_len_B)[:, None])
+
+
+def logps_of(policy: Policy, ids_BL, prompt_len_B, response_len_B, temperature: float):
+    """`Policy.logps` of one answer per row."""
+    return policy.logps(ids_BL, actions_of(ids_BL, prompt_len_B, response_len_B), temperature)
 
 
 def gradients_of(learner) -> list[torch.Tensor]:

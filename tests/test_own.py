@@ -28,7 +28,7 @@ def write(folder: Path, **files: str) -> None:
 
 
 def rollout(text: str = "yes") -> Rollout:
-    return Rollout(Task("t", "q"), [1], [2], [0.0], "stop", text)
+    return Rollout.answer(Task("t", "q"), [1], [2], [0.0], "stop", text)
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_options_of_own_rewards(folder):
         "def make(level=0.25):\n    return lambda completions: [level] * len(completions)\n"
         "made = Judge()\n",
     )  # fmt: skip
-    row = Rollout(Task("t", "q", {"answer": "1", "level": 9}), [1], [2], [0.0], "stop", "yes")
+    row = Rollout.answer(Task("t", "q", {"answer": "1", "level": 9}), [1], [2], [0.0], "stop", "yes")
     for name in ("function", "Judge", "make"):
         assert load_reward(f"mine:{name},level=0.5").judge([row])[0].score == 0.5
     for name in ("Judge", "make", "made"):

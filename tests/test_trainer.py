@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,12 +104,12 @@ def test_clear_errors(tmp_path):
         SPPOTrainer(model=SMALL, reward_funcs="answer", train_dataset=[{"answer": "1"}])
 
 
-def test_the_readmes_example_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+def test_the_readmes_example_runs(tmp_path):
+    reward, example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(reward)
+    (tmp_path / "example.py").write_text(example)
+    ran = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_weights_of_rewards(tmp_path):
@@ -156,7 +158,7 @@ def test_predicted_chance_of_questions_conversations_and_rows(tmp_path):
     )
     assert asked[0] == pytest.approx(asked[1]) == pytest.approx(asked[2])
     assert asked[4] != asked[0]
-    critic = trainer.run.critic
+    critic = trainer.run.components.critic
     from sppo.types import Task
 
     trained_on = Task("t", [{"role": "user", "content": "1+1?\nAnswer with a number."}])

@@ -22,6 +22,9 @@ from typing import Any
 from . import own
 from .errors import RecipeError, SPPOError, UserError
 
+GIVEN = "given in Python"
+"""Stands in a recipe for an object that a Python user passed, which cannot be loaded by name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:

@@ -1,10 +1,10 @@
-"""The Python face: `SPPOTrainer` and `SPPOConfig`, shaped like the trainers people know.
+"""Training from Python: `SPPOTrainer` and `SPPOConfig`, shaped like TRL's trainers.
 
     trainer = SPPOTrainer(model="HuggingFaceTB/SmolLM2-135M-Instruct", reward_funcs=my_reward, train_dataset=rows,
                           args=SPPOConfig(output_dir="runs/mine", max_steps=100))
     trainer.train()
 
-The same loop, files and guarantees as `sppo train`; what is given here as objects is simply not named in the recipe.
+The same loop, files and guarantees as `sppo train`; objects given here are not named in the recipe.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from .report.progress import ProgressDisplay
 from .rewards.base import Reward
 from .rewards.loading import load_reward
 from .rewards.user_reward import LIMIT
-from .run.build import Parts
+from .run.build import Components, Parts
 from .run.loop import train
 from .run.run import Run
-from .tasks.base import GIVEN, HELD_OUT, ListSource, TaskSource, in_split, with_instruction
+from .spec import GIVEN
+from .tasks.base import HELD_OUT, ListSource, TaskSource, in_split, with_instruction
 from .tasks.loading import load_pair, load_tasks
 from .tasks.records import tasks_from
 from .trl_names import translated
@@ -34,7 +35,7 @@ RewardLike = str | Callable[..., Any] | Reward
 
 
 def _by_trl_names(cls: type) -> type:
-    """Let a settings class also take TRL's names for what it has no field for (trl_names.py); they become keys of its `recipe`."""
+    """Make a settings class also accept TRL's names that it has no field for (trl_names.py); they become keys of its `recipe`."""
     by_fields = cls.__init__  # type: ignore[misc]
     names = [f.name for f in fields(cls)]
 
@@ -52,11 +53,11 @@ def _by_trl_names(cls: type) -> type:
 @_by_trl_names
 @dataclass
 class SPPOConfig:
-    """Settings by the names that users of other trainers have. Anything else goes into `recipe`, by dotted key.
+    """Settings under the names that other trainers use. Anything else goes into `recipe`, by dotted key.
 
     `SPPOConfig(max_steps=50, recipe={"objective.ratio": "token", "critic.model": "tiny"})`
 
-    Arguments of TRL's GRPOConfig that have an exact equivalent are taken (`bf16=True`, `use_vllm=True`, `weight_decay=0.1`); for the others a
+    Arguments of TRL's GRPOConfig that have an exact equivalent are accepted (`bf16=True`, `use_vllm=True`, `weight_decay=0.1`); for the others a
     RecipeError names ours.
 
     `beta` weighs TRL's KL to the start (k3 of each token times its ratio, averaged as the loss is; without the ratio, which is GRPO's own, with
@@ -110,10 +111,8 @@ class SPPOConfig:
         out |= {key: getattr(self, name) for name, key in names.items() if getattr(self, name) is not None}
         if self.beta:
             out |= {"objective.kl_form": "k3-weighted", "objective.kl_level": "token"}
-        if (
-            schedule := out.get("training.schedule")
-        ) is not None:  # a member of an enumeration is its text; a warm-up is `warmup_steps`
-            schedule = getattr(schedule, "value", schedule)
+        if (given := out.get("training.schedule")) is not None:
+            schedule = getattr(given, "value", given)  # TRL's are members of an enumeration
             out["training.schedule"] = "constant" if schedule == "constant_with_warmup" else schedule
         if self.epsilon is not None or self.epsilon_high is not None:
             low = 0.2 if self.epsilon is None else self.epsilon
@@ -133,7 +132,7 @@ class SPPOTrainer:
         model: a folder, a hub name, `tiny:…`, or a loaded causal LM (then `processing_class` is its tokenizer).
         reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]`, an object with
             `judge(rollouts)`, the name of a built-in (`answer`, `math`, `gym`) or of your own (`package.module:object`), or a list of
-            these (their mean, weighted by `SPPOConfig(reward_weights=[…])`; the first one is the critic's target).
+            these (their mean, weighted by `SPPOConfig(reward_weights=[…])`; the first is the critic's target).
         train_dataset: a `datasets.Dataset`, any iterable of rows, a file or a task spec such as `chain:steps=3`.
         eval_dataset: the same, held out; by default a tenth of the training rows, chosen by the hash of the prompt.
         critic: a folder, a hub name, `tiny:…`, or a (backbone, tokenizer) pair; a tiny one by default.
@@ -229,13 +228,13 @@ class SPPOTrainer:
         """Write policy and tokenizer as an ordinary model folder."""
         self._trained().policy.save(Path(folder))
 
-    def _trained(self) -> Run:
+    def _trained(self) -> Components:
         if self.run is None:
             raise UserError("call train() first")
-        return self.run
+        return self.run.components
 
     def _sources(self, train_rows: Any, eval_rows: Any) -> tuple[TaskSource, TaskSource]:
-        """Rows or specs into sources; without held-out rows a tenth of the training rows, by hash, is held out."""
+        """(training, held-out) sources from rows or specs; without held-out rows a tenth of the training rows is held out, by hash."""
         instruction, columns = self.config.task.instruction, self.config.task.columns
         if isinstance(train_rows, str) and (eval_rows is None or isinstance(eval_rows, str)):
             return load_pair(train_rows, eval_rows, instruction, columns)

@@ -1,7 +1,7 @@
-"""The argument names of TRL's GRPOConfig: what means exactly the same here is taken, the rest is refused in a sentence that names ours.
+"""Translates the argument names of TRL's GRPOConfig; a name without an exact equivalent is refused with our own.
 
-A trainer of single responses has no groups, no micro-batches counted in sequences and no optimiser steps between its steps, so not every name has
-an equivalent. A value that asks for what happens here anyway is taken, and None is what TRL calls "not given".
+Not every name has an equivalent: there are no groups here, no micro-batches counted in sequences and no optimiser steps
+between steps. A value that asks for what happens here anyway is taken. None means "not given", as in TRL.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEYS = {
     "num_generations_eval": "evaluation.samples",
     "vllm_importance_sampling_clip_max": "objective.engine_correction",
 }
-"""Another name for the same number."""
+"""Other names for the same number."""
 
 _DONE: Settings = {}
 _CHOICES: dict[str, dict[Any, Settings]] = {
@@ -49,50 +49,55 @@ _CHOICES: dict[str, dict[Any, Settings]] = {
     "fp16": {False: _DONE}, "tf32": {False: _DONE}, "use_cpu": {False: _DONE}, "trust_remote_code": {False: _DONE},
     "logging_steps": {1: _DONE}, "logging_first_step": {True: _DONE}, "logging_strategy": {"steps": _DONE},
     "save_strategy": {"steps": _DONE}, "eval_strategy": {"steps": _DONE}, "eval_on_start": {True: _DONE},
-    "log_completions": {True: _DONE, False: _DONE}, "remove_unused_columns": {False: _DONE}, "shuffle_dataset": {True: _DONE},
+    "log_completions": {True: _DONE, False: _DONE}, "remove_unused_columns": {False: _DONE},
+    "shuffle_dataset": {True: _DONE},
     "disable_dropout": {True: _DONE}, "cast_lm_head_to_fp32": {True: _DONE}, "repetition_penalty": {1.0: _DONE},
     "adam_epsilon": {1e-8: _DONE}, "top_entropy_quantile": {1.0: _DONE}, "sync_ref_model": {False: _DONE},
-    "push_to_hub": {False: _DONE}, "torch_compile": {False: _DONE}, "use_liger_kernel": {False: _DONE}, "do_train": {True: _DONE, False: _DONE},
+    "push_to_hub": {False: _DONE}, "torch_compile": {False: _DONE}, "use_liger_kernel": {False: _DONE},
+    "do_train": {True: _DONE, False: _DONE},
     "full_determinism": {True: _DONE}, "load_best_model_at_end": {False: _DONE},
-    "multi_objective_aggregation": {"sum_then_normalize": _DONE}, "use_adaptive_entropy": {False: _DONE}, "average_tokens_across_devices": {True: _DONE},
-    "label_smoothing_factor": {0.0: _DONE}, "use_transformers_paged": {False: _DONE}, "use_transformers_continuous_batching": {False: _DONE},
+    "multi_objective_aggregation": {"sum_then_normalize": _DONE}, "use_adaptive_entropy": {False: _DONE},
+    "average_tokens_across_devices": {True: _DONE}, "label_smoothing_factor": {0.0: _DONE},
+    "use_transformers_paged": {False: _DONE}, "use_transformers_continuous_batching": {False: _DONE},
     "log_multimodal": {True: _DONE, False: _DONE},
 }  # fmt: skip
 """Values that have an equivalent; any other value of these names is refused."""
 
 _BATCH = (
-    "a step here is prompts_per_step prompts times num_generations responses, and num_minibatches optimiser updates on them; "
-    "memory is bounded by recipe={'training.micro_tokens': …}, in tokens"
+    "a step is prompts_per_step prompts times num_generations responses, with num_minibatches optimiser updates on "
+    "them; recipe={'training.micro_tokens': …} bounds the memory, in tokens"
 )
 _INSTEAD = {
     name: sentence
     for names, sentence in (
         ("per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation", _BATCH),
         ("auto_find_batch_size pad_to_multiple_of torch_empty_cache_steps", _BATCH),
-        ("per_device_eval_batch_size", "recipe={'rollout.batch': …} is how many sequences are decoded together"),
+        ("per_device_eval_batch_size", "recipe={'rollout.batch': …} sets how many sequences are decoded together"),
         ("num_train_epochs", "max_steps counts steps: rows × epochs ÷ prompts_per_step"),
         (
-            "loss_type sapo_ vespo_ off_policy_mask_threshold router_aux_loss_coef label_ prediction_loss_only neftune_noise_alpha",
-            "a loss is part of an algorithm here, and SPPO's own is the default: recipe={'objective.algorithm': 'grpo'} (or 'dr-grpo', 'dapo', "
-            "'gspo', 'gspo-token', 'gmpo', 'cispo', 'sapo') is the peer's, and 'objective.average' says what it averages over",
+            "loss_type sapo_ vespo_ off_policy_mask_threshold router_aux_loss_coef label_ prediction_loss_only "
+            "neftune_noise_alpha",
+            "the loss belongs to the algorithm, by default SPPO's: choose another with recipe={'objective.algorithm': "
+            "'grpo'} (or 'dr-grpo', 'dapo', 'gspo', 'gspo-token', 'gmpo', 'cispo', 'sapo'), and what the loss averages "
+            "over with 'objective.average'",
         ),
-        ("scale_rewards", "recipe={'objective.scale': 'none' (or 'group', or 'batch', which whitens)}"),
+        ("scale_rewards", "set recipe={'objective.scale': 'none' (or 'group', or 'batch', which whitens)}"),
         (
             "importance_sampling_level",
-            "recipe={'objective.ratio': 'token' (or 'sequence', SPPO's own, or 'geometric', GSPO's)}",
+            "set recipe={'objective.ratio': 'token' (or 'sequence', SPPO's own, or 'geometric', GSPO's)}",
         ),
-        ("mask_truncated_completions", "recipe={'rollout.truncated': 'penalise' (or 'mask', 'keep')}"),
-        ("multi_objective_aggregation", "several rewards are their weighted mean (reward_weights)"),
+        ("mask_truncated_completions", "set recipe={'rollout.truncated': 'penalise' (or 'mask', 'keep')}"),
+        ("multi_objective_aggregation", "several rewards are averaged by reward_weights"),
         (
             "entropy_ use_adaptive_entropy",
-            "the weight of the entropy bonus is fixed (entropy_coef, recipe={'objective.entropy_bonus': …}); metrics.jsonl shows the entropy "
-            "('policy/entropy')",
+            "the entropy bonus has a fixed weight (entropy_coef, recipe={'objective.entropy_bonus': …}); metrics.jsonl "
+            "has the entropy ('policy/entropy')",
         ),
         ("top_entropy_quantile", "every token counts"),
         (
             "use_bias_correction_kl",
-            "recipe={'objective.kl_form': 'reward' (or 'k2', 'k3', 'k3-weighted'), 'objective.kl_level': 'sequence' (or 'token')} is the form of "
-            "the KL whose weight is beta",
+            "recipe={'objective.kl_form': 'reward' (or 'k2', 'k3', 'k3-weighted'), 'objective.kl_level': 'sequence' "
+            "(or 'token')} sets the form of the KL, and beta its weight",
         ),
         ("sync_ref_model ref_model_", "the reference is the frozen start of the run"),
         (
@@ -108,11 +113,13 @@ _INSTEAD = {
         ("project trackio_", "report_to='wandb:project=mine' passes options to a tracker"),
         (
             "eval_",
-            "eval_steps is the steps between evaluations (0: only before and after); recipe={'evaluation.n': …} is how many problems",
+            "eval_steps sets the steps between evaluations (0: only before and after), and recipe={'evaluation.n': …} "
+            "the number of problems",
         ),
         (
             "save_",
-            "save_steps is the steps between checkpoints, which hold all that resuming needs; recipe={'run.keep': …} is how many are kept",
+            "save_steps sets the steps between checkpoints, which hold all that resuming needs; recipe={'run.keep': …} "
+            "sets how many are kept",
         ),
         (
             "load_best_model_at_end metric_for_best_model greater_is_better",
@@ -130,17 +137,19 @@ _INSTEAD = {
         ),
         (
             "vllm_importance_sampling_",
-            "recipe={'objective.engine_correction': 2.0} caps the weight that corrects for the engine, 0 turns it off; a whole response's is of the "
-            "kind of its ratio; 'objective.engine_correction_level' and 'engine_correction_beyond' are the mode",
+            "recipe={'objective.engine_correction': 2.0} caps the weight that corrects for the engine (0: off); its mode "
+            "is 'objective.engine_correction_level' and 'engine_correction_beyond', and a whole response's weight is of "
+            "the kind of its ratio",
         ),
         (
             "bf16 fp16 bf16_full_eval fp16_full_eval",
-            "recipe={'policy.dtype': 'bfloat16' (or 'float32', 'auto')}, or bf16=True",
+            "set recipe={'policy.dtype': 'bfloat16' (or 'float32', 'auto')}, or bf16=True",
         ),
         ("tf32", "set torch.backends.cuda.matmul.allow_tf32 yourself"),
         (
             "optim optim_ adam_epsilon",
-            "the optimiser is recipe={'training.optimizer': 'adamw' (or 'adamw-8bit', 'paged-adamw-8bit')}, with 'training.betas' and weight_decay",
+            "recipe={'training.optimizer': 'adamw' (or 'adamw-8bit', 'paged-adamw-8bit')} sets the optimiser, with "
+            "'training.betas' and weight_decay",
         ),
         (
             "lr_scheduler_kwargs warmup_ratio",
@@ -151,27 +160,31 @@ _INSTEAD = {
             "gradient_checkpointing=True computes each layer again in the backward pass",
         ),
         (
-            "ddp_ fsdp fsdp_ deepspeed ds3_ local_rank accelerator_config parallelism_config average_tokens_across_devices",
+            "ddp_ fsdp fsdp_ deepspeed ds3_ local_rank accelerator_config parallelism_config "
+            "average_tokens_across_devices",
             "a run is one process on one device",
         ),
         ("use_cpu", "a GPU is used where PyTorch sees one; set CUDA_VISIBLE_DEVICES='' to hide it"),
         ("dataloader_", "rows are read once, in this process"),
         (
             "shuffle_dataset train_sampling_strategy",
-            "recipe={'curriculum.kind': 'uniform' (or 'staged', 'predicted')} is the order of problems",
+            "recipe={'curriculum.kind': 'uniform' (or 'staged', 'predicted')} sets the order of problems",
         ),
         ("data_seed", "every random choice derives from seed"),
         ("length_column_name", "prompts longer than max_prompt_length are left out and counted"),
         ("remove_unused_columns", "every column of a row reaches the rewards by its name"),
         (
             "model_init_kwargs trust_remote_code chat_template_kwargs use_cache",
-            "load the model yourself and pass it as model=…, with processing_class=its tokenizer (code that comes with a model is never run here)",
+            "load the model yourself and pass it as model=…, with processing_class=its tokenizer (code that comes with "
+            "a model is never run)",
         ),
         ("disable_dropout", "models are trained without dropout"),
         ("cast_lm_head_to_fp32", "head and log-softmax are always float32"),
         (
-            "repetition_penalty generation_kwargs cache_implementation use_transformers_ transformers_continuous_batching_config",
-            "sampling is temperature, top_k, top_p, min_p, max_completion_length and recipe={'rollout.stop': […]}",
+            "repetition_penalty generation_kwargs cache_implementation use_transformers_ "
+            "transformers_continuous_batching_config",
+            "sampling is set by temperature, top_k, top_p, min_p, max_completion_length and "
+            "recipe={'rollout.stop': […]}",
         ),
         ("max_tool_calling_iterations", "a response is one turn, without tools"),
         ("torch_compile torch_compile_", "the local engine compiles its own decoding on a CPU"),
@@ -181,12 +194,14 @@ _INSTEAD = {
     )
     for name in names.split()
 }
-"""What to write instead, by name or by what names begin with (the longest wins)."""
+"""What to write instead, by name or by prefix (one that ends in "_"); the longest match wins."""
 
 
 def translated(settings: Mapping[str, Any], ours: list[str]) -> Settings:
-    """Settings by TRL's names as keys of a recipe. Raises RecipeError for one without an equivalent, and for a name that nobody knows (`ours` are
-    the names that SPPOConfig has itself)."""
+    """Settings by TRL's names as keys of a recipe; `ours` are the names of SPPOConfig's own fields.
+
+    Raises RecipeError for a setting without an equivalent, and for an unknown name.
+    """
     given = {name: _plain(value) for name, value in settings.items() if value is not None or not _known(name)}
     out: Settings = {}
     for name, value in given.items():
@@ -225,7 +240,7 @@ def _instead(name: str) -> str | None:
 
 
 def _of_any_ratio(name: str, value: Any, given: Settings) -> bool:
-    """TRL's weight for a whole response is the joint one whatever the ratio; here that is so with ratios of tokens."""
+    """Whether TRL's joint weight of a whole response differs from ours: it does unless ratios are per token."""
     whole = name == "vllm_importance_sampling_mode" and str(value).startswith("sequence")
     return whole and given.get("importance_sampling_level") != "token"
 
@@ -238,7 +253,7 @@ def _is_choice(name: str, value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The text of an enumeration's member, such as transformers' OptimizerNames."""
+    """The text of an enumeration's member, e.g. of transformers' OptimizerNames."""
     return getattr(value, "value", value)
 
 

@@ -1,6 +1,6 @@
 """The data that flows through the loop, in the order in which it is made.
 
-    Task ─(engine)─► Rollout ─(rewards)─► Rollout with a Verdict ─(pack)─► Batch ─(learner)─► StepReport
+    Task ─(engine)─► Rollout ─(rewards)─► Rollout with a Verdict ─(pack)─► Batch ─(learner)─► new weights
 
 Legend for array names, everywhere in code and docs: B sequences, T response tokens, P prompt tokens, L = P + T,
 V vocabulary; a suffix names the axes, so `logp_BT` is [sequences, response tokens].
@@ -10,15 +10,14 @@ This module imports no torch: a `Batch` holds tensors, and lives with the learne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Message = dict[str, Any]
 """A chat message: `role`, `content` (text), and what else a chat template may ask for (`tool_calls`, `name`, …)."""
-Fork = tuple[int, int, int]
-"""Where a response was one of several that go on from a prefix: how many tokens that has, which child this is, of how many."""
+Span = tuple[int, int]
+"""A stretch of token positions, [start, end)."""
 Prompt = str | list[Message]
 
 Outcome = Literal["correct", "wrong", "unparseable", "timeout", "crashed", "invalid_task", "infra_error"]
@@ -92,18 +91,22 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response: the ids that were sampled, and what the engine thought of them as it sampled.
+    """One sampled trajectory: token ids, the stretches of them that the policy wrote, and what the engine thought of these as it sampled.
 
-    `response_ids` ends with the EOS the model chose (`finish == "stop"`), which is an action like any other; a
-    truncated response (`finish == "length"`) has none. `logps[t]` is the log-probability of `response_ids[t]` under the
-    sampling distribution, temperature (and any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left.
-    `text` leaves special tokens out. `greedy` is the judged greedy response to the same prompt, where the algorithm asks for one.
-    `forks` says where it left others of its prompt's tree (rollout/tree.py).
+    `ids` holds everything in order: the task's prompt, what the policy wrote, and what an environment answered in between. `turns` are the
+    spans that the policy wrote; they are what is trained on, and all of them together are one action. A single answer is one turn
+    (`Rollout.answer`). A response ends with the EOS that the model chose (`finish == "stop"`), which is an action like any other; a truncated
+    one (`finish == "length"`) has none.
+
+    `logps[t]` is the log-probability of the t-th token that the policy wrote, under the distribution it was sampled from, temperature (and
+    any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left. `text` leaves special tokens out. `greedy` is the judged
+    greedy response to the same prompt, where the algorithm asks for one. `version` is the number of steps after which the weights that wrote it were taken.
+    `evidence` is what an environment says of the trajectory, for the reward.
     """
 
     task: Task
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
+    ids: Sequence[int]
+    turns: Sequence[Span]
     logps: Sequence[float]
     finish: Literal["stop", "length"]
     text: str
@@ -111,21 +114,59 @@ class Rollout:
     verdict: Verdict | None = None
     kept: Sequence[float] = ()
     greedy: Rollout | None = None
-    forks: tuple[Fork, ...] = ()
+    version: int = 0
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def answer(
+        cls,
+        task: Task,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        logps: Sequence[float],
+        finish: Literal["stop", "length"],
+        text: str,
+        sample: int = 0,
+        verdict: Verdict | None = None,
+        **more: Any,
+    ) -> Rollout:
+        """A trajectory of one turn: a prompt and the response to it.
+
+        >>> r = Rollout.answer(Task("t", "3+4?"), [5, 6], [7, 1], [-0.1, -0.2], "stop", "7")
+        >>> list(r.prompt_ids), list(r.response_ids), r.action_mask
+        ([5, 6], [7, 1], [False, False, True, True])
+        """
+        ids = (*prompt_ids, *response_ids)
+        return cls(task, ids, ((len(prompt_ids), len(ids)),), logps, finish, text, sample, verdict, **more)
 
     @property
-    def share(self) -> float:
-        """Its part of the prompt's outcome: 1, or the product of 1 / children over the forks of a tree."""
-        return 1 / math.prod(children for _, _, children in self.forks)
+    def prompt_ids(self) -> Sequence[int]:
+        """What the policy read before its first token."""
+        return self.ids[: self.turns[0][0]]
+
+    @property
+    def response_ids(self) -> Sequence[int]:
+        """All tokens that the policy wrote, in order: what `logps` and `kept` are of."""
+        if len(self.turns) == 1:
+            start, end = self.turns[0]
+            return self.ids[start:end]
+        return [i for start, end in self.turns for i in self.ids[start:end]]
+
+    @property
+    def action_mask(self) -> list[bool]:
+        """For each of `ids` whether the policy wrote it."""
+        out = [False] * len(self.ids)
+        for start, end in self.turns:
+            out[start:end] = [True] * (end - start)
+        return out
 
     def judged(self, verdict: Verdict) -> Rollout:
         """The same rollout with its verdict."""
         return replace(self, verdict=verdict)
 
-
-@dataclass(slots=True)
-class StepReport:
-    """What one training step leaves in `metrics.jsonl`: plain numbers by name, `None` where one cannot be measured."""
-
-    step: int
-    metrics: dict[str, float | int | str | None]
+    def answered(self, response_ids: Sequence[int], text: str, **changes: Any) -> Rollout:
+        """The same prompt, answered in one turn by something else; without log-probabilities or a verdict unless `changes` has them."""
+        prompt = self.prompt_ids
+        ids = (*prompt, *response_ids)
+        blank: dict[str, Any] = {"logps": [0.0] * len(response_ids), "kept": (), "verdict": None}
+        return replace(self, ids=ids, turns=((len(prompt), len(ids)),), text=text, **(blank | changes))

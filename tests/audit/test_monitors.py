@@ -29,7 +29,7 @@ def any_mark(prompts, completions, answer):
 
 def _rollouts(reward, texts, answers):
     made = [
-        Rollout(Task(f"t/{i}", "1+1?", {"answer": a}), [1], list(range(len(t))), [0.0] * len(t), "stop", t)
+        Rollout.answer(Task(f"t/{i}", "1+1?", {"answer": a}), [1], list(range(len(t))), [0.0] * len(t), "stop", t)
         for i, (t, a) in enumerate(zip(texts, answers, strict=True))
     ]
     return [r.judged(v) for r, v in zip(made, reward.judge(made), strict=True)]
@@ -110,7 +110,7 @@ def test_programs_written_for_the_visible_tests():
     def step(bad: int):
         rates = [0.0 if i < bad else 1.0 for i in range(20)]
         return [
-            Rollout(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x",
+            Rollout.answer(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x",
                     verdict=Verdict(h, "correct" if h else "wrong", {"measures": {"visible_pass_rate": 1.0, "hidden_pass_rate": h}}))
             for i, h in enumerate(rates)
         ]  # fmt: skip
@@ -165,7 +165,7 @@ def test_multiple_choice_by_the_options_text_is_no_hole():
             options = [names[(i + k + step) % 8] for k in range(4)]
             letter = "ABCD"[i % 4]
             task = Task(f"{step}/{i}", "p", {"answer": options[i % 4], "choices": options})
-            rollouts.append(Rollout(task, [1], [2], [0.0], "stop", f"Answer: {letter}"))
+            rollouts.append(Rollout.answer(task, [1], [2], [0.0], "stop", f"Answer: {letter}"))
         rollouts = [r.judged(v) for r, v in zip(rollouts, reward.judge(rollouts), strict=True)]
         assert all(r.verdict.outcome == "correct" for r in rollouts)
         _inspect(monitors, step, rollouts)
@@ -191,7 +191,7 @@ def test_samples_of_one_problem_are_one_trial():
     for step in range(100):
         bad = step % 12 == 0
         rows = [
-            Rollout(Task(f"{step}/{p}", "p"), [1], list(range(20)), [0.0] * 20, "stop", "x", k,
+            Rollout.answer(Task(f"{step}/{p}", "p"), [1], list(range(20)), [0.0] * 20, "stop", "x", k,
                     verdict=Verdict(0.0, "timeout" if bad and p == 0 else "wrong"))
             for p in range(8) for k in range(16)
         ]  # fmt: skip
@@ -202,7 +202,8 @@ def test_samples_of_one_problem_are_one_trial():
 def test_a_rate_that_is_as_high_as_can_be_does_not_rise():
     monitors = _monitors(load_reward("answer"))
     rows = [
-        Rollout(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x", verdict=Verdict(0.0, "unparseable")) for i in range(64)
+        Rollout.answer(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x", verdict=Verdict(0.0, "unparseable"))
+        for i in range(64)
     ]
     for step in range(40):
         monitors.look(step, rows, {"reward/correct": 0.0, "policy/entropy": 0.1, "advantage/std": 0.5})
@@ -218,7 +219,7 @@ def test_what_is_not_paid_is_neither_objected_to_nor_masked():
     hidden = _monitors(load_reward("code"), action="quarantine")
     hidden.raised["hidden"] = 0
     rows = [
-        Rollout(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x",
+        Rollout.answer(Task(f"{i}", "p"), [1], [2], [0.0], "stop", "x",
                 verdict=Verdict(h, "correct" if h else "wrong", {"measures": {"visible_pass_rate": 1.0, "hidden_pass_rate": h}}))
         for i, h in enumerate([0.0, 1.0, 0.0])
     ]  # fmt: skip
@@ -274,7 +275,9 @@ def test_drift_is_told_from_when_the_reward_last_rose():
 
     def look(s, n, reward):
         rows = [
-            Rollout(Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong"))
+            Rollout.answer(
+                Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong")
+            )
             for i in range(10)
         ]
         monitors.look(s, rows, {"reward/correct": reward, "policy/entropy": 0.1, "advantage/std": 0.5})
@@ -301,7 +304,7 @@ def test_what_steps_tell(what, change):
         c = change if changed else {}
         ids = c.get("ids", list(range(20)))
         wrong = [
-            Rollout(
+            Rollout.answer(
                 Task(f"{i}", "p"),
                 [1],
                 ids,
@@ -313,7 +316,7 @@ def test_what_steps_tell(what, change):
             for i in range(10)
         ]
         right = [
-            Rollout(
+            Rollout.answer(
                 Task(f"r{i}", "p"), [1], list(range(20)), [0.0] * 20, "stop", "yes", verdict=Verdict(1.0, "correct")
             )
             for i in range(10)
@@ -338,7 +341,9 @@ def test_length_that_pays_is_no_alarm():
     for s in range(60):
         n = 20 + 4 * s
         rows = [
-            Rollout(Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong"))
+            Rollout.answer(
+                Task(f"{i}", "p"), [1], list(range(n)), [0.0] * n, "stop", "no", verdict=Verdict(0.0, "wrong")
+            )
             for i in range(10)
         ]
         monitors.look(s, rows, {"reward/correct": 0.3 + 0.01 * s, "policy/entropy": 0.1, "advantage/std": 0.5})
@@ -390,7 +395,7 @@ def test_text_numbers():
 
 def test_where_a_chain_can_be_cut():
     def right(text, extracted):
-        return Rollout(
+        return Rollout.answer(
             Task("", "p"), [], [], [], "stop", text, verdict=Verdict(1.0, "correct", {"extracted": extracted})
         )
 
@@ -402,7 +407,11 @@ def test_where_a_chain_can_be_cut():
     )  # the cue would give it away
     assert cut_at(right("4", None)) is None
     assert (
-        cut_at(Rollout(Task("", "p"), [], [], [], "stop", "1;A:4", verdict=Verdict(0.0, "wrong", {"extracted": "4"})))
+        cut_at(
+            Rollout.answer(
+                Task("", "p"), [], [], [], "stop", "1;A:4", verdict=Verdict(0.0, "wrong", {"extracted": "4"})
+            )
+        )
         is None
     )
 
@@ -416,7 +425,7 @@ def test_forced_answers_are_sampled_and_judged():
 
     reward = load_reward(has_mark)
     rollouts = [
-        Rollout(Task(f"{i}", "1+1?", {"answer": "2"}), policy.prompt_ids(Task("", "1+1?")), [1], [0.0], "stop", "1+1=2;2+0=2;A:2",
+        Rollout.answer(Task(f"{i}", "1+1?", {"answer": "2"}), policy.prompt_ids(Task("", "1+1?")), [1], [0.0], "stop", "1+1=2;2+0=2;A:2",
                 verdict=Verdict(1.0, "correct", {"extracted": "2"}))
         for i in range(16)
     ]  # fmt: skip

@@ -239,7 +239,7 @@ def test_nonsense_is_one_sentence(arguments, why, run, capsys):
 
 
 def test_columns_that_json_would_change_are_not_recorded_and_the_replay_says_so(tmp_path, capsys):
-    from sppo.run.directory import task_json
+    from sppo.run.rollouts import task_json
 
     assert task_json(Task("t", "p", {"answer": (1, 2)})) is None
     assert json.loads(task_json(Task("t", [{"role": "user", "content": "p"}], {"answer": "4"})))["columns"] == {

@@ -14,9 +14,12 @@ import torch
 
 pytest.importorskip("gymnasium")
 
-from sppo.environments.control import KINDS, Environment
+from sppo.environments.base import Reply
+from sppo.environments.control import KINDS, ControlTask, episode
 from sppo.errors import RecipeError
-from sppo.models.mlp import PROBE, ControlCritic, ControlPolicy, States, episodes
+from sppo.models.mlp import ControlCritic, ControlPolicy
+from sppo.models.mlp_episodes import episodes
+from sppo.models.mlp_scorer import PROBE, States
 from sppo.recipe.config import Config
 from sppo.rollout.control import ControlEngine, build
 from sppo.rollout.engine import Sampling
@@ -25,7 +28,7 @@ from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.tasks.loading import load_pair
 
-from ..conftest import small_policy
+from ..conftest import logps_of, small_policy
 
 CPU = torch.device("cpu")
 
@@ -60,11 +63,11 @@ def test_success_is_what_the_paper_says():
 def test_teachers_succeed_where_chance_does_not(name):
     rates = []
     for slip in (0.02 if name == "hopper" else 0.1, 1.0):
-        env, rng, solved = Environment(name), np.random.default_rng(0), 0
+        env, rng, solved = ControlTask(name), np.random.default_rng(0), 0
         for start in range(6):
-            env.reset(start)
+            env.reset(episode(name, start))
             for _ in range(env.kind.horizon):
-                if env.step(env.taught(rng, slip))[1]:
+                if env.step(Reply(action=env.taught(rng, slip))).done:
                     break
             solved += env.success()
         rates.append(solved / 6)
@@ -73,21 +76,21 @@ def test_teachers_succeed_where_chance_does_not(name):
 
 
 def test_a_hopper_that_falls_ends_there():
-    env = Environment("hopper")
-    env.reset(0)
+    env = ControlTask("hopper")
+    env.reset(episode("hopper", 0))
     steps = 1
-    while not env.step(np.ones(3, dtype=np.float32))[1]:
+    while not env.step(Reply(action=np.ones(3, dtype=np.float32))).done:
         steps += 1
     assert steps < 100
     assert not env.success()
 
 
 def test_the_same_start_and_actions_give_the_same_episode():
-    env, other = Environment("mountain-car"), Environment("mountain-car")
-    other.reset(9)
-    assert np.array_equal(env.reset(4), other.reset(4))
+    env, other = ControlTask("mountain-car"), ControlTask("mountain-car")
+    other.reset(episode("mountain-car", 9))
+    assert np.array_equal(env.reset(episode("mountain-car", 4)).values, other.reset(episode("mountain-car", 4)).values)
     for action in (0, 2, 1, 2):
-        assert np.array_equal(env.step(np.array([action]))[0], other.step(np.array([action]))[0])
+        assert np.array_equal(*(e.step(Reply(action=np.array([action]))).values for e in (env, other)))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,7 @@ def test_engine_and_learner_find_the_same_log_probabilities(task, temperature):
     policy = a_policy(task)
     samples = ControlEngine(policy).generate([[3], [5], [8]], [1, 2, 3], Sampling(30, temperature))
     ids = torch.tensor([[start, *s.ids] for start, s in zip((3, 5, 8), samples, strict=True)])
-    found = policy.response_logps(ids, torch.ones(3, dtype=torch.long), torch.tensor([30] * 3), temperature)
+    found = logps_of(policy, ids, torch.ones(3, dtype=torch.long), torch.tensor([30] * 3), temperature)
     assert torch.allclose(found.logp_BT, torch.tensor([s.logps for s in samples]), atol=1e-5)
     assert bool(found.mask_BT.all())
 
@@ -202,12 +205,12 @@ def test_discrete_and_gaussian_log_probabilities_by_hand():
     o, a = torch.randn(5, 3), torch.randn(5, 1)
     mean, std = policy.model(o), policy.model.log_std.exp()
     expected = torch.distributions.Normal(mean, std).log_prob(a).sum(-1)
-    logp, entropy = policy.action_logps(o, a, 1.0)
+    logp, entropy = policy.scorer.action_logps(o, a, 1.0)
     assert torch.allclose(logp, expected, atol=1e-6)
     assert torch.allclose(entropy, torch.distributions.Normal(mean, std).entropy().sum(-1), atol=1e-6)
     policy = a_policy()
     o, a = torch.randn(5, 4), torch.tensor([[0.0], [1.0], [1.0], [0.0], [1.0]])
-    logp, entropy = policy.action_logps(o, a, 2.0)
+    logp, entropy = policy.scorer.action_logps(o, a, 2.0)
     categorical = torch.distributions.Categorical(logits=policy.model(o) / 2.0)
     assert torch.allclose(logp, categorical.log_prob(a[:, 0]), atol=1e-6)
     assert torch.allclose(entropy, categorical.entropy(), atol=1e-6)
@@ -217,17 +220,26 @@ def test_actions_are_drawn_from_the_policy():
     """The first action over many seeds: frequencies against probabilities."""
     policy, n = a_policy(), 4000
     with torch.no_grad():
-        p = float(torch.softmax(policy.model(torch.from_numpy(policy.environment.reset(7))[None]), -1)[0, 1])
+        p = float(
+            torch.softmax(
+                policy.model(
+                    torch.from_numpy(policy.environment.reset(episode(policy.environment.name, 7)).values)[None]
+                ),
+                -1,
+            )[0, 1]
+        )
     ones = sum(
-        int(e.actions[0][0]) for i in range(0, n, 500) for e in episodes(policy, [7] * 500, range(i, i + 500), 1, 1.0)
+        int(e.actions[0][0])
+        for i in range(0, n, 500)
+        for e in episodes(policy.scorer, [7] * 500, range(i, i + 500), 1, 1.0)
     )
     assert abs(ones / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
 def test_an_episode_does_not_depend_on_its_neighbours():
     policy = a_policy()
-    alone = episodes(policy, [11], [42], 50, 1.0)[0]
-    among = episodes(policy, [3, 11, 5], [1, 42, 2], 50, 1.0)[1]
+    alone = episodes(policy.scorer, [11], [42], 50, 1.0)[0]
+    among = episodes(policy.scorer, [3, 11, 5], [1, 42, 2], 50, 1.0)[1]
     assert np.array_equal(np.stack(alone.actions), np.stack(among.actions))
     assert np.allclose(alone.logps, among.logps, atol=1e-6)
 
@@ -253,7 +265,7 @@ def test_models_are_saved_and_come_back(tmp_path):
     critic.start_at(0.25)
     critic.save(tmp_path / "critic")
     back, _ = ControlCritic.load(str(tmp_path / "critic"), dtype="auto", device=CPU, seed=2)
-    value = back([[0.1, 0.2, 0.3]]).sigmoid()
+    value = back.prompt_logits([[0.1, 0.2, 0.3]]).sigmoid()
     assert math.isclose(float(value.detach()), 0.25, abs_tol=1e-6)
     assert back.trained
 

@@ -72,7 +72,7 @@ def test_what_a_response_states(text, value):
 
 
 def _rollout(text: str, answer: str = "4") -> Rollout:
-    return Rollout(Task("t", "1+3?", {"answer": answer}), [1], [2], [0.0], "stop", text)
+    return Rollout.answer(Task("t", "1+3?", {"answer": answer}), [1], [2], [0.0], "stop", text)
 
 
 def test_the_reward_is_rlcr_in_the_unit_interval():
@@ -112,7 +112,7 @@ def test_chains_that_state_a_confidence():
     assert stated_confidence(task.solution) is not None
     steps = task.solution.split(";")
     assert check_steps(task, steps) == [1.0] * (len(steps) - 2) + [None, 1.0]
-    [v] = load_reward("answer:extract=marked").judge([Rollout(task, [1], [2], [0.0], "stop", task.solution)])
+    [v] = load_reward("answer:extract=marked").judge([Rollout.answer(task, [1], [2], [0.0], "stop", task.solution)])
     assert v.outcome == "correct"
     assert len({stated_confidence(source[i].solution) for i in range(50)}) > 20
 
@@ -120,7 +120,7 @@ def test_chains_that_state_a_confidence():
 def test_an_evaluation_tells_of_critic_and_model():
     tasks = [build("1")[i] for i in range(6)]
     rollouts = [
-        Rollout(t, [1], [2], [0.0], "stop", "C:90;A:1", verdict=Verdict(float(i % 2), "correct"))
+        Rollout.answer(t, [1], [2], [0.0], "stop", "C:90;A:1", verdict=Verdict(float(i % 2), "correct"))
         for i, t in enumerate(tasks)
     ]
     found = calibrations(rollouts, small_critic())

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sppo.recipe.sections import ObjectiveSection
+from sppo.recipe.objective import ObjectiveSection
 from sppo.types import Rollout
 
 Advantage = float | Sequence[float]
@@ -266,7 +266,7 @@ def advantages(
     charged: Sequence[Sequence[float]] | None = None,
 ) -> list[Advantage]:
     """R − b for each response, or each of its tokens; 0 where masked. `values`: V(x), or the token critic's. (What learns from earlier steps,
-    `beta`, `hybrid` and `optimal_baseline`, has hand-worked tests of its own.)"""
+    `hybrid` and `optimal_baseline`, has hand-worked tests of its own.)"""
     kept = [i for i, r in enumerate(rollouts) if not r.verdict.masked]
     of = {i: [j for j in kept if rollouts[j].task.id == rollouts[i].task.id] for i in kept}  # i's group
     out: list[Advantage] = [0.0] * len(rollouts)

@@ -1,4 +1,4 @@
-"""ALGORITHM §5: each trap has a test that fails when the trap is sprung."""
+"""Known mistakes of sequence-level training: each has a test that fails when it is made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sppo.tasks.base import ListSource
 from sppo.tasks.loading import load_tasks
 from sppo.types import Task, Verdict
 
-from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
+from ..conftest import gradients_of, logps_of, small_config, small_critic, small_policy, small_rollouts
 
 
 def judged(rollouts, scores=None):
@@ -39,7 +39,7 @@ def judged(rollouts, scores=None):
 
 def a_step(policy, critic, rollouts, **overrides):
     config = small_config(**overrides)
-    learner = Learner(policy, critic, policy.reference() if config.needs_reference else None, config)
+    learner = Learner(policy, critic, policy.as_reference() if config.needs_reference else None, config)
     batch = pack(rollouts, policy.pad_id)
     advantage_B, _, _ = learner.advantage(batch)
     return learner, batch, learner.update(batch, advantage_B, 0)
@@ -48,7 +48,7 @@ def a_step(policy, critic, rollouts, **overrides):
 def first_gradient(rollouts, **overrides):
     """The gradient of a step's first update, before the optimiser takes it."""
     config, policy = small_config(**overrides), small_policy()
-    learner = Learner(policy, small_critic(), policy.reference() if config.needs_reference else None, config)
+    learner = Learner(policy, small_critic(), policy.as_reference() if config.needs_reference else None, config)
     batch, seen = pack(rollouts, policy.pad_id), gradients_of(learner)
     learner.update(batch, learner.advantage(batch)[0], 0)
     return seen[0]
@@ -66,7 +66,7 @@ def weights(policy):
 
 def learner_logps(policy, rollouts, temperature):
     batch = pack(rollouts, policy.pad_id)
-    return policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, temperature)
+    return policy.logps(batch.ids_BL, batch.action_BL, temperature)
 
 
 # -- temperature ---------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_reference_uses_the_sampling_temperature_too(policy):
     )
     assert metrics["engine/gap_mean"] < 1e-4
     batch = pack(rollouts, policy.pad_id)
-    frozen = small_policy().reference()
+    frozen = small_policy().as_reference()
     learner = Learner(
         small_policy(), small_critic(), frozen, small_config(rollout__temperature=0.6, objective__anchor="reference")
     )
@@ -227,11 +227,9 @@ def test_left_padding_and_batch_size_change_nothing(policy):
 
 def test_padding_leaves_hidden_states_to_1e_6(policy):
     ids = torch.tensor([policy.tokenizer("7*8-3+2?")["input_ids"]])
-    alone = policy.response_logps(ids, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT
+    alone = logps_of(policy, ids, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT
     padded = torch.cat([ids, torch.full((1, 9), policy.pad_id)], 1)
-    assert torch.allclose(
-        policy.response_logps(padded, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT, alone, atol=1e-6
-    )
+    assert torch.allclose(logps_of(policy, padded, torch.tensor([3]), torch.tensor([5]), 1.0).logp_BT, alone, atol=1e-6)
 
 
 # -- the critic --------------------------------------------------------------------------------------------------------------
@@ -241,7 +239,7 @@ def test_the_critic_reads_the_prompt_only():
     policy, critic = small_policy(), small_critic()
     torch.nn.init.normal_(critic.head.weight)
     rollouts = judged(small_rollouts(policy, 8))
-    altered = [replace(r, response_ids=[5, 6, 7], logps=[-1.0] * 3, text="something else") for r in rollouts]
+    altered = [r.answered([5, 6, 7], "something else", verdict=r.verdict) for r in rollouts]
     learner = Learner(policy, critic, None, small_config())
     values = [learner.advantage(pack(rs, policy.pad_id))[1] for rs in (rollouts, altered)]
     assert torch.equal(values[0], values[1])
@@ -264,7 +262,7 @@ def test_the_critic_reads_its_last_real_token_whatever_the_padding(kind):
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
     with torch.no_grad():
         together = critic(prompts)
-        alone = torch.cat([critic([p]) for p in prompts])
+        alone = torch.cat([critic.prompt_logits([p]) for p in prompts])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -299,7 +297,7 @@ def test_shaped_rewards_never_reach_the_critics_target():
     assert torch.equal(batch.correct_B, torch.ones(8))
     # and a KL inside the reward shifts the advantage, not the target
     config = small_config(objective__kl=0.5)
-    reference = small_policy(seed=9).reference()
+    reference = small_policy(seed=9).as_reference()
     learner = Learner(policy, small_critic(), reference, config)
     advantage_B, value_B, _ = learner.advantage(batch)
     assert not torch.allclose(advantage_B, batch.reward_B - value_B, atol=1e-3)
@@ -365,10 +363,10 @@ def test_ordinary_dropout_is_off():
 def test_the_head_and_log_softmax_run_in_float32_for_bfloat16_models():
     policy = small_policy()
     policy.model.to(torch.bfloat16)
-    policy.packs = False  # so that the hidden states are those of the comparison, to the bit
+    policy.scorer.packs = False  # so that the hidden states are those of the comparison, to the bit
     rollouts = small_rollouts(policy)
     batch = pack(rollouts, policy.pad_id)
-    found = policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, 1.0).logp_BT
+    found = policy.logps(batch.ids_BL, batch.action_BL, 1.0).logp_BT
     assert found.dtype == torch.float32
     hidden = policy.model.model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state.float()
     exact = torch.log_softmax(hidden @ policy.model.lm_head.weight.float().T, -1)
@@ -423,7 +421,7 @@ def test_the_gap_is_corrected_by_a_truncated_importance_weight(ratio):
 def test_an_engine_that_is_a_little_wrong_stops_the_first_step(wrong):
     """Float32 explains a gap of 1e-5: one of 0.1 at the temperature, weights in bfloat16, or weights that moved by 0.001, are found."""
     policy = small_policy()
-    other = policy.reference()
+    other = policy.as_reference()
     if wrong == "dtype":
         other.model.to(torch.bfloat16)
     if wrong == "weights":
@@ -538,7 +536,7 @@ def test_no_gradient_flows_through_the_reward():
     """The KL in the reward and the advantage are numbers, not functions of the weights."""
     policy = small_policy()
     batch = pack(judged(small_rollouts(policy)), policy.pad_id)
-    learner = Learner(policy, small_critic(), policy.reference(), small_config(objective__kl=0.1))
+    learner = Learner(policy, small_critic(), policy.as_reference(), small_config(objective__kl=0.1))
     advantage_B, value_B, _ = learner.advantage(batch)
     assert not advantage_B.requires_grad
     assert not value_B.requires_grad

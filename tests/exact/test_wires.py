@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 
 from sppo.experimental.mcts import Node, walk
 from sppo.learning.batch import pack
-from sppo.learning.credit.base import credit
-from sppo.learning.credit.hybrid import Gate, SegmentCredit, StepCredit
+from sppo.learning.credit.hybrid import Gate, StepCredit
+from sppo.learning.credit.loading import load_credit
 from sppo.learning.credit.optimal_baseline import DOUBT, squared_scores
 from sppo.learning.learner import Learner
 from sppo.recipe.sections import CurriculumSection
 from sppo.rollout.canary import PROBED, SAMPLED, Canary, noise_limit
-from sppo.rollout.engine import Branching, Sampling
+from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.run.curriculum import Uniform
 from sppo.run.run import Run
-from sppo.run.sample import _sorted_out, gather
+from sppo.run.sample import _sorted_out, sample
 from sppo.tasks.base import ListSource
 from sppo.types import Rollout, Task, Verdict
 
 from ..conftest import small_config, small_critic, small_policy, small_rollouts
-from . import reference
-from .test_reference import a_critic, a_policy, agree, plain_critic, some_rollouts, watch
+from .test_reference import a_critic, a_policy, some_rollouts
 
 
 def scored(rollouts, scores, masked=(), correct=None):
@@ -40,67 +38,15 @@ def scored(rollouts, scores, masked=(), correct=None):
 
 
 @pytest.mark.usefixtures("float64")
-def test_beta_over_three_steps_is_the_plain_loop():
-    """b = (n0·V + Σ ρ·past + Σ others) / (n0 + Σ ρ + others), n0 from all pairs of rewards of one prompt, each step's worth .95 of the next."""
-    half_life, moves = 0.7, [0.4, 1.1, 0.0]
-    config = small_config(
-        objective__baseline="beta", objective__half_life=half_life, rollout__samples=2, rollout__prompts=4
-    )
+def test_the_running_explained_variance_is_an_average_over_steps():
     policy, critic = a_policy(), a_critic()
-    learner = Learner(policy, critic, None, config)
-    past: dict[str, list[tuple[float, float]]] = {}  # of each prompt: clock and reward
-    clock, spread, pairs, noise, prompts = 0.0, 0.0, 0.0, 0.0, 0.0
-    for step, move in enumerate(moves):
-        scores = [[1, 0, 0.5, 1, 0, 0, 1, 0.2], [0, 0, 1, 1, 0.3, 1, 0, 1], [1, 1, 0, 0.4, 1, 0, 0, 0.6]][step]
-        rollouts = scored(some_rollouts(policy, samples=2), [float(s) for s in scores], masked=(1, 4, 5)[: step + 1])
-        found, value_B, _ = learner.advantage(pack(rollouts, policy.pad_id))
-        strength = 10.0 if pairs < 1 or prompts < 1 else max(noise / prompts / (spread / pairs) - 1, 0.0)
-        if pairs >= 1 and spread / pairs <= noise / prompts / 1001:
-            strength = 1000.0
-        groups: dict[str, list[int]] = {}
-        for i, r in enumerate(rollouts):
-            groups.setdefault(r.task.id, []).append(i)
-        spread, pairs, noise, prompts = (0.95 * x for x in (spread, pairs, noise, prompts))
-        for name, rows in groups.items():
-            v = float(value_B[rows[0]])
-            known = [(2 ** (-(clock - then) / half_life), reward) for then, reward in past.get(name, [])]
-            graded = [i for i in rows if not rollouts[i].verdict.masked]
-            for i in graded:
-                others = [scores[j] for j in graded if j != i]
-                top = strength * v + sum(w * r for w, r in known) + sum(others)
-                bottom = strength + sum(w for w, _ in known) + len(others)
-                assert float(found[i]) == pytest.approx(scores[i] - (top / bottom if bottom else v), abs=1e-9)
-            for a, i in enumerate(graded):
-                for j in graded[:a]:
-                    spread, pairs = spread + (scores[i] - v) * (scores[j] - v), pairs + 1
-                for w, r in known:
-                    spread, pairs = spread + w * (scores[i] - v) * (r - v), pairs + w
-            if graded:
-                noise, prompts = noise + v * (1 - v), prompts + 1
-                past.setdefault(name, []).extend((clock, scores[i]) for i in graded)
-        learner.credit.moved(move)
-        clock += move
-    assert strength not in (10.0, 1000.0)
-
-
-@pytest.mark.usefixtures("float64")
-def test_the_gate_reads_the_variance_explained_in_earlier_steps():
-    config = small_config(objective__ev_gate=True)
-    policy, critic = a_policy(), a_critic()
-    learner, averages = Learner(policy, critic, None, config), []
+    learner, averages = Learner(policy, critic, None, small_config()), []
     values = [float(x) for x in critic.logits([r.task for r in some_rollouts(policy)]).sigmoid()]
     middle = sorted(values)[4]
     good = [float(v >= middle) for v in values]
     bad = [1 - g for g in good]
     for scores in (good, good, bad, bad, bad, bad, bad):
-        rollouts = scored(some_rollouts(policy), scores)
-        found, _, metrics = learner.advantage(pack(rollouts, policy.pad_id))
-        open_ = bool(averages) and averages[-1] > 0
-        expected = [
-            s - (values[i] if open_ else sum(x for j, x in enumerate(scores) if j != i) / 7)
-            for i, s in enumerate(scores)
-        ]
-        assert found.tolist() == pytest.approx(expected, abs=1e-9)
+        *_, metrics = learner.advantage(pack(scored(some_rollouts(policy), scores), policy.pad_id))
         ev = metrics["critic/explained_variance"]
         averages.append(0.9 * averages[-1] + 0.1 * ev if averages else ev)
         assert metrics["critic/running_ev"] == pytest.approx(averages[-1])
@@ -115,22 +61,6 @@ def test_a_prediction_is_judged_by_what_was_graded():
     _, _, metrics = Learner(policy, critic, None, small_config()).advantage(pack(rollouts, policy.pad_id))
     errors = [(v - r.verdict.correct) ** 2 for v, r in zip(values, rollouts, strict=True) if not r.verdict.masked]
     assert metrics["critic/brier"] == pytest.approx(sum(errors) / len(errors))
-
-
-@pytest.mark.usefixtures("float64")
-def test_past_rewards_age_by_the_kl_of_whole_responses():
-    """What is measured half-way through a step's updates, on average, is half of how far the policy moved in it."""
-    config = small_config(objective__baseline="beta", training__minibatches=2, training__lr=1e-2)
-    policy = a_policy()
-    learner = Learner(policy, a_critic(), None, config)
-    rollouts = some_rollouts(policy, masked=True)
-    batch = pack(rollouts, policy.pad_id)
-    metrics = learner.update(batch, batch.reward_B - 0.5, 0)
-    lengths = [len(r.response_ids) for r in rollouts if not r.verdict.masked]
-    assert metrics["policy/kl_step"] > 1e-4
-    assert learner.credit.history.clock == pytest.approx(
-        2 * metrics["policy/kl_step"] * sum(lengths) / len(lengths), rel=1e-5
-    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -150,19 +80,6 @@ def test_a_baseline_is_its_share_of_what_is_earned(weight):
     assert then.tolist() == pytest.approx((batch.reward_B - weight * earned_B).tolist(), abs=1e-9)
 
 
-@pytest.mark.usefixtures("float64")
-def test_a_closed_gate_takes_the_mean_of_what_was_paid():
-    policy, critic = a_policy(), a_critic()
-    learner = Learner(policy, critic, None, small_config(objective__ev_gate=True))
-    right = [float(b % 2) for b in range(8)]
-    batch = pack(scored(some_rollouts(policy), [2 * c + 0.5 for c in right], correct=right), policy.pad_id)
-    learner.advantage(batch)
-    learner.credit.running_ev = -1.0
-    found, _, _ = learner.advantage(batch)
-    others = [(sum(batch.reward_B.tolist()) - r) / 7 for r in batch.reward_B.tolist()]
-    assert found.tolist() == pytest.approx([r - o for r, o in zip(batch.reward_B.tolist(), others, strict=True)])
-
-
 # -- the optimisers' rates ---------------------------------------------------------------------------------------------------
 
 
@@ -179,11 +96,11 @@ def test_policy_and_critic_have_rates_of_their_own():
     assert rates == pytest.approx([0.75e-3, 3.75e-3] * 2)
 
 
-# -- stakes ------------------------------------------------------------------------------------------------------------------
+# -- squared scores ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("float64")
-def test_stakes_are_of_the_whole_softmax_and_of_the_advantages_factor():
+def test_squared_scores_are_of_the_whole_softmax_and_of_the_advantages_factor():
     policy = a_policy()
     rollouts = some_rollouts(policy, cut=True, weighted=True)
     batch = pack(rollouts, policy.pad_id)
@@ -193,7 +110,7 @@ def test_stakes_are_of_the_whole_softmax_and_of_the_advantages_factor():
     ]
     for b, own in enumerate(expected):
         assert found[b].tolist() == pytest.approx(own + [0.0] * (found.size(1) - len(own)))
-    made = credit(small_config(objective__algorithm="sppo-optimal"), policy, a_critic())
+    made = load_credit(small_config(objective__algorithm="sppo-optimal"), policy, a_critic())
     made.optimal.learn(batch, torch.full((8,), 0.3), batch.reward_B)
     weighted = [sum(own) * r.task.weight**2 for own, r in zip(expected, rollouts, strict=True)]
     right = [r.verdict.correct for r in rollouts]
@@ -260,24 +177,6 @@ def test_the_gate_stays_within_0_and_1():
     assert gate.eta(2, 0.1) == 0.0
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("micro", [100_000, 14])
-def test_the_critic_at_segments_has_the_plain_gradient(micro):
-    """At every token here, against correctness, though rewards are shaped; the mean over all segments of the minibatch."""
-    config = small_config(objective__algorithm="sppo-hybrid", rollout__segments="tokens", training__micro_tokens=micro)
-    policy, critic = a_policy(), a_critic()
-    learner = Learner(policy, critic, None, config)
-    assert isinstance(learner.credit, SegmentCredit)
-    rollouts = some_rollouts(policy)
-    batch = pack(rollouts, policy.pad_id)
-    learner.advantage(batch)
-    model, seen, rows = plain_critic(critic), watch(learner.credit.optimiser, critic), [0, 2, 3, 5, 6]
-    learner.credit.learn(batch, torch.tensor(rows), 1e-3)
-    some = [rollouts[i] for i in rows]
-    aims = [[r.verdict.correct] * len(r.response_ids) for r in some]
-    assert agree(seen[0], model, lambda m: reference.token_critic_loss(m, some, aims)) > 1e-3
-
-
 def a_chain(policy, text: str, scores: list[float]) -> Rollout:
     """A response whose steps, split by semicolons, were given these scores."""
     ends = [i for i, c in enumerate(text) if c == ";"][: len(scores)]
@@ -285,16 +184,16 @@ def a_chain(policy, text: str, scores: list[float]) -> Rollout:
     ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
     task = Task("chain/0", "1+2?")
     verdict = Verdict(0.0, "wrong", {"steps": steps, "split": "semicolons"})
-    return Rollout(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", text, verdict=verdict)
+    return Rollout.answer(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", text, verdict=verdict)
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_prefix_is_as_bad_as_its_worst_step_and_one_response_proves_little():
     policy = a_policy()
     config = small_config(
-        objective__algorithm="sppo-hybrid", objective__phi="steps", reward__use="answer + 0 * steps:check=chain,split=semicolons"
+        objective__algorithm="sppo-hybrid", reward__use="answer + 0 * steps:check=chain,split=semicolons"
     )  # fmt: skip
-    made = credit(config, policy, a_critic())
+    made = load_credit(config, policy, a_critic())
     assert isinstance(made, StepCredit)
     rollout = a_chain(policy, "1;2;3;4;A", [1.0, 0.2, 1.0, 0.7])
     assert made._stretches(rollout) == [(2, 1, 2), (4, 2, 0), (6, 3, 0), (8, 4, 0)]
@@ -310,57 +209,6 @@ def test_a_prefix_is_as_bad_as_its_worst_step_and_one_response_proves_little():
     assert abs(before) < 0.3 * abs(rest)
 
 
-def test_trees_credit_each_stretch_with_what_its_siblings_tell():
-    """Of every node: Q − V − η·(mean of siblings − V); and the gate learns each with its weight squared."""
-    policy = small_policy()
-    branching = Branching(children=2, entropy=0.0, budget=60, segments="tokens", leaves=10**6)
-    rollouts = small_rollouts(policy, 3, branching=branching)
-    rollouts = scored(rollouts, [float(i % 3 == 0) for i in range(len(rollouts))])
-    batch = pack(rollouts, policy.pad_id)
-    config = small_config(objective__algorithm="sppo-tree", rollout__segments="tokens", rollout__entropy=1.0)
-    made = credit(config, policy, small_critic())
-    made.gate.cross, made.gate.square = [0.3] * 34, [1.0] * 34
-    found, value_B, _ = made.advantage(batch, batch.reward_B)
-    # each row's path through its tree, and the leaves below each of its stretches
-    stakes, shares = squared_scores(policy, batch), []
-    for g in range(3):
-        leaves = [b for b in range(len(rollouts)) if int(batch.group_B[b]) == g]
-        turns = {b: [f[1] for f in rollouts[b].forks] for b in leaves}
-        for b in leaves:
-            cuts = [0, *(f[0] for f in rollouts[b].forks), len(rollouts[b].response_ids)]
-            for depth, (start, end) in enumerate(pairwise(cuts)):
-                below = [x for x in leaves if turns[x][:depth] == turns[b][:depth]]
-                if b != below[0]:
-                    continue  # another row stands for it
-                q, v = worth(rollouts, below, depth), float(value_B[b])
-                siblings: dict[int, list[int]] = {}
-                for x in leaves if depth else []:
-                    if turns[x][: depth - 1] == turns[b][: depth - 1] and turns[x][depth - 1] != turns[b][depth - 1]:
-                        siblings.setdefault(turns[x][depth - 1], []).append(x)
-                others = [worth(rollouts, s, depth) for s in siblings.values()]
-                gap = sum(others) / len(others) - v if others else 0.0
-                assert found[b, start:end].tolist() == pytest.approx([q - v - 0.3 * gap] * (end - start), abs=1e-6)
-                if others:
-                    weight = 1.0
-                    for fork in rollouts[b].forks[:depth]:
-                        weight /= fork[2]
-                    shares.append((min(depth, 16), gap, q - v, float(stakes[b, start:end].sum()) * weight**2))
-    mean = sum(s for *_, s in shares) / len(shares)
-    for k in range(34):
-        own = [s / mean * gap * gap for depth, gap, _, s in shares if 2 * depth + (gap > 0) == k]
-        assert made.gate.square[k] == pytest.approx(0.9 + sum(own), rel=1e-4)
-
-
-def worth(rollouts, leaves, depth: int) -> float:
-    """The mean over the children of what lies below, and so on; a leaf's score."""
-    if len(leaves) == 1:
-        return rollouts[leaves[0]].verdict.score
-    ways: dict[int, list[int]] = {}
-    for b in leaves:
-        ways.setdefault(rollouts[b].forks[depth][1], []).append(b)
-    return sum(worth(rollouts, way, depth + 1) for way in ways.values()) / len(ways)
-
-
 # -- what a step gathers -----------------------------------------------------------------------------------------------------
 
 
@@ -370,11 +218,11 @@ def test_a_greedy_response_is_of_its_own_prompt_and_is_greedy(tmp_path):
     )
     job = Run.new(config)
     job.begin()
-    found = gather(job, 0)
+    found = sample(job.components, 0)
     assert len(found.rollouts) == 8
     for r in found.rollouts:
         assert r.greedy.task.id == r.task.id
-        (again,) = LocalEngine(job.policy).generate([r.prompt_ids], [5], Sampling(12, 0.0))
+        (again,) = LocalEngine(job.components.policy).generate([r.prompt_ids], [5], Sampling(12, 0.0))
         assert list(r.greedy.response_ids) == again.ids
     assert found.beside_tokens == sum(len(r.greedy.response_ids) for r in found.rollouts[::2])
     job.close()
@@ -387,7 +235,7 @@ def test_flat_groups_are_replaced_and_paid_for(tmp_path, monkeypatch):
     job = Run.new(config)
     job.begin()
     monkeypatch.setattr(job, "reward", Turns())
-    found = gather(job, 0)
+    found = sample(job.components, 0)
     monkeypatch.undo()
     groups = [found.rollouts[i : i + 2] for i in range(0, len(found.rollouts), 2)]
     assert len(groups) == 4
@@ -436,19 +284,6 @@ def test_every_epoch_brings_every_problem_in_an_order_of_its_own():
     assert first != second
 
 
-def test_nodes_of_several_trees_name_those_above_them():
-    policy = small_policy()
-    branching = Branching(children=2, entropy=0.0, budget=60, segments="tokens", leaves=10**6)
-    rollouts = small_rollouts(policy, 3, branching=branching)
-    batch = pack(scored(rollouts, [1.0] * len(rollouts)), policy.pad_id)
-    for n, node in enumerate(batch.nodes):
-        assert node.above < n
-        if node.depth:
-            above = batch.nodes[node.above]
-            assert (above.depth, above.end) == (node.depth - 1, node.start)
-            assert batch.group_B[above.leaf] == batch.group_B[node.leaf]
-
-
 # -- search ------------------------------------------------------------------------------------------------------------------
 
 
@@ -461,10 +296,11 @@ def searching(tmp_path):
     })  # fmt: skip
     job = Run.new(config)
     job.begin()
-    for r in small_rollouts(job.policy, 3):
+    for r in small_rollouts(job.components.policy, 3):
         text = r.task.solution
-        ids = [*job.policy.tokenizer(text)["input_ids"], job.policy.eos_ids[0]]
-        job.searcher._keep(replace(r, response_ids=ids, logps=[0.0] * len(ids), text=text, finish="stop", verdict=None))
+        policy = job.components.policy
+        ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
+        job.search._keep(r.answered(ids, text, finish="stop"))
     yield job
     job.close()
 
@@ -501,10 +337,8 @@ def test_what_is_searched_failed_every_time_and_looks_hopeless(searching):
 
 
 def test_an_outcome_is_of_a_response_that_ended(searching):
-    right = replace(small_rollouts(searching.policy, 1)[0], response_ids=[5, 6], finish="length").judged(
-        Verdict(1.0, "correct")
-    )
-    full = replace(right, response_ids=[5] * 24)
+    first, verdict = small_rollouts(searching.policy, 1)[0], Verdict(1.0, "correct")
+    right, full = (first.answered(ids, "", finish="length", verdict=verdict) for ids in ([5, 6], [5] * 24))
     assert searching.searcher._outcome(right, ([1, 2], [None, 0.3])).outcome == 0.3
     assert searching.searcher._outcome(right, ([1, 2], [None, None])).outcome == 0.0
     assert searching.searcher._outcome(full, ([24], [0.9])).outcome == 0.0

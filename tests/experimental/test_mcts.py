@@ -12,16 +12,17 @@ import torch
 
 from sppo.errors import RecipeError, RewardError
 from sppo.experimental.mcts import Judged, Node, hang, search, walk
-from sppo.experimental.search import Lessons, _correct, _solution, _task
+from sppo.experimental.search import _correct, _solution, _task
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.learning.update_stats import Tally
 from sppo.rewards.loading import load_reward
 from sppo.run.loop import train
 from sppo.run.run import Run
-from sppo.types import Task, Verdict
+from sppo.types import Rollout, Task, Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import logps_of, small_config, small_critic, small_policy, small_rollouts
 
 # -- the search -------------------------------------------------------------------------------------------------------
 # A lock of eight digits; a "policy" that knows nothing; segments are single digits, and the value says how far the prefix is right.
@@ -120,11 +121,11 @@ def trained(tmp_path, name, **changes):
 
 def test_a_run_searches_learns_only_verified_solutions_and_resumes_to_the_same_bits(tmp_path):
     whole, broken = trained(tmp_path, "whole"), trained(tmp_path, "broken", **{"training.steps": 2})
-    again = Run.resume(broken.directory.path, steps=4)
+    again = Run.resume(broken.components.directory.path, steps=4)
     train(again)
     again.close()
-    assert again.policy.fingerprint() == whole.policy.fingerprint()
-    folder = whole.directory.path
+    assert again.components.policy.fingerprint() == whole.components.policy.fingerprint()
+    folder = whole.components.directory.path
     entries = [json.loads(line) for line in (folder / "buffer.jsonl").read_text().splitlines()]
     assert entries
     assert len({(e["task"]["id"], e["response"]) for e in entries}) == len(entries)
@@ -143,37 +144,37 @@ def test_a_run_searches_learns_only_verified_solutions_and_resumes_to_the_same_b
 
 def test_what_the_verifier_no_longer_accepts_is_not_learnt(tmp_path):
     job = trained(tmp_path, "run")
-    for solution in job.searcher.solutions.values():
+    for solution in job.search.solutions.values():
         solution.task.columns["answer"] = "no number"
-    lessons, refused = job.searcher._lessons(9)
+    lessons, refused = job.search._lessons(9)
     assert lessons is None
-    assert refused == min(len(job.searcher.solutions), job.config.search.batch)
+    assert refused == min(len(job.search.solutions), job.components.config.search.batch)
 
 
 def test_a_lesson_weighs_less_the_likelier_its_problem_is_solved(tmp_path):
     job = trained(tmp_path, "run", **{"search.below": 0.6, "search.enough": 0.6, "search.weight": 0.8})
     with torch.no_grad():
-        job.critic.head.weight.zero_()
-        job.critic.head.bias.fill_(math.log(0.3 / 0.7))
-    lessons, _ = job.searcher._lessons(9)
+        job.components.critic.head.weight.zero_()
+        job.components.critic.head.bias.fill_(math.log(0.3 / 0.7))
+    lessons, _ = job.search._lessons(9)
     assert lessons.weights == pytest.approx([0.4] * len(lessons.weights))
     with torch.no_grad():
-        job.critic.head.bias.fill_(math.log(0.6 / 0.4) + 0.01)
-    assert job.searcher._lessons(9)[0] is None
+        job.components.critic.head.bias.fill_(math.log(0.6 / 0.4) + 0.01)
+    assert job.search._lessons(9)[0] is None
 
 
 def test_step_scores_guide_the_search(tmp_path):
     job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": STEPS})
     judge = load_reward(STEPS)
-    first, *_ = small_rollouts(job.policy, 4)
+    first, *_ = small_rollouts(job.components.policy, 4)
     text = first.task.solution.replace("=", "=1", 1)  # the first step is wrong
-    ids = [*job.policy.tokenizer(text)["input_ids"], job.policy.eos_ids[0]]
-    said = replace(first, response_ids=ids, text=text, finish="stop")
+    ids = [*job.components.policy.tokenizer(text)["input_ids"], job.components.policy.eos_ids[0]]
+    said = Rollout.answer(first.task, first.prompt_ids, ids, [0.0] * len(ids), "stop", text)
     said = said.judged(judge.judge([said])[0])
-    (ends, values), *_ = job.searcher._values([said])
+    (ends, values), *_ = job.search._values([said])
     assert ends[-1] == len(ids)
     assert values[-1] == 0.0
-    assert not job.searcher._outcome(said, (ends, values)).solved
+    assert not job.search._outcome(said, (ends, values)).solved
 
 
 def test_the_lessons_gradient_is_the_weighted_likelihood():
@@ -187,8 +188,8 @@ def test_the_lessons_gradient_is_the_weighted_likelihood():
     loss = 0.0
     for r, w in zip(rollouts, weights, strict=True):
         ids = torch.tensor([[*r.prompt_ids, *r.response_ids]])
-        logp = policy.response_logps(
-            ids, torch.tensor([len(r.prompt_ids)]), torch.tensor([len(r.response_ids)]), 1.0
+        logp = logps_of(
+            policy, ids, torch.tensor([len(r.prompt_ids)]), torch.tensor([len(r.response_ids)]), 1.0
         ).logp_BT
         loss = loss - w * logp.mean() / 4
     loss.backward()
@@ -199,7 +200,7 @@ def test_the_lessons_gradient_is_the_weighted_likelihood():
 def test_what_the_search_counts_is_what_was_sampled_and_no_response_is_too_long(tmp_path):
     job = trained(tmp_path, "run")
     written = []
-    generate = job.engine.generate
+    generate = job.components.engine.generate
 
     def heard(prompts, seeds, sampling, progress=None, limits=None):
         samples = generate(prompts, seeds, sampling, progress, limits)
@@ -208,11 +209,11 @@ def test_what_the_search_counts_is_what_was_sampled_and_no_response_is_too_long(
         )
         return samples
 
-    job.engine.generate = heard
-    hard = small_rollouts(job.policy, 4)
-    found = job.searcher._search(0, hard)
+    job.components.engine.generate = heard
+    hard = small_rollouts(job.components.policy, 4)
+    found = job.search._search(0, hard)
     assert sum(f.tokens for f in found) == sum(n for n, _ in written) > 0
-    longest = max(len(r.prompt_ids) for r in hard) + job.config.rollout.max_tokens
+    longest = max(len(r.prompt_ids) for r in hard) + job.components.config.rollout.max_tokens
     assert max(n for _, lengths in written for n in lengths) <= longest
 
 
@@ -222,38 +223,38 @@ def test_a_reward_that_fails_on_prefixes_is_no_broken_reward(tmp_path):
     def judge(rollouts):
         raise RewardError("cannot read half a response")
 
-    job.reward.judge = judge
-    hard = small_rollouts(job.policy, 2)
-    found = job.searcher._search(0, hard)
+    job.components.reward.judge = judge
+    hard = small_rollouts(job.components.policy, 2)
+    found = job.search._search(0, hard)
     assert all(f.solution is None and f.tokens > 0 for f in found)
-    assert job.searcher.ungraded == sum(f.simulations for f in found)
-    assert "half a response" in job.searcher.reason
+    assert job.search.ungraded == sum(f.simulations for f in found)
+    assert "half a response" in job.search.reason
 
 
 def test_groups_that_dapo_throws_away_are_searched(tmp_path):
     job = trained(
         tmp_path, "run", **{"objective.algorithm": "dapo", "rollout.samples": 2, "rollout.prompts": 4, "training.steps": 1, "bootstrap.steps": 1}
     )  # fmt: skip
-    (line,) = [json.loads(x) for x in (job.directory.path / "metrics.jsonl").read_text().splitlines()]
+    (line,) = [json.loads(x) for x in (job.components.directory.path / "metrics.jsonl").read_text().splitlines()]
     assert line["rollout/thrown_away"] > 0
     assert line["search/problems"] == 4
 
 
 def test_an_unfinished_step_is_not_judged_yet(tmp_path):
     job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": STEPS, "rollout.segments": "tokens"})
-    first, *_ = small_rollouts(job.policy, 4)
+    first, *_ = small_rollouts(job.components.policy, 4)
     half, _, _ = first.task.solution.partition("=")
-    ids = job.policy.tokenizer(half)["input_ids"]
-    said = replace(first, response_ids=ids, logps=[0.0] * len(ids), text=half, finish="length")
+    ids = job.components.policy.tokenizer(half)["input_ids"]
+    said = Rollout.answer(first.task, first.prompt_ids, ids, [0.0] * len(ids), "length", half)
     said = said.judged(load_reward(STEPS).judge([said])[0])
-    (ends, values), *_ = job.searcher._values([said])
+    (ends, values), *_ = job.search._values([said])
     assert ends == list(range(1, len(ids) + 1))
     assert values == [None] * len(ids)
 
 
 def test_what_a_gate_refuses_or_what_was_cut_off_is_no_solution(tmp_path):
     job = trained(tmp_path, "run")
-    first, *_ = small_rollouts(job.policy, 4)
+    first, *_ = small_rollouts(job.components.policy, 4)
     right = replace(first, finish="stop").judged(Verdict(1.0, "correct"))
     assert _correct(right)
     assert not _correct(right.judged(Verdict(0.0, "correct", correctness=1.0)))
@@ -270,7 +271,7 @@ def test_columns_that_json_would_change_are_refused():
 
 def test_nonsense_is_one_sentence():
     for changes, why in (
-        ({"search.budget": 5}, "search.budget = 5 tokens a problem is less than one response"),
+        ({"search.budget": 5}, "search.budget = 5 tokens per problem is less than one response"),
         ({"search.value": "critic"}, "asks a critic that reads prefixes"),
         ({"search.value": "steps"}, "reward.use names none"),
         ({"search.value": "steps", "reward.use": "answer + 0 * steps:check=chain"}, "name a split"),
@@ -282,10 +283,10 @@ def test_nonsense_is_one_sentence():
 
 
 def test_a_critic_that_reads_prefixes_guides_the_search(tmp_path):
-    changes = {"objective.algorithm": "sppo-hybrid", "search.value": "critic", "training.steps": 2}
+    changes = {"objective.algorithm": "ppo", "search.value": "critic", "training.steps": 2}
     job = trained(tmp_path, "run", **changes)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(m["search/simulations"] > 0 for m in lines)
-    first, *_ = small_rollouts(job.policy, 2)
-    ((_, values),) = job.searcher._values([first])
+    first, *_ = small_rollouts(job.components.policy, 2)
+    ((_, values),) = job.search._values([first])
     assert all(0 <= v <= 1 for v in values)

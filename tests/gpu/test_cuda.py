@@ -1,4 +1,5 @@
-"""What runs only on CUDA, against float64 and against the plain ways: skipped where there is no GPU. `pytest tests/gpu` on a machine that has one."""
+"""What runs only on CUDA, against float64 and against the plain ways: skipped where there is no GPU. `pytest
+tests/gpu` on a machine that has one."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.reference import PlainEngine
 from tests.rollout.test_local import FAMILIES, PACKED, PROMPTS, of_family, plain
+
+from ..conftest import logps_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -125,15 +128,14 @@ def test_what_lies_between_products(dtype):
 def test_a_policy_scores_as_on_the_cpu():
     policy = llama(torch.float32)
     assert policy.packs
-    assert policy.fusable()
+    assert policy.scorer.fusable
     assert attention_cuda.fits(*(torch.zeros(2, 3, 32, device="cuda") for _ in range(3)), None)
-    there = copy.copy(policy)
-    there.model = copy.deepcopy(policy.model).cpu()
+    there = Policy(copy.deepcopy(policy.model).cpu(), policy.tokenizer)
     ids_BL = torch.randint(97, (5, 40))
     prompt_B, response_B = torch.tensor([3, 8, 1, 20, 5]), torch.tensor([30, 8, 39, 1, 12])
     found = []
     for one in (policy, there):
-        logp_BT = one.response_logps(ids_BL, prompt_B, response_B, 0.8).logp_BT
+        logp_BT = logps_of(one, ids_BL, prompt_B, response_B, 0.8).logp_BT
         logp_BT.square().sum().backward()
         grads = {name: p.grad.cpu() for name, p in one.model.named_parameters()}
         found.append((logp_BT.detach().cpu(), grads))

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sppo.kernels.attention import boundaries
 from sppo.kernels.cpu import attention
 
-from ..conftest import small_policy
+from ..conftest import logps_of, small_policy
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 LENGTHS = [1, 5, 6, 7, 16, 17, 40, 95, 6]
@@ -112,7 +112,7 @@ def test_a_model_is_trained_through_it(monkeypatch):
     def trained() -> list[torch.Tensor]:
         policy.model.zero_grad()
         ids_BL = torch.arange(60).remainder(50).reshape(3, 20)
-        scored = policy.response_logps(ids_BL, torch.tensor([4, 5, 6]), torch.tensor([16, 9, 14]), 1.0)
+        scored = logps_of(policy, ids_BL, torch.tensor([4, 5, 6]), torch.tensor([16, 9, 14]), 1.0)
         scored.logp_BT.sum().backward()
         return [scored.logp_BT.detach(), *(p.grad.clone() for p in policy.model.parameters())]
 

@@ -111,7 +111,8 @@ def test_a_row_is_the_same_bits_whoever_is_beside_it(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pieces_of_a_small_model_s_pass_are_the_same_bits_as_the_whole(shape, dtype):
-    """From some rows on, threads take sequences instead of parts of products: next tokens, and prompts of several tokens."""
+    """From some rows on, threads take sequences instead of parts of products: next tokens, and prompts of several
+    tokens."""
     model = model_of(shape, dtype=dtype)
     alone = stepped(model, list(range(90)), 1)
     for threads in (2, 3):

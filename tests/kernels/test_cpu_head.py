@@ -34,7 +34,8 @@ def case(count: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.T
     ("count", "width", "vocabulary"), [(1, 64, 5), (2, 64, 96), (7, 128, 333), (29, 64, 1040), (2050, 64, 4200)]
 )
 def test_it_is_the_log_softmax_and_its_gradient(compiled_head, count, width, vocabulary, threads):
-    """Vocabularies of whole registers and not, an odd token out, fewer columns than threads; several slices of several parts."""
+    """Vocabularies of whole registers and not, an odd token out, fewer columns than threads; several slices of
+    several parts."""
     hidden, weight, target, scale = case(count, width, vocabulary)
     mine = head.Head(weight, 0.7)
     mine.threads = threads

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from sppo.errors import RecipeError
-from sppo.experimental.search import Lessons
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.objective.advantage import overlong_penalty
 from sppo.recipe.config import Config
 from sppo.rollout.collect import truncation_rule
 from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, small_config, small_critic, small_policy, small_rollouts
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0.0), (80, 0.0), (81, 0.025), (90, 0.25), (99, 0.475), (100, 0.5)])
@@ -42,7 +42,7 @@ def a_learner(name="dapo", **changes):
 
 def rollouts_of(scores, samples=4):
     found = small_rollouts(small_policy(), len(scores) // samples, samples=samples)
-    return [r.judged(Verdict(s, "correct" if s else "wrong")) for r, s in zip(found, scores, strict=True)]
+    return [graded(r, s) for r, s in zip(found, scores, strict=True)]
 
 
 def a_batch(scores, samples=4, keep=None):
@@ -169,7 +169,7 @@ def test_where_all_groups_agree_nothing_is_learnt_but_lessons():
 
 
 def test_a_critics_baseline_learns_from_groups_that_agree():
-    learner = a_learner("sppo-beta", rollout__resample=1, training__minibatches=2)
+    learner = a_learner("sppo-centred", rollout__resample=1, training__minibatches=2)
     found, metrics = update_gradient(learner, a_batch(SCORES))
     assert len(found) == 2
     assert "update/left_out" not in metrics

@@ -10,8 +10,8 @@ import torch
 
 from sppo.errors import RecipeError
 from sppo.learning.batch import pack
-from sppo.learning.credit.base import credit
-from sppo.learning.credit.hybrid import PLACES, Gate, SegmentCredit, StepCredit, levelled, stretch_scores
+from sppo.learning.credit.hybrid import PLACES, Gate, StepCredit, levelled, stretch_scores
+from sppo.learning.credit.loading import load_credit
 from sppo.learning.credit.optimal_baseline import squared_scores
 from sppo.rewards.loading import load_reward
 from sppo.rewards.segments import seen_ends, segment_starts, token_ends
@@ -30,7 +30,7 @@ CHAIN = Task("chain/0", [{"role": "user", "content": "7+5-3*2?"}], {"answer": "8
 
 def said(policy, text: str, task: Task = CHAIN, use: str = STEPS) -> Rollout:
     ids = [*policy.tokenizer(text)["input_ids"], policy.eos_ids[0]]
-    rollout = Rollout(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", policy.text(ids))
+    rollout = Rollout.answer(task, policy.prompt_ids(task), ids, [-1.0] * len(ids), "stop", policy.text(ids))
     return rollout.judged(load_reward(use).judge([rollout])[0])
 
 
@@ -58,16 +58,12 @@ def test_a_step_has_ended_once_its_separator_was_written():
 # -- what it may see --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phi", ["segments", "steps"])
-def test_credit_before_a_token_does_not_depend_on_it_or_what_follows(phi):
+def test_credit_before_a_token_does_not_depend_on_it_or_what_follows():
     """The same outcome after another continuation: what was credited up to there is the same number."""
     policy = small_policy()
-    made = credit(config(**{"objective.phi": phi}), policy, small_critic())
+    made = load_credit(config(), policy, small_critic())
     made.gate.cross, made.gate.square = [0.7] * KINDS, [1.0] * KINDS
-    if phi == "steps":
-        made.effect, made.number = [[-3.0, 1.0, 2.0]] * (PLACES + 1), [[5.0, 5.0, 5.0]] * (PLACES + 1)
-    else:
-        torch.nn.init.normal_(made.model.head.weight)
+    made.effect, made.number = [[-3.0, 1.0, 2.0]] * (PLACES + 1), [[5.0, 5.0, 5.0]] * (PLACES + 1)
     state = made.state_dict()
     text = "7+5=2;2-3=8;8*2=6;A:6"
     others = ["9;;1=2;", " ;2", " \n1;", "\n\n3;A:1", "", ";", "2-3=9;9*2=8;A:8"]
@@ -168,7 +164,7 @@ def hundred(policy, wrong_text: str, right_text: str, use: str = STEPS):
 
 def test_a_wrong_step_takes_the_blame():
     policy = small_policy()
-    made = credit(config(**{"objective.phi": "steps"}), policy, small_critic())
+    made = load_credit(config(), policy, small_critic())
     assert isinstance(made, StepCredit)
     batch = hundred(policy, "7+5=3;3-3=0;0*2=0;A:0", "7+5=2;2-3=9;9*2=8;A:8")
     for _ in range(20):
@@ -183,7 +179,7 @@ def test_a_wrong_step_takes_the_blame():
 def test_a_scorer_that_is_pleased_with_everything_changes_nothing():
     policy = small_policy()
     pleased = f"answer + 0 * steps:check={__name__}:pleased,split=semicolons"
-    made = credit(config(**{"objective.phi": "steps", "reward.use": pleased}), policy, small_critic())
+    made = load_credit(config(**{"objective.phi": "steps", "reward.use": pleased}), policy, small_critic())
     batch = hundred(policy, "7+5=3;3-3=0;0*2=0;A:0", "7+5=2;2-3=9;9*2=8;A:8", pleased)
     for _ in range(20):
         advantage_BT, value_B, _ = made.advantage(batch, batch.reward_B)
@@ -195,41 +191,23 @@ def pleased(task, steps):
     return [1.0 for _ in steps]
 
 
-def test_the_critic_at_the_segments_ends_learns_outcomes():
-    policy = small_policy()
-    made = credit(config(), policy, small_critic())
-    assert isinstance(made, SegmentCredit)
-    batch = hundred(policy, "7+5=3;3-3=0;0*2=0;A:0", "7+5=2;2-3=9;9*2=8;A:8")
-    for _ in range(60):
-        advantage_BT, value_B, metrics = made.advantage(batch, batch.reward_B)
-        loss, _ = made.learn(batch, torch.arange(40), 3e-3)
-    assert metrics["hybrid/eta"] > 0.9
-    assert loss < 0.3  # of the five places only the first is open: ln 2 / 4 at best
-    assert advantage_BT[:, 6:].abs().max() < 0.1
-    assert value_B == pytest.approx(torch.full((40,), 0.5), abs=0.1)
-    assert advantage_BT[1, :6].min() > 0.35
-
-
 def test_masked_responses_teach_nothing():
     policy = small_policy()
-    for phi in ("steps", "segments"):
-        made = credit(config(**{"objective.phi": phi}), policy, small_critic())
-        rollouts = [said(policy, "7+5=2;2-3=9;9*2=8;A:8") for _ in range(4)]
-        masked = [replace(r, verdict=replace(r.verdict, excluded=True)) for r in rollouts]
-        made.advantage(pack(masked, policy.pad_id), torch.ones(4))
-        assert sum(made.gate.square) == 0
+    made = load_credit(config(), policy, small_critic())
+    rollouts = [said(policy, "7+5=2;2-3=9;9*2=8;A:8") for _ in range(4)]
+    masked = [replace(r, verdict=replace(r.verdict, excluded=True)) for r in rollouts]
+    made.advantage(pack(masked, policy.pad_id), torch.ones(4))
+    assert sum(made.gate.square) == 0
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phi", ["segments", "steps"])
-def test_a_run_resumes_to_the_same_bits(tmp_path, phi):
+def test_a_run_resumes_to_the_same_bits(tmp_path):
     def run(name, steps):
         job = Run.new(
             config(
                 **{
-                    "objective.phi": phi,
                     "run.out": str(tmp_path / name),
                     "training.steps": steps,
                     "run.checkpoint_every": 2,
@@ -241,10 +219,10 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, phi):
         return job
 
     whole, broken = run("whole", 4), run("broken", 2)
-    again = Run.resume(broken.directory.path, steps=4)
+    again = Run.resume(broken.components.directory.path, steps=4)
     train(again)
     again.close()
-    assert again.policy.fingerprint() == whole.policy.fingerprint()
+    assert again.components.policy.fingerprint() == whole.components.policy.fingerprint()
 
 
 def test_nonsense_is_one_sentence(tmp_path):
@@ -255,15 +233,15 @@ def test_nonsense_is_one_sentence(tmp_path):
         with pytest.raises(RecipeError, match=why):
             config(**changes)
     policy = small_policy()
-    made = credit(config(**{"objective.phi": "steps"}), policy, small_critic())
+    made = load_credit(config(), policy, small_critic())
     for use, why in (("answer", "names none"), ("answer + 0 * steps:check=chain", "name a split")):
         with pytest.raises(RecipeError, match=why):
-            config(**{"objective.phi": "steps", "reward.use": use})
+            config(**{"reward.use": use})
     for use, why in (("answer", "measures none"), ("answer + 0 * steps:check=chain", "split=auto looks at the whole")):
         batch = pack([said(policy, "7+5=2;A:2", use=use)], policy.pad_id)
         with pytest.raises(RecipeError, match=why):
             made.advantage(batch, batch.reward_B)
-    blank = Rollout(
+    blank = Rollout.answer(
         CHAIN, [1], [2], [-1.0], "stop", "", verdict=Verdict(1.0, "correct", {"steps": [], "split": "lines"})
     )
     assert made._stretches(blank) == []
@@ -271,7 +249,7 @@ def test_nonsense_is_one_sentence(tmp_path):
 
 def test_a_scorer_that_failed_on_one_response_says_nothing_of_it():
     policy = small_policy()
-    made = credit(config(**{"objective.phi": "steps"}), policy, small_critic())
+    made = load_credit(config(), policy, small_critic())
     evidence = {"parts": [{"reward": "answer", "outcome": "correct"}, {"reward": "steps:…", "outcome": "infra_error"}]}
     failed = replace(said(policy, "7+5=2;A:2"), verdict=Verdict(1.0, "correct", evidence))
     assert made._stretches(failed) == []
@@ -283,5 +261,5 @@ def test_bytes_of_half_a_character_end_no_step():
             return bytes(ids).decode(errors="replace")
 
     text = "😀\n1"
-    rollout = Rollout(CHAIN, [1], list(text.encode()), [-1.0] * 6, "stop", text)
+    rollout = Rollout.answer(CHAIN, [1], list(text.encode()), [-1.0] * 6, "stop", text)
     assert token_ends(Bytes(), rollout, [1, 2]) == [4, 5]

@@ -9,25 +9,25 @@ import torch
 
 from sppo.errors import RecipeError
 from sppo.learning.batch import Batch
-from sppo.learning.credit.base import credit
+from sppo.learning.credit.loading import load_credit
 from sppo.learning.credit.optimal_baseline import DOUBT, MEMORY, OptimalBaseline, squared_scores
 from sppo.models.mlp import ControlPolicy
 from sppo.objective.advantage import shifted
 from sppo.recipe.config import Config
 
-from ..conftest import small_config, small_critic, small_policy
+from ..conftest import STEPS, small_config, small_critic, small_policy
 from ..exact.tabular import MASK_ST, logps, parameters, probabilities, rewards, scores
 
 
 def batch_of(logp_BT, correct_B, mask_BT=None, **changes) -> Batch:
     """Just what squared scores are read from."""
-    length_B = torch.ones_like(logp_BT, dtype=torch.bool).sum(1) if mask_BT is None else mask_BT.sum(1)
-    number = len(length_B)
+    action_BT = torch.ones_like(logp_BT, dtype=torch.bool) if mask_BT is None else mask_BT
+    number = len(logp_BT)
     parts = {
         "rollouts": [None] * number,
-        "ids_BL": torch.zeros(number, 1),
-        "prompt_len_B": torch.ones(number),
-        "response_len_B": length_B,
+        "ids_BL": torch.zeros(action_BT.shape, dtype=torch.long),
+        "action_BL": action_BT,
+        "length_B": action_BT.sum(1),
         "behaviour_logp_BT": logp_BT,
         "kept_BT": torch.zeros_like(logp_BT),
         "reward_B": correct_B,
@@ -68,8 +68,8 @@ def test_the_shift_by_hand():
 def test_what_is_masked_or_no_number_does_not_count():
     odds, logp_BT = odds_of(), torch.full((3, 3), HALF)
     logp_BT[2, 0] = torch.nan
-    keep_B, length_B = torch.tensor([True, False, True]), torch.tensor([2, 3, 3])
-    learn(odds, batch_of(logp_BT, torch.tensor([1.0, 0.0, 1.0]), keep_B=keep_B, response_len_B=length_B), 0.5)
+    keep_B, mask_BT = torch.tensor([True, False, True]), torch.tensor([[True, True, False], [True] * 3, [True] * 3])
+    learn(odds, batch_of(logp_BT, torch.tensor([1.0, 0.0, 1.0]), mask_BT, keep_B=keep_B), 0.5)
     assert odds.paired == pytest.approx([0.0, 0.5 * 2 * 0.25])
     assert odds.number == 1
 
@@ -100,7 +100,8 @@ def test_hard_problems_do_not_pass_for_wrong_responses(weights):
     length_B, chance_B = torch.tensor([40] * 10 + [4] * 10), torch.tensor([0.1] * 10 + [0.9] * 10)
     weight_B = torch.tensor([weights[0]] * 10 + [weights[1]] * 10)
     odds = odds_of()
-    learn(odds, batch_of(torch.full((20, 40), HALF), right_B, response_len_B=length_B, weight_B=weight_B), chance_B)
+    mask_BT = torch.arange(40) < length_B[:, None]
+    learn(odds, batch_of(torch.full((20, 40), HALF), right_B, mask_BT, weight_B=weight_B), chance_B)
     assert odds.shift == pytest.approx(0.0, abs=1e-5)
     assert odds.paired[0] > 0
 
@@ -140,7 +141,7 @@ def test_what_the_critic_missed_is_a_chance_too_where_rewards_are_not():
     """Eight failures that earn −1.5, V = ½: with what V missed the chance is 0, and nobody is blamed for what everybody earns."""
     policy = small_policy()
     keys = {"objective.algorithm": "sppo-centred", "objective.optimal_baseline": True}
-    made = credit(small_config(**keys), policy, small_critic())
+    made = load_credit(small_config(**keys), policy, small_critic())
     made.model.logits = lambda tasks, tokens: torch.zeros(len(tasks))
     batch = batch_of(torch.full((8, 1), HALF), torch.zeros(8), reward_B=torch.full((8,), -1.5))
     batch.rollouts = [type("R", (), {"task": type("T", (), {"difficulty": None})})] * 8
@@ -151,19 +152,19 @@ def test_what_the_critic_missed_is_a_chance_too_where_rewards_are_not():
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "sppo-hybrid"])
 def test_the_optimal_baseline_needs_a_chance_of_success(name):
-    with pytest.raises(RecipeError, match="optimal_baseline shifts the odds of a chance of success"):
+    with pytest.raises(RecipeError, match=r"optimal_baseline shifts the odds of a chance, and baseline = .* is none"):
         Config.load(None, {"objective.algorithm": name, "objective.optimal_baseline": True})
-    mine = Config.load(None, {"objective.algorithm": "sppo-centred", "objective.optimal_baseline": True})
-    assert not mine.as_algorithm(name, {}).objective.optimal_baseline
+    shifted = {"objective.algorithm": "sppo-centred", "objective.optimal_baseline": True, "reward.use": STEPS}
+    assert not Config.load(None, shifted).as_algorithm(name, {}).objective.optimal_baseline
     with pytest.raises(RecipeError, match="optimal_baseline shifts the odds"):  # named, and contradicted
         Config.load(None, {"objective.algorithm": "sppo-optimal", "objective.baseline": "batch"})
-    with pytest.raises(RecipeError, match="takes back the shift"):
+    with pytest.raises(RecipeError, match="undoes the shift of optimal_baseline"):
         Config.load(None, {"objective.optimal_baseline": True, "objective.scale": "batch"})
 
 
 @pytest.mark.parametrize(
     "keys",
-    [{"objective.baseline": "centred"}, {"objective.baseline": "batch"}, {"objective.ev_gate": True}, {"objective.scale": "batch"}],
+    [{"objective.baseline": "centred"}, {"objective.baseline": "batch"}, {"objective.scale": "batch"}],
 )  # fmt: skip
 def test_no_other_key_changes_the_algorithm(keys):
     default = Config.load(None).objective.algorithm
@@ -181,7 +182,7 @@ def test_earlier_names_are_refused_with_the_new_ones():
 
 def test_it_learns_from_earlier_batches_only_and_is_kept():
     policy = small_policy()
-    made = credit(small_config(**{"objective.algorithm": "sppo-optimal"}), policy, small_critic())
+    made = load_credit(small_config(**{"objective.algorithm": "sppo-optimal"}), policy, small_critic())
     made.model.logits = lambda tasks, tokens: torch.zeros(len(tasks))
     logp_BT = torch.log(torch.tensor([[0.9]] * 9 + [[0.1]]))
     batch = batch_of(logp_BT, torch.tensor([1.0] * 9 + [0.0]))
@@ -189,7 +190,7 @@ def test_it_learns_from_earlier_batches_only_and_is_kept():
     first, _, metrics = made.advantage(batch, batch.reward_B)
     assert first.tolist() == pytest.approx([0.5] * 9 + [-0.5])
     assert metrics["critic/shift"] == 0.0
-    again = credit(small_config(**{"objective.algorithm": "sppo-optimal"}), policy, small_critic())
+    again = load_credit(small_config(**{"objective.algorithm": "sppo-optimal"}), policy, small_critic())
     state = made.state_dict()
     again.load_state_dict(state)
     assert again.optimal.shift == made.optimal.shift < -0.5

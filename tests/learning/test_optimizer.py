@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sppo.experimental.search import Lessons
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.learning.optimizer import MasterAdamW
 from sppo.learning.update_stats import Tally
-from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, small_config, small_critic, small_policy, small_rollouts
 
 PARTS = 256
 
@@ -78,10 +77,7 @@ def test_a_float32_models_gradients_stay_where_pytorch_puts_them():
 
 def a_batch(policy):
     rollouts = small_rollouts(policy, 16)
-    return pack(
-        [r.judged(Verdict(float(i % 2), "correct" if i % 2 else "wrong")) for i, r in enumerate(rollouts)],
-        policy.pad_id,
-    )
+    return pack([graded(r, float(i % 2)) for i, r in enumerate(rollouts)], policy.pad_id)
 
 
 def recorded(optimiser):

@@ -15,8 +15,8 @@ from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
 from sppo.recipe.config import Config
+from sppo.recipe.objective import PER_TOKEN
 from sppo.recipe.presets import PRESETS
-from sppo.recipe.sections import PER_TOKEN
 from sppo.run.build import Parts
 from sppo.run.loop import train
 from sppo.run.observer import Silent
@@ -24,13 +24,13 @@ from sppo.run.run import Run
 from sppo.run.sample import _sorted_out
 from sppo.types import Verdict
 
-from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, gradients_of, small_config, small_critic, small_policy, small_rollouts
 
 SCORES = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]  # two groups of four
 
 
 def judged(rollouts, scores):
-    return [r.judged(Verdict(s, "correct" if s else "wrong")) for r, s in zip(rollouts, scores, strict=True)]
+    return [graded(r, s) for r, s in zip(rollouts, scores, strict=True)]
 
 
 def a_batch(policy, name, *, scores=SCORES, masked=()):
@@ -188,7 +188,7 @@ def ours(policy, name, batch, advantage, old_BT, reference_BT=None, **changes):
 
 
 def logps(policy, batch):
-    return policy.response_logps(batch.ids_BL, batch.prompt_len_B, batch.response_len_B, 1.0).logp_BT
+    return policy.logps(batch.ids_BL, batch.action_BL, 1.0).logp_BT
 
 
 def by_hand(policy, name, batch, advantage_B, old_BT, max_tokens):
@@ -266,12 +266,6 @@ def test_gspo_token_is_gspo_where_a_response_has_one_advantage_and_else_it_is_no
         total = total - (open_T * s * advantage_BT[b, :t] * new_BT[b, :t]).mean() / len(batch)  # eq. 17
     total.backward()
     assert torch.allclose(each, gradients(policy), atol=1e-5)
-
-
-def test_the_trees_of_a_hybrid_may_not_have_a_whole_responses_ratio():
-    Config.load(None, {"objective.algorithm": "sppo-hybrid", "objective.ratio": "geometric-token"})
-    with pytest.raises(RecipeError, match=r"tree.*set objective.ratio = 'token'"):
-        Config.load(None, {"objective.algorithm": "sppo-tree", "objective.ratio": "geometric-token"})
 
 
 TRL = {
@@ -404,10 +398,8 @@ def test_another_algorithm_on_the_command_line_replaces_the_recipes_keys_and_kee
     config = Config.load(recipe, {"objective.algorithm": "grpo"})
     assert (config.rollout.prompts, config.rollout.samples, config.objective.ratio) == (32, 8, "token")
     assert config.objective.clip == (0.1, 0.1)  # which both presets leave alike: the recipe's own choice
-    beta = Config.load(recipe, {"objective.algorithm": "sppo-beta"})  # differs in its baseline, and in nothing else
-    assert (beta.objective.ratio, beta.objective.clip, beta.objective.baseline) == ("geometric", (0.1, 0.1), "beta")
-    gated = Config.load(None, {"objective.ev_gate": True})
-    assert not gated.as_algorithm("grpo", {}).objective.ev_gate
+    centred = Config.load(recipe, {"objective.algorithm": "sppo-centred"}).objective  # differs in its baseline alone
+    assert (centred.ratio, centred.clip, centred.baseline) == ("geometric", (0.1, 0.1), "centred")
     assert (
         Config.load(None, {"objective.algorithm": "grpo"}).rollout.prompts == 16
     )  # 128 responses, with a recipe or without
@@ -430,8 +422,6 @@ def test_another_algorithm_on_the_command_line_replaces_the_recipes_keys_and_kee
         ({"objective.baseline": "token-critic"}, "set ratio = 'token'"),
         ({"objective.average": "constant"}, "set ratio = 'token'"),
         ({"rollout.resample": 2}, "set rollout.samples to 2 or more"),
-        ({"objective.algorithm": "sppo-beta", "training.minibatches": 1}, "set training.minibatches to 2 or more"),
-        ({"objective.ev_gate": True, "objective.baseline": "batch"}, "ev_gate"),
         ({"objective": 3}, "objective"),
         ({"objective": 3, "objective.algorithm": "grpo"}, "objective"),
         ({"objective.algorithm": ["grpo"]}, "objective.algorithm"),
@@ -458,10 +448,10 @@ def test_the_token_critics_values_do_not_see_their_own_token():
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     changed = ids.clone()
     changed[0, 4] = 20  # the second response token
-    lengths = torch.tensor([3]), torch.tensor([3])
+    actions = torch.tensor([[False] * 3 + [True] * 3])
     with torch.no_grad():
-        a, b = (critic.token_logits(x, *lengths)[0] for x in (ids, changed))
-        prompt = critic([[5, 6, 7]])[0]
+        a, b = (critic(x, actions)[0] for x in (ids, changed))
+        prompt = critic.prompt_logits([[5, 6, 7]])[0]
     assert torch.allclose(a[:2], b[:2], atol=1e-6)
     assert abs(float(a[2] - b[2])) > 1e-4
     assert torch.allclose(a[0], prompt, atol=1e-5)  # before the first token: the prompt-only value

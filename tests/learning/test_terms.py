@@ -19,15 +19,14 @@ from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
 from sppo.tasks.loading import load_tasks
-from sppo.types import Verdict
 
-from ..conftest import small_config, small_critic, small_policy, small_rollouts
+from ..conftest import graded, small_config, small_critic, small_policy, small_rollouts
 
 BETA = 0.3
 
 
 def judged(rollouts):
-    return [r.judged(Verdict(float(i % 2), "correct" if i % 2 else "wrong")) for i, r in enumerate(rollouts)]
+    return [graded(r, float(i % 2)) for i, r in enumerate(rollouts)]
 
 
 def a_batch(policy, n=8, *, cut=None, max_tokens=12):
@@ -126,7 +125,7 @@ def test_at_the_start_there_is_no_kl_to_it_whatever_a_cut_takes(changes):
     batch = a_batch(policy, cut=Cut(top_k=4))
     assert float(batch.kept_BT.sum()) < -1.0
     shaped, plain = (
-        a_learner(policy, policy.reference(), objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
+        a_learner(policy, policy.as_reference(), objective__kl=kl, **changes).advantage(batch)[0] for kl in (BETA, 0.0)
     )
     assert torch.allclose(shaped, plain, atol=1e-4)
 
@@ -216,20 +215,23 @@ def by_hand(policy, reference, batch, o, max_tokens=12):
     return float(loss.detach()) + value, gradients(policy)
 
 
-@pytest.mark.parametrize("form", ["k2", "k3", "k3-weighted"])
-@pytest.mark.parametrize("level", ["auto", "sequence", "token"])
+RATIOS = [
+    {"ratio": "sequence"}, {"ratio": "geometric"}, {"ratio": "family", "kappa": 0.5},
+    *({"ratio": "token", "average": average} for average in ("tokens", "responses", "constant")),
+]  # fmt: skip
+KLS = [
+    # what a term is divided by depends on level and ratio, whatever its form
+    *(("k3-weighted", level, ratio) for level in ("sequence", "token") for ratio in RATIOS),
+    *((form, level, ratio) for form in ("k2", "k3") for level in ("sequence", "token") for ratio in (RATIOS[1], RATIOS[4])),
+    *(("k3", "auto", ratio) for ratio in (RATIOS[0], RATIOS[3])),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "ratio",
-    [
-        {"ratio": "sequence"},
-        {"ratio": "geometric"},
-        {"ratio": "family", "kappa": 0.5},
-        *({"ratio": "token", "average": average} for average in ("tokens", "responses", "constant")),
-    ],
-    ids=lambda r: "-".join(map(str, r.values())),
+    ("form", "level", "ratio"), KLS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
 )
 def test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop(form, level, ratio):
-    policy, reference = small_policy(), small_policy(seed=5).reference()
+    policy, reference = small_policy(), small_policy(seed=5).as_reference()
     rollouts = [
         replace(r, task=replace(r.task, weight=0.5 + i / 4)) for i, r in enumerate(judged(small_rollouts(policy, 8)))
     ]

@@ -1,8 +1,8 @@
-"""The fast update against the plain one: packed log-probabilities and gradients, whose `old` serves, checkpointed activations."""
+"""The fast update against the plain one: packed log-probabilities and gradients, whose `old` serves, checkpointed
+activations."""
 
 from __future__ import annotations
 
-import copy
 import random
 
 import pytest
@@ -12,14 +12,14 @@ from sppo.errors import EngineMismatch, ModelError, NonFinite, RecipeError, Stal
 from sppo.learning.batch import micro_batches, pack
 from sppo.learning.learner import Learner
 from sppo.learning.optimizer import MasterAdamW
-from sppo.models import tiny
-from sppo.models.policy import Policy, fingerprint
+from sppo.models import tiny, weights
+from sppo.models.policy import Policy
 from sppo.rollout.canary import Canary
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.sampler import Cut
 from sppo.types import Verdict
 
-from ..conftest import gradients_of, small_config, small_critic, small_policy, small_rollouts
+from ..conftest import gradients_of, logps_of, small_config, small_critic, small_policy, small_rollouts
 from ..rollout.test_local import FAMILIES, PACKED, TokenCount, of_family
 
 LENGTHS = [(3, 5), (3, 5), (1, 1), (7, 2), (4, 9), (4, 9), (2, 12)]
@@ -34,7 +34,7 @@ def rectangle(vocabulary: int = 33):
 
 def gradients(policy: Policy, weight_BT: torch.Tensor) -> list[torch.Tensor]:
     policy.model.zero_grad()
-    (policy.response_logps(*rectangle(), 0.8).logp_BT * weight_BT).sum().backward()
+    (logps_of(policy, *rectangle(), 0.8).logp_BT * weight_BT).sum().backward()
     return [p.grad for p in policy.model.parameters() if p.grad is not None]
 
 
@@ -43,12 +43,12 @@ def test_packed_is_padded(family):
     """The same numbers, and the same gradient, from rows of nothing but tokens as from a padded rectangle."""
     packed = small_policy() if family == "tiny" else of_family(family)
     assert packed.packs == (family == "tiny" or family in PACKED)
-    padded = packed.reference()
-    padded.packs = False
+    padded = packed.as_reference()
+    padded.scorer.packs = False
     padded.model.set_attn_implementation("eager")
     padded.model.requires_grad_(True)
     ids, prompt, response = rectangle()
-    a, b = (p.response_logps(ids, prompt, response, 0.8) for p in (packed, padded))
+    a, b = (logps_of(p, ids, prompt, response, 0.8) for p in (packed, padded))
     assert torch.allclose(a.logp_BT, b.logp_BT, atol=2e-5)
     assert torch.allclose(a.entropy_BT, b.entropy_BT, atol=2e-4)
     weight_BT = torch.randn(a.logp_BT.shape)
@@ -58,7 +58,7 @@ def test_packed_is_padded(family):
 
 def test_a_packed_row_holds_nothing_but_what_is_needed(policy):
     count = TokenCount(policy)
-    policy.response_logps(*rectangle(), 1.0)
+    logps_of(policy, *rectangle(), 1.0)
     assert count.passes == 1
     assert count.total == sum(p + r - 1 for p, r in LENGTHS)  # the last token predicts nothing
 
@@ -84,10 +84,10 @@ def test_checkpointed_activations_change_no_bit_and_leave_sampling_alone():
 def test_checkpointing_leaves_dropout_off():
     policy = of_family("OPT")  # its layers read their own training flag
     policy.checkpoint_activations()
-    first = policy.response_logps(*rectangle(), 1.0).logp_BT
+    first = logps_of(policy, *rectangle(), 1.0).logp_BT
     first.sum().backward()
     with torch.no_grad():
-        assert torch.equal(policy.response_logps(*rectangle(), 1.0).logp_BT, first)
+        assert torch.equal(logps_of(policy, *rectangle(), 1.0).logp_BT, first)
 
 
 def test_a_model_that_cannot_checkpoint_says_so(policy):
@@ -230,20 +230,20 @@ class Deaf(LocalEngine):
     """An engine that takes no weights after its first, though it says that it holds them."""
 
     def __init__(self, policy: Policy) -> None:
-        super().__init__(policy.reference())
+        super().__init__(policy.as_reference())
 
-    def holds(self, policy: Policy) -> bool:
+    def holds(self, fingerprint: str) -> bool:
         return True
 
 
-def test_the_canary_hears_stale_weights_that_a_fingerprint_does_not(policy):
+def test_the_canary_finds_stale_weights_that_a_fingerprint_does_not(policy):
     engine, canary = Deaf(policy), Canary(policy)
-    assert canary.check(engine, policy) < 1e-5
+    assert canary.check(engine, policy, policy.fingerprint()) < 1e-5
     with torch.no_grad():
         for p in policy.model.parameters():
             p.add_(torch.randn_like(p) * 5e-3)
     with pytest.raises(StaleWeights, match="fixed probe"):
-        canary.check(engine, policy)
+        canary.check(engine, policy, policy.fingerprint())
 
 
 def test_a_broken_policy_is_not_called_stale(policy):
@@ -251,7 +251,7 @@ def test_a_broken_policy_is_not_called_stale(policy):
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.fill_(float("nan"))
     with pytest.raises(NonFinite, match=r"lower training\.lr"):
-        canary.check(engine, policy)
+        canary.check(engine, policy, policy.fingerprint())
 
 
 def test_the_canary_is_the_same_in_every_run():
@@ -260,9 +260,16 @@ def test_the_canary_is_the_same_in_every_run():
 
 
 def test_an_engine_of_other_weights_is_not_held(policy):
-    other = copy.copy(policy)
-    assert LocalEngine(policy).holds(policy)
-    assert not LocalEngine(other).holds(policy)
+    other = policy.as_reference()
+    assert LocalEngine(policy).holds(policy.fingerprint())
+    assert LocalEngine(other).holds(policy.fingerprint())  # a copy of them is as good
+    with torch.no_grad():
+        next(other.model.parameters())[0, 0] += 1e-3
+    assert not LocalEngine(other).holds(policy.fingerprint())
+
+
+def fingerprint_of(model: torch.nn.Module) -> str:
+    return weights.fingerprint(weights.weights_of(model))
 
 
 def blocks(*rows, dtype=torch.int64):
@@ -276,8 +283,8 @@ def blocks(*rows, dtype=torch.int64):
 def test_a_fingerprint_knows_where_every_word_is(dtype):
     """Swapped, moved and doubled blocks, and flipped highest bits, which a product cannot carry up."""
     rows = [torch.randint(-(2**63), 2**63 - 1, (4096,), generator=torch.Generator().manual_seed(i)) for i in range(40)]
-    whole = fingerprint(blocks(*rows, dtype=dtype))
-    assert whole == fingerprint(blocks(*[r.clone() for r in rows], dtype=dtype))
+    whole = fingerprint_of(blocks(*rows, dtype=dtype))
+    assert whole == fingerprint_of(blocks(*[r.clone() for r in rows], dtype=dtype))
     top = torch.tensor(-(2**63))
     others = [[*rows[1:], rows[0]], rows[:-1], [*rows, rows[0] * 0]]
     for i in range(len(rows)):
@@ -288,31 +295,31 @@ def test_a_fingerprint_knows_where_every_word_is(dtype):
             others += [swapped, flipped]
     lanes = list(rows)
     lanes[3] = rows[3].roll(1)
-    found = {fingerprint(blocks(*r, dtype=dtype)) for r in [*others, lanes]}
+    found = {fingerprint_of(blocks(*r, dtype=dtype)) for r in [*others, lanes]}
     assert whole not in found
     assert len(found) == len(others) + 1
 
 
 def test_every_single_bit_changes_a_fingerprint():
     model, _ = tiny.build(hidden=32, layers=1, heads=2)
-    before, rng = fingerprint(model), random.Random(1)
-    assert fingerprint(model) == before
+    before, rng = fingerprint_of(model), random.Random(1)
+    assert fingerprint_of(model) == before
     for _ in range(300):
         p = rng.choice(list(model.parameters()))
         bits = p.detach().view(-1).view(torch.uint8)
         at, bit = rng.randrange(len(bits)), 1 << rng.randrange(8)
         bits[at] ^= bit
-        assert fingerprint(model) != before
+        assert fingerprint_of(model) != before
         bits[at] ^= bit
-    assert fingerprint(model) == before
+    assert fingerprint_of(model) == before
 
 
 def test_two_blocks_that_change_places_change_a_fingerprint():
     model, _ = tiny.build(hidden=128, layers=3, heads=4)
-    before = fingerprint(model)
+    before = fingerprint_of(model)
     with torch.no_grad():
         for p in model.parameters():
             flat = p.view(-1)
             if flat.numel() >= 16384:
                 flat[:8192], flat[8192:16384] = flat[8192:16384].clone(), flat[:8192].clone()
-    assert fingerprint(model) != before
+    assert fingerprint_of(model) != before

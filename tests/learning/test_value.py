@@ -72,7 +72,7 @@ def test_ppos_critic_learns_by_squared_error_from_lambda_returns(clip):
 
     target_BT = gae(batch.correct_B, value_BT, batch.mask_BT, 0.95) + value_BT
     assert not bool(((target_BT >= 0) & (target_BT <= 1))[batch.mask_BT].all())
-    new_BT = critic.token_logits(batch.ids_BL, batch.prompt_len_B, batch.response_len_B)
+    new_BT = critic(batch.ids_BL, batch.action_BL)
     total = []
     for b, t in enumerate(batch.response_len_B.tolist()):
         for v, old, wanted in zip(new_BT[b, :t], value_BT[b, :t], target_BT[b, :t], strict=True):

@@ -1,4 +1,5 @@
-"""Heads that scale or cap their logits (Gemma 2, Granite, Cohere) in bfloat16: projection, scale, cap and log-softmax are float32, learner and engine."""
+"""Heads that scale or cap their logits (Gemma 2, Granite, Cohere) in bfloat16: projection, scale, cap and log-softmax
+are float32, learner and engine."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
+
+from ..conftest import logps_of
 
 SIZES = {
     "vocab_size": 33, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,11 +53,11 @@ def exact(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", HEADS)
 def test_the_learners_log_probabilities_and_gradient_are_those_of_a_float64_head(family):
     policy = capped(family)
-    assert not policy.direct_head
+    assert not policy.scorer.head.direct
     prompt, response = torch.tensor(LENGTHS).T
     ids = torch.randint(1, 33, (3, 9))
     seen = watched(policy)
-    found = policy.response_logps(ids, prompt, response, 0.7)
+    found = logps_of(policy, ids, prompt, response, 0.7)
     rounded = policy.model(ids, use_cache=False).logits.float()
     weight = policy.model.get_output_embeddings().weight
     (gradient,) = torch.autograd.grad(found.logp_BT.sum(), weight, retain_graph=True, allow_unused=True)
@@ -107,5 +110,5 @@ def test_a_cap_is_found_where_the_models_own_logits_are_too_small_to_feel_it():
     model = AutoModelForCausalLM.from_config(HEADS["Gemma 2"][0])
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(0.1)
-    assert not Policy(model, tiny.character_tokenizer()).direct_head
-    assert Policy(*tiny.build(hidden=32, layers=1, heads=2)).direct_head
+    assert not Policy(model, tiny.character_tokenizer()).scorer.head.direct
+    assert Policy(*tiny.build(hidden=32, layers=1, heads=2)).scorer.head.direct

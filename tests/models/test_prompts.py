@@ -14,9 +14,9 @@ from sppo.models.critic import Critic
 from sppo.models.policy import Policy
 from sppo.report.pages import environment, rollout_view
 from sppo.report.reader import RunReader
-from sppo.tasks.user_source import checked
+from sppo.run.prompts import said_prompt
 from sppo.tasks.records import task_from
-from sppo.run.build import said_prompt
+from sppo.tasks.user_source import checked
 from sppo.types import Task
 
 TEMPLATE = (

@@ -20,12 +20,12 @@ from transformers import (
 
 from sppo.cli.main import main
 from sppo.errors import DataError, ModelError, RecipeError
+from sppo.learning.reward_model import Example, losses, preference_loss
 from sppo.models.reward_model import RewardModel
 from sppo.models.tiny import character_tokenizer
 from sppo.rewards.loading import load_reward
 from sppo.rewards.model import ModelReward
 from sppo.tasks.preferences import Labelled, Pair, read_preferences
-from sppo.learning.reward_model import Example, losses, preference_loss
 from sppo.types import Rollout, Task
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_train_by_command_and_judge_with_it(kind: str, tmp_path: Path, capsys: p
     reward = load_reward(f"model:{out}")
     assert isinstance(reward, ModelReward)
     task = Task("t", "q7:" if kind == "pairs" else [{"role": "user", "content": "q7:"}])
-    good, bad = reward.judge([Rollout(task, [], [], [], "stop", text) for text in ("abcab", "abzab")])
+    good, bad = reward.judge([Rollout.answer(task, [], [], [], "stop", text) for text in ("abcab", "abzab")])
     assert good.score > 0.6 > 0.4 > bad.score
     assert (good.outcome, bad.outcome) == ("correct", "wrong")
     assert main([*command]) == 2  # the folder is not empty

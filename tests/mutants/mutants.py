@@ -36,11 +36,12 @@ OPTIM = "tests/learning/test_optimizer.py"
 BASE_RATE = "tests/run/test_base_rate.py"
 TERMS = "tests/learning/test_terms.py"
 LOOP = TERMS + "::test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop"
-TREE = "tests/exact/test_tree.py"
-TREES = "tests/rollout/test_tree.py"
+BATCH = "tests/learning/test_batch.py"
+SCHEDULER = "tests/rollout/test_scheduler.py"
+TYPES = "tests/test_types.py"
 ADVANTAGE = "tests/objective/test_advantage.py"
 DIAGNOSTICS = "tests/objective/test_diagnostics.py"
-OPTIMAL = "tests/learning/test_optimizeral_baseline.py"
+OPTIMAL = "tests/learning/test_optimal_baseline.py"
 HYBRID = "tests/learning/test_hybrid.py"
 PEERS = "tests/learning/test_peers.py"
 UPDATE = "tests/learning/test_update.py"
@@ -49,8 +50,8 @@ SEARCH = "tests/experimental/test_mcts.py::test_outcomes_go_all_the_way_up_and_p
 WIRES = "tests/exact/test_wires.py"
 
 FAST = (
-    WIRES, LOSS, SURROGATES, CORRECTION, KL, ENTROPY, VALUE, DAPO, OPTIM, TERMS, TREE, ADVANTAGE, DIAGNOSTICS, OPTIMAL, EARNED, TRAPS, UPDATE,
-    CURRICULUM, HYBRID, TREES, SEARCH, PEERS, BASE_RATE, REFERENCE,
+    WIRES, LOSS, SURROGATES, CORRECTION, KL, ENTROPY, VALUE, DAPO, OPTIM, TERMS, TYPES, BATCH, ADVANTAGE, DIAGNOSTICS, OPTIMAL, EARNED, TRAPS, UPDATE,
+    CURRICULUM, HYBRID, SCHEDULER, SEARCH, PEERS, BASE_RATE, REFERENCE,
 )
 """What runs against every mutant, quick files first, after the tests that it names."""
 SLOW = "resumes or trls or fingerprint or eight_bit or passed_at_once or weighted_leaves or episodes"
@@ -97,8 +98,6 @@ m("whitening leaves the deviation", "/ (kept.std() + 1e-8)", "/ 1.0")
 m("GAE without lambda", "decay * running_B", "running_B")
 m("GAE pays at the first token", "delta_BT[rows[some_B], length_B[some_B] - 1]", "delta_BT[rows[some_B], 0]")
 m("GAE bootstraps beyond the response", "torch.where(inside_BT, wide(value_BT), torch.zeros_like(wide(value_BT)))", "wide(value_BT).nan_to_num()")
-m("a shrunk value counts one too many", "(strength + past_count_B)", "(strength + past_count_B + 1)")
-m("the gate is always open", "explained_variance is not None and explained_variance > 0", "explained_variance is not None", WIRES)
 
 m("the over-long penalty begins at once", "(wide(length_B) - (max_tokens - cache)) / cache", "wide(length_B) / max_tokens", DAPO)
 m("the over-long penalty is of the paper's scores", ".clamp(0, 1) / 2", ".clamp(0, 1)", DAPO)
@@ -134,7 +133,6 @@ m("anchor = reference is ignored", 'o.anchor == "reference"', 'o.anchor == ""')
 m("the anchor is the engine's", "anchor_bT = x.old_bT", "anchor_bT = x.behaviour_bT")
 m("dual clip is ignored", "o.dual_clip or None", "None")
 m("clip is symmetric", "surrogate(log_r, advantage, o.clip,", "surrogate(log_r, advantage, (o.clip[0], o.clip[0]),")
-m("what leaves share counts for each", "x.count_bT > 0, value * x.count_bT", "x.count_bT > 0, value", TREES)
 m("the mismatch weight is not truncated", "return log_weight.clamp(max=most)", "return log_weight.clamp(max=30.0)")
 m("what is beyond the cap is cut to it, not masked", "torch.where(log_weight > most, -torch.inf, log_weight)", "torch.where(log_weight > most, most, log_weight)", CORRECTION, GRADIENT)
 m("what is beyond the cap is masked, not cut to it", 'engine_correction_beyond == "truncate"', 'engine_correction_beyond == ""', CORRECTION, GRADIENT)
@@ -157,7 +155,6 @@ m("the KL loss of tokens is dropped", "loss + o.kl * token_mean(", "loss + 0 * t
 m("the KL loss of tokens is of responses", '"token" if o.kl_of_tokens else "sequence"', '"sequence"', LOOP, GRADIENT)
 m("token terms ignore the curriculum", "term_bT * x.weight_b[:, None]", "term_bT * 1", LOOP, GRADIENT)
 m("token terms are sums whatever the ratio", "x.mask_bT, kind, o.kappa)", 'x.mask_bT, "sequence" if kind != "token" else kind, o.kappa)', LOOP, GRADIENT)
-m("shared tokens' terms count for each leaf", "value = value * x.count_bT\n    if", "value = value * 1\n    if", ENTROPY)
 m("the entropy bonus is a malus", "loss - o.entropy_bonus", "loss + o.entropy_bonus", LOOP, GRADIENT)
 m("the entropy bonus has no control variate", "weight_bT * (now_bT + entropy_bT)", "weight_bT * now_bT", LOOP, GRADIENT)
 m("the entropy bonus is of the policy that sampled", "(now_bT - wide(x.behaviour_bT)).clamp", "(0 * now_bT).clamp", LOOP, GRADIENT)
@@ -201,14 +198,6 @@ m("SAPO has one temperature", "torch.where(advantage > 0, positive, negative)", 
 m("SAPO's slope on policy is tau's", "4 / tau * gate * advantage", "4 * gate * advantage", SURROGATES, GRADIENT)
 m("SAPO's gate is of the log ratio", "torch.expm1(log_ratio.clamp(max=CEILING))", "log_ratio.clamp(max=CEILING)", SURROGATES, GRADIENT)
 
-# -- objective/tree.py -----------------------------------------------------------------------------------------------------
-
-m = of("objective/tree.py", TREE)
-m("every child has the whole weight", "weight / children", "weight")
-m("a node is worth its best child", "sum(known) / len(known) if known", "max(known) if known")
-m("a node is among its siblings", "if c != n and (x := q[c])", "if (x := q[c])")
-m("what was not graded is worth its score", "elif keep[node.leaf]:", "else:")
-
 # -- objective/value.py ----------------------------------------------------------------------------------------------------
 
 m = of("objective/value.py", VALUE)
@@ -227,9 +216,9 @@ m("what was earned is forgotten at once", "MEMORY * past + float(x_B.sum())", "f
 m("what was earned is not weighted", "weight_B.double()", "weight_B.double() ** 0", OPTIMAL)
 m("what was earned knows no prior", "w + 2 * doubt, c + doubt, cc + doubt", "w + 1e-3 * doubt, c + 0.5e-3 * doubt, cc + 0.5e-3 * doubt")
 
-# -- learning/credit/base.py ----------------------------------------------------------------------------------------------------
+# -- learning/credit/token.py --------------------------------------------------------------------------------------------
 
-m = of("learning/credit/base.py", GRADIENT)
+m = of("learning/credit/token.py", CRITIC)
 m("the token critic learns shaped rewards", "gae(batch.correct_B, value_BT,", "gae(reward_B, value_BT,", CRITIC)
 m("the token critic's target lacks the value", "mask_BT, decay)) + value_BT\n", "mask_BT, decay))\n", CRITIC)
 m("the token critic's target leaves [0, 1]", "if linear else target_BT.clamp(0, 1), value_BT", "if linear else target_BT, value_BT", CRITIC, equivalent="a lambda-return is a convex combination of values and correctness, all within [0, 1]: the clamp is for rounding alone")
@@ -237,30 +226,37 @@ m("a KL without a value is discounted", "decay if linear else 1.0)", "decay)", T
 m("a KL is not in the value's target", "(advantage_BT if linear else gae(", "(gae(reward_B, value_BT, mask_BT, decay) if linear else gae(", TERMS)
 m("the token critic's mean is over the whole batch", "int(batch.response_len_B[rows].sum())", "int(batch.response_len_B.sum())", CRITIC)
 m("the token critic learns padding", "torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum()", "loss_bT.sum()", CRITIC)
-m("the critic learns shaped rewards", "batch.correct_B[rows], batch.share_B[rows]", "batch.reward_B[rows], batch.share_B[rows]", CRITIC)
-m("the critic's loss is a mean of means", "/ float(share_b.sum())", "/ float(share_b[part].sum())", CRITIC)
-m("whitening is forgotten", 'return whitened(advantage, keep) if scale == "batch" else advantage', "return advantage", ADVANTAGES)
-m("whitening includes what is masked", "batch.keep_B[:, None] & batch.mask_BT", "batch.mask_BT", ADVANTAGES)
-m("others are the whole batch", "leave_one_out_mean(reward_B, keep_B, batch.group_B)", "leave_one_out_mean(reward_B, keep_B)", ADVANTAGES)
-m("the control's weight does not arrive", "critic_advantage(paid_B, logit_B, o.baseline_weight)", "critic_advantage(paid_B, logit_B)", ADVANTAGES)
-m("a baseline knows its own batch's rewards", "        left_B = reward_B - weight * self.earned.beyond(value_B)\n        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])\n", "        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], batch.share_B[known_B])\n        left_B = reward_B - weight * self.earned.beyond(value_B)\n", WIRES)
-m("what a shaped reward earns is ignored", "left_B = reward_B - weight * self.earned.beyond(value_B)", "left_B = reward_B", WIRES)
-m("what a shaped reward earns is not the control's weight", "left_B = reward_B - weight * self", "left_B = reward_B - self", WIRES)
-m("what is masked earns", "known_B = batch.graded_B & reward_B.isfinite()\n        self.earned", "known_B = reward_B.isfinite()\n        self.earned", WIRES)
-m("a closed gate leaves a shaped reward's line", "o.baseline_weight if trusted else 0.0", "o.baseline_weight", WIRES)
-m("what was thrown away earns nothing", "known_B = batch.graded_B &", "known_B = batch.keep_B &", PREDICTS)
-m("a history forgets what was thrown away", "        keep_B = batch.graded_B\n        names", "        keep_B = batch.keep_B\n        names", PREDICTS)
 m("PPO's critic learns by cross-entropy", "            if self.model.linear:\n", "            if False:\n", VALUE)
 m("PPO's values are clipped around the last update", "squared_error(logit, target, old,", "squared_error(logit, target, logit.detach(),", VALUE)
 m("the value clip does not arrive", "self.config.objective.value_clip)", "0.0)", VALUE)
-m("beta sees the sample itself", "sum_B - own_B, count_B - keep_B.to(count_B.dtype)", "sum_B, count_B", PEERS)
-m("beta forgets the past", "past_BN[:, 1] + others_sum_B, past_BN[:, 0] + others_B)", "others_sum_B, others_B)", WIRES)
-m("beta remembers what was masked", "            if keep:\n", "            if True:\n", WIRES)
-m("a visit's clock stands still", "self.history.clock += nats", "self.history.clock += 0", WIRES)
-m("an optimal baseline knows the present batch", "            advantage_B = reward_B - self.optimal.baseline(chance_B)\n            self.optimal.learn(batch, chance_B, reward_B)", "            self.optimal.learn(batch, chance_B, reward_B)\n            advantage_B = reward_B - self.optimal.baseline(chance_B)", OPTIMAL)
-m("an optimal baseline takes a reward for a chance", "paid_B = batch.correct_B  #", "paid_B = reward_B  #", OPTIMAL)
-m("the gate forgets at once", "EV_MEMORY * previous + (1 - EV_MEMORY) * ev", "ev", WIRES)
+
+# -- learning/credit/prompt.py -------------------------------------------------------------------------------------------
+
+m = of("learning/credit/prompt.py", CRITIC)
+m("the critic learns shaped rewards", "target_b = batch.correct_B[rows]", "target_b = batch.reward_B[rows]", CRITIC)
+m("the critic's loss is a mean of means", "/ len(rows)\n", "/ len(part)\n", CRITIC)
+m("the control's weight does not arrive", "critic_advantage(paid_B, logit_B, o.baseline_weight)", "critic_advantage(paid_B, logit_B)", ADVANTAGES)
+m("an optimal baseline knows the present batch", "            advantage_B = reward_B - self.optimal.baseline(chance_B)\n            metrics[\"critic/shift\"] = self.optimal.shift\n            self.optimal.learn(batch, chance_B, reward_B)", "            self.optimal.learn(batch, chance_B, reward_B)\n            advantage_B = reward_B - self.optimal.baseline(chance_B)\n            metrics[\"critic/shift\"] = self.optimal.shift", OPTIMAL)
+m("an optimal baseline takes a reward for a chance", "chance_B = batch.correct_B - self._less(batch.correct_B,", "chance_B = reward_B - self._less(reward_B,", OPTIMAL)
+
+# -- learning/credit/trained.py ------------------------------------------------------------------------------------------
+
+m = of("learning/credit/trained.py", WIRES)
+m("a baseline knows its own batch's rewards", "        left_B = reward_B - weight * self.earned.beyond(value_B)\n        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], torch.ones(int(known_B.sum())))\n", "        known_B = batch.graded_B & reward_B.isfinite()\n        self.earned.learn(batch.correct_B[known_B], reward_B[known_B], torch.ones(int(known_B.sum())))\n        left_B = reward_B - weight * self.earned.beyond(value_B)\n", WIRES)
+m("what a shaped reward earns is ignored", "left_B = reward_B - weight * self.earned.beyond(value_B)", "left_B = reward_B", WIRES)
+m("what a shaped reward earns is not the control's weight", "left_B = reward_B - weight * self", "left_B = reward_B - self", WIRES)
+m("what is masked earns", "known_B = batch.graded_B & reward_B.isfinite()\n        self.earned", "known_B = reward_B.isfinite()\n        self.earned", WIRES)
+m("what was thrown away earns nothing", "known_B = batch.graded_B &", "known_B = batch.keep_B &", PREDICTS)
+m("the running explained variance is the last step's", "EV_MEMORY * previous + (1 - EV_MEMORY) * ev", "ev", WIRES)
 m("a critic's quality includes what is masked", "batch.correct_B[batch.graded_B], value_B[batch.graded_B]", "batch.correct_B, value_B", WIRES)
+
+# -- learning/credit/protocol.py, learning/credit/samples.py -------------------------------------------------------------
+
+m = of("learning/credit/protocol.py", ADVANTAGES)
+m("whitening is forgotten", 'return whitened(advantage, keep) if scale == "batch" else advantage', "return advantage", ADVANTAGES)
+m("whitening includes what is masked", "batch.keep_B[:, None] & batch.mask_BT", "batch.mask_BT", ADVANTAGES)
+m = of("learning/credit/samples.py", ADVANTAGES)
+m("others are the whole batch", "leave_one_out_mean(reward_B, keep_B, batch.group_B)", "leave_one_out_mean(reward_B, keep_B)", ADVANTAGES)
 
 # -- learning/credit/optimal_baseline.py ------------------------------------------------------------------------------------------
 
@@ -276,16 +272,6 @@ m("what shaping pays is not in the optimal baseline", "right_B + self.earned.bey
 m("what is earned is weighed by the critic's chance", "self.earned.beyond(right_B, doubt)", "self.earned.beyond(chance_B, doubt)", OPTIMAL)
 m("stakes are never forgotten", "self.paired[k] = MEMORY * self.paired[k] +", "self.paired[k] = self.paired[k] +")
 
-# -- learning/history.py ---------------------------------------------------------------------------------------------------
-
-m = of("learning/history.py", ADVANTAGE)
-m("a past reward never ages", "-(self.clock - clock) / self.half_life", "-(self.clock - self.clock)")
-m("half-lives are one nat", "(self.clock - clock) / self.half_life", "(self.clock - clock)")
-m("pairs are of one visit", "inner + (number and rest * (total - number * value))", "inner", WIRES, ADVANTAGE)
-m("a sample is paired with itself", "(rest**2 - sum((r - value) ** 2 for r in own)) / 2", "rest**2 / 2")
-m("the critic's noise is its value", "value * (1 - value)", "value")
-m("the critic is worth one more", "noise / spread - 1.0", "noise / spread")
-
 # -- learning/credit/hybrid.py ----------------------------------------------------------------------------------------------------
 
 m = of("learning/credit/hybrid.py", HYBRID)
@@ -298,10 +284,6 @@ m("credit sees its own token", "out_BT[b, start:] =", "out_BT[b, start - 1 :] ="
 m("a stretch's stake is of all before it", "until_BT[b, end] - until_BT[b, start]", "until_BT[b, end]", GATE)
 m("one response is enough to believe", "(self.number[place][bad] + DOUBT)", "(self.number[place][bad] + 1e-9)", WIRES, HYBRID)
 m("the last step counts, not the worst", "worst = min(worst, score)", "worst = score", WIRES, HYBRID)
-m("the segments' critic learns shaped rewards", "target_N = batch.correct_B[part]", "target_N = batch.reward_B[part]", WIRES)
-m("the segments' loss is a mean of means", "\n                / number", "\n                / len(starts)", WIRES)
-m("siblings tell nothing", "= q - value - self.gate.eta(place, gap) * gap", "= q - value", WIRES, TREES)
-m("a leaf's stake is not weighted", "square * node.weight**2", "square", WIRES, TREES)
 
 # -- learning/learner.py ---------------------------------------------------------------------------------------------------
 
@@ -311,35 +293,32 @@ m("a token's KL falls on the whole response", "if self.credit.charges_tokens:", 
 m("the response's KL is charged to nobody", "reward_B - cost_BT.sum(1)", "reward_B", ADVANTAGES)
 m("`old` is taken anew each epoch", "            rows = torch.cat([*minibatch, beside[number]])\n            self._policy_gradient(", "            rows = torch.cat([*minibatch, beside[number]])\n            if number and number % len(plans[0]) == 0:\n                self._fill_old(old_BT, batch, plans[0])\n            self._policy_gradient(")
 m("`old` is the present policy", "            if number == 0:\n                self._settle_first(", "            if self.ratio_checked or number == 0:\n                self._settle_first(")
-m("masked samples are in the sequence denominator", "float(batch.share_B[rows].sum())", "float(len(batch) * len(rows) / batch.keep_B.sum())")
-m("the token denominator is of all minibatches", "float(batch.count_BT[rows].sum())", "float(batch.count_BT.sum())")
+m("masked samples are in the sequence denominator", "sequences, tokens = float(len(rows)),", "sequences, tokens = float(len(batch) * len(rows) / batch.keep_B.sum()),")
+m("the token denominator is of all minibatches", "float(batch.response_len_B[rows].sum())", "float(batch.response_len_B.sum())")
 m("the KL's denominator is the micro-batch's", "o, sequences=sequences,", "o, sequences=float(len(part)),")
 m("the loss is a mean of means", "divisor=divisor)", "divisor=divisor * len(part) / len(rows))")
 m("the curriculum's weight does not reach the advantage", "if batch.weight_B is not None:\n            advantage =", "if batch.weight_B is None:\n            advantage = advantage\n        elif False:\n            advantage =", ADVANTAGES)
 m("the curriculum's weight does not reach the KL", "None if batch.weight_B is None else of(batch.weight_B),", "None,")
 m("the mismatch weight forgets the cut", "                of(batch.behaviour_logp_BT),\n", "                of(batch.behaviour_logp_BT) + of(batch.kept_BT),\n")
-m("the temperature is 1", "            self.config.rollout.temperature,\n        )", "            1.0,\n        )")
+m("the temperature is 1", "self.config.rollout.temperature", "1.0")
 m("the engine's `old` forgets the cut", "old_BT[rest] = engine_BT[rest]", "old_BT[rest] = batch.behaviour_logp_BT[rest]")
 m("a cut keeps the engine from serving", "engine_BT = batch.behaviour_logp_BT + batch.kept_BT\n", "engine_BT = batch.behaviour_logp_BT\n", UPDATE)
 m("the engine always serves", "tally.served = off <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))", "tally.served = True")
 m("a lesson is learnt with the weight of all", "/ (lessons.most / updates)", "/ len(rows)", LESSONS)
 m("a long lesson weighs more", "torch.tensor(lessons.weights) / batch.response_len_B", "torch.tensor(lessons.weights) / 1", LESSONS)
 m("each update learns all lessons", "rows = torch.arange(number, len(batch), updates)", "rows = torch.arange(0, len(batch))", LESSONS)
-m("a prompt's samples are split", "if units.max() + 1 < count and not batch.nodes:", "if not batch.nodes:", PLAN)
+m("a prompt's samples are split", "if units.max() + 1 < count:", "if True:", PLAN)
 m("every epoch has the same order", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)\n        count =", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009)\n        count =", PLAN)
 m("every step has the same order", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)\n        count =", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003) * 1_009 + epoch)\n        count =", PLAN)
 m("masked samples are trained on", "kept = batch.keep_B.nonzero()[:, 0]", "kept = torch.arange(len(batch))")
-m("the policy moved half as far", "2 * metrics[\"policy/kl_step\"] *", "metrics[\"policy/kl_step\"] *", WIRES)
-m("the critic learns at the policy's rate", 'self._teach_critic(batch, rows, lr["critic"], tally)', 'self._teach_critic(batch, rows, lr["policy"], tally)', WIRES)
-m("the rate has no schedule", "learning_rate(t.lr, step, t.steps,", "learning_rate(t.lr, 0, t.steps,", WIRES)
-m("an engine far away is fine", "if gap is not None and not gap <= limit:", "if gap is not None and not gap <= 1e9 * limit:", TRAPS)
+m("the critic learns at the policy's rate", "self._teach_critic(batch, rows, critic_lr, tally)", "self._teach_critic(batch, rows, lr, tally)", WIRES)
+m("the rate has no schedule", "learning_rate(peak, step, t.steps,", "learning_rate(peak, 0, t.steps,", WIRES)
 m("the gap's limit is never measured", "self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)", "pass", TRAPS)
 m("the gap's limit follows every step", "if self.gap_limit is None and gap is not None:", "if gap is not None:", WIRES)
-m("the recipe's limit of the gap is ignored", "if given else (self.gap_limit", "if False else (self.gap_limit", UPDATE, TRAPS)
 m("a resumed run measures the gap's limit anew", 'self.gap_limit = state.get("gap_limit")', "self.gap_limit = None", TRAPS)
-m("flat groups stay in DAPO's denominator", "if self._leaves_flat_groups_out():", "if False:", DAPO)
+m("flat groups stay in DAPO's denominator", "if not self._leaves_flat_groups_out():", "if True:", DAPO)
 m("a critic's flat groups are left out", "self.config.rollout.resample > 0 and self.config.critic_reads is None", "self.config.rollout.resample > 0", DAPO)
-m("a step of flat groups still pushes", "advantage_B = torch.zeros_like(advantage_B)", "advantage_B = torch.ones_like(advantage_B)", DAPO)
+m("a step of flat groups still pushes", "return kept, torch.zeros_like(advantage_B), left_out", "return kept, torch.ones_like(advantage_B), left_out", DAPO)
 m("the critic never learns from what was thrown away", "rows = torch.cat([*minibatch, beside[number]])", "rows = torch.cat([*minibatch])", ALL_JUDGED)
 m("groups that were thrown away are split", "rows[torch.isin(unit, part)] for part in order.tensor_split(count)", "part for part in rows.tensor_split(count)", WIRES)
 m("the over-long penalty is a reward", "reward_B = reward_B - penalty_B", "reward_B = reward_B + penalty_B", DAPO)
@@ -347,19 +326,24 @@ m("ReMax's greedy response pays no penalty", "batch.greedy_B - overlong_penalty(
 m("a random model is fine", "if not gap <= tolerance:", "if gap > 1e9:", TRAPS)
 m("the critic learns from the whole batch each time", "learnt = self.credit.learn(batch, rows, lr)", "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)", CRITIC)
 
+# -- learning/agreement.py -----------------------------------------------------------------------------------------------
+
+m = of("learning/agreement.py", TRAPS)
+m("an engine far away is fine", "if gap is not None and not gap <= limit:", "if gap is not None and not gap <= 1e9 * limit:", TRAPS)
+m("the recipe's limit of the gap is ignored", "if given else (measured", "if False else (measured", UPDATE, TRAPS)
+m("a minibatch of other weights is fine", "if tally.drift > DRIFT:", "if False:", UPDATE, TRAPS)
+
 # -- learning/batch.py -----------------------------------------------------------------------------------------------------
 
 m = of("learning/batch.py", GRADIENT)
 m("nothing is masked", "torch.tensor([not v.masked for v in verdicts])", "torch.tensor([True for v in verdicts])")
-m("a greedy response without a verdict is a baseline", "torch.tensor([not v.masked for v in greedy] or [True])", "torch.tensor([True])", PEERS)
+m("a greedy response without a verdict is a baseline", "keep_B &= torch.tensor([not v.masked for v in greedy])", "pass", PEERS)
 m("correctness is the score", "torch.tensor([v.correct for v in verdicts])", "torch.tensor([v.score for v in verdicts])", CRITIC)
 m("a curriculum's weights are dropped", "if any(r.task.weight != 1.0 for r in rollouts) else None", "if not rollouts else None", ADVANTAGES)
 m("every response is a prompt's only one", "b > 0 and r.sample == 0", "b > 0", ADVANTAGES)
-m("a shared token counts once for each leaf", "= node.weight", "= 1.0", TREES)
 m("what a cut left is forgotten", "if r.kept:", "if not r:")
 m("a token after the response is its own", "< self.response_len_B[:, None]", "<= self.response_len_B[:, None]")
 m("micro-batches ignore padding", "length * (end + 1 - start)", "tokens + length", TRAPS, UPDATE)
-m("a tree's nodes point into another tree", "above=n.above + already", "above=n.above", WIRES, TREES)
 
 m("a group is flat by what was masked", "self.group_B[self.keep_B], self.reward_B[self.keep_B].float()", "self.group_B, self.reward_B.float()", DAPO)
 m("no group is ever flat", "~(low_G < high_G)[", "(low_G > high_G + 1e9)[", DAPO)
@@ -368,37 +352,64 @@ m("what was thrown away trains the policy", "batch.keep_B & ~trains_B, batch.kee
 m("what was thrown away teaches what is masked", "batch.keep_B & ~trains_B, batch", "~trains_B, batch", BESIDE)
 m("only what trains the policy is graded", "return self.keep_B if self.beside_B is None else self.keep_B | self.beside_B", "return self.keep_B", BESIDE)
 
-# -- learning/optimizer.py, run.py, rollout/canary.py ----------------------------------------------------------------------------
+m("what was observed is an action", "            action_BL[b, start:end] = True\n", "            action_BL[b, r.turns[0][0] : end] = True\n", BATCH)
+m("what follows the last turn is read", "        length = r.turns[-1][1]\n", "        length = len(r.ids)\n", BATCH)
+m("a missing log-probability passes", "if actions != action_BL.sum(1).tolist():", "if False:", BATCH)
+m("the prompt ends where the response does", "self.action_BL.int().argmax(1)", "self.length_B - self.response_len_B", BATCH)
+
+# -- types.py --------------------------------------------------------------------------------------------------------------
+
+m = of("types.py", TYPES)
+m("a response is its first turn", "for start, end in self.turns for i in self.ids[start:end]", "for start, end in self.turns[:1] for i in self.ids[start:end]")
+m("the policy wrote all that follows its prompt", "out[start:end] = [True] * (end - start)", "out[start:] = [True] * (len(out) - start)")
+m("another answer keeps the first one's verdict", '"kept": (), "verdict": None}', '"kept": ()}')
+
+# -- rollout/scheduler.py --------------------------------------------------------------------------------------------------
+
+m = of("rollout/scheduler.py", SCHEDULER)
+m("a hole keeps what finished", "self.slots.copy(mover, [hole], self.length(self.live[mover]))", "pass")
+m("a mover loses its last column", "self.slots.copy(mover, [hole], self.length(self.live[mover]))", "self.slots.copy(mover, [hole], self.length(self.live[mover]) - 1)")
+m("who moved is not written down", "            self.live[hole] = self.live[mover]\n", "")
+m("a finished sequence moves up", "if b not in left]", "]")
+m("the longest prompts come first", "(len(self.keys[i]), self.keys[i]), reverse=True)", "(len(self.keys[i]), self.keys[i]))")
+m("equal prompts are apart", "(len(self.keys[i]), self.keys[i])", "len(self.keys[i])")
+m("a pass for every free slot", "free * REFILL < self.count", "not free")
+m("a pass reads any number of tokens", "if out and tokens > PREFILL:", "if False:")
+m("a prompt is counted each time it is sampled", "0 if key in out else len(key)", "len(key)")
+
+# -- learning/optimizer.py, run/accuracy.py, rollout/canary.py ----------------------------------------------------------------------------
 
 m = of("learning/optimizer.py", OPTIM)
 m("micro-batches add up in bfloat16", "        self._set_aside()\n        loss.backward()", "        loss.backward()")
 m("only the last micro-batch counts", "master.grad.add_(p.grad)  #", "master.grad.copy_(p.grad)  #")
-m = of("run/run.py", BASE_RATE)
-m("the critic starts from the held-out problems", "self.critic.start_at(self._base_rate(result.accuracy))", "self.critic.start_at(result.accuracy)")
-m("the critic starts at the evaluation's temperature", "tasks, self.sampling, seed=(self.config.seed,", "tasks, Sampling.of(self.config.rollout, self.config.evaluation.temperature), seed=(self.config.seed,")
-m("the critic's start consumes problems", "        self.curriculum.load_state_dict(before)\n        rollouts = collect(", "        rollouts = collect(")
-m("the critic starts from what was masked", "if r.verdict and not r.verdict.masked]\n        return sum(graded)", "if r.verdict]\n        return sum(graded)")
+m = of("run/accuracy.py", BASE_RATE)
+m("the critic starts from the held-out problems", "c.critic.start_at(base_rate(c, state, result.accuracy))", "c.critic.start_at(result.accuracy)")
+m("the critic starts at the evaluation's temperature", "tasks, c.sampling, seed=(c.config.seed,", "tasks, Sampling.of(c.config.rollout, c.config.evaluation.temperature), seed=(c.config.seed,")
+m("the critic's start consumes problems", "    c.curriculum.load_state_dict(before)\n    rollouts = collect(", "    rollouts = collect(")
+m("the critic starts from what was masked", "if r.verdict and not r.verdict.masked]\n    return sum(graded)", "if r.verdict]\n    return sum(graded)")
 m = of("rollout/canary.py", WIRES)
 m("the limit of noise is twice what it should be", "return max(TIMES * measured", "return max(2 * TIMES * measured")
 m("the limit of noise has no floor", "max(TIMES * measured, explained[dtype] / 2)", "TIMES * measured")
 m("the canary's limit is never measured", "self.limit = noise_limit(gap, PROBED, policy.dtype)", "pass", WIRES)
 m("the canary's limit follows every look", "        if self.limit is None:\n            self.limit = noise", "        if True:\n            self.limit = noise", WIRES)
 
-# -- run/curriculum.py ------------------------------------------------------------------------------------------------
+# -- tasks/epochs.py, run/curriculum.py, experimental/predicted.py ----------------------------------------------------
 
-m = of("run/curriculum.py", CURRICULUM)
+m = of("tasks/epochs.py", CURRICULUM)
+m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", WIRES)
+m = of("experimental/predicted.py", CURRICULUM)
 m("what was chosen is not divided out", "weight_M.mean() / weight_M if self.section.corrected", "np.ones_like(weight_M) if self.section.corrected")
 m("the weight is upside down", "weight_M.mean() / weight_M", "weight_M / weight_M.mean()")
 m("variance for deviation", "np.sqrt(value_M * (1 - value_M))", "value_M * (1 - value_M)", NEYMAN)
 m("no floor", "np.sqrt(value_M * (1 - value_M)) + self.section.floor", "np.sqrt(value_M * (1 - value_M))", NEYMAN)
 m("the marks never move", "(np.arange(n) + uniform)", "(np.arange(n) + 0.5)")
+m = of("run/curriculum.py", CURRICULUM)
 m("the mean clears a stage", "self.accuracy[1] < self.section.clear", "self.accuracy[0] < self.section.clear")
 m("nothing is rehearsed", "round(n * self.section.rehearse) if self.stage else 0", "0")
 m("a bound belongs to the next stage", "task.difficulty > bound", "task.difficulty >= bound")
 m("a streak is one longer", "if streak >= self.after", "if streak > self.after")
 m("rest is one epoch longer", "if epoch < self.seen[name][2]", "if epoch <= self.seen[name][2]")
 m("masked answers count against a stage", "and r.verdict and not r.verdict.masked:\n                yield", "and r.verdict:\n                yield")
-m("every epoch comes in the same order", "(self.seed << 32) + epoch", "self.seed << 32", WIRES)
 
 # -- run/sample.py ----------------------------------------------------------------------------------------------------
 
@@ -406,8 +417,8 @@ m = of("run/sample.py", WIRES)
 m("no group is flat", "if len(scores) > 1 else flat", "if len(scores) > 0 else flat")
 m("what is masked makes a group mixed", "for x in group if x.verdict and not x.verdict.masked}", "for x in group if x.verdict}")
 m("the greedy response is of another prompt", "greedy[i // samples]", "greedy[-1 - i // samples]", WIRES)
-m("the greedy response is sampled", "replace(run.sampling, temperature=0.0)", "run.sampling", WIRES)
-m("what is thrown away costs nothing", "Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)", "Gathered(rollouts, 0, thrown_away)", WIRES, PEERS)
+m("the greedy response is sampled", "replace(c.sampling, temperature=0.0)", "c.sampling", WIRES)
+m("what is thrown away costs nothing", "Sampled(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)", "Sampled(rollouts, 0, thrown_away)", WIRES, PEERS)
 m("a flat group stays", "rollouts = [x for group in mixed for x in group] + fresh", "rollouts = [x for group in [*mixed, *flat] for x in group] + fresh", WIRES, PEERS)
 
 # -- experimental/search.py, experimental/mcts.py -----------------------------------------------------------------------------------

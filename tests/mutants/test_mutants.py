@@ -10,9 +10,11 @@ from .mutants import FAST, MUTANTS
 
 ROOT = Path(__file__).parents[2]
 COVERED = (
-    "learning/credit/base.py", "learning/credit/hybrid.py", "learning/credit/optimal_baseline.py", "learning/history.py", "learning/learner.py",
-    "learning/batch.py", "run/curriculum.py", "run/sample.py", "experimental/search.py", "learning/earned.py", "learning/optimizer.py",
-    "run/run.py", "rollout/canary.py",
+    "experimental/predicted.py", "experimental/search.py", "learning/batch.py", "learning/credit/hybrid.py",
+    "learning/credit/optimal_baseline.py", "learning/credit/prompt.py", "learning/credit/protocol.py",
+    "learning/credit/samples.py", "learning/credit/token.py", "learning/credit/trained.py", "learning/earned.py",
+    "learning/learner.py", "learning/optimizer.py", "rollout/canary.py", "rollout/scheduler.py", "run/accuracy.py",
+    "run/curriculum.py", "run/sample.py", "tasks/epochs.py", "types.py",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Advantages and baselines by hand, and what is remembered of a prompt."""
+"""Advantages and baselines by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from sppo.learning.history import History
 from sppo.objective.advantage import (
     STRATUM,
     centred_advantage,
@@ -15,7 +14,6 @@ from sppo.objective.advantage import (
     group_deviation,
     group_mean,
     leave_one_out_mean,
-    shrunk_value,
     strata,
     whitened,
 )
@@ -73,55 +71,7 @@ def test_a_constant_critic_scales_the_first_tokens_signal_by_lambda_to_the_lengt
     assert math.isclose(float(found[0, -1]), 0.7, rel_tol=1e-12)
 
 
-def test_whitening_and_shrinkage_by_hand():
+def test_whitening_by_hand():
     mask = torch.tensor([True, True, True, False])
     found = whitened(torch.tensor([1.0, 2.0, 3.0, 99.0]), mask)
     assert torch.allclose(found, torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=1e-6)
-    # (3·0.6 + 1) / (3 + 2)
-    assert torch.allclose(
-        shrunk_value(torch.tensor([0.6]), 3.0, torch.tensor([1.0]), torch.tensor([2.0])), torch.tensor([0.56])
-    )
-
-
-def test_history_discounts_by_the_policys_movement():
-    history = History(half_life=2.0)
-    history.observe(["a"], [[1.0, 0.0]], [0.5])
-    assert history.past("a") == (2.0, 1.0)
-    history.clock += 2.0  # one half-life
-    assert history.past("a") == (1.0, 0.5)
-    history.observe(["a"], [[1.0]], [0.5])
-    assert history.past("a") == (2.0, 1.5)
-    assert history.past("b") == (0.0, 0.0)
-
-
-def test_the_strength_of_the_critic_is_estimated_from_pairs():
-    """Success rates from Beta(n0·V, n0·(1−V)) about V: the estimate finds n0; a perfect critic is worth the most."""
-    rng = torch.Generator().manual_seed(0)
-    for n0 in (2.0, 6.0):
-        history, values = History(1e9), 0.2 + 0.6 * torch.rand(4000, generator=rng)
-        torch.manual_seed(1)
-        rate = torch.distributions.Beta(n0 * values, n0 * (1 - values)).sample()
-        rewards = (torch.rand(4000, 2, generator=rng) < rate[:, None]).double()
-        history.observe([str(i) for i in range(4000)], rewards.tolist(), values.tolist())
-        assert history.strength == pytest.approx(n0, rel=0.15)
-    exact = History(1e9)
-    rewards = (torch.rand(4000, 2, generator=rng) < values[:, None]).double()
-    exact.observe([str(i) for i in range(4000)], rewards.tolist(), values.tolist())
-    assert exact.strength > 50
-
-
-def test_history_lowers_the_baselines_error_with_every_visit():
-    """ALGORITHM §3: mean squared error to the true success rate, of V alone, with one past visit, with six."""
-    rng = torch.Generator().manual_seed(0)
-    rate = torch.rand(5000, generator=rng)
-    value = (0.35 * rate + 0.325 + 0.2 * torch.randn(5000, generator=rng)).clamp(0.05, 0.95)
-    names = [str(i) for i in range(5000)]
-    history, errors = History(1e9), {}
-    for visit in range(7):
-        past = torch.tensor([history.past(n) for n in names])
-        guess = shrunk_value(value, history.strength, past[:, 1], past[:, 0])
-        errors[visit] = float((guess - rate).square().mean())
-        rewards = (torch.rand(5000, generator=rng) < rate).double()
-        history.observe(names, rewards[:, None].tolist(), value.tolist())
-    assert sorted(errors.values(), reverse=True) == list(errors.values())
-    assert errors[6] < 0.35 * errors[0]

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sppo.errors import RecipeError
-from sppo.recipe import config as module
+from sppo.recipe import recipe as module
 from sppo.recipe.config import Config
+from sppo.recipe.objective import PER_TOKEN
 from sppo.recipe.presets import LONG_RATIO, PRESETS
-from sppo.recipe.sections import PER_TOKEN
 from sppo.rollout.engine import Sampling
 from sppo.run.run import Run
-from sppo.run.warnings import Health
+from sppo.run.warnings import Warnings
 
 from ..conftest import SMALL, small_config
 
@@ -49,7 +48,8 @@ def test_the_rule(tokens, minibatches, epochs, ratio, level):
 def test_a_peer_keeps_its_papers_ratio(name):
     ratio = PRESETS[name]["objective"]["ratio"]
     for tokens in (32, 4096):
-        found = settled(objective__algorithm=name, rollout__max_tokens=tokens)
+        reward = "answer + 0 * steps:check=chain,split=semicolons"  # what sppo-hybrid needs
+        found = settled(objective__algorithm=name, rollout__max_tokens=tokens, reward__use=reward)
         assert found[0] == ratio
         assert "auto" not in found[2]
         assert found[1] == ("sequence" if tokens == 32 and ratio not in PER_TOKEN else "token")
@@ -57,8 +57,10 @@ def test_a_peer_keeps_its_papers_ratio(name):
 
 def test_which_presets_leave_it_open():
     assert {n for n in PRESETS if PRESETS[n]["objective"]["ratio"] == "auto"} == {
-        "sppo", "sppo-optimal", "sppo-centred", "sppo-beta",
-    }  # fmt: skip
+        "sppo",
+        "sppo-optimal",
+        "sppo-centred",
+    }
 
 
 def test_what_a_recipe_names_stays():
@@ -70,7 +72,7 @@ def test_what_a_recipe_names_stays():
     assert long.settled()[0].objective.kappa == 0.25
     assert long.without_effect() == []
     short = Config.load(None, {"objective.kappa": 0.25, "rollout.max_tokens": 32})
-    assert short.without_effect() == ["objective.kappa has no effect here: it is of objective.ratio = 'family'"]
+    assert short.without_effect() == ["objective.kappa has no effect here: it needs objective.ratio = 'family'"]
     off = Config.load(None, {"objective.engine_correction": 0, "objective.engine_correction_beyond": "mask"})
     assert "engine_correction_beyond has no effect" in off.without_effect()[0]
     assert off.settled()[0].without_effect() == off.without_effect()
@@ -100,14 +102,9 @@ def test_settling_twice_changes_nothing():
     assert Config.validated(__import__("tomllib").loads(config.to_toml()), "again") == config
 
 
-def test_tokens_of_trees_have_no_whole_responses_to_correct():
-    with pytest.raises(RecipeError, match="engine_correction_level = 'token'"):
-        Config.load(None, {"objective.algorithm": "sppo-tree", "objective.engine_correction_level": "sequence"})
-
-
 NAMED = {  # recipe: what it trains with
     "calibration": "sequence", "code": "sequence", "hybrid": "token", "predicted": "sequence", "quickstart": "sequence", "search": "sequence",
-    "smollm2-arithmetic": "sequence", "staged": "sequence", "steps": "sequence", "tree": "token", "paper-1.5b": "token", "paper-7b": "token",
+    "smollm2-arithmetic": "sequence", "staged": "sequence", "steps": "sequence", "paper-1.5b": "token", "paper-7b": "token",
     "paper-7b-small-critic": "token", "control-cartpole": "token", "control-hopper": "token", "control-lunarlander": "token",
     "control-mountaincar": "token", "control-pendulum": "token",
 }  # fmt: skip
@@ -148,10 +145,10 @@ def test_a_run_says_its_ratio_and_its_recipe_holds_it(tmp_path):
 def said(metrics, **keys) -> list[str]:
     sentences: list[str] = []
     config = small_config(**keys)
-    health = Health(config, Sampling.of(config.rollout), sentences.append)
+    warnings = Warnings(config, Sampling.of(config.rollout), sentences.append)
     step = {"rollout/mean_tokens": 80.0, "rollout/truncated": 0.0, "rollout/overruled": 0.0, "reward/spread": 1.0}
     for _ in range(2):  # the second time nothing is said
-        health.look(step | metrics, [])
+        warnings.look(step | metrics, [])
     return sentences
 
 

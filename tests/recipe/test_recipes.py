@@ -24,7 +24,7 @@ def test_every_recipe_is_valid(recipe):
 @pytest.mark.parametrize(
     ("name", "metric"),
     [
-        ("staged", "curriculum/stage"), ("predicted", "curriculum/weight_max"), ("tree", "tree/leaves"), ("search", "search/tokens"),
+        ("staged", "curriculum/stage"), ("predicted", "curriculum/weight_max"), ("search", "search/tokens"),
         ("hybrid", "hybrid/eta"), ("steps", "reward/step_mean"),
     ],
 )  # fmt: skip

@@ -40,7 +40,7 @@ def reward() -> Iterator[CodeReward]:
 
 def judge(reward: CodeReward, response: str, **row: Any) -> Verdict:
     task = task_from({"prompt": "write it", **row}, "row")
-    return reward.judge([Rollout(task, [], [], [], "stop", response)])[0]
+    return reward.judge([Rollout.answer(task, [], [], [], "stop", response)])[0]
 
 
 @pytest.mark.parametrize(
@@ -284,13 +284,13 @@ def human_eval() -> list[dict[str, Any]]:
 
 def test_every_canonical_solution_of_human_eval_passes(reward: CodeReward) -> None:
     rollouts = [
-        Rollout(task_from(dict(row), row["task_id"]), [], [], [], "stop", row["canonical_solution"])
+        Rollout.answer(task_from(dict(row), row["task_id"]), [], [], [], "stop", row["canonical_solution"])
         for row in human_eval()
     ]
     verdicts = reward.judge(rollouts)
     assert [r.task.id for r, v in zip(rollouts, verdicts, strict=True) if v.outcome != "correct"] == []
     assert len(verdicts) == 164
-    fenced = [Rollout(r.task, [], [], [], "stop", f"```python\n{r.task.text}{r.text}```") for r in rollouts]
+    fenced = [Rollout.answer(r.task, [], [], [], "stop", f"```python\n{r.task.text}{r.text}```") for r in rollouts]
     assert {v.outcome for v in reward.judge(fenced)} == {"correct"}
 
 
@@ -334,7 +334,7 @@ def test_no_mutant_passes_that_fails_when_run_by_hand(reward: CodeReward) -> Non
     rng = random.Random(0)
     pairs = [(row, code) for row in human_eval() if (code := mutated(row, rng)) is not None]
     rollouts = [
-        Rollout(task_from(dict(row), row["task_id"]), [], [], [], "stop", f"```python\n{code}\n```")
+        Rollout.answer(task_from(dict(row), row["task_id"]), [], [], [], "stop", f"```python\n{code}\n```")
         for row, code in pairs
     ]
     verdicts = reward.judge(rollouts)
@@ -359,28 +359,34 @@ def test_no_mutant_passes_that_fails_when_run_by_hand(reward: CodeReward) -> Non
     ],
 )  # fmt: skip
 def test_tests_that_can_fail_nobody_or_everybody_are_the_rows_fault(reward, columns):
-    verdict = reward.judge([Rollout(Task("t", "?", columns), [], [], [], "stop", "def f(x): return 0")])[0]
+    verdict = reward.judge([Rollout.answer(Task("t", "?", columns), [], [], [], "stop", "def f(x): return 0")])[0]
     assert verdict.outcome == "invalid_task", verdict
 
 
 def test_no_program_can_make_its_row_invalid(reward):
     for body in ("raise ModuleNotFoundError('x', name='y')", "import nothing_like_this", "raise ImportError"):
-        rollout = Rollout(Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", f"def f(x):\n    {body}")
+        rollout = Rollout.answer(
+            Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", f"def f(x):\n    {body}"
+        )
         assert reward.judge([rollout])[0].outcome in ("wrong", "crashed")
 
 
 def test_which_block_is_the_program_and_what_it_may_use(reward):
     right = "```python\ndef f(x):\n    return x * x\n```"
     for after in ("\nOutput:\n```\n9\n```", "\nUse it:\n```python\nprint(f(3))\n```", ""):
-        rollout = Rollout(Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", right + after)
+        rollout = Rollout.answer(Task("t", "?", {"tests": ["assert f(3) == 9"]}), [], [], [], "stop", right + after)
         assert reward.judge([rollout])[0].outcome == "correct", after
     row = {"tests": ["assert f(4) == 2"], "test_imports": ["import math"]}
     assert (
-        reward.judge([Rollout(Task("t", "?", row), [], [], [], "stop", "def f(x): return math.sqrt(x)")])[0].outcome
+        reward.judge([Rollout.answer(Task("t", "?", row), [], [], [], "stop", "def f(x): return math.sqrt(x)")])[
+            0
+        ].outcome
         == "correct"
     )
     row = {"test": "def check(candidate):\n    assert candidate(3) == 9", "entry_point": "f"}
     assert (
-        reward.judge([Rollout(Task("t", "Square", row), [], [], [], "stop", "def f(x): return x * x")])[0].outcome
+        reward.judge([Rollout.answer(Task("t", "Square", row), [], [], [], "stop", "def f(x): return x * x")])[
+            0
+        ].outcome
         == "correct"
     )

@@ -31,7 +31,7 @@ class Fixed:
         return None
 
 
-ROLLOUT = Rollout(Task("t", "p", {"answer": "4"}), [], [], [], "stop", "Answer: 4")
+ROLLOUT = Rollout.answer(Task("t", "p", {"answer": "4"}), [], [], [], "stop", "Answer: 4")
 
 
 def mixed(*parts: tuple[str, float, float]) -> Verdict:
@@ -94,7 +94,7 @@ def test_a_part_that_cannot_grade_says_why_and_one_that_pays_nothing_masks_nothi
     def right(prompts, completions):
         return [1.0] * len(completions)
 
-    rollout = Rollout(Task("t", "?", {}), [], [], [], "stop", "x")
+    rollout = Rollout.answer(Task("t", "?", {}), [], [], [], "stop", "x")
     with pytest.raises(RewardError, match="SystemExit"):
         load_reward(leaves).judge([rollout])
     parts = [Part("right", load_reward(right)), Part("none", load_reward(none), "+", 0.5)]

@@ -202,7 +202,9 @@ def readers() -> dict[str, Callable[[str], Any]]:
     for spec in (*modes, *forms, *steps):
         reward = load_reward(spec)
         task = Task("t", "q", {"answer": "B", "choices": ["x", "y"]} if "choice" in spec else {"answer": "1"})
-        out[spec] = lambda text, reward=reward, task=task: reward.judge([Rollout(task, [], [], [], "stop", text)])
+        out[spec] = lambda text, reward=reward, task=task: reward.judge(
+            [Rollout.answer(task, [], [], [], "stop", text)]
+        )
     return out | {"confidence": stated_confidence}
 
 
@@ -280,6 +282,7 @@ def test_a_pattern_that_is_not_linear_is_refused() -> None:
             load_reward(f"format:pattern={pattern}")
     reward = load_reward(r"format:pattern=^A:\d+$")
     outcomes = [
-        reward.judge([Rollout(Task("t", "q"), [], [], [], "stop", text)])[0].outcome for text in ("x\nA:5\ny", "A:x")
+        reward.judge([Rollout.answer(Task("t", "q"), [], [], [], "stop", text)])[0].outcome
+        for text in ("x\nA:5\ny", "A:x")
     ]
     assert outcomes == ["correct", "unparseable"]

@@ -74,7 +74,9 @@ def jailed(request: pytest.FixtureRequest) -> Iterator[GymReward]:
 def rollout(family: str, index: int, text: str, entry: Any = None) -> Rollout:
     entry = entry or reasoning_gym.create_dataset(family, seed=SEED, size=SIZE)[index]
     where = {"family": family, "seed": SEED, "size": SIZE, "options": {}, "index": index}
-    return Rollout(Task("t", entry["question"], {"answer": entry["answer"], "gym": where}), [], [], [], "stop", text)
+    return Rollout.answer(
+        Task("t", entry["question"], {"answer": entry["answer"], "gym": where}), [], [], [], "stop", text
+    )
 
 
 def judged(reward: GymReward, family: str, *answers: str) -> list[Verdict]:
@@ -373,7 +375,11 @@ def test_without_a_jail_only_families_that_evaluate_nothing_are_judged(
     assert "gym:simple_integration" in capsys.readouterr().err
     task = load_tasks("gym:chain_sum")[0]
     texts = [f"Answer: {task.columns['answer']}", "Answer: 1", f"Answer: {as_numbers('exit()')}"]
-    assert [v.score for v in bare.judge([Rollout(task, [], [], [], "stop", text) for text in texts])] == [1, 0, 0]
+    assert [v.score for v in bare.judge([Rollout.answer(task, [], [], [], "stop", text) for text in texts])] == [
+        1,
+        0,
+        0,
+    ]
     bare.close()
     confined.confinement.cache_clear()
 
@@ -400,7 +406,7 @@ def test_rows_that_are_not_reasoning_gyms(reward: GymReward) -> None:
         {}, {"gym": {}}, {"gym": whole | {"seed": "1"}}, {"gym": whole | {"family": "chain_sums"}},
         {"gym": whole | {"options": {"min_terms": -4}}}, {"gym": whole, "answer": "another"},
     ]  # fmt: skip
-    verdicts = reward.judge([Rollout(Task("t", "?", c), [], [], [], "stop", "Answer: 1") for c in columns])
+    verdicts = reward.judge([Rollout.answer(Task("t", "?", c), [], [], [], "stop", "Answer: 1") for c in columns])
     assert {v.outcome for v in verdicts} == {"invalid_task"}
     assert all(v.evidence["reason"] for v in verdicts)
 

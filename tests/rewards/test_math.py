@@ -511,7 +511,9 @@ def test_where_the_answer_stands(text: str, gold: str) -> None:
 )
 def test_a_number_that_is_not_the_answer_is_not_paid(text: str) -> None:
     assert outcome("17", text) in ("wrong", "unparseable")
-    verdict = load_reward("answer").judge([Rollout(Task("t", "q", {"answer": "17"}), [], [], [], "stop", text)])[0]
+    verdict = load_reward("answer").judge([Rollout.answer(Task("t", "q", {"answer": "17"}), [], [], [], "stop", text)])[
+        0
+    ]
     assert verdict.score == 0.0
 
 
@@ -544,7 +546,7 @@ def test_what_chooses_an_option_and_what_does_not(text: str, letter: str | None)
     reward = load_reward("answer:mode=choice")
     for gold in "ABC":
         task = Task("t", "q", {"answer": gold, "choices": OPTIONS})
-        verdict = reward.judge([Rollout(task, [], [], [], "stop", text)])[0]
+        verdict = reward.judge([Rollout.answer(task, [], [], [], "stop", text)])[0]
         assert (verdict.outcome == "correct") == (gold == letter), gold
 
 
@@ -595,7 +597,7 @@ def test_the_choice_of_place() -> None:
 )
 def test_the_reward_answer_reads_the_same_numbers(text: str, gold: Any, expected: str) -> None:
     task = Task("t", "q", {"answer": gold})
-    assert load_reward("answer").judge([Rollout(task, [], [], [], "stop", text)])[0].outcome == expected
+    assert load_reward("answer").judge([Rollout.answer(task, [], [], [], "stop", text)])[0].outcome == expected
 
 
 def test_data_check_says_which_references_cannot_be_graded() -> None:
@@ -603,7 +605,7 @@ def test_data_check_says_which_references_cannot_be_graded() -> None:
     golds = ["5", r"\foo{3}", r"\frac{1", r"x \in [-2, 7]", None]
     reasons = reward.check_all([Task("t", "q", {"answer": gold}) for gold in golds])
     verdicts = reward.judge(
-        [Rollout(Task("t", "q", {"answer": gold}), [], [], [], "stop", r"\boxed{3}") for gold in golds]
+        [Rollout.answer(Task("t", "q", {"answer": gold}), [], [], [], "stop", r"\boxed{3}") for gold in golds]
     )
     reward.close()
     assert [why is None for why in reasons] == [True, False, False, True, False]
@@ -613,7 +615,7 @@ def test_data_check_says_which_references_cannot_be_graded() -> None:
 
 def test_a_verdict_over_its_limit_is_a_timeout() -> None:
     reward = build(limit=1e-9, workers=1)
-    verdict = reward.judge([Rollout(Task("t", "q", {"answer": "5"}), [], [], [], "stop", r"\boxed{5}")])[0]
+    verdict = reward.judge([Rollout.answer(Task("t", "q", {"answer": "5"}), [], [], [], "stop", r"\boxed{5}")])[0]
     reward.close()
     assert (verdict.outcome, verdict.score) == ("timeout", 0.0)
 
@@ -626,7 +628,7 @@ def test_a_judge_in_process_that_does_not_come_back_costs_one_response() -> None
             pass
         return Verdict(1.0, "correct")
 
-    rollouts = [Rollout(Task("t", "q"), [], [], [], "stop", text) for text in ("a", "spin", "b")]
+    rollouts = [Rollout.answer(Task("t", "q"), [], [], [], "stop", text) for text in ("a", "spin", "b")]
     expected = ["correct", "timeout", "correct"]
     assert [v.outcome for v in each_within(rollouts, judge, limit=0.3)] == expected
     found: list[Verdict] = []

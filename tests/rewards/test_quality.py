@@ -44,7 +44,7 @@ def test_findings_and_what_they_weigh(reward: QualityReward) -> None:
         "no code here, sorry",
         "def f(x):\n    assert x\n    return x\n",
     ]
-    verdicts = reward.judge([Rollout(Task("t", "?"), [], [], [], "stop", text) for text in texts])
+    verdicts = reward.judge([Rollout.answer(Task("t", "?"), [], [], [], "stop", text) for text in texts])
     clean, shell, evaluates, tangle, default, prose, asserting = verdicts
     assert (clean.score, clean.evidence["findings"]) == (1.0, [])
     assert "B602" in rules(shell)
@@ -62,7 +62,7 @@ def test_findings_and_what_they_weigh(reward: QualityReward) -> None:
 def test_its_author_cannot_silence_it(reward: QualityReward) -> None:
     quiet = EVAL.replace("eval(x)", "eval(x)  # nosec  # noqa")
     silent = "# ruff: noqa\n# flake8: noqa\n" + DEFAULT
-    first, second = reward.judge([Rollout(Task("t", "?"), [], [], [], "stop", text) for text in (quiet, silent)])
+    first, second = reward.judge([Rollout.answer(Task("t", "?"), [], [], [], "stop", text) for text in (quiet, silent)])
     assert rules(first) == {"B307"}
     assert rules(second) == {"B006"}
 
@@ -70,7 +70,7 @@ def test_its_author_cannot_silence_it(reward: QualityReward) -> None:
 def test_what_cannot_be_read_is_not_clean(reward: QualityReward) -> None:
     texts = [f"# coding: {name}\n{SHELL}" for name in ("foo", "utf-7", "utf-16", "undefined")]
     texts += [f"```python\n{SHELL}def (:\n```", f"exec({SHELL!r})"]
-    verdicts = reward.judge([Rollout(Task("t", "?"), [], [], [], "stop", text) for text in texts])
+    verdicts = reward.judge([Rollout.answer(Task("t", "?"), [], [], [], "stop", text) for text in texts])
     assert all("B602" in rules(v) for v in verdicts[:4])
     assert (verdicts[4].outcome, verdicts[4].score) == ("unparseable", 0)
     assert verdicts[5].score == 0
@@ -78,7 +78,7 @@ def test_what_cannot_be_read_is_not_clean(reward: QualityReward) -> None:
 
 def test_as_a_part_of_a_mixture() -> None:
     task = Task("t", "?", {"tests": ["assert f('7') == 7"]})
-    rollout = Rollout(task, [], [], [], "stop", EVAL)
+    rollout = Rollout.answer(task, [], [], [], "stop", EVAL)
     for use, score in (("code + 1 * quality", 0.875), ("code + 0 * quality", 1.0), ("code gate quality", 1.0)):
         mixed = load_reward(use)
         verdict = mixed.judge([rollout])[0]
@@ -177,7 +177,7 @@ HARMLESS = (
 @pytest.mark.parametrize("how", HIDES)
 def test_code_from_text_is_found_however_it_is_reached(reward: QualityReward, how: str) -> None:
     program = f"```python\ndef f(x): pass\n{HIDES[how]}\n```"
-    verdict = reward.judge([Rollout(Task("t", "?"), [], [], [], "stop", program)])[0]
+    verdict = reward.judge([Rollout.answer(Task("t", "?"), [], [], [], "stop", program)])[0]
     assert (verdict.outcome, verdict.score) == ("wrong", 0), verdict.evidence
 
 
@@ -201,7 +201,7 @@ def test_a_plain_eval_is_the_analysers_affair(reward: QualityReward) -> None:
         "def f(a, op, b):\n    return eval(f'{a} {op} {b}')\n",
         "def f(x):\n    return eval(x.replace('x', '*'))\n",
     ]
-    verdicts = reward.judge([Rollout(Task("t", "?"), [], [], [], "stop", p) for p in programs])
+    verdicts = reward.judge([Rollout.answer(Task("t", "?"), [], [], [], "stop", p) for p in programs])
     assert [v.score for v in verdicts] == [0.75] * 3
 
 
@@ -211,7 +211,7 @@ def test_branches_outside_functions_count_as_those_inside(reward: QualityReward)
     chain = "f = lambda a: " + " if a else ".join("1" for _ in range(30))
     in_function = "def f(a):\n    return " + " if a else ".join("1" for _ in range(30))
     verdicts = reward.judge(
-        [Rollout(Task("t", "?"), [], [], [], "stop", p) for p in (branches, in_class, chain, in_function)]
+        [Rollout.answer(Task("t", "?"), [], [], [], "stop", p) for p in (branches, in_class, chain, in_function)]
     )
     for verdict in verdicts:
         assert {"C901", "PLR0912"} <= rules(verdict)

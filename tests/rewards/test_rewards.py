@@ -17,7 +17,7 @@ from sppo.types import Rollout, Task, Verdict
 
 
 def rollout(text, **columns):
-    return Rollout(Task("t", "q", columns), [1], [2], [0.0], "stop", text)
+    return Rollout.answer(Task("t", "q", columns), [1], [2], [0.0], "stop", text)
 
 
 def outcome(reward, text, **columns):
@@ -165,7 +165,7 @@ def test_gym_reward_scores_with_the_family():
 
     task = load_tasks("gym:chain_sum,min_terms=2,max_terms=3,min_digits=1,max_digits=2")[0]
     reward = load_reward("gym")
-    rows = [Rollout(task, [1], [2], [0.0], "stop", text) for text in (task.solution, "Answer: 99999", "")]
+    rows = [Rollout.answer(task, [1], [2], [0.0], "stop", text) for text in (task.solution, "Answer: 99999", "")]
     verdicts = reward.judge(rows)
     reward.close()
     assert verdicts[0].outcome == "correct"
@@ -194,7 +194,7 @@ def test_callable_gets_chat_messages_for_chat_prompts():
         return [1.0]
 
     task = Task("t", [{"role": "user", "content": "q"}])
-    load_reward(mine).judge([Rollout(task, [1], [2], [0.0], "stop", "hello")])
+    load_reward(mine).judge([Rollout.answer(task, [1], [2], [0.0], "stop", "hello")])
     assert seen["prompt"] == [{"role": "user", "content": "q"}]
     assert seen["completion"] == [{"role": "assistant", "content": "hello"}]
 
@@ -221,7 +221,7 @@ def test_a_callable_may_ask_for_solution_and_question():
         return [float(c == s) for c, s in zip(completions, solution, strict=True)]
 
     task = task_from({"prompt": "2+2=", "solution": "4"}, "rows:1")
-    assert load_reward(accuracy).judge([Rollout(task, [1], [2], [0.0], "stop", "4")])[0].score == 1.0
+    assert load_reward(accuracy).judge([Rollout.answer(task, [1], [2], [0.0], "stop", "4")])[0].score == 1.0
 
 
 def test_numpy_scores_become_plain_numbers():
@@ -350,7 +350,9 @@ def test_an_answer_is_never_executed(tmp_path):
         good = str(task.columns["answer"])
         evil = [f"__import__('os').system('touch {mark}') or 5", f"[open('{mark}', 'w')]", "().__class__"]
         with_reward = load_reward("gym")
-        verdicts = with_reward.judge([Rollout(task, [], [], [], "stop", f"Answer: {text}") for text in (good, *evil)])
+        verdicts = with_reward.judge(
+            [Rollout.answer(task, [], [], [], "stop", f"Answer: {text}") for text in (good, *evil)]
+        )
         with_reward.close()
         assert verdicts[0].score == 1.0, (family, good)
         assert [v.score for v in verdicts[1:]] == [0.0, 0.0, 0.0]
@@ -359,6 +361,6 @@ def test_an_answer_is_never_executed(tmp_path):
         0
     ]  # depends on the process's hash seed: masked, never a silent 0
     with_reward = load_reward("gym")
-    verdict = with_reward.judge([Rollout(task, [], [], [], "stop", f"Answer: {task.columns['answer']}")])[0]
+    verdict = with_reward.judge([Rollout.answer(task, [], [], [], "stop", f"Answer: {task.columns['answer']}")])[0]
     with_reward.close()
     assert verdict.score == 1.0 or "another process" in verdict.evidence["reason"]

@@ -48,7 +48,7 @@ def one_pair() -> Iterator[RuntimeReward]:
 
 def judged(reward: RuntimeReward, text: str, **columns: Any) -> Verdict:
     task = Task(f"t{len(columns)}{sorted(columns)}{columns}", "?", COLUMNS | columns)
-    return reward.judge([Rollout(task, [], [], [], "stop", text)])[0]
+    return reward.judge([Rollout.answer(task, [], [], [], "stop", text)])[0]
 
 
 def test_speed_is_paid_only_to_the_correct(reward: RuntimeReward) -> None:
@@ -98,7 +98,7 @@ def test_nothing_is_remembered_in_files_that_every_run_reads(reward: RuntimeRewa
 def test_a_quick_reference_is_repeated_until_it_can_be_measured(one_pair: RuntimeReward) -> None:
     n = 100_000  # as long as a process takes to start, more or less
     task = Task("quick", "?", COLUMNS | {"runtime_tests": [{"args": [n], "expected": n // 3 * 3 + (0, 0, 1)[n % 3]}]})
-    same, slow = (one_pair.judge([Rollout(task, [], [], [], "stop", text)])[0] for text in (REFERENCE, SLOW))
+    same, slow = (one_pair.judge([Rollout.answer(task, [], [], [], "stop", text)])[0] for text in (REFERENCE, SLOW))
     assert (same.outcome, slow.outcome) == ("correct", "correct")
     assert same.evidence["runs"] > 1
     assert slow.score < 0.06 < same.score < 0.9

@@ -18,7 +18,7 @@ from sppo.types import Rollout, Task
 
 def outcome(spec: str, text: str, answer: Any, **columns: Any) -> str:
     task = Task("t", "?", {"answer": answer, **columns})
-    return load_reward(spec).judge([Rollout(task, [], [], [], "stop", text)])[0].outcome
+    return load_reward(spec).judge([Rollout.answer(task, [], [], [], "stop", text)])[0].outcome
 
 
 @pytest.mark.parametrize(

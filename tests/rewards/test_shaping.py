@@ -10,7 +10,7 @@ from sppo.types import Rollout, Task
 
 
 def response(text: str, tokens: int = 1, answer: str = "8") -> Rollout:
-    return Rollout(Task("t", "?", {"answer": answer}), [1], list(range(tokens)), [-1.0] * tokens, "stop", text)
+    return Rollout.answer(Task("t", "?", {"answer": answer}), [1], list(range(tokens)), [-1.0] * tokens, "stop", text)
 
 
 @pytest.mark.parametrize(("tokens", "score"), [(0, 1), (6, 1), (7, 0.75), (8, 0.5), (9, 0.25), (10, 0), (12, 0)])
@@ -76,7 +76,7 @@ def test_right_answers_by_wrong_steps_are_counted():
     assert checker is not None
 
     def said(text: str, correct: float, outcome="correct") -> Rollout:
-        return Rollout(chain, [1], [2], [-1.0], "stop", text, 0, Verdict(correct, outcome))
+        return Rollout.answer(chain, [1], [2], [-1.0], "stop", text, 0, Verdict(correct, outcome))
 
     clean, slip = said("7+5=2;2-3=9;A:9", 1.0), said("7+5=3;3-3=9;A:9", 1.0)
     wrong, masked = said("7+5=3;3-3=0;A:0", 0.0), said("7+5=3;3-3=9;A:9", 1.0, "infra_error")
@@ -89,7 +89,9 @@ def test_right_answers_by_wrong_steps_are_counted():
     free = step_checker("rows.jsonl", rows, load_reward("answer"))
     assert free is not None
     texts = ("12 * 3 = 36\n36 + 4 = 40", "12 * 3 = 38\nso 40", "It is 40.")
-    found = step_quality([Rollout(rows, [1], [2], [-1.0], "stop", t, 0, Verdict(1.0, "correct")) for t in texts], free)
+    found = step_quality(
+        [Rollout.answer(rows, [1], [2], [-1.0], "stop", t, 0, Verdict(1.0, "correct")) for t in texts], free
+    )
     assert found == {"right_by_wrong_steps": 0.5, "steps_judged_share": pytest.approx(2 / 3)}
     for use in ("steps:check=chain", "answer and steps:check=chain,score=min"):  # modulo 10, as the reward has it
         named = step_checker("rows.jsonl", rows, load_reward(use))

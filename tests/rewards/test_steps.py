@@ -23,7 +23,7 @@ from sppo.types import Rollout, Task, Verdict
 
 
 def judged(spec: str, text: str, task: Task | None = None) -> Verdict:
-    return load_reward(spec).judge([Rollout(task or Task("t", "7+5-3*2?"), [], [], [], "stop", text)])[0]
+    return load_reward(spec).judge([Rollout.answer(task or Task("t", "7+5-3*2?"), [], [], [], "stop", text)])[0]
 
 
 def test_steps_and_where_they_end() -> None:

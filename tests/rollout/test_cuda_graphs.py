@@ -68,7 +68,7 @@ def test_steps_outlive_a_call_and_see_new_weights(captures):
             for p in policy.model.parameters():
                 p.add_(torch.randn_like(p) * 0.05)
     assert len(captures) == 1
-    engine.sync(other := small_policy(seed=3))  # another model's weights lie elsewhere
+    engine.policy = other = small_policy(seed=3)  # another model's weights lie elsewhere
     assert engine.score(PROMPTS, responses) != mine
     assert torch.allclose(
         torch.tensor(engine.score(PROMPTS, responses)), torch.tensor(other.given_logps(PROMPTS, responses)), atol=1e-5
@@ -138,15 +138,15 @@ def test_the_head_that_a_captured_step_may_read_stays_where_it_is():
     policy.model.to(torch.bfloat16)
     weight = policy.model.get_output_embeddings().weight
     with torch.inference_mode():
-        first = policy.float32_head()
+        first = policy.scorer.head.float32_weight()
     with torch.no_grad():
         weight.add_(1)
-    again = policy.float32_head()
+    again = policy.scorer.head.float32_weight()
     assert again.data_ptr() == first.data_ptr()
     assert torch.equal(again, weight.float())
-    frozen = policy.reference()
-    before = frozen.float32_head().clone()
+    frozen = policy.as_reference()
+    before = frozen.scorer.head.float32_weight().clone()
     with torch.no_grad():
         weight.add_(1)
-    assert not torch.equal(policy.float32_head(), before)
-    assert torch.equal(frozen.float32_head(), before)  # and not this policy's room
+    assert not torch.equal(policy.scorer.head.float32_weight(), before)
+    assert torch.equal(frozen.scorer.head.float32_weight(), before)  # and not this policy's room

@@ -23,7 +23,6 @@ from transformers import (
 
 from sppo.errors import RunFailure
 from sppo.models import tiny
-from sppo.models.narrow import narrow_linear, narrow_products
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
 from sppo.rollout.kv_cache import _SlotLayer
@@ -79,7 +78,7 @@ def of_family(name: str) -> Policy:
 
 def plain(policy: Policy) -> PlainEngine:
     """The reference on a copy that knows nothing of packing or slots."""
-    copy = policy.reference()
+    copy = policy.as_reference()
     copy.model.set_attn_implementation("eager")
     return PlainEngine(copy)
 
@@ -166,7 +165,7 @@ def test_slots_grow_beyond_their_first_columns(policy, monkeypatch, compiled):
 
 
 def test_prompts_beyond_one_pass(policy, monkeypatch):
-    monkeypatch.setattr("sppo.rollout.local.PREFILL", 10)
+    monkeypatch.setattr("sppo.rollout.scheduler.PREFILL", 10)
     mine = LocalEngine(policy).generate(PROMPTS, range(24), Sampling(8))
     assert [s.ids for s in mine] == [s.ids for s in plain(policy).generate(PROMPTS, range(24), Sampling(8))]
 
@@ -263,7 +262,8 @@ def test_score_is_what_sampling_reports(policy):
 
 
 def test_a_bfloat16_model_is_sampled_as_closely_as_the_learner_knows_it(policy):
-    """Rounding apart: neither the compiled step nor the slots may be further from the float32 model than the learner's own pass is."""
+    """Rounding apart: neither the compiled step nor the slots may be further from the float32 model than the
+    learner's own pass is."""
     responses = [[1 + (5 * i + k) % 20 for k in range(3 + i % 9)] for i in range(24)]
     rounded = copy.deepcopy(policy.model).to(torch.bfloat16)
     exact = Policy(copy.deepcopy(rounded).float(), policy.tokenizer).given_logps(PROMPTS, responses)
@@ -285,20 +285,6 @@ def test_bits_repeat(policy):
     engine = LocalEngine(policy)
     first, again = (engine.generate(PROMPTS, range(24), Sampling(15, 0.9, 7)) for _ in range(2))
     assert first == again
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (600, 1)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_narrow_products_are_products(shape, bias):
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(24, 40, bias=bias)
-    x = torch.randn(*shape, 24)
-    with torch.no_grad():
-        assert torch.allclose(narrow_linear(x, layer.weight, layer.bias), layer(x), atol=1e-5)
-        with narrow_products(layer):
-            assert torch.allclose(layer(x), narrow_linear(x, layer.weight, layer.bias))
-            assert "forward" in layer.__dict__
-    assert "forward" not in layer.__dict__
 
 
 def test_a_model_is_left_as_it_was_when_sampling_breaks(policy):

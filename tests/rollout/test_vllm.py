@@ -21,7 +21,7 @@ from sppo.rollout.vllm import build, checksum
 from sppo.run.loop import train
 from sppo.run.run import Run
 
-from ..conftest import small_config
+from ..conftest import logps_of, small_config
 
 PROMPTS = [[5, 6, 7, 8 + i % 9] for i in range(32)]
 
@@ -39,15 +39,13 @@ def engine(policy):
 
 
 def test_it_reports_what_the_learner_finds(policy, engine):
-    engine.sync(policy)
+    engine.load(policy.weights(), 1)
     for temperature in (1.0, 0.7):
         samples = engine.generate(PROMPTS, range(32), Sampling(12, temperature))
         rows = [[*p, *s.ids] for p, s in zip(PROMPTS, samples, strict=True)]
         width = max(map(len, rows))
         ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-        mine = policy.response_logps(
-            ids, torch.full((32,), 4), torch.tensor([len(s.ids) for s in samples]), temperature
-        )
+        mine = logps_of(policy, ids, torch.full((32,), 4), torch.tensor([len(s.ids) for s in samples]), temperature)
         for s, logps in zip(samples, mine.logp_BT.tolist(), strict=True):
             assert s.logps == pytest.approx(logps[: len(s.ids)], abs=1e-4)
             assert (s.finish == "stop") == (s.ids[-1] in policy.eos_ids)
@@ -56,24 +54,24 @@ def test_it_reports_what_the_learner_finds(policy, engine):
 
 def test_a_sync_is_proven_inside_the_engine(policy, engine):
     canary = Canary(policy)
-    engine.sync(policy)
-    assert canary.check(engine, policy) < 1e-4
+    engine.load(policy.weights(), 1)
+    assert canary.check(engine, policy, policy.fingerprint()) < 1e-4
     parameters = list(policy.model.parameters())
     for parameter in parameters:  # every weight is seen: one changed number anywhere is noticed, and mended by a sync
         with torch.no_grad():
             parameter.view(-1)[parameter.numel() // 2] += 0.01
-        assert not engine.holds(policy)
+        assert not engine.holds(policy.fingerprint())
         with pytest.raises(StaleWeights, match="fingerprints"):
-            canary.check(engine, policy)
-        engine.sync(policy)
-        assert engine.holds(policy)
+            canary.check(engine, policy, policy.fingerprint())
+        engine.load(policy.weights(), 1)
+        assert engine.holds(policy.fingerprint())
     assert engine.score([[5, 6, 7]], [[8, 9]])[0] == pytest.approx(
         policy.given_logps([[5, 6, 7]], [[8, 9]])[0], abs=1e-4
     )
 
 
 def test_same_distribution_as_the_local_engine(policy, engine):
-    engine.sync(policy)
+    engine.load(policy.weights(), 1)
     n = 2000
     theirs = engine.generate([[5, 6, 7]] * n, range(n), Sampling(1))
     exact = policy.given_logps([[5, 6, 7]] * 33, [[i] for i in range(33)])
@@ -84,7 +82,7 @@ def test_same_distribution_as_the_local_engine(policy, engine):
 
 
 def test_stop_strings_and_cuts(policy, engine):
-    engine.sync(policy)
+    engine.load(policy.weights(), 1)
     free = LocalEngine(policy).generate(PROMPTS, range(32), Sampling(12, 0.0))
     text = next(t for s in free if len(t := policy.text(s.ids)) > 4)
     stopped = engine.generate(PROMPTS, range(32), Sampling(12, 0.0, stop=(text[1:3],)))

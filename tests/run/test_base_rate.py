@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from sppo.models.mlp import KEEP
+from sppo.models.mlp_scorer import KEEP
 from sppo.recipe.config import Config
-from sppo.run import run as run_module
+from sppo.run import accuracy
 from sppo.run.build import Parts
 from sppo.run.run import Run
-from sppo.run.sample import gather
+from sppo.run.sample import sample
 from sppo.types import Verdict
 
 from ..conftest import small_config
@@ -42,13 +42,13 @@ def begun(tmp_path, spy, **changes):
         "rollout.truncated": "keep", "run.out": str(tmp_path / "run"),
     }  # fmt: skip
     job = Run.new(small_config(**keys | changes), parts=Parts(reward=spy))
-    temperatures, generate = [], job.engine.generate
+    temperatures, generate = [], job.components.engine.generate
 
     def noted(prompts, seeds, sampling, *rest, **more):
         temperatures.append(sampling.temperature)
         return generate(prompts, seeds, sampling, *rest, **more)
 
-    job.engine.generate = noted
+    job.components.engine.generate = noted
     job.begin()
     job.close()
     return job, temperatures
@@ -70,13 +70,13 @@ def test_the_critic_starts_from_training_problems_under_the_rollouts_sampling(tm
     job, temperatures = begun(tmp_path, spy, **changes | staged)
     held_out, base = spy.shown[-2:]
     assert temperatures[-2:] == [0.0, 1.5]
-    assert len(base) == min(run_module.BASE_RATE_PROBLEMS, 2 * job.config.rollout.prompts)
+    assert len(base) == min(accuracy.BASE_RATE_PROBLEMS, 2 * job.components.config.rollout.prompts)
     assert {r.task.difficulty for r in base} == {1}  # staged: of the first stage
     assert not {r.task.id for r in base} & {r.task.id for r in held_out}
     share = sum(sum(r.response_ids) % 3 == 0 for r in base) / len(base)
     assert 0.1 < share < 0.9
-    start = share if job.critic.linear else math.log(share / (1 - share))
-    assert float(job.critic.head.bias.detach()) == pytest.approx(start, abs=1e-5)
+    start = share if job.components.critic.linear else math.log(share / (1 - share))
+    assert float(job.components.critic.head.bias.detach()) == pytest.approx(start, abs=1e-5)
     assert staged or job.state.before["accuracy"] == 0.0  # of three steps, greedily: no guide to these
 
 
@@ -88,13 +88,13 @@ def test_no_data_is_consumed(tmp_path, monkeypatch, changes):
     for looked in (True, False):
         with monkeypatch.context() as patch:
             if not looked:
-                patch.setattr(Run, "_base_rate", lambda self, otherwise: 0.5)
+                patch.setattr(accuracy, "base_rate", lambda *_: 0.5)
             job = Run.new(
                 small_config(**{"task.train": "chain:steps=1", "run.out": str(tmp_path / str(looked))} | changes | staged), parts=Parts(reward=Spy())
             )  # fmt: skip
             job.begin()
-        assert (job.curriculum.position, job.curriculum.passed_over) == (0, 0)
-        names.append([(r.task.id, list(r.response_ids)) for r in gather(job, 0).rollouts])
+        assert (job.components.curriculum.position, job.components.curriculum.passed_over) == (0, 0)
+        names.append([(r.task.id, list(r.response_ids)) for r in sample(job.components, 0).rollouts])
         job.close()
     assert names[0] == names[1]
 
@@ -103,12 +103,12 @@ def test_a_trained_critic_is_left_alone_and_nothing_is_sampled_for_it(tmp_path):
     job, _ = begun(tmp_path, Spy())
     folder = tmp_path / "critic"
     with torch.no_grad():
-        job.critic.head.bias.fill_(0.7)
-    job.critic.save(folder)
+        job.components.critic.head.bias.fill_(0.7)
+    job.components.critic.save(folder)
     spy = Spy()
     again, _ = begun(tmp_path / "again", spy, **{"critic.model": str(folder)})
     assert len(spy.shown) == 1  # the evaluation
-    assert float(again.critic.head.bias.detach()) == pytest.approx(0.7)
+    assert float(again.components.critic.head.bias.detach()) == pytest.approx(0.7)
 
 
 def test_nothing_is_sampled_without_a_critic(tmp_path):
@@ -125,7 +125,7 @@ def test_ungradable_training_problems_leave_the_held_out_accuracy(tmp_path):
             return [Verdict(float(i < 4), "correct" if i < 4 else "wrong") for i in range(len(rollouts))]
 
     job, _ = begun(tmp_path, Blind())
-    assert float(job.critic.head.bias.detach()) == pytest.approx(math.log(0.25 / 0.75), abs=1e-5)
+    assert float(job.components.critic.head.bias.detach()) == pytest.approx(math.log(0.25 / 0.75), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sppo", "ppo"])
@@ -138,13 +138,13 @@ def test_episodes_of_a_control_task_serve_too_and_are_not_in_the_way(tmp_path, n
     }  # fmt: skip
     job = Run.new(Config.load("recipes/control-cartpole.toml", keys))
     job.begin()
-    states = job.policy.states
+    states = job.components.policy.states
     assert len(states.blocks) - 1 <= KEEP
-    bias = float(job.critic.head.bias.detach())
+    bias = float(job.components.critic.head.bias.detach())
     assert 0.01 <= 1 / (1 + math.exp(-bias)) <= 0.99
     for step in range(2):
-        gathered = gather(job, step)
-        ids = torch.tensor([i for r in gathered.seen for i in r.response_ids])
+        sampled = sample(job.components, step)
+        ids = torch.tensor([i for r in sampled.seen for i in r.response_ids])
         assert int(ids.min()) >= states.oldest
         assert torch.isfinite(states.rows(ids)[0]).all()
     job.close()

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from sppo.errors import DataError, RecipeError
+from sppo.experimental.predicted import Predicted, systematic
 from sppo.recipe.config import Config
 from sppo.recipe.sections import CurriculumSection
-from sppo.run.curriculum import Aside, Predicted, Staged, Uniform, curriculum, systematic
+from sppo.run.curriculum import Aside, Staged, Uniform, curriculum
 from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.tasks.base import ListSource
@@ -29,7 +30,7 @@ def tasks(count: int, dial: bool = True) -> list[Task]:
 
 
 def judged(task: Task, correct: float, outcome: str = "correct", sample: int = 0) -> Rollout:
-    return Rollout(task, [1], [2], [-1.0], "stop", "", sample, Verdict(correct, outcome))  # type: ignore[arg-type]
+    return Rollout.answer(task, [1], [2], [-1.0], "stop", "", sample, Verdict(correct, outcome))  # type: ignore[arg-type]
 
 
 class Oracle:
@@ -126,7 +127,7 @@ def heard(made: Staged, accuracy: dict[int, float], n: int = 200) -> str | None:
         for i in range(n):
             task = Task(f"h{stage}/{i}", "?", difficulty=2.0 * stage + 1 + i % 2)
             rollouts.append(judged(task, float(i < share * n)))
-    return made.hear(rollouts, 1)
+    return made.evaluated(rollouts, 1)
 
 
 def test_stages_begin_when_the_interval_clears_and_rehearse_the_earlier_ones():
@@ -155,9 +156,9 @@ def test_stages_that_are_known_already_are_passed_at_once():
 def test_samples_of_a_problem_are_no_independent_problems_and_masked_ones_say_nothing():
     made = staged(clear=0.6)
     task = Task("h", "?", difficulty=1.0)
-    assert made.hear([judged(task, 1.0, sample=k) for k in range(64)], 64) is None
+    assert made.evaluated([judged(task, 1.0, sample=k) for k in range(64)], 64) is None
     sure = [judged(Task(f"h{i}", "?", difficulty=1.0), 1.0, "infra_error") for i in range(300)]
-    assert made.hear(sure, 1) is None
+    assert made.evaluated(sure, 1) is None
     assert made.stage == 0
 
 
@@ -271,12 +272,12 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, changes):
 
     whole = run("whole")
     broken = run("broken", **{"training.steps": 2})
-    again = Run.resume(broken.directory.path, steps=4)
+    again = Run.resume(broken.components.directory.path, steps=4)
     train(again)
     again.close()
-    assert again.policy.fingerprint() == whole.policy.fingerprint()
-    assert again.curriculum.state_dict() == whole.curriculum.state_dict()
-    lines = [json.loads(line) for line in (whole.directory.path / "metrics.jsonl").read_text().splitlines()]
+    assert again.components.policy.fingerprint() == whole.components.policy.fingerprint()
+    assert again.components.curriculum.state_dict() == whole.components.curriculum.state_dict()
+    lines = [json.loads(line) for line in (whole.components.directory.path / "metrics.jsonl").read_text().splitlines()]
     assert any(key.startswith("curriculum/") for key in lines[-1])
 
 
@@ -286,10 +287,10 @@ def test_the_weight_reaches_the_advantage(tmp_path):
     job = Run.new(config)
     job.begin()
     from sppo.learning.batch import pack
-    from sppo.run.sample import gather
+    from sppo.run.sample import sample
 
-    gathered = gather(job, 0)
-    batch = pack(gathered.rollouts, job.policy.pad_id)
+    sampled = sample(job.components, 0)
+    batch = pack(sampled.rollouts, job.components.policy.pad_id)
     batch.weight_B = torch.linspace(0.5, 2, len(batch))
     weighted, _, _ = job.learner.advantage(batch)
     batch.weight_B = None
@@ -301,8 +302,13 @@ def test_the_weight_reaches_the_advantage(tmp_path):
 def test_a_key_that_nothing_reads_is_said():
     assert small_config().without_effect() == []
     found = small_config(
-        **{"objective.algorithm": "grpo", "objective.gae_lambda": 0.5, "rollout.entropy": 2.0, "curriculum.pool": 9}
+        **{
+            "objective.algorithm": "grpo",
+            "objective.gae_lambda": 0.5,
+            "rollout.segments": "tokens",
+            "curriculum.pool": 9,
+        }
     ).without_effect()
-    assert [why.partition(" ")[0] for why in found] == ["objective.gae_lambda", "rollout.entropy", "curriculum.pool"]
-    assert found[0] == "objective.gae_lambda has no effect here: it is of objective.baseline = 'token-critic'"
+    assert [why.partition(" ")[0] for why in found] == ["objective.gae_lambda", "rollout.segments", "curriculum.pool"]
+    assert found[0] == "objective.gae_lambda has no effect here: it needs objective.baseline = 'token-critic'"
     assert small_config(**{"objective.algorithm": "ppo", "objective.gae_lambda": 0.5}).without_effect() == []

@@ -1,4 +1,4 @@
-"""Monitors inside a run: alerts on disk and on the terminal, the same after a resume; quarantine masks; stop stops, and can be gone on from."""
+"""Monitors inside a run: alerts on disk and on the terminal, the same after a resume; quarantine masks; stop stops, and the run can be resumed."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from sppo.run.loop import train
 from sppo.run.plan import GIB, LEAST, Model, activations, plan, power_of_two
 from sppo.run.run import Run
 
-from ..conftest import small_config
+from ..conftest import logps_of, small_config
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def kept_by(policy, tokens=64, rows=4):
     ids_BL = torch.randint(3, 90, (rows, tokens))
     length_B = torch.full((rows,), tokens // 2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = policy.response_logps(ids_BL, length_B, length_B, 1.0)
+        out = logps_of(policy, ids_BL, length_B, length_B, 1.0)
     out.logp_BT.sum().backward()
     return sum(seen.values())
 
@@ -133,7 +133,7 @@ def test_a_run_keeps_what_was_chosen_and_a_resumed_one_uses_it(tmp_path):
     assert Config.load(tmp_path / "run" / "recipe.toml").training.micro_tokens == LEAST
     assert any(text.startswith("warning: this run needs about") for text in notes)
     again = Run.resume(tmp_path / "run", Notes(), steps=2)
-    assert again.config.training.micro_tokens == LEAST
+    assert again.components.config.training.micro_tokens == LEAST
     again.close()
 
 

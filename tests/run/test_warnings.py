@@ -54,7 +54,7 @@ def trained(tmp_path, capsys, reward, **changes):
 
 
 def test_the_rules_for_a_response_that_was_cut():
-    cut = Rollout(Task("t", "q"), [1], [2], [0.0], "length", "x")
+    cut = Rollout.answer(Task("t", "q"), [1], [2], [0.0], "length", "x")
     paid = Verdict(0.75, "correct")
     assert truncation_rule(cut, paid, "keep") is paid
     assert truncation_rule(cut, paid, "mask").masked

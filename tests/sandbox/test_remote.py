@@ -112,7 +112,7 @@ def test_a_server_that_goes_away_masks_and_says_why(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("SPPO_SANDBOX_TOKEN", TOKEN)
         reward = load_reward(f"code:backend=remote,url={url(made)}")
         task = Task("t", "?", {"tests": ["assert f(7) == 49"]})
-        rollout = Rollout(task, [1], [1], [0.0], "stop", "def f(x): return x * x")
+        rollout = Rollout.answer(task, [1], [1], [0.0], "stop", "def f(x): return x * x")
         assert reward.judge([rollout])[0].outcome == "correct"
         made.shutdown()
         made.server_close()

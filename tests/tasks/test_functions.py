@@ -41,7 +41,7 @@ def test_solutions_pass_and_near_misses_fail_in_the_sandbox() -> None:
     reward = load_reward("code")
 
     def judged(task: Task, text: str) -> Rollout:
-        return Rollout(task, [], [], [], "stop", text)
+        return Rollout.answer(task, [], [], [], "stop", text)
 
     assert {v.outcome for v in reward.judge([judged(t, t.solution or "") for t in tasks])} == {"correct"}
     shorter = []

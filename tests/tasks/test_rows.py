@@ -31,7 +31,7 @@ def reward() -> Iterator[CodeReward]:
 
 
 def judge(reward: CodeReward, program: str, columns: dict[str, Any], prompt: str = "write it") -> Verdict:
-    rollout = Rollout(Task("row", prompt, columns), [], [], [], "stop", f"```python\n{program}\n```")
+    rollout = Rollout.answer(Task("row", prompt, columns), [], [], [], "stop", f"```python\n{program}\n```")
     return reward.judge([rollout])[0]
 
 

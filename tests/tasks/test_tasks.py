@@ -148,7 +148,7 @@ def test_a_row_without_a_reference_answer_is_masked_not_scored():
         {"reward_model": {"ground_truth": tests}},  # which are no answer, even to a response that repeats them
     ):
         task = task_from({"question": "q", **row}, "rows:1")
-        rollouts = [Rollout(task, [], [], [], "stop", f"The answer is {text}") for text in ("nan", tests)]
+        rollouts = [Rollout.answer(task, [], [], [], "stop", f"The answer is {text}") for text in ("nan", tests)]
         assert {v.outcome for v in load_reward("answer").judge(rollouts)} == {"invalid_task"}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import read_bytes, read_json_or_nothing
+from ..recipe.removed import is_neutral
 from .chain import (
     CHAIN,
     GENESIS,
@@ -161,6 +162,8 @@ class _State:
         self.recipe = now
         if before is None:
             return
+        # a removed key at a neutral value is no change: the recipe of an older version held it
+        before = {k: v for k, v in before.items() if k in now or not is_neutral(k, v, before)}
         changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
         said = ", ".join(f"{k} {_value(before.get(k))} → {_value(now.get(k))}" for k in changed)
         moved = tuple(self.data) if entry.get("data") == self.data else ()  # the same rows in another place

@@ -68,7 +68,7 @@ def recorded(row: dict[str, Any]) -> Rollout:
     if not isinstance(columns, dict) or not (isinstance(prompt, str) or turns):
         raise ValueError("a task is not one")
     task = Task(str(row["task_id"]), prompt, columns, difficulty=row["difficulty"])
-    return Rollout(
+    return Rollout.answer(
         task, row["prompt_ids"], row["response_ids"], row["logps"], row["finish"], row["response"], row["sample"]
     )
 

@@ -63,11 +63,7 @@ def without_work(
     made = []
     for (r, _), prefix, sample in zip(forced, prefixes, samples, strict=True):
         ids = [*prefix, *sample.ids]
-        made.append(
-            replace(
-                r, response_ids=ids, logps=[0.0] * len(ids), kept=(), finish="stop", text=policy.text(ids), verdict=None
-            )
-        )
+        made.append(r.answered(ids, policy.text(ids), finish="stop"))
     out: dict[float, tuple[int, int]] = {}
     for (_, share), verdict in zip(forced, reward.judge(made), strict=True):
         right, tried = out.get(share, (0, 0))
@@ -85,7 +81,7 @@ def cut_at(rollout: Rollout) -> tuple[list[str], str, str] | None:
     """A right response's (steps before the answer, the answer, the words that introduce it); None where there is no work to cut.
 
     >>> from ..types import Task, Verdict
-    >>> r = Rollout(Task("", "3+4*2?"), [], [], [], "stop", "3+4=7;7*2=4;A:4", verdict=Verdict(1.0, "correct", {"extracted": "4"}))
+    >>> r = Rollout.answer(Task("", "3+4*2?"), [], [], [], "stop", "3+4=7;7*2=4;A:4", verdict=Verdict(1.0, "correct", {"extracted": "4"}))
     >>> cut_at(r)
     (['3+4=7;', '7*2=4;'], '4', 'A:')
     """

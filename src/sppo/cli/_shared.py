@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError, UserError
+from ..recipe import removed
 from ..recipe.config import Config, keys, parse_value
 from ..recipe.sections import RolloutSection
 from ..spec import named_columns, nearest
@@ -51,6 +52,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     if args.extra:
         option = args.extra[0]
         name = option.lstrip("-").partition("=")[0]
+        if name in removed.KEYS:
+            raise UserError(removed.KEYS[name][1])
         exact = [k for k in known if k.rpartition(".")[2] == name]
         if not option.startswith("-"):
             raise UserError(f"unrecognised argument {option!r}")

@@ -102,7 +102,7 @@ def _replay(args: argparse.Namespace) -> int:
     from ..audit.verifier import verifier_sha256
     from ..recipe.config import Config
     from ..rewards.loading import load_reward
-    from ..tasks.base import GIVEN
+    from ..spec import GIVEN
 
     run = _run(args.path)
     if args.n is not None and args.n < 1:

@@ -164,7 +164,7 @@ def _read(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[Any],
 def _prompt_problems(args: argparse.Namespace, tasks: list[Any]) -> tuple[list[Problem], str | None]:
     """What is wrong with prompts, and one prompt as the model of --model reads it."""
     from ..models.loading import load_tokenizer, prompt_ids
-    from ..run.build import said_prompt
+    from ..run.prompts import said_prompt
     from ..tasks.records import is_empty
 
     tokenizer = load_tokenizer(args.model, "--model") if args.model else None

@@ -45,19 +45,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _machine() -> dict[str, str]:
     import psutil
-    import torch
 
     from ..memory import free_ram
-    from ..models.loading import native_bfloat16, pick_device
+    from ..models.loading import native_bfloat16, pick_device, processor
     from ..threads import cores
 
     device = pick_device()
-    name = torch.cuda.get_device_name(0) if device.type == "cuda" else platform.machine()
     memory = psutil.virtual_memory()
     allowed = cores()
     out = {
         "python": platform.python_version(),
-        "device": f"{device} ({name}), {os.cpu_count()} CPU cores ({allowed} allowed), {torch.get_num_threads()} threads",
+        "device": f"{device}: {processor(device)}; {os.cpu_count()} CPU cores ({allowed} allowed)",
         "bfloat16": native_bfloat16(device) or "not native here: float32 is used",
         "memory": f"{free_ram() / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
         "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",

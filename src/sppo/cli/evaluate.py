@@ -162,7 +162,7 @@ def _row(spec: str, r: Any) -> dict[str, Any]:
 def _default_reward(example: Any, loaded: Loaded) -> str:
     """The run's own reward where it can grade such a task, else the one that fits the task."""
     from ..rewards.loading import fitting_reward, load_reward
-    from ..tasks.base import GIVEN
+    from ..spec import GIVEN
 
     own = loaded.recipe.reward.use if loaded.recipe is not None else None
     if own == GIVEN:

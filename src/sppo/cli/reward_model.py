@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.intervals import accuracy_interval
     from ..learning.reward_model import encode, judge, train_reward_model, updates
     from ..models.loading import pick_device
-    from ..models.policy import parameter_count
     from ..models.reward_model import RewardModel
+    from ..models.weights import parameter_count
     from ..report.progress import ProgressDisplay
     from ..run.directory import newest_policy, no_space
     from ..tasks.preferences import Pair, read_preferences

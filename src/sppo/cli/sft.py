@@ -26,7 +26,6 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and write a model folder at --out."""
-    from ..models.policy import weights_sha256
     from ..report.progress import ProgressDisplay
     from ..run.directory import no_space
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         display.stop()
     with no_space(out):
         policy.save(out)
-    result = {"out": str(out), "steps": steps, "loss": loss, "policy_sha256": weights_sha256(policy.model)}
+    result = {"out": str(out), "steps": steps, "loss": loss, "policy_sha256": policy.sha256()}
     emit(result, args.json, f"loss {loss:.4f} after {steps} steps; the model is in {out}")
     return 0
 
@@ -62,8 +61,9 @@ def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, i
     """The trained policy, its last loss, and the number of steps."""
     from ..learning.sft import supervised
     from ..models.loading import pick_device
-    from ..models.policy import Policy, parameter_count
-    from ..recipe.config import bootstrap_rate
+    from ..models.policy import Policy
+    from ..models.weights import parameter_count
+    from ..recipe.recipe import bootstrap_rate
     from ..recipe.sections import BootstrapSection
     from ..tasks.loading import load_tasks
 

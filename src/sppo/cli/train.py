@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         display.stop()
         if job is not None:
             job.close()
-    out = job.config.run.out
+    out = job.components.config.run.out
     if not args.json:
         print_summary(summary, out)
     if summary["stopped"] == "interrupted":

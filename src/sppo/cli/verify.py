@@ -84,7 +84,7 @@ def _rollout(row: dict[str, Any], name: str, args: argparse.Namespace) -> Rollou
         )
     if not has_prompt(row):
         row["prompt"] = ""
-    return Rollout(task_from(row, name), [], [], [], "stop", response)
+    return Rollout.answer(task_from(row, name), [], [], [], "stop", response)
 
 
 def _write(path: Path, judged: list[tuple[Rollout, Verdict]]) -> None:

@@ -26,6 +26,8 @@ import numpy as np
 
 from ..errors import RecipeError
 from ..spec import nearest
+from ..types import Task
+from .base import Observation, Reply
 
 Array = np.ndarray
 
@@ -97,8 +99,16 @@ KINDS = {
 }  # fmt: skip
 
 
-class Environment:
-    """One environment of a kind, stepped with plain arrays. `actions` is their number, or 0 for continuous ones of `size`."""
+def episode(name: str, start: int) -> Task:
+    """The episode of a control task that begins at start number `start`."""
+    return Task(f"{name}/{start}", f"{name} from start {start}", {"start": start})
+
+
+class ControlTask:
+    """One control task: an `Environment` whose observations are arrays (`values`) and whose replies are actions.
+
+    `actions` is their number, or 0 for continuous ones of `size`.
+    """
 
     def __init__(self, name: str) -> None:
         if name not in KINDS:
@@ -124,18 +134,24 @@ class Environment:
         self.last = np.zeros(len(self.scale), dtype=np.float32)
         self.ended = False
 
-    def reset(self, start: int) -> Array:
-        """The scaled first observation of the episode that begins at start number `start`."""
-        self.last, self.ended = np.asarray(self.env.reset(seed=start)[0], dtype=np.float32), False
-        return self.last / self.scale
+    def reset(self, task: Task) -> Observation:
+        """The scaled first observation of the episode that begins at the task's start."""
+        self.last = np.asarray(self.env.reset(seed=int(task.columns["start"]))[0], dtype=np.float32)
+        self.ended = False
+        return Observation(values=self.last / self.scale)
 
-    def step(self, action: Array) -> tuple[Array, bool]:
+    def step(self, reply: Reply) -> Observation:
         """The next scaled observation, and whether the episode has ended."""
+        action: Array = reply.action
         chosen = int(action[0]) if self.actions else np.clip(action, *self.limits)
         observation, _, terminated, _, _ = self.env.step(chosen)
         self.last = np.asarray(observation, dtype=np.float32)
         self.ended = bool(terminated)
-        return self.last / self.scale, self.ended or self.kind.reached(self.last)
+        over = self.ended or self.kind.reached(self.last)
+        return Observation(values=self.last / self.scale, done=over)
+
+    def close(self) -> None:
+        """The simulator is kept: making one takes its time."""
 
     def success(self) -> bool:
         """Whether the episode that ends here is one."""

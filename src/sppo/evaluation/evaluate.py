@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..environments.base import Maker
+from ..environments.single_turn import build as single_turn
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..rewards.base import Reward
@@ -67,6 +69,7 @@ def evaluate(
     checker: Checker | None = None,
     critic: Critic | None = None,
     keep_cut: bool = False,
+    environment: Maker = single_turn,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation.
@@ -76,7 +79,7 @@ def evaluate(
     """
     rollouts = collect(
         engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"),
-        truncated="keep" if keep_cut else "penalise", progress=progress,
+        truncated="keep" if keep_cut else "penalise", environment=environment, progress=progress,
     )  # fmt: skip
     means: list[float] = []
     passes: dict[int, list[float]] = {k: [] for k in _powers(samples)}

@@ -1,4 +1,4 @@
-"""Hard problems are searched, and what is found and verified is learnt by supervision (experimental/mcts.py finds it).
+"""Hard problems are searched (experimental/mcts.py), and verified solutions are learnt by supervision.
 
 What search finds is never in the policy gradient, nor in the critic's target: it is not a sample of the policy. Each solution is judged
 again whenever it is about to be learnt, and weighs less the likelier sampling alone solves its problem: weight · (1 − V(x)/enough).
@@ -10,52 +10,63 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from ..errors import RecipeError, RewardError
 from ..files import read_bytes, readable
-from ..learning.batch import Batch, pack
-from ..learning.credit.base import TokenCritic
+from ..learning.batch import pack
 from ..learning.credit.hybrid import step_scores
+from ..learning.credit.protocol import Credit
+from ..learning.credit.token import TokenCritic
+from ..learning.lessons import Lessons
 from ..recipe.sections import SearchSection
 from ..rewards.segments import STOPS, seen_ends, segment_starts, token_ends
 from ..rollout.collect import sample_seed
 from ..rollout.sequences import ending_ids
-from ..run.directory import no_space, task_json
+from ..run.build import Components
+from ..run.directory import no_space
+from ..run.rollouts import task_json
 from ..types import Rollout, Task, Verdict
 from .mcts import Found, Ids, Judged, search
 
-if TYPE_CHECKING:
-    from ..run.run import Run
 
+def build(
+    section: SearchSection, components: Components, credit: Callable[[], Credit], fingerprint: Callable[[], str]
+) -> Search:
+    """The search of a run. Raises RecipeError where its buffer could not hold the problems.
 
-@dataclass(frozen=True, slots=True)
-class Lessons:
-    """Verified solutions, how much each weighs, and how many there could have been."""
-
-    batch: Batch
-    weights: list[float]
-    most: int
+    Args:
+        credit: returns the learner's, which is made after the search.
+        fingerprint: returns that of the weights that sample.
+    """
+    return Search(section, components, credit, fingerprint)
 
 
 class Search:
     """The search of one run, and its buffer."""
 
-    def __init__(self, section: SearchSection, run: Run) -> None:
-        self.section, self.run = section, run
-        self.path = run.directory.path / "buffer.jsonl"
+    def __init__(
+        self,
+        section: SearchSection,
+        components: Components,
+        credit: Callable[[], Credit],
+        fingerprint: Callable[[], str],
+    ) -> None:
+        self.section, self.components = section, components
+        self.credit, self.fingerprint = credit, fingerprint
+        self.path = components.directory.path / "buffer.jsonl"
         self.solutions: dict[str, Rollout] = {}
         self.ungraded = 0  # in the present step
         self.reason, self.warned = "", False
-        _task(run.held_out[0])
+        _task(components.held_out[0])
 
     def recall(self, before: int) -> None:
         """Read back what was found before a step. Raises DataError."""
-        with readable(f"{self.path} cannot be gone on from"):
+        with readable(f"{self.path} cannot be resumed from"):
             for line in read_bytes(self.path).decode().split("\n") if self.path.exists() else ():
                 if line and (entry := json.loads(line))["step"] < before:
                     self._keep(_solution(entry))
@@ -78,7 +89,7 @@ class Search:
         simulations = sum(f.simulations for f in found)
         if simulations and self.ungraded == simulations and not self.warned:
             self.warned = True
-            self.run.observer.note(
+            self.components.observer.note(
                 f"warning: the reward could not judge anything that the search wrote, so it finds nothing: {self.reason}"
             )
         lessons, refused = self._lessons(step)
@@ -103,26 +114,26 @@ class Search:
 
     def _chances(self, rollouts: Sequence[Rollout]) -> list[float]:
         """V(x) of each one's problem; 0 where the algorithm has no critic."""
-        run = self.run
-        if run.critic is None or not rollouts:
+        c = self.components
+        if c.critic is None or not rollouts:
             return [0.0] * len(rollouts)
-        if isinstance(credit := run.learner.credit, TokenCritic):
-            first: list[float] = credit.values(pack(rollouts, run.policy.pad_id))[:, 0].clamp(0, 1).tolist()
+        if isinstance(credit := self.credit(), TokenCritic):
+            first: list[float] = credit.values(pack(rollouts, c.policy.pad_id))[:, 0].clamp(0, 1).tolist()
             return first
-        return run.critic.logits([r.task for r in rollouts], run.config.training.micro_budget).sigmoid().tolist()
+        return c.critic.logits([r.task for r in rollouts], c.config.training.micro_budget).sigmoid().tolist()
 
     def _search(self, step: int, hard: Sequence[Rollout]) -> list[Found]:
-        run, longest = self.run, self.run.config.rollout.max_tokens
-        sampling = run.sampling
+        c, sampling = self.components, self.components.sampling
+        longest = c.config.rollout.max_tokens
         if self.section.value != "outcomes":  # what is written can be judged at the next segment's end
-            segments = run.config.rollout.segments
+            segments = c.config.rollout.segments
             sampling = replace(sampling, stop=(*sampling.stop, *STOPS.get(segments, ())))
             sampling = replace(sampling, max_tokens=1) if segments == "tokens" else sampling
 
         def write_on(prefixes: Sequence[tuple[int, Ids]], seeds: Sequence[int]) -> list[Ids]:
             prompts = [[*hard[i].prompt_ids, *ids] for i, ids in prefixes]
             limits = [min(sampling.max_tokens, longest - len(ids)) for _, ids in prefixes]
-            samples = run.engine.generate(prompts, seeds, replace(sampling, max_tokens=max(limits)), limits=limits)
+            samples = c.engine.generate(prompts, seeds, replace(sampling, max_tokens=max(limits)), limits=limits)
             return [tuple(s.ids) for s in samples]
 
         def judge(responses: Sequence[tuple[int, Ids]]) -> list[Judged | None]:
@@ -130,23 +141,23 @@ class Search:
 
         s = self.section
         return search(
-            len(hard), write_on, judge, budget=s.budget, longest=longest, seed=sample_seed(run.config.seed, "search", step),
+            len(hard), write_on, judge, budget=s.budget, longest=longest, seed=sample_seed(c.config.seed, "search", step),
             explore=s.explore, width=s.width,
         )  # fmt: skip
 
     def _rollout(self, like: Rollout, ids: Ids) -> Rollout:
-        policy, stop = self.run.policy, self.run.sampling.stop
+        policy, stop = self.components.policy, self.components.sampling.stop
         text = policy.text(ids)
         stopped = ids[-1] in ending_ids(policy, stop) or any(s in text for s in stop)
         task = replace(like.task, weight=1.0)
-        return Rollout(task, like.prompt_ids, list(ids), [0.0] * len(ids), "stop" if stopped else "length", text)
+        return Rollout.answer(task, like.prompt_ids, list(ids), [0.0] * len(ids), "stop" if stopped else "length", text)
 
     def _judged(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """With verdicts. A reward that fails on a whole lot of prefixes fails on them alone: the step's own responses tell whether it is broken."""
         if not rollouts:
             return []
         try:
-            verdicts = self.run.reward.judge(rollouts)
+            verdicts = self.components.reward.judge(rollouts)
         except RewardError as error:
             verdicts = [Verdict(0.0, "infra_error", {"reason": str(error)})] * len(rollouts)
         masked = [v for v in verdicts if v.masked]
@@ -155,24 +166,21 @@ class Search:
         return [r.judged(v) for r, v in zip(rollouts, verdicts, strict=True)]
 
     def _outcomes(self, rollouts: Sequence[Rollout]) -> list[Judged | None]:
-        """What search is told of judged responses, ended or not."""
+        """Judged responses, ended or not, as the search reads them."""
         values = self._values(rollouts)
         return [self._outcome(r, v) for r, v in zip(rollouts, values, strict=True)]
 
     def _values(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[float | None]]]:
         """Where each response's segments end, and what each prefix up to there is worth."""
-        run, out = self.run, []
-        critic = run.learner.credit if self.section.value == "critic" else None
-        token_BT = (
-            critic.values(pack(rollouts, run.policy.pad_id)).clamp(0, 1)
-            if isinstance(critic, TokenCritic) and rollouts
-            else None
-        )
+        c, out = self.components, []
+        token_BT = None
+        if self.section.value == "critic" and rollouts and isinstance(credit := self.credit(), TokenCritic):
+            token_BT = credit.values(pack(rollouts, c.policy.pad_id)).clamp(0, 1)
         for b, rollout in enumerate(rollouts):
             length = len(rollout.response_ids)
-            ends = [*segment_starts(run.policy, rollout, run.config.rollout.segments)[1:], length]
+            ends = [*segment_starts(c.policy, rollout, c.config.rollout.segments)[1:], length]
             values: list[float | None] = [None] * len(ends)
-            if token_BT is not None:  # it says what it thinks before a token: at the very end, before the last one
+            if token_BT is not None:  # there is no value after the last token: at the end, the value before it
                 values = [float(token_BT[b, min(end, length - 1)]) for end in ends]
             elif self.section.value == "steps" and rollout.verdict and not rollout.verdict.masked:
                 values = self._step_values(rollout, ends)
@@ -190,7 +198,7 @@ class Search:
             for s, end in zip(steps, written, strict=True)
             if s["score"] is not None and end is not None
         ]
-        places = token_ends(self.run.policy, rollout, [end for _, end in judged])
+        places = token_ends(self.components.policy, rollout, [end for _, end in judged])
         scores = [(score, place) for (score, _), place in zip(judged, places, strict=True)]
         return [min((score for score, place in scores if place <= end), default=None) for end in ends]
 
@@ -201,7 +209,7 @@ class Search:
             return None
         ends, worth = values
         sound = self.section.value != "steps" or worth[-1] is None or worth[-1] >= 0.5
-        over = rollout.finish == "stop" or len(rollout.response_ids) >= self.run.config.rollout.max_tokens
+        over = rollout.finish == "stop" or len(rollout.response_ids) >= self.components.config.rollout.max_tokens
         outcome = verdict.correct if rollout.finish == "stop" else 0.0 if over or worth[-1] is None else worth[-1]
         return Judged(tuple(rollout.response_ids), ends, worth, outcome, _correct(rollout) and sound, over)
 
@@ -218,9 +226,9 @@ class Search:
     def _lessons(self, step: int) -> tuple[Lessons | None, int]:
         """Some solutions, judged again, that weigh anything; how many were refused this time."""
         known = list(self.solutions.values())
-        chosen = np.random.Generator(np.random.Philox(key=sample_seed(self.run.config.seed, "lessons", step)))
+        chosen = np.random.Generator(np.random.Philox(key=sample_seed(self.components.config.seed, "lessons", step)))
         drawn = self._judged([known[i] for i in chosen.permutation(len(known))[: self.section.batch]])
-        no = self.run.monitors.refuses(drawn)
+        no = self.components.monitors.refuses(drawn)
         found = self._outcomes(drawn)
         right = [
             r for i, (r, f) in enumerate(zip(drawn, found, strict=True)) if f is not None and f.solved and i not in no
@@ -230,7 +238,7 @@ class Search:
         taught = [(r, w) for r, w in zip(right, weights, strict=True) if w > 0]
         if not taught:
             return None, refused
-        batch = pack([r for r, _ in taught], self.run.policy.pad_id)
+        batch = pack([r for r, _ in taught], self.components.policy.pad_id)
         return Lessons(batch, [w for _, w in taught], self.section.batch), refused
 
     def _entry(self, step: int, solution: Rollout, result: Found) -> str:
@@ -238,7 +246,7 @@ class Search:
             "step": step, "task": _task(solution.task),
             "prompt_ids": list(solution.prompt_ids), "response_ids": list(solution.response_ids), "response": solution.text,
             "found_by": f"mcts, value={self.section.value}", "simulations": result.simulations, "tokens": result.tokens,
-            "policy_fingerprint": self.run.fingerprint,
+            "policy_fingerprint": self.fingerprint(),
         })  # fmt: skip
 
 
@@ -264,4 +272,4 @@ def _correct(rollout: Rollout) -> bool:
 def _solution(entry: dict[str, Any]) -> Rollout:
     task = Task(**entry["task"])
     ids = entry["response_ids"]
-    return Rollout(task, entry["prompt_ids"], ids, [0.0] * len(ids), "stop", entry["response"])
+    return Rollout.answer(task, entry["prompt_ids"], ids, [0.0] * len(ids), "stop", entry["response"])

@@ -1,1 +1,1 @@
-"""Fast paths of what a model computes: log-probabilities, attention, elementwise layers; on a CPU in C, on CUDA in Triton."""
+"""Fast paths of a model: log-probabilities, attention, elementwise layers; in C for a CPU, in Triton for CUDA."""

@@ -1,9 +1,9 @@
 """Attention over packed sequences: one row holds many, each attends to itself alone, and nothing is spent on padding.
 
-Sequences of one length that lie next to each other share a call, so sort by length before packing. It plugs into transformers'
-attention interface, so every decoder that uses it can be packed: `use(model)`, then `model(..., **boundaries([5, 3, 3]))`. Without
-them the model attends as it always does (causal). A test against each sequence alone must decide whether a model may be packed:
-some do more in their attention than this knows.
+Sequences of one length that lie next to each other share a call, so sort by length before packing. It plugs into
+transformers' attention interface, so every decoder that uses it can be packed: `use(model)`, then
+`model(..., **boundaries([5, 3, 3]))`. Without them the model attends as it always does (causal). Whether a model may be
+packed must be decided by a test against each sequence alone: some models do more in their attention than this knows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, tor
 
 
 def use(model: Any) -> None:
-    """Let a model's attention layers understand `boundaries`. Raises ValueError for a model without transformers' attention
-    interface, or with layers of another kind: a convolution or a recurrent state would run on from one sequence into the next."""
+    """Make a model's attention layers read `boundaries`. Raises ValueError for a model without transformers'
+    attention interface, or with layers of another kind: a convolution or a recurrent state would run on from one
+    sequence into the next."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise ValueError("its layers remember more than keys and values")
@@ -44,12 +45,13 @@ def use(model: Any) -> None:
 
 
 def boundaries(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """What tells the attention layers where sequences begin and end, by the name that transformers hands on to them."""
+    """Keyword arguments that say where sequences begin and end, under the name that transformers passes to its
+    attention layers."""
     return {"cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0)}
 
 
 def slot_boundaries(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """The same for one new token a sequence, of which `lengths` tokens are in its slot by then."""
+    """The same for one new token per sequence, of which `lengths` tokens are in its slot by then."""
     return {"cu_seq_lens_k": torch.tensor([0, *lengths]).cumsum(0)}
 
 
@@ -75,20 +77,21 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each sequence to itself, or of one token a sequence to what its slot holds (rollout/kv_cache.py).
+    """Causal attention of each sequence to itself, or of one token per sequence to what its slot holds
+    (rollout/kv_cache.py).
 
     Args:
         query, key, value: [1, heads, L, D]; keys and values may have fewer heads (grouped queries).
-        attention_mask: for one query a row, [B, 1, 1, S]: 0 where a row's slot is filled, −inf beyond.
+        attention_mask: for one query per row, [B, 1, 1, S]: 0 where a row's slot is filled, −inf beyond.
         sliding_window: how far back a layer looks, or None.
         cu_seq_lens_q: where sequences begin, and L, as `boundaries` makes it.
-        cu_seq_lens_k: for one query a row, the same of what the slots hold.
+        cu_seq_lens_k: for one query per row, the same of what the slots hold.
 
     Returns:
         [1, L, heads, D], as transformers' attention functions do.
 
     Raises:
-        ValueError: for something in the attention that this does not know (a soft cap, sinks, a window told to the mask only).
+        ValueError: for attention that this does not know (a soft cap, sinks, a window in the mask alone).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("its attention does more than a softmax")
@@ -96,40 +99,37 @@ def attention(
         raise ValueError("its attention is limited by a mask alone")
     if cu_seq_lens_k is not None and attention_mask is not None:
         return _next_token(query, key, value, attention_mask, cu_seq_lens_k, scaling, sliding_window), None
-    if cu_seq_lens_q is None:
-        if attention_mask is None:
-            attention_mask = _band(query.size(2), sliding_window, query.device)
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
-    if sliding_window is None and dropout == 0.0 and compiled.fits(query[0], key[0], value[0], len(cu_seq_lens_q) - 1):
-        scale = query.size(-1) ** -0.5 if scaling is None else scaling
-        return compiled.attention(query[0], key[0], value[0], cu_seq_lens_q, scale)[None], None
-    if dropout == 0.0 and attention_cuda.fits(query[0], key[0], value[0], sliding_window):
-        scale = query.size(-1) ** -0.5 if scaling is None else scaling
-        return attention_cuda.attention(query[0], key[0], value[0], cu_seq_lens_q, scale, sliding_window)[None], None
+    if cu_seq_lens_q is not None:
+        return _packed(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
+    if attention_mask is None:
+        attention_mask = _band(query.size(2), sliding_window, query.device)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask,
+        dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs,
+    )  # fmt: skip
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
+    """Causal attention of each sequence to itself, [1, L, heads, D]; in one call where there is a kernel for it."""
+    parts = query[0], key[0], value[0]
+    scale = query.size(-1) ** -0.5 if scaling is None else scaling
+    if window is None and dropout == 0.0 and compiled.fits(*parts, len(starts) - 1):
+        return compiled.attention(*parts, starts, scale)[None]
+    if dropout == 0.0 and attention_cuda.fits(*parts, window):
+        return attention_cuda.attention(*parts, starts, scale, window)[None]
     out = []
-    lengths: list[int] = cu_seq_lens_q.diff().tolist()
+    lengths: list[int] = starts.diff().tolist()
     for start, length, count in runs(lengths):
         # [heads, count × length, D] as [count, heads, length, D]
-        q, k, v = (
-            x[0, :, start : start + length * count].unflatten(1, (count, length)).transpose(0, 1)
-            for x in (query, key, value)
-        )
-        band = _band(length, sliding_window, q.device)
+        q, k, v = (x[:, start : start + length * count].unflatten(1, (count, length)).transpose(0, 1) for x in parts)
+        band = _band(length, window, q.device)
         o = scaled_dot_product_attention(
             q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
         )
         out.append(o.transpose(1, 2).flatten(0, 1))  # [count × length, heads, D]
-    return torch.cat(out)[None], None
+    return torch.cat(out)[None]
 
 
 def _looks_no_further(module: Any) -> bool:
@@ -158,7 +158,7 @@ def _next_token(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attention of one query a row, [B, 1, heads, D]."""
+    """Attention of one query per row, [B, 1, heads, D]."""
     if window is not None:
         filled_B11 = (mask_B11S == 0).sum(-1)
         column_S = torch.arange(mask_B11S.size(-1), device=query.device)

@@ -1,7 +1,7 @@
-"""Attention of one new token a sequence to what its slot holds, which is all the attention that decoding does.
+"""Attention of one new token per sequence to the keys and values in its slot: all the attention that decoding does.
 
-The queries that share a key head lie next to each other, so they become the rows of one product, and no key is ever copied for each
-of them. On a CPU a few sequences go at a time, each lot no further than its own longest reaches.
+The queries that share a key head lie next to each other, so they become the rows of one product, and no key is ever
+copied for each of them. On a CPU a few sequences go at a time, each lot no further than its own longest reaches.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 Lot = tuple[int, int, int, Tensor]
-"""Neighbouring sequences: the first, the one after the last, how many columns they see, and what each may not see, [b, 1, 1, columns]."""
+"""Neighbouring sequences: the first, the one after the last, how many columns they read, and the mask of each, [b, 1,
+1, columns]."""
 
 
 def lots(lengths: Sequence[int], mask_B11S: Tensor) -> list[Lot]:
-    """The sequences in lots.
+    """Cuts sequences into lots that are computed together.
 
     Args:
         lengths: how many columns of its slot each sequence fills, the new token's included.
@@ -34,12 +35,12 @@ def lots(lengths: Sequence[int], mask_B11S: Tensor) -> list[Lot]:
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, among: Sequence[Lot], scale: float) -> Tensor:
-    """What every query sees.
+    """Attends each query to its slot.
 
     Args:
-        query: [B, groups, heads a group, D].
+        query: [B, groups, heads per group, D].
         key, value: [B, groups, columns, D].
-        among: see `lots`.
+        among: from `lots`.
 
     Returns:
         Like the query, contiguous.
@@ -51,8 +52,8 @@ def attended(query: Tensor, key: Tensor, value: Tensor, among: Sequence[Lot], sc
         if q.device.type != "cpu" or q.dtype != torch.float32:
             out[start:end] = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
             continue
-        # two plain products: the fused kernel is made for many queries, and takes up to twice the time for one (float32; in
-        # bfloat16 it is as fast, and rounds less)
+        # two plain products: the fused kernel is made for many queries, and takes up to twice the time for one in
+        # float32 (in bfloat16 it is as fast, and rounds less)
         score = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).unflatten(0, k.shape[:2])
         weight = score.mul_(scale).add_(mask).softmax(-1).flatten(0, 1)
         torch.bmm(weight, v.flatten(0, 1), out=out[start:end].flatten(0, 1))

@@ -1,8 +1,8 @@
-"""What lies between an update's products: RMS norms, gated units (SwiGLU) and rotations (RoPE), one call each way; on a CPU in compiled code
-(elementwise.c), on CUDA in Triton (kernels.py).
+"""Autograd functions for RMS norms, gated units (SwiGLU) and rotations (RoPE): bindings of cpu/elementwise.c on a
+CPU, kernels of cuda/triton.py on CUDA.
 
-In PyTorch each is several operations forward and more backward, all of which write what the next one reads; a tenth of an update in bfloat16
-(docs/performance.md). lent.py gives them to a model's layers.
+In PyTorch each is several operations forward and more backward, which write what the next one reads: a tenth of an
+update in bfloat16 (docs/performance.md). patch_layers.py puts them into a model's layers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def compiles(device: str, dtype: torch.dtype) -> bool:
-    """Whether this can be had for tensors of a dtype on a type of device."""
+    """Whether there is compiled code for tensors of a dtype on a type of device."""
     if device == "cuda":
         return dtype in (torch.float32, torch.bfloat16, torch.float16) and triton_is_there()
     return device == "cpu" and _compiled(dtype) is not None
@@ -52,14 +52,15 @@ def compiles(device: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def triton_is_there() -> bool:
-    """Whether kernels.py runs on this GPU: PyTorch's CUDA builds for Linux bring Triton, which needs a C compiler and Python's headers."""
+    """Whether cuda/triton.py runs on this GPU: PyTorch's CUDA builds for Linux bring Triton, which needs a C compiler
+    and Python's headers."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
         one = torch.ones(1, 32, device="cuda")
         _kernels().norm(one, one[0], 1e-5)
         torch.cuda.synchronize()
-    except Exception:  # whatever it is that Triton misses
+    except Exception:  # whatever Triton lacks here
         return False
     return True
 
@@ -88,7 +89,8 @@ class _Norm(torch.autograd.Function):
             return y_ND.view_as(x)
         y, scale_N = torch.empty_like(x), torch.empty(x.numel() // size, dtype=torch.float32)
         _library(x.dtype).norm_forward(
-            x.data_ptr(), weight_D.data_ptr(), len(scale_N), size, epsilon, y.data_ptr(), scale_N.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), weight_D.data_ptr(), len(scale_N), size, epsilon, y.data_ptr(), scale_N.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight_D, scale_N)
         return y
@@ -104,8 +106,8 @@ class _Norm(torch.autograd.Function):
             return grad_x.view_as(x), grad_D.to(weight_D.dtype), None
         grad_x, grad_weight = torch.empty_like(x), torch.zeros(threads, x.size(-1), dtype=torch.float32)
         _library(x.dtype).norm_backward(
-            x.data_ptr(), weight_D.data_ptr(), grad.data_ptr(), scale_N.data_ptr(), len(scale_N), x.size(-1), grad_x.data_ptr(),
-            grad_weight.data_ptr(), threads,
+            x.data_ptr(), weight_D.data_ptr(), grad.data_ptr(), scale_N.data_ptr(), len(scale_N), x.size(-1),
+            grad_x.data_ptr(), grad_weight.data_ptr(), threads,
         )  # fmt: skip
         return grad_x, grad_weight.sum(0).to(weight_D.dtype), None
 
@@ -132,7 +134,8 @@ class _Gated(torch.autograd.Function):
             return _kernels().gated_back(gate, up, grad)
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         _library(gate.dtype).gated_backward(
-            gate.data_ptr(), up.data_ptr(), grad.data_ptr(), gate.numel(), grad_gate.data_ptr(), grad_up.data_ptr(), torch.get_num_threads(),
+            gate.data_ptr(), up.data_ptr(), grad.data_ptr(), gate.numel(), grad_gate.data_ptr(), grad_up.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return grad_gate, grad_up
 
@@ -157,7 +160,8 @@ def _run_turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         return _kernels().turned(x, cos, sin, back)
     out, (heads, size) = torch.empty_like(x), x.shape[-2:]
     _library(x.dtype).turned(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel() // size, heads, size, back, out.data_ptr(), torch.get_num_threads()
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel() // size, heads, size, back, out.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -173,6 +177,6 @@ def gated_unit(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x, [B, N, heads, D], turned by its token's angles (RoPE, arXiv 2104.09864), as transformers' `apply_rotary_pos_emb` does; D is a
-    multiple of twice `REGISTER`. cos, sin: [B, N, D], without gradient."""
+    """x, [B, N, heads, D], rotated by its token's angles (RoPE, arXiv 2104.09864), as transformers'
+    `apply_rotary_pos_emb` does; D is a multiple of twice `REGISTER`. cos, sin: [B, N, D], without gradient."""
     return _Turned.apply(x, cos, sin)

@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens, in chunks: no tensor of tokens × vocabulary is ever held.
 
 The output projection and the log-softmax give float32 whatever the model's dtype: in bfloat16 a logit of 20 is only
-known to 0.06, and that error would go straight into every importance ratio. The chunk's logits are computed again in the
-backward pass, so the peak is one chunk instead of all tokens (a 49,152-word vocabulary costs 192 KiB a token and copy).
+known to 0.06, and that error would go straight into every importance ratio. The chunk's logits are computed again in
+the backward pass, so the peak is one chunk instead of all tokens (a 49,152-word vocabulary costs 192 KiB per token
+and copy).
 """
 
 from __future__ import annotations
@@ -20,20 +21,22 @@ from .cpu import head
 from .cuda import head as head_cuda
 
 CHUNK_ELEMENTS = 1 << 23
-"""Logits a chunk, 32 MiB in float32: enough tokens for full matmul speed, small enough to stay near the cache."""
+"""Logits per chunk, 32 MiB in float32: enough tokens for full matmul speed, small enough to stay near the cache."""
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Tokens a chunk."""
+    """Tokens per chunk."""
     return max(16, CHUNK_ELEMENTS // vocabulary)
 
 
 @contextlib.contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 matrix products of bfloat16 values at the speed of bfloat16 (CPUs that have it; elsewhere nothing changes).
+    """Float32 matrix products of bfloat16 values at the speed of bfloat16 (CPUs that have it; elsewhere nothing
+    changes).
 
-    The product of two bfloat16 numbers is exact in float32 and the sums are kept in float32, so a projection of a bfloat16
-    model's hidden states loses nothing. A float32 gradient that enters is rounded once, as everywhere in such a model.
+    The product of two bfloat16 numbers is exact in float32 and the sums are kept in float32, so a projection of a
+    bfloat16 model's hidden states loses nothing. A float32 gradient that enters is rounded once, as everywhere in
+    such a model.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch 2.9 and newer
     if matmul is None or dtype != torch.bfloat16:
@@ -61,7 +64,8 @@ class _TokenLogProbs(torch.autograd.Function):
         for h, target in zip(hidden_ND.split(size), target_N.split(size), strict=True):
             with exact_products(weight_VD.dtype):
                 logits = _logits(h, weight, bias, temperature, logits_CV)
-            # log Z and the entropy log Z − Σ p·logit without a temporary of the logits' size (logsumexp and vecdot make one each)
+            # log Z and the entropy log Z − Σ p·logit without a temporary of the logits' size (logsumexp and vecdot
+            # make one each)
             top = logits.amax(-1)
             weights = torch.sub(logits, top[:, None], out=weights_CV[: len(h)]).exp_()
             total = weights.sum(-1)
@@ -96,7 +100,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits.scatter_add_(1, target_N[part, None], g[:, None])
             grad_logits.div_(temperature)
             with exact_products(weight_VD.dtype):
-                # rounded once, to what the product multiplies anyway: twice as fast as a float32 product of the same numbers
+                # rounded once, to what the product multiplies anyway: twice as fast as a float32 product
                 grad_hidden[part] = grad_logits.to(hidden_ND.dtype) @ weight_VD.to(hidden_ND.dtype)
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.T, h)
@@ -112,7 +116,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 class _CompiledTokenLogProbs(torch.autograd.Function):
-    """The same in head.c, which `head.fits`."""
+    """The same in cpu/head.c, for inputs that `head.fits`."""
 
     @staticmethod
     def forward(
@@ -140,8 +144,9 @@ class _CompiledTokenLogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor, size: int, count: int) -> Tensor:
-    """Room for `count` chunks of logits, held from the first chunk to the last: malloc finds an aligned block's old place too small
-    for its successor, so a block for each chunk made the heap grow with the response (1.3 GiB at 4,096 tokens)."""
+    """Room for `count` chunks of logits, held from the first chunk to the last: malloc finds an aligned block's old
+    place too small for its successor, so a block for each chunk made the heap grow with the response (1.3 GiB at
+    4,096 tokens)."""
     return weight_VD.new_empty(count, min(size, len(hidden_ND)), weight_VD.size(0))
 
 

@@ -1,7 +1,8 @@
-"""What a transformers model's layers are lent for an update: their own arithmetic in compiled code (elementwise.py), and on a CPU an embedding
-whose gradient is as large as what was looked up.
+"""Temporarily replaces Llama-family layer forwards with faster equivalents (elementwise.py), and on a CPU the
+embedding with one whose gradient is only as large as what was looked up.
 
-`fused(fusable(model))` lends; whether a layer's own forward finds the same is tried first.
+`with fused(fusable(model)):` replaces them until the block ends. `fusable` compares each replacement with the layer's
+own forward first.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from .elementwise import REGISTER, compiles, gated_unit, rms_norm, turned
 
 
 class _Embedded(torch.autograd.Function):
-    """Rows of a parameter whose gradient goes straight to theirs: PyTorch makes a matrix of the vocabulary's size, zeros but for a few rows, and
-    adds all of it. The sums of rows that come several times are in float32, and rounded once."""
+    """Looks up rows of an embedding, and adds their gradient to those rows of `weight.grad` directly.
+
+    PyTorch would make a matrix of the vocabulary's size, zeros but for a few rows, and add all of it. Rows that occur
+    several times are summed in float32, and rounded once."""
 
     @staticmethod
     def forward(ctx: Any, wanted: Tensor, module: nn.Embedding, ids: Tensor) -> Tensor:
@@ -70,7 +73,8 @@ def _attention_forward(
     **kwargs: Any,
 ) -> Any:
     cos, sin = position_embeddings
-    if cos.dtype != hidden_states.dtype or cos.shape != (*hidden_states.shape[:2], module.head_dim):
+    packed = module.config._attn_implementation == NAME
+    if not packed or cos.dtype != hidden_states.dtype or cos.shape != (*hidden_states.shape[:2], module.head_dim):
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )
@@ -98,7 +102,8 @@ _FORWARDS = {
 
 
 def fusable_family(model: Any) -> bool:
-    """Whether a causal model's norms and gated units are of a kind that is computed here, by its name and sizes alone."""
+    """Whether a causal model's norms and gated units are of a kind that can be replaced, by its name and sizes
+    alone."""
     kind, config = type(model), model.config
     if kind.__name__.removesuffix("ForCausalLM") not in _FAMILIES or not kind.__module__.startswith(
         "transformers.models."
@@ -108,8 +113,10 @@ def fusable_family(model: Any) -> bool:
 
 
 def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
-    """The norms, gated units, attentions and the embedding of a model that are computed here as by themselves, each with its forward.
-    None unless all weights are on one device and in one dtype, for which there is compiled code."""
+    """Returns the norms, gated units, attentions and the embedding of a model that can be replaced, each with its new
+    forward.
+
+    Empty unless all weights are on one device and in one dtype, for which there is compiled code."""
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if len(kinds) != 1 or not compiles(*next(iter(kinds))):
         return []
@@ -121,7 +128,7 @@ def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
         if _whole_registers(module, forward) and _same(module, forward):
             found.append((module, forward))
     embedding = model.get_input_embeddings()
-    if next(iter(kinds))[0] != "cpu":  # 3 TB a second add up a vocabulary in no time
+    if next(iter(kinds))[0] != "cpu":  # a GPU adds a matrix of the vocabulary's size in no time
         return found
     if type(embedding) is nn.Embedding and not (embedding.max_norm or embedding.sparse or embedding.scale_grad_by_freq):
         found.append((embedding, _embedding_forward))
@@ -139,8 +146,8 @@ def _whole_registers(module: Any, forward: Any) -> bool:
 
 @torch.no_grad()
 def _same(module: Any, forward: Any) -> bool:
-    """Whether a module's own forward finds the same, of small numbers and of large ones: a name says little about what another version of
-    transformers does."""
+    """Whether a module's own forward gives the same for small and for large numbers: a name says little about what
+    another version of transformers computes."""
     first = next(module.parameters(), None)
     if first is None:
         return False
@@ -163,12 +170,12 @@ def _same(module: Any, forward: Any) -> bool:
 
 @contextlib.contextmanager
 def fused(modules: list[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Let these (`fusable`) compute so until the block ends."""
-    lent = [(module, forward) for module, forward in modules if "forward" not in module.__dict__]
+    """Replace the forwards of these modules (`fusable`) until the block ends."""
+    replaced = [(module, forward) for module, forward in modules if "forward" not in module.__dict__]
     try:
-        for module, forward in lent:
+        for module, forward in replaced:
             module.forward = partial(forward, module)
         yield
     finally:
-        for module, _ in lent:
+        for module, _ in replaced:
             module.__dict__.pop("forward", None)

@@ -13,45 +13,45 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import EngineMismatch, NonFinite, RunFailure
+from ..distributed.mesh import Mesh
+from ..errors import NonFinite, RunFailure
 from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
+from ..models.scorer import ActionLogps
 from ..objective.advantage import overlong_penalty
 from ..objective.kl import kl_cost
 from ..objective.loss import Scored, denominator, mismatch, policy_loss
 from ..objective.ratio import log_ratio
 from ..recipe.config import Config
 from ..rollout.canary import SAMPLED, noise_limit
+from .agreement import check_gap
 from .batch import Batch, micro_batches
-from .credit.base import credit
+from .credit.loading import load_credit
+from .lessons import Lessons
 from .optimizer import MasterAdamW, learning_rate
 from .update_stats import Tally, Trace
-
-if TYPE_CHECKING:
-    from ..experimental.search import Lessons
 
 NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 """The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by
 more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
 
 
-DRIFT = 1.0
-"""Nats a token, on average, that no updates within one step move a policy by."""
-
-
 class Learner:
     """Holds what is trained, and how. `reference` is None unless the recipe reads it."""
 
-    def __init__(self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config) -> None:
+    def __init__(
+        self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config, mesh: Mesh | None = None
+    ) -> None:
         config, _ = config.settled()
+        self.mesh = mesh or Mesh()
         self.policy, self.reference, self.config = policy, reference, config
-        self.credit = credit(config, policy, critic)
+        self.credit = load_credit(config, policy, critic)
         t = config.training
         self.policy_optimiser = MasterAdamW(
             policy.model.parameters(), betas=t.betas, weight_decay=t.weight_decay, kind=t.optimizer
@@ -71,7 +71,7 @@ class Learner:
     def advantage(self, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """R − b for each rollout, [B] (or for each token, [B, T]), the values V(x), [B], where there is a critic, and its metrics.
 
-        Call before `update`: the values must not have seen these rewards. Masked rollouts get whatever, and are not used.
+        Call before `update`: the values must not have seen these rewards. Values for masked rollouts are undefined.
         """
         reward_B, o, r = batch.reward_B, self.config.objective, self.config.rollout
         shaping: dict[str, Any] = {}
@@ -107,32 +107,18 @@ class Learner:
         log-probabilities are too far from the learner's.
         """
         t = self.config.training
-        assert t.lr is not None  # both are resolved by Config.with_rates
-        assert t.critic_lr is not None
-        kept = batch.keep_B.nonzero()[:, 0]
         self.trace = Trace.empty(batch)
-        if len(kept) == 0:
+        if not batch.keep_B.any():
             return {"update/skipped": "every rollout was masked"}
-        if self._leaves_flat_groups_out():
-            mixed = (batch.keep_B & ~batch.flat_B).nonzero()[:, 0]
-            left_out = {"update/left_out": len(kept) - len(mixed)}
-            if len(mixed):
-                kept = mixed
-            else:  # nothing to learn from: lessons may be
-                advantage_B = torch.zeros_like(advantage_B)
-        else:
-            left_out = {}
-        lr = {
-            "policy": learning_rate(t.lr, step, t.steps, warmup=t.warmup, schedule=t.schedule),
-            "critic": learning_rate(t.critic_lr, step, t.steps, warmup=t.warmup, schedule=t.schedule),
-        }
+        kept, advantage_B, left_out = self._trains(batch, advantage_B)
+        lr, critic_lr = self._rates(step)
         plans = [self._plan(batch, kept, step, epoch) for epoch in range(t.epochs)]
         # Once a run the first minibatch is computed twice, to see that two passes over the same weights agree exactly.
         old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
         if not self.ratio_checked:
             self._fill_old(old_BT, batch, plans[0][:1])
         reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
-        tally = Tally()
+        tally = Tally(self.mesh)
         updates = [minibatch for plan in plans for minibatch in plan]
         beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
         self._done, self._total = 0, sum(map(len, updates))
@@ -142,15 +128,15 @@ class Learner:
             self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
             if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
                 self._settle_rest(old_BT, batch, plans[0], tally)
-            self._check_gap(tally)
+            check_gap(tally, self.gap_limit, self.config.objective, self.policy.dtype)
             if t.measure_noise and number < 2 <= len(plans[0]) <= len(batch.group_B[kept].unique()):
                 tally.gradients.append(self._gradient())
             if lessons is not None:
                 self._teach(lessons, number, len(updates), tally)
-            norm = self.policy_optimiser.step(lr["policy"], t.max_grad_norm)
+            norm = self.policy_optimiser.step(lr, t.max_grad_norm)
             tally.add("update/grad_norm", norm)
-            self._check_finite(norm)
-            self._teach_critic(batch, rows, lr["critic"], tally)
+            self._count_bad(norm)
+            self._teach_critic(batch, rows, critic_lr, tally)
             if self.tight:
                 give_back()
         gap = tally.engine_gap()
@@ -158,17 +144,29 @@ class Learner:
             self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)
         metrics = tally.metrics(len(updates))
         self.trace = tally.trace(batch)
-        if metrics["policy/kl_step"] is not None:  # measured on average half-way through the step's updates
-            self.credit.moved(2 * metrics["policy/kl_step"] * float(batch.response_len_B[kept].float().mean()))
-        return (
-            metrics
-            | left_out
-            | {
-                "update/lr": lr["policy"],
-                "update/critic_seconds": self.critic_seconds,  # of the whole step's
-                "update/skipped_non_finite": self.bad_total,
-            }
+        metrics |= {"update/lr": lr, "update/critic_seconds": self.critic_seconds}  # of the whole step's
+        return metrics | left_out | {"update/skipped_non_finite": self.bad_total}
+
+    def _trains(self, batch: Batch, advantage_B: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The rows that the policy learns from, their advantages, and how many were left out because their group agrees."""
+        kept = batch.keep_B.nonzero()[:, 0]
+        if not self._leaves_flat_groups_out():
+            return kept, advantage_B, {}
+        mixed = (batch.keep_B & ~batch.flat_B).nonzero()[:, 0]
+        left_out = {"update/left_out": len(kept) - len(mixed)}
+        if len(mixed):
+            return mixed, advantage_B, left_out
+        return kept, torch.zeros_like(advantage_B), left_out  # nothing to learn from; lessons may be
+
+    def _rates(self, step: int) -> tuple[float, float]:
+        """The learning rates of policy and critic."""
+        t = self.config.training
+        assert t.lr is not None  # both are resolved by Config.with_rates
+        assert t.critic_lr is not None
+        policy, critic = (
+            learning_rate(peak, step, t.steps, warmup=t.warmup, schedule=t.schedule) for peak in (t.lr, t.critic_lr)
         )
+        return policy, critic
 
     def _leaves_flat_groups_out(self) -> bool:
         """Whether prompts whose samples still agree after the last round of `rollout.resample` leave every sum and denominator, as those do that
@@ -181,12 +179,13 @@ class Learner:
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
         count = self.config.training.minibatches
         units = batch.group_B[kept].unique(return_inverse=True)[1]
-        if units.max() + 1 < count and not batch.nodes:  # a tree's leaves belong together
+        if units.max() + 1 < count:
             units = torch.arange(len(kept))
         order = torch.randperm(int(units.max()) + 1, generator=generator)
-        length_B = batch.prompt_len_B + batch.response_len_B
         minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
-        return [micro_batches(m, length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches]
+        return [
+            micro_batches(m, batch.length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches
+        ]
 
     def _beside(self, batch: Batch, step: int, epoch: int, count: int) -> list[Tensor]:
         """What only the critic learns from, dealt out to an epoch's updates, the groups whole."""
@@ -211,7 +210,7 @@ class Learner:
         """Add up the gradient of one minibatch's loss over its micro-batches."""
         o = self.config.objective
         rows = torch.cat(minibatch)
-        sequences, tokens = float(batch.share_B[rows].sum()), float(batch.count_BT[rows].sum())
+        sequences, tokens = float(len(rows)), float(batch.response_len_B[rows].sum())
         divisor = denominator(o, sequences, tokens, self.config.rollout.max_tokens)
         for part in minibatch:
             current = self._logps(self.policy, batch, part)
@@ -227,7 +226,6 @@ class Learner:
                 of(old_BT),
                 of(batch.behaviour_logp_BT),
                 current.mask_BT,
-                of(batch.count_BT) if batch.nodes else None,
                 None if reference_BT is None else of(reference_BT),
                 None if batch.weight_B is None else of(batch.weight_B),
                 current.entropy_BT,
@@ -259,9 +257,9 @@ class Learner:
         many lessons as there could be, so that a single one is not learnt with the weight of all."""
         batch = lessons.batch
         rows = torch.arange(number, len(batch), updates)
-        length_B, total = batch.prompt_len_B + batch.response_len_B, 0.0
+        total = 0.0
         weight_B = torch.tensor(lessons.weights) / batch.response_len_B
-        for part in micro_batches(rows, length_B, self.config.training.micro_budget, self.policy.packs):
+        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, self.policy.packs):
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
             loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
@@ -285,14 +283,8 @@ class Learner:
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
-    def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> Any:
-        width = int((batch.prompt_len_B[part] + batch.response_len_B[part]).max())
-        return policy.response_logps(
-            batch.ids_BL[part, :width],
-            batch.prompt_len_B[part],
-            batch.response_len_B[part],
-            self.config.rollout.temperature,
-        )
+    def _logps(self, policy: Policy, batch: Batch, part: Tensor) -> ActionLogps:
+        return policy.logps(*batch.rows(part), self.config.rollout.temperature)
 
     @torch.no_grad()
     def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[list[Tensor]]) -> None:
@@ -336,8 +328,7 @@ class Learner:
         """Of some rows of the batch, or of all; 0 elsewhere."""
         rows = torch.arange(len(batch)) if rows is None else rows
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
-        length_B = batch.prompt_len_B + batch.response_len_B
-        for part in micro_batches(rows, length_B, self.config.training.micro_budget, policy.packs):
+        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, policy.packs):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         return out_BT
@@ -351,35 +342,15 @@ class Learner:
         o = self.config.objective
         return o.anchor == "reference" or (o.kl > 0 and o.kl_form != "reward")
 
-    # -- what stops a run --------------------------------------------------------------------------------------------
-
-    def _check_finite(self, norm: float) -> None:
-        if math.isfinite(norm):
-            self.bad_in_a_row = 0
-            return
-        self.bad_in_a_row += 1
-        self.bad_total += 1
+    def _count_bad(self, norm: float) -> None:
+        """Count updates that were not finite, each of which was skipped; too many in a row stop the run."""
+        bad = not math.isfinite(norm)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        self.bad_total += bad
         if self.bad_in_a_row >= self.config.training.max_bad_updates:
             raise NonFinite(
                 f"the policy's loss or gradient was not finite in {self.bad_in_a_row} updates in a row (each was skipped): "
                 "lower training.lr, or look for infinite log-probabilities in the last rollouts file"
-            )
-
-    def _check_gap(self, tally: Tally) -> None:
-        gap, given, dtype = tally.engine_gap(), self.config.objective.engine_gap_limit, self.policy.dtype
-        limit, kind = (given, "objective.engine_gap_limit") if given else (self.gap_limit, "measured in the first step")
-        if limit is None:
-            limit, kind = SAMPLED[dtype], f"what {str(dtype).removeprefix('torch.')} can explain"
-        if gap is not None and not gap <= limit:
-            raise EngineMismatch(
-                f"engine and learner disagree by {gap:.3g} nats a token on average (limit {limit:.2g}: {kind}): the engine holds other weights, "
-                "or computes in another precision or at another temperature. Where it is known to be right, set objective.engine_gap_limit above "
-                "that"
-            )
-        if tally.drift > DRIFT:
-            raise EngineMismatch(
-                f"a minibatch whose `old` log-probabilities are the engine's is {tally.drift:.2f} nats a token away from the learner: the "
-                "engine did not sample all responses from the same weights, or training.lr is far too high"
             )
 
     # -- state -------------------------------------------------------------------------------------------------------

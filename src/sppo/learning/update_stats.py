@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.mesh import Mesh
 from ..objective.diagnostics import effective_sample_size
 from ..objective.kl import estimator
 from .batch import Batch
@@ -31,7 +32,8 @@ class Trace:
 class Tally:
     """Sums over the micro-batches of one step, and the metrics they make."""
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: Mesh | None = None) -> None:
+        self.mesh = mesh or Mesh()
         self.values: dict[str, list[float]] = {}
         self.log_ratio: list[Tensor] = []
         self.correction: list[Tensor] = []  # log weights from the engine's distribution to the learner's
@@ -86,7 +88,9 @@ class Tally:
             self.elements += int(element_mask.sum())
 
     def engine_gap(self) -> float | None:
-        return self.gap_sum / self.gap_tokens if self.gap_tokens else None
+        """The mean distance of the engine's log-probabilities to the learner's, in nats per token."""
+        tokens = self.mesh.sum(self.gap_tokens)
+        return self.mesh.sum(self.gap_sum) / tokens if tokens else None
 
     def trace(self, batch: Batch) -> Trace:
         out = Trace.empty(batch)
@@ -98,8 +102,8 @@ class Tally:
     def metrics(self, updates: int) -> dict[str, Any]:
         losses = [sum(v) for k, v in self.values.items() if k.startswith("loss/")]
         out: dict[str, Any] = {
-            "loss/policy": sum(losses) / updates,
-            "policy/entropy": self.entropy / max(self.tokens, 1.0),
+            "loss/policy": self.mesh.sum(sum(losses)) / updates,
+            "policy/entropy": self.mesh.sum(self.entropy) / max(self.mesh.sum(self.tokens), 1.0),
             "engine/gap_mean": self.engine_gap(),
             "engine/gap_max": self.gap_max,
         }
@@ -111,7 +115,9 @@ class Tally:
         out["ratio/ess"] = None if log_r is None else effective_sample_size(log_r)
         out["ratio/mean"] = None if log_r is None else float(log_r.clamp(max=60).exp().mean())
         out["ratio/max_log"] = None if log_r is None else float(log_r.abs().max())
-        out["ratio/clip_fraction"] = None if log_r is None else self.clipped / max(self.elements, 1)
+        out["ratio/clip_fraction"] = (
+            None if log_r is None else self.mesh.sum(self.clipped) / max(self.mesh.sum(self.elements), 1)
+        )
         if len(self.gradients) == 2:
             first, second = self.gradients
             signal = float(
@@ -119,5 +125,5 @@ class Tally:
             )  # of two independent samples: ‖E g‖², without bias but for one small update between them
             out["update/grad_signal"] = signal
             out["update/grad_variance"] = float(first @ first + second @ second) / 2 - signal
-        out["policy/kl_step"] = self.kl / self.kl_tokens if self.kl_tokens else None
+        out["policy/kl_step"] = self.mesh.sum(self.kl) / self.mesh.sum(self.kl_tokens) if self.kl_tokens else None
         return out

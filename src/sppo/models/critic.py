@@ -1,9 +1,10 @@
 """The critic: V(x) = σ(c(x)), the predicted chance that the policy solves prompt x. It reads the prompt only.
 
 It is decoupled from the policy (arXiv 2604.08865): any transformers decoder or encoder, any size, its own tokenizer.
-c is a linear read-out of the last hidden state at the prompt's last real token. The read-out's weights start at 0 and its
-bias at logit(base success rate), so V starts at the base rate for every prompt, and the first advantages are R − mean. A critic that learns by squared
-error (`objective.value_loss = "squared"`, PPO's) is linear: V(x) = c(x), and its bias starts at the base rate.
+c is a linear read-out of the last hidden state at the prompt's last real token. The read-out's weights start at 0 and
+its bias at logit(base success rate), so V starts at the base rate for every prompt, and the first advantages are R −
+mean. A critic that learns by squared error (`objective.value_loss = "squared"`, PPO's) is linear: V(x) = c(x), and
+its bias starts at the base rate.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from ..errors import ModelError, RecipeError
 from ..files import readable
 from ..objective.ratio import wide
 from ..types import Task
+from .actions import Actions
 from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
-from .policy import Policy, _count, parameter_count
+from .policy import Policy
+from .weights import counted, parameter_count
 
 HEAD_FILE = "value_head.safetensors"
 
 
 class Critic(nn.Module):
-    """A backbone and a scalar head. `save` writes a folder that `AutoModel.from_pretrained` loads, the head beside it."""
+    """A backbone and a scalar head. `save` writes a folder that `AutoModel.from_pretrained` loads, the head beside
+    it."""
 
     linear = False
     """Whether its read-out is the value itself, not the logit of a chance."""
@@ -68,16 +72,18 @@ class Critic(nn.Module):
                 with safe_open(trained, "pt") as file:
                     critic.linear = (file.metadata() or {}).get("value") == "linear"
         return critic.to(device), (
-            f"critic {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
+            f"critic {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
             + ("the prompt only" if reads == "prompt" else "prompt and response: a value for every token")
         )
 
     def reads_out(self, *, linear: bool) -> None:
-        """What the read-out is to be: the value itself, or the logit of a chance. Raises RecipeError for one that was trained to be the other."""
+        """What the read-out is to be: the value itself, or the logit of a chance. Raises RecipeError for one that was
+        trained to be the other."""
         if self.trained and self.linear != linear:
             was, mend = ("squared error", "squared") if self.linear else ("cross-entropy", "cross-entropy")
             raise RecipeError(
-                f"critic.model = {self.name!r} was trained by {was}, and its read-out means something else to this recipe: set objective.value_loss = {mend!r} "
+                f"critic.model = {self.name!r} was trained by {was}, and its read-out means something else to this "
+                f"recipe: set objective.value_loss = {mend!r} "
                 "(with objective.baseline = 'token-critic'), or begin with another critic"
             )
         self.linear = linear
@@ -88,7 +94,8 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def start_at(self, base_rate: float) -> None:
-        """Zero read-out, and a bias such that V(x) is the base success rate for every prompt. A trained critic is left alone."""
+        """Zero read-out, and a bias such that V(x) is the base success rate for every prompt. A trained critic is
+        left alone."""
         if self.trained:
             return
         rate = min(max(base_rate, 0.01), 0.99)
@@ -123,51 +130,53 @@ class Critic(nn.Module):
             return f"{str(error).removeprefix(f'task {task.id}: ')} (critic.model)"
         return None
 
-    def forward(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits c(x), [B] in float32, for prompts given as ids; right-padded, read at the last real token."""
+    def forward(self, ids_BL: Tensor, action_BL: Tensor) -> Tensor:
+        """Read-outs of the state *before* each action token, [B, T] in float32: a value that has not seen the token.
+        Undefined beyond a row's actions.
+
+        Args:
+            ids_BL: rows of tokens, padded on the right; an action itself is not read where none follows it.
+            action_BL: True for the tokens to predict before.
+        """
         device = self.head.weight.device
-        length_B = torch.tensor([len(p) for p in prompts], device=device)
-        ids_BP = torch.full((len(prompts), int(length_B.max())), self.tokenizer.pad_token_id or 0)
-        for row, prompt in zip(ids_BP, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        ids_BP = ids_BP.to(device)
-        mask_BP = (torch.arange(ids_BP.size(1), device=device)[None] < length_B[:, None]).long()
-        hidden_BPD = self.backbone(input_ids=ids_BP, attention_mask=mask_BP, **self._no_cache).last_hidden_state
-        last_BD = hidden_BPD[torch.arange(len(prompts), device=device), length_B - 1]
-        return self.head(wide(last_BD))[:, 0]
+        ids_BL, actions = ids_BL.to(device), Actions.of(action_BL.to(device))
+        width = int(actions.before_B.max())
+        mask_BL = (torch.arange(width, device=device)[None] < actions.before_B[:, None]).long()
+        found = self.backbone(input_ids=ids_BL[:, :width], attention_mask=mask_BL, **self._no_cache)
+        hidden_BLD = found.last_hidden_state
+        at_BT = actions.spread(actions.position_N - 1)
+        return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
+
+    def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """c(x), [B] in float32, for prompts given as ids: the read-out at each one's last token, before whatever is
+        the answer's first."""
+        ids_BL = torch.full((len(prompts), max(map(len, prompts)) + 1), self.tokenizer.pad_token_id or 0)
+        action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
+        for b, prompt in enumerate(prompts):
+            ids_BL[b, : len(prompt)] = torch.tensor(prompt)
+            action_BL[b, len(prompt)] = True
+        return self(ids_BL, action_BL)[:, 0]
 
     def reads_tokens_of(self, policy: Policy) -> None:
-        """Make sure that the policy's ids mean to this critic what they mean to the policy. Raises RecipeError when they do not."""
+        """Make sure that the policy's ids mean to this critic what they mean to the policy. Raises RecipeError when
+        they do not."""
         if self.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise RecipeError(
-                f"objective.baseline = 'token-critic' reads the response, so critic.model ({self.name}) must have the policy's own "
+                f"objective.baseline = 'token-critic' reads the response, so critic.model ({self.name}) must have "
+                "the policy's own "
                 "tokenizer: give it the policy's model or a smaller one of its family"
             )
 
-    def token_logits(self, ids_BL: Tensor, prompt_len_B: Tensor, response_len_B: Tensor) -> Tensor:
-        """Read-outs of the state *before* each response token, [B, T] in float32: PPO's values, and no prompt-only critic's.
-
-        Args:
-            ids_BL: prompt, response, padding on the right. What lies beyond a response comes out as anything.
-        """
-        device = self.head.weight.device
-        ids_BL, length_B = ids_BL.to(device), (prompt_len_B + response_len_B).to(device)
-        mask_BL = (torch.arange(ids_BL.size(1), device=device)[None] < length_B[:, None]).long()
-        hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL, **self._no_cache).last_hidden_state
-        at_BT = prompt_len_B.to(device)[:, None] - 1 + torch.arange(int(response_len_B.max()), device=device)[None]
-        at_BT = at_BT.clamp(max=ids_BL.size(1) - 1)
-        return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
-
     @torch.no_grad()
     def logits(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:
-        """c(x) for tasks, [B] on the CPU, in batches of similar length and at most so many tokens."""
+        """c(x) for tasks, [B] on the CPU, in batches of similar length and up to `token_budget` tokens."""
         prompts = [self.prompt_ids(t) for t in tasks]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         out_B = torch.zeros(len(prompts))
         while order:
             part = order[: max(1, token_budget // len(prompts[order[0]]))]
             order = order[len(part) :]
-            out_B[part] = self([prompts[i] for i in part]).cpu()
+            out_B[part] = self.prompt_logits([prompts[i] for i in part]).cpu()
         return out_B
 
     def chances(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,27 @@ LARGE = 50_000_000
 """Parameters from which bfloat16 pays; below, a step is dominated by other things and float32 is simply more exact."""
 
 
+CLASSES = {"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16", "AVX-512": "avx512_f", "AVX2": "avx2"}
+"""Classes of processors, the fastest first, by what PyTorch calls their instructions; the first two multiply bfloat16
+natively."""
+
+
+def processor(device: torch.device) -> str:
+    """What computes: a GPU, or a processor with its class and its threads: `AMD EPYC (AVX2), threads: 2`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = torch.cpu.get_capabilities()
+    name = found.get("cpu_name") or platform.machine()
+    kind = next((f" ({kind})" for kind, key in CLASSES.items() if found.get(key)), "")
+    return f"{name}{kind}, threads: {torch.get_num_threads()}"
+
+
 def native_bfloat16(device: torch.device) -> str | None:
     """What multiplies bfloat16 natively here (`CUDA`, `AMX`, `AVX512-BF16`), or None."""
     if device.type == "cuda":
         return "CUDA" if torch.cuda.is_bf16_supported() else None
-    for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")):
-        if torch.cpu.get_capabilities().get(key):
-            return name
-    return None
+    found = torch.cpu.get_capabilities()
+    return next((kind for kind in ("AMX", "AVX512-BF16") if found.get(CLASSES[kind])), None)
 
 
 def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple[torch.dtype, str]:
@@ -47,7 +61,8 @@ def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple
 
 
 def outline(name: str, *, role: str, head: bool) -> Any:
-    """The model without its weights (on the meta device), to count with; a folder needs its config.json only. The same errors as `load`.
+    """The model without its weights (on the meta device), to count with; a folder needs its config.json only. The
+    same errors as `load`.
 
     Never runs code that comes with a model (`auto_map`): a model that needs it is refused."""
     if name == "tiny" or name.startswith("tiny:"):
@@ -69,8 +84,8 @@ def load_config(name: str, role: str) -> Any:
 
 
 def load_weights(factory: Any, name: str, role: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A float32 model of a folder or hub name by one of transformers' factories, and transformers' report of what it lacked. Raises
-    ModelError."""
+    """A float32 model of a folder or hub name by one of transformers' factories, and transformers' report of what it
+    lacked. Raises ModelError."""
     with readable(f"{role}: {name} cannot be loaded", ModelError):
         model, report = factory.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
@@ -79,7 +94,8 @@ def load_weights(factory: Any, name: str, role: str, **options: Any) -> tuple[An
 
 
 def saved_dtype(folder: str) -> str:
-    """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would choose. Raises ModelError."""
+    """The dtype that a saved model folder holds: a checkpoint comes back as it was, whatever this machine would
+    choose. Raises ModelError."""
     path = Path(folder) / "config.json"
     with readable(f"{path} cannot be read", ModelError):
         dtype = read_json(path).get("dtype", "float32")
@@ -116,7 +132,8 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
     if missing:
         raise ModelError(
-            f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a whole {'causal LM' if head else 'model'}?"
+            f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a whole "
+            f"{'causal LM' if head else 'model'}?"
         )
     return model, load_tokenizer(name, role)
 
@@ -131,7 +148,8 @@ def load_tokenizer(name: str, role: str) -> Any:
 
 
 def ensure_pad(tokenizer: Any, where: str) -> int:
-    """The pad id: the tokenizer's own, or its EOS or UNK (padding is masked everywhere, so which one does not matter)."""
+    """The pad id: the tokenizer's own, or its EOS or UNK (padding is masked everywhere, so which one does not
+    matter)."""
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
@@ -141,7 +159,8 @@ def ensure_pad(tokenizer: Any, where: str) -> int:
 
 
 def render_chat(tokenizer: Any, task: Task, answer: bool = True) -> str:
-    """Chat messages through the template, open for the assistant's turn (`answer`); the row's `tools`, if it has any, go along.
+    """Chat messages through the template, open for the assistant's turn (`answer`); the row's `tools`, if it has any,
+    go along.
 
     Raises ModelError where the template refuses: one row's conversation, whatever the template raises.
     """
@@ -161,7 +180,8 @@ def render_chat(tokenizer: Any, task: Task, answer: bool = True) -> str:
 def prompt_ids(tokenizer: Any, task: Task, chat: bool) -> list[int]:
     """A prompt's ids: chat messages through the template (`chat`), anything else as plain text; never two BOS in a row.
 
-    A template writes its own BOS, and a plain prompt may have been rendered before it became a row: the tokenizer's own BOS would be a second.
+    A template writes its own BOS, and a plain prompt may have been rendered before it became a row: the tokenizer's
+    own BOS would be a second.
     """
     if chat and not isinstance(task.prompt, str):
         ids = tokenizer(render_chat(tokenizer, task), add_special_tokens=False)["input_ids"]
@@ -174,17 +194,20 @@ def prompt_ids(tokenizer: Any, task: Task, chat: bool) -> list[int]:
 
 
 def embedded(ids: list[int], model: Any, name: str) -> list[int]:
-    """The ids. Raises ModelError where one is beyond the model's embedding: a tokenizer of another model, or one that was changed."""
+    """The ids. Raises ModelError where one is beyond the model's embedding: a tokenizer of another model, or one that
+    was changed."""
     rows = model.get_input_embeddings().weight.size(0)
     if ids and max(ids) >= rows:
         raise ModelError(
-            f"{name}: its tokenizer gives the id {max(ids)}, and the model has {rows} embeddings: they are not of one model"
+            f"{name}: its tokenizer gives the id {max(ids)}, and the model has {rows} embeddings: they are not of "
+            "one model"
         )
     return ids
 
 
 def _tools(task: Task) -> list[Any] | None:
-    """The functions that a row describes for the template (tasks/records.py); None for a column of that name that is something else."""
+    """The functions that a row describes for the template (tasks/records.py); None for a column of that name that is
+    something else."""
     tools = task.columns.get("tools")
     described = isinstance(tools, list) and all(
         isinstance(t, dict) and ("function" in t or "parameters" in t) for t in tools

@@ -1,7 +1,7 @@
 """A process reward model: a token classifier that says, at the end of each step, how good the reasoning is so far.
 
-The prompt as text, then each step and a separator; the score of a step is read at its separator's last token (the convention of
-process-supervision trainers, arXiv 2305.20050): σ of one output, or the second of two outputs' softmax.
+The prompt as text, then each step and a separator; the score of a step is read at its separator's last token (the
+convention of process-supervision trainers, arXiv 2305.20050): σ of one output, or the second of two outputs' softmax.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification
 from ..errors import ModelError
 from ..objective.ratio import wide
 from .loading import choose_dtype, ensure_pad, existing, load_config, load_tokenizer, load_weights
-from .policy import _count, parameter_count
+from .weights import counted, parameter_count
 
 
 class StepModel:
@@ -25,7 +25,7 @@ class StepModel:
         ensure_pad(tokenizer, f"step model: {name}")
         if model.config.num_labels not in (1, 2):
             raise ModelError(
-                f"step model: {name} has {model.config.num_labels} outputs a token; one or two (bad, good) are read"
+                f"step model: {name} has {model.config.num_labels} outputs per token; one or two (bad, good) are read"
             )
         self.model, self.tokenizer, self.name, self.separator = model.eval(), tokenizer, name, separator
 
@@ -33,13 +33,15 @@ class StepModel:
     def load(
         cls, name: str, *, device: torch.device, dtype: str = "auto", separator: str = "\n"
     ) -> tuple[StepModel, str]:
-        """The model of a folder or hub name, and the sentence to state. Raises ModelError when it cannot score steps."""
+        """The model of a folder or hub name, and the sentence to state. Raises ModelError when it cannot score
+        steps."""
         name = existing(name, "step model")
         load_config(name, "step model")
         model, report = load_weights(AutoModelForTokenClassification, name, "step model")
         if report["missing_keys"]:
             raise ModelError(
-                f"step model: {name} has no trained head ({min(report['missing_keys'])} is missing), so its scores would be noise"
+                f"step model: {name} has no trained head ({min(report['missing_keys'])} is missing), so its scores "
+                "would be noise"
             )
         parameters = parameter_count(model)
         chosen, why = choose_dtype(dtype, parameters, device)
@@ -48,7 +50,7 @@ class StepModel:
         )
         return (
             made,
-            f"step model {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why})",
+            f"step model {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why})",
         )
 
     def ids(self, prompt: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:

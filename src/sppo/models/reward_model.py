@@ -1,9 +1,9 @@
 """A learned reward: one scalar r(x, y) for a whole response, from any transformers sequence-classification model.
 
-Decoders are scored packed: sequences lie one after the other in a single row, each attends to itself alone (packed.py), and only
-the hidden state at each sequence's last token meets the head, so that nothing is spent on padding and nothing of size
-tokens × outputs is ever held. Encoders, and decoders whose attention does not keep packed sequences apart
-(a test at loading tells), are scored in padded batches of similar length.
+Decoders are scored packed: sequences lie one after the other in a single row, each attends to itself alone
+(kernels/attention.py), and only the hidden state at each sequence's last token meets the head, so that nothing is
+spent on padding and nothing of size tokens × outputs is ever held. Encoders, and decoders whose attention does not
+keep packed sequences apart (a test at loading tells), are scored in padded batches of similar length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..objective.ratio import wide
 from ..types import Prompt, Task
 from . import tiny
 from .loading import choose_dtype, ensure_pad, existing, load, load_config, load_tokenizer, load_weights, render_chat
-from .policy import _count, parameter_count
+from .weights import counted, parameter_count
 
 CENTER_KEY = "sppo_center"
 """In `config.json`: the mean score of the training responses. Preferences fix scores only up to a shift."""
@@ -37,7 +37,8 @@ class RewardModel(nn.Module):
         ensure_pad(tokenizer, f"reward model: {name}")
         if model.config.num_labels not in (1, 2):
             raise ModelError(
-                f"reward model: {name} has {model.config.num_labels} outputs; a reward model has one (or two: bad, good)"
+                f"reward model: {name} has {model.config.num_labels} outputs; a reward model has one (or two: bad, "
+                "good)"
             )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -53,8 +54,8 @@ class RewardModel(nn.Module):
         """The reward model of a folder or hub name, and the sentence to state.
 
         Args:
-            fresh: a new head on whatever backbone (a causal LM, an encoder, `tiny:…`), to be trained. Without it a missing
-                head is an error: its scores would be noise.
+            fresh: a new head on whatever backbone (a causal LM, an encoder, `tiny:…`), to be trained. Without it a
+                missing head is an error: its scores would be noise.
 
         Raises:
             ModelError: no such folder, no weights, no trained head, more than two outputs.
@@ -71,8 +72,8 @@ class RewardModel(nn.Module):
         made = cls(model.to(device=device, dtype=chosen), tokenizer, name=name)
         how = "packed" if made.packs else "in padded batches"
         return made, (
-            f"reward model {name}: {_count(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); "
-            f"one score a response, {how}"
+            f"reward model {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); "
+            f"one score per response, {how}"
         )
 
     @property
@@ -88,7 +89,8 @@ class RewardModel(nn.Module):
         return int(min(known)) if known else None
 
     def ids(self, prompt: Prompt, response: str) -> list[int]:
-        """What it reads of a prompt and a response: the chat template where there is one, a pair for encoders, else plain text."""
+        """What it reads of a prompt and a response: the chat template where there is one, a pair for encoders, else
+        plain text."""
         if getattr(self.tokenizer, "chat_template", None):
             said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             task = Task("reward", [*said, {"role": "assistant", "content": response}])
@@ -162,7 +164,7 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]], token_budget: int = 8192) -> Tensor:
-        """Scores, [B] on the CPU, in micro-batches of similar length and at most so many tokens."""
+        """Scores, [B] on the CPU, in micro-batches of similar length and up to `token_budget` tokens."""
         out_B = torch.zeros(len(sequences))
         for part in self.cuts([len(s) for s in sequences], token_budget):
             out_B[part] = self([sequences[i] for i in part]).cpu()

@@ -1,6 +1,7 @@
 """A `tiny` model made here from a spec: a Llama of under a million parameters that reads characters.
 
-For learning the method, for tests, and for tasks small enough to train from scratch: `tiny:hidden=128,layers=3,heads=4`.
+For learning the method, for tests, and for tasks small enough to train from scratch:
+`tiny:hidden=128,layers=3,heads=4`.
 """
 
 from __future__ import annotations

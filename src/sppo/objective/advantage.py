@@ -141,24 +141,3 @@ def gae(reward: Tensor, value_BT: Tensor, mask_BT: Tensor, decay: float) -> Tens
         running_B = delta_BT[:, t] + decay * running_B
         out_BT[:, t] = running_B
     return torch.where(inside_BT, out_BT, torch.zeros_like(out_BT))
-
-
-def shrunk_value(value_B: Tensor, strength: float, past_sum_B: Tensor, past_count_B: Tensor) -> Tensor:
-    """V(x) as a Beta prior of `strength` pseudo-samples, with what was seen of the prompt: (n0·V + S) / (n0 + n). [B] × 3 → [B].
-
-    `past` may hold discounted rewards of earlier visits and the *other* samples of this one, never the sample's own.
-    """
-    return (strength * wide(value_B) + past_sum_B) / (strength + past_count_B)
-
-
-def gated_advantage(
-    reward_B: Tensor, critic_logit_B: Tensor, mask_B: Tensor, explained_variance: float | None
-) -> Tensor:
-    """R − V(x) where the critic has been explaining variance, else R − leave-one-out mean (arXiv 2604.19485).
-
-    `explained_variance` must come from *earlier* batches: a gate that looks at these rewards is biased. None means
-    that nothing is known yet, and the mean is used.
-    """
-    if explained_variance is not None and explained_variance > 0:
-        return critic_advantage(reward_B, critic_logit_B)
-    return (wide(reward_B) - leave_one_out_mean(reward_B, mask_B)).detach()

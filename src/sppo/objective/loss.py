@@ -1,6 +1,6 @@
 """The whole policy loss of one micro-batch, as a pure function of tensors.
 
-    loss = −Σ_elements count·correction·surrogate / denominator + β·KL − w·entropy
+    loss = −Σ_elements correction·surrogate / denominator + β·KL − w·entropy
 
 The denominators are of the whole minibatch, over all micro-batches: splitting a minibatch does not change its gradient.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recipe.sections import PER_TOKEN, ObjectiveSection
+from ..recipe.objective import PER_TOKEN, ObjectiveSection
 from .kl import estimator, weighted_k3
 from .ratio import log_ratio, wide
 from .surrogate import cispo, geometric_mean, normalised_sum, plain, response_means, soft_gate, surrogate
@@ -27,16 +27,14 @@ class Scored:
     """A micro-batch's responses under every policy that the loss compares. [b, T] each; what lies beyond a response may be anything.
 
     `logp_bT` carries the gradient. `behaviour_bT` is of the distribution that was sampled from, `reference_bT` of the frozen start,
-    where the loss reads it. `count_bT` is how often a token counts (0 beyond a response; below 1 where responses share it), `weight_b`
-    what undoes how a curriculum chose the prompts. `entropy_bT` is of the distribution that each token could have been drawn from, without
-    gradient, where the loss reads it.
+    where the loss reads it. `weight_b` undoes how a curriculum chose the prompts. `entropy_bT` is of the distribution that each token
+    could have been drawn from, without gradient, where the loss reads it.
     """
 
     logp_bT: Tensor
     old_bT: Tensor
     behaviour_bT: Tensor
     mask_bT: Tensor
-    count_bT: Tensor | None = None
     reference_bT: Tensor | None = None
     weight_b: Tensor | None = None
     entropy_bT: Tensor | None = None
@@ -123,8 +121,6 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
         logp = log_ratio(logp_bT, torch.zeros_like(logp_bT), mask_bT, o.ratio, o.kappa)
         value, clipped = cispo(log_r, logp, advantage, o.clip) if o.surrogate == "cispo" else plain(logp, advantage)
     element_mask = mask_bT if o.ratio in PER_TOKEN else torch.ones_like(log_r, dtype=torch.bool)
-    if x.count_bT is not None:  # what responses share counts once
-        element_mask, value = x.count_bT > 0, value * x.count_bT
     if correction is not None and (correction.dim() == 1 or o.ratio in PER_TOKEN):
         weight = correction.exp()
         value = value * (weight[:, None] if value.dim() > weight.dim() else weight)
@@ -144,7 +140,7 @@ def policy_loss(x: Scored, advantage: Tensor, objective: ObjectiveSection, *, se
     if o.entropy_bonus > 0:
         loss = loss - o.entropy_bonus * token_mean(entropy_bonus(x), x, o, element_mask, divisor)
     if correction is not None and correction.dim() == 2:
-        correction = correction[mask_bT if x.count_bT is None else x.count_bT > 0]
+        correction = correction[mask_bT]
     return Loss(loss, log_r, clipped, element_mask, correction)
 
 
@@ -159,8 +155,6 @@ def token_mean(term_bT: Tensor, x: Scored, objective: ObjectiveSection, element_
         term_bT = term_bT * x.weight_b[:, None]
     kind = o.ratio if element_mask.dim() == 1 else "token"
     value = log_ratio(term_bT, torch.zeros_like(term_bT), x.mask_bT, kind, o.kappa)
-    if x.count_bT is not None:
-        value = value * x.count_bT
     if o.average == "responses":
         value = response_means(value, x.mask_bT)
     return normalised_sum(value, element_mask, divisor)

@@ -1,1 +1,1 @@
-"""A recipe: its keys with defaults and bounds, the rules across sections, and the algorithms that are presets of them."""
+"""A recipe: its keys with defaults and bounds, the rules that compare keys, and algorithms as presets."""

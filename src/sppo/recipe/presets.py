@@ -1,7 +1,7 @@
-"""The peers, as presets: each is a few keys of a recipe in the same loop, and nothing else. `objective.algorithm = "grpo"`
+"""The algorithms, as presets: `objective.algorithm = "grpo"` sets a few keys of a recipe, and nothing else.
 
-What a recipe says itself wins over its preset. A peer is its baseline (where the advantage comes from), its ratio, its surrogate and
-what the loss averages over; `samples` is what its paper or reference code samples a prompt. This module imports no torch.
+Keys that a recipe gives win over its preset. An algorithm is its baseline (where the advantage comes from), its ratio,
+its surrogate and what the loss averages over; `samples` is the number per prompt of its paper or reference code.
 """
 
 from __future__ import annotations
@@ -13,53 +13,52 @@ from typing import Any
 
 SPPO: dict[str, dict[str, Any]] = {
     "objective": {
-        "ratio": "auto", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none", "surrogate": "clip", "average": "auto",
-        "clip": [0.2, 0.2], "gate_temperature": [1.0, 1.05], "dual_clip": 3.0, "phi": "segments",
+        "ratio": "auto", "baseline": "critic", "baseline_weight": 1.0, "optimal_baseline": False, "scale": "none",
+        "surrogate": "clip", "average": "auto", "clip": [0.2, 0.2], "gate_temperature": [1.0, 1.05], "dual_clip": 3.0,
         "value_loss": "cross-entropy", "value_clip": 0.0,
     },
-    "rollout": {"samples": 1, "resample": 0, "overlong": 0.0, "kind": "samples"},
+    "rollout": {"samples": 1, "resample": 0, "overlong": 0.0},
 }  # fmt: skip
 
 
 def _like_sppo(
-    samples: int = 1, resample: int = 0, overlong: float = 0.0, kind: str = "samples", **objective: Any
+    samples: int = 1, resample: int = 0, overlong: float = 0.0, **objective: Any
 ) -> dict[str, dict[str, Any]]:
-    rollout = {"samples": samples, "resample": resample, "overlong": overlong, "kind": kind}
+    rollout = {"samples": samples, "resample": resample, "overlong": overlong}
     return {"objective": SPPO["objective"] | objective, "rollout": rollout}
 
 
 SHORT = 64
-"""Tokens up to which a whole response's importance weight is used as it is, between updates and between engine and learner."""
+"""Up to this many tokens, the exact importance weight of a whole response is used."""
 LONG_RATIO: dict[str, Any] = {"ratio": "token"}
-"""`objective.ratio = "auto"` where a step has several updates and responses may be longer than SHORT: its scale does not grow with length, so the
-clip stays 0.2, and before the first update its gradient is the exact one (docs/evidence.md). Of another one, what fits it goes here too (geometric: a
-"clip" far narrower); a recipe's own keys win."""
+"""`objective.ratio = "auto"` for several updates per step and responses longer than SHORT.
+
+The scale of a token ratio does not grow with length, so the clip stays 0.2; before the first update its gradient is the
+exact one (docs/evidence.md). Another ratio brings its own keys here (geometric: a far narrower "clip"); a recipe's own
+keys win."""
 DEFAULT = "sppo"
-"""What a recipe runs that names no algorithm: SPPO as it was published (docs/evidence.md has what else was tried)."""
-CHANCES = ("critic", "centred", "beta")
+"""The algorithm of a recipe that names none: SPPO as published (docs/evidence.md compares the others)."""
+CHANCES = ("critic", "centred")
 """Baselines that are a chance of success, whose odds `objective.optimal_baseline` can shift."""
 GROUP: dict[str, Any] = {"ratio": "token", "baseline": "group", "dual_clip": 0.0}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # Sequence-Level PPO, arXiv 2604.08865: Â = R − V(x), one sample a prompt, the whole response's ratio clipped.
+    # Sequence-Level PPO, arXiv 2604.08865: Â = R − V(x), one sample per prompt, the whole response's ratio clipped.
     "sppo": SPPO,
     # SPPO with the prompt's baseline of least variance: V(x), its odds shifted by squared scores. docs/algorithm.md
     "sppo-optimal": _like_sppo(optimal_baseline=True),
-    # SPPO with what the critic missed on the step's other problems added to V(x): nothing is blamed for its lag. docs/algorithm.md
+    # SPPO with V(x) corrected by the critic's mean residual on the step's other problems. docs/algorithm.md
     "sppo-centred": _like_sppo(baseline="centred"),
-    # SPPO with what it throws away: V(x) shrunk towards the prompt's own past rewards and its other samples. docs/algorithm.md
-    "sppo-beta": _like_sppo(baseline="beta"),
-    # SPPO with a baseline that goes on reading: V(x) and what the steps written so far tell. docs/exploration.md
+    # SPPO with a baseline that also reads the scores of the steps written so far. docs/exploration.md
     "sppo-hybrid": _like_sppo(ratio="token", baseline="hybrid"),
-    # SPPO on trees of responses, each stretch of tokens against V(x) and the other children of its fork. docs/exploration.md
-    "sppo-tree": _like_sppo(kind="tree", ratio="token", baseline="hybrid", phi="siblings"),
-    # PPO, arXiv 1707.06347 eq. 7, with a value for every token that learns by squared error (eq. 9), GAE (arXiv 1506.02438 eq. 16) and whitened advantages.
+    # PPO, arXiv 1707.06347 eq. 7, with a value per token that learns by squared error (eq. 9), GAE (arXiv 1506.02438
+    # eq. 16) and whitened advantages.
     "ppo": _like_sppo(
         ratio="token", baseline="token-critic", value_loss="squared", scale="batch", average="tokens", dual_clip=0.0
     ),
     # REINFORCE, Williams 1992, against the mean of the batch's other rewards.
     "reinforce": _like_sppo(ratio="sequence", baseline="batch", surrogate="plain", dual_clip=0.0),
-    # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: against the mean of the prompt's other samples, without a ratio or a clip.
+    # REINFORCE leave-one-out, arXiv 2402.14740 eq. 6: the prompt's other samples, without a ratio or a clip.
     "rloo": _like_sppo(samples=4, ratio="sequence", baseline="others", surrogate="plain", dual_clip=0.0),
     # ReMax, arXiv 2310.10505 algorithm 2: against the reward of the greedy response.
     "remax": _like_sppo(ratio="sequence", baseline="greedy", surrogate="plain", dual_clip=0.0),
@@ -69,59 +68,52 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "dr-grpo": _like_sppo(samples=8, **GROUP, average="constant"),
     # GSPO, arXiv 2507.18071 eq. 5 and 7, with the clip of its section 5.1.
     "gspo": _like_sppo(samples=8, **GROUP | {"ratio": "geometric"}, scale="group", clip=[3e-4, 4e-4]),
-    # GSPO-token, arXiv 2507.18071 eq. 13 and 14: the same ratio and clip, but every token may have an advantage of its own. As it stands, all tokens of a
-    # response share one, and this is gspo; with objective.baseline = "hybrid" they do not.
+    # GSPO-token, arXiv 2507.18071 eq. 13 and 14: the same ratio and clip, but each token may have its own advantage.
+    # All tokens of a response share one here, as in gspo; with objective.baseline = "hybrid" they do not.
     "gspo-token": _like_sppo(
         samples=8, **GROUP | {"ratio": "geometric-token"}, scale="group", average="responses", clip=[3e-4, 4e-4]
     ),
     # GMPO, arXiv 2507.20673: the geometric mean of a response's token ratios, each clipped to [e^-0.4, e^0.4].
     "gmpo": _like_sppo(
-        samples=8, **GROUP, scale="group", surrogate="gmpo", average="responses", clip=[-math.expm1(-0.4), math.expm1(0.4)]
+        samples=8, **GROUP, scale="group", surrogate="gmpo", average="responses",
+        clip=[-math.expm1(-0.4), math.expm1(0.4)],
     ),
     # SAPO, arXiv 2511.20347: a sigmoid gate on each token's ratio in place of the clip.
     "sapo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="sapo", average="responses"),
-    # CISPO, arXiv 2506.13585 eq. 4 and 5: the ratio's weight is clipped and detached, no token loses its gradient. A weight of 5 at most.
+    # CISPO, arXiv 2506.13585 eq. 4 and 5: the ratio's weight is clipped (up to 5) and detached; every token keeps its
+    # gradient.
     "cispo": _like_sppo(samples=8, **GROUP, scale="group", surrogate="cispo", average="tokens", clip=[1.0, 4.0]),
-    # DAPO, arXiv 2503.14476 eq. 8 to 13: clip-higher, the mean over tokens, groups that teach nothing sampled again, and a penalty on the last fifth of a
-    # response's tokens (4,096 of 20,480 in the paper).
+    # DAPO, arXiv 2503.14476 eq. 8 to 13: clip-higher, the mean over tokens, groups of equal scores sampled again, and a
+    # penalty on the last fifth of a response's tokens (4,096 of 20,480 in the paper).
     "dapo": _like_sppo(
         samples=8, resample=3, overlong=0.2, **GROUP, scale="group", average="tokens", clip=[0.2, 0.28]
     ),
 }  # fmt: skip
 
 
-RENAMED = {"sppo-stakes": "sppo-optimal"}
-"""Presets of earlier versions."""
-
-
-def chosen(tree: Mapping[str, Any]) -> Any:
-    """The algorithm that a recipe names, or the default; no other key changes it."""
-    objective = tree.get("objective", {})
-    return objective.get("algorithm", DEFAULT) if isinstance(objective, Mapping) else DEFAULT
-
-
 def preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A recipe's tree with what its algorithm's preset says of keys that it leaves open."""
+    """A recipe's tree with the values of an algorithm's preset for keys that it leaves out."""
     out = dict(tree)
     for section, values in PRESETS[name].items():
         given = tree.get(section, {})
-        if isinstance(given, Mapping):  # else it is refused where it is validated
+        if isinstance(given, Mapping):  # anything else is refused by validation
             out[section] = {**copy.deepcopy(values), **given}
     return out
 
 
 def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = None) -> dict[str, Any]:
-    """A recipe's tree as another algorithm would run it. Keys in which the two presets differ go, those in which they agree are the
-    recipe's own choice and stay (a clip, say), and a step keeps its number of responses.
+    """A recipe's tree as another algorithm runs it, with the same number of responses per step.
 
-    `samples` a prompt, where they are not the preset's; ReMax's greedy responses count. A recipe of that very algorithm stays as it is.
+    Keys in which the two presets differ are removed; those in which they agree are the recipe's own choice and stay (a
+    clip, say). A recipe of that very algorithm stays as it is. `samples` per prompt replaces the preset's number.
+    ReMax's greedy responses count.
     """
     out = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
     objective, rollout = out.setdefault("objective", {}), out.setdefault("rollout", {})
     if not isinstance(objective, dict) or not isinstance(rollout, dict):
-        return dict(tree)  # refused where it is validated
-    name_now = chosen(tree)
-    before = PRESETS.get(name_now, SPPO) if isinstance(name_now, str) else SPPO
+        return dict(tree)  # refused by validation
+    present = objective.get("algorithm", DEFAULT)
+    before = PRESETS.get(present, SPPO) if isinstance(present, str) else SPPO
     after = PRESETS[name]
     if after is before:
         return dict(tree)
@@ -134,8 +126,6 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
     if all(isinstance(x, int) for x in (*given, kept)):
         responses = given[0] * (given[1] + _greedy(before))
         rollout["prompts"] = max(1, responses // ((samples or kept) + _greedy(after)))
-    if after["objective"]["baseline"] != "critic":
-        objective.pop("ev_gate", None)  # of a critic that is not there
     if after["objective"]["baseline"] != "token-critic":
         objective.pop("value_loss", None)
         objective.pop("value_clip", None)
@@ -145,6 +135,6 @@ def with_algorithm(tree: Mapping[str, Any], name: str, samples: int | None = Non
     return out
 
 
-def _greedy(chosen: Mapping[str, Any]) -> int:
-    """Responses a prompt that nothing is trained on."""
-    return int(chosen["objective"]["baseline"] == "greedy")
+def _greedy(algorithm: Mapping[str, Any]) -> int:
+    """Responses per prompt that are sampled but not trained on."""
+    return int(algorithm["objective"]["baseline"] == "greedy")

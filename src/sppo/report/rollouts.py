@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import open_regular, readable
-from ..run.directory import ROLLOUT_SCHEMA
+from ..run.rollouts import ROLLOUT_SCHEMA
 
 NARROW = (
     "task_id",

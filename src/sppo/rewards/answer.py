@@ -145,7 +145,7 @@ class AnswerReward:
         problem = self._problem(task)
         if problem is not None or isinstance(_given(task), (list, tuple)) or self.extract not in ("auto", "boxed"):
             return problem
-        verdict = self._one(Rollout(task, [], [], [], "stop", f"\\boxed{{{gold_of(task)}}}"))
+        verdict = self._one(Rollout.answer(task, [], [], [], "stop", f"\\boxed{{{gold_of(task)}}}"))
         return (
             None
             if verdict.outcome == "correct"

@@ -134,7 +134,7 @@ class GymReward:
         """`check` for each row; and its own answer, where it has one, must be paid in full."""
         reasons = [self.check(task) for task in tasks]
         todo = [i for i, why in enumerate(reasons) if why is None and tasks[i].columns.get("answer") is not None]
-        golds = [Rollout(tasks[i], [], [], [], "stop", f"Answer: {tasks[i].columns['answer']}") for i in todo]
+        golds = [Rollout.answer(tasks[i], [], [], [], "stop", f"Answer: {tasks[i].columns['answer']}") for i in todo]
         for i, verdict in zip(todo, self.judge(golds), strict=True):
             if verdict.score < 1.0 and verdict.outcome != "infra_error":
                 said = verdict.evidence.get("reason", f"it scores {verdict.score:g}")

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import RecipeError, RewardError
-from ..spec import call, call_own, is_import, parse_spec, resolve
-from ..tasks.base import GIVEN
+from ..spec import GIVEN, call, call_own, is_import, parse_spec, resolve
 from ..types import Task
 from .base import TEST_COLUMNS, Reward
 from .combine import MixedReward, Part, is_mixture, parse_mixture

@@ -1,4 +1,5 @@
-"""The engine of control tasks: episodes side by side, the policy asked once a step for all that still run. `rollout.engine = "control"`"""
+"""The engine of control tasks: episodes side by side, the policy asked once per step for all that still run.
+`rollout.engine = "control"`"""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ import numpy as np
 import torch
 
 from ..errors import RecipeError
-from ..models.mlp import ControlPolicy, episodes
+from ..models.mlp import ControlPolicy
+from ..models.mlp_episodes import episodes
 from ..models.policy import Policy
+from ..models.weights import Weights, write
 from .engine import Sample, Sampling
 
 
@@ -27,7 +30,7 @@ class ControlEngine:
     context: int | None = None
 
     def __init__(self, policy: ControlPolicy) -> None:
-        self.policy = policy
+        self.policy, self.version = policy, 0
 
     def generate(
         self,
@@ -37,13 +40,14 @@ class ControlEngine:
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """One episode a prompt, of `rollout.max_tokens` steps at most (the task's own horizon, if that is shorter), and no other limits."""
+        """One episode per prompt, of `rollout.max_tokens` steps at most (the task's own horizon, if that is shorter),
+        and no other limits."""
         if limits is not None:
             raise ValueError("episodes are all as long as they may get")
         if not prompts:
             return []
         horizon = min(sampling.max_tokens, self.policy.environment.kind.horizon)
-        found = episodes(self.policy, [p[0] for p in prompts], seeds, horizon, sampling.temperature)
+        found = episodes(self.policy.scorer, [p[0] for p in prompts], seeds, horizon, sampling.temperature)
         first = self.policy.states.add(
             torch.from_numpy(np.stack([o for e in found for o in e.observations])),
             torch.from_numpy(np.stack([a for e in found for a in e.actions])),
@@ -51,7 +55,9 @@ class ControlEngine:
         )
         samples = []
         for episode in found:
-            samples.append(Sample(list(range(first, first + len(episode.actions))), episode.logps, "stop"))
+            samples.append(
+                Sample(list(range(first, first + len(episode.actions))), episode.logps, "stop", version=self.version)
+            )
             first += len(episode.actions)
         if progress:
             progress(len(found))
@@ -61,14 +67,14 @@ class ControlEngine:
         """log π of steps in the table."""
         return self.policy.given_logps(prompts, responses)
 
-    def sync(self, policy: Policy) -> None:
-        """Sample from these very weights."""
-        assert isinstance(policy, ControlPolicy)
-        self.policy = policy
+    def load(self, weights: Weights, version: int) -> None:
+        """Take these weights; the policy's own lie here already, and are not copied."""
+        write(self.policy.model, weights)
+        self.version = version
 
-    def holds(self, policy: Policy) -> bool:
-        """Sampling reads the policy's own weights."""
-        return self.policy is policy
+    def holds(self, fingerprint: str) -> bool:
+        """Whether the policy that is sampled from has these weights."""
+        return self.policy.fingerprint() == fingerprint
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""

@@ -1,8 +1,8 @@
 """One decoding step through slots: computed as it comes, or on CUDA captured once as a graph and replayed.
 
-A step of a small model is some hundred kernels of a few microseconds each: launched one by one they take ten times as long as they run. A
-graph is launched as one, but always for the same shapes at the same addresses, so rows and columns are rounded up, and slots and
-graphs outlive a call of the engine.
+A step of a small model is some hundred kernels of a few microseconds each: launched one by one they take ten times as
+long as they run. A graph is launched as one, but always for the same shapes at the same addresses, so rows and
+columns are rounded up, and slots and graphs outlive a call of the engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def next_logits(policy: Policy, slots: Slots, last_B1: Tensor, length_B: Tensor,
     Args:
         last_B1: the tokens.
         length_B: how many came before.
-        filled: at least as many and one each, known beforehand: how far attention reads.
+        filled: at least one more each, known beforehand: how far attention reads.
     """
     columns = max(filled)
     slots.write_next(length_B, columns)
@@ -45,14 +45,15 @@ def _device_bytes() -> int:
 
 
 def rows_of(count: int, most: int) -> int:
-    """The least number of rows that a step is captured for and that holds so many: powers of two, from 16 on those between, and `most`."""
+    """The fewest rows that steps are captured for and that `count` fit into: powers of two, from 16 on those between,
+    and `most`."""
     power = 1 << max(count - 1, 0).bit_length()
     between = power * 3 // 4
     return min(between if power >= 32 and between >= count else power, most)
 
 
 def columns_of(count: int, most: int) -> int:
-    """The same for columns."""
+    """The same for columns: powers of two, and `most`."""
     return min(max(FIRST, 1 << (count - 1).bit_length()), most)
 
 
@@ -62,7 +63,8 @@ class _Step(NamedTuple):
 
 
 class Captured:
-    """Captured steps, and the slots that they are of. The weights are read where they lie, so new ones need no new graph."""
+    """Captured steps, and the slots that they are of. The weights are read where they lie, so new ones need no new
+    graph."""
 
     def __init__(self) -> None:
         self.slots: Slots | None = None
@@ -76,7 +78,7 @@ class Captured:
         self._stream: Any = None
 
     def slots_for(self, policy: Policy, count: int, longest: int) -> Slots:
-        """Room for so many sequences of at most so many tokens: what is there, if that is enough. What is computed in it depends on these two
+        """Returns a cache of at least this size, reusing the current one. What is computed in it depends on these two
         numbers alone, not on what was there."""
         lie = tuple(p.data_ptr() for p in policy.model.parameters())
         self._most = (count, -(-longest // FIRST) * FIRST)
@@ -90,7 +92,7 @@ class Captured:
         return self.slots
 
     def forget(self) -> None:
-        """Let go of slots and graphs."""
+        """Release slots and graphs."""
         self._forget_steps()
         self._policy = self.slots = None
 
@@ -99,7 +101,7 @@ class Captured:
         self._logits_BV = self._pool = None  # the pool went with the last of its graphs
 
     def settle(self) -> None:
-        """After a call: hold on to what is small."""
+        """After a call: keep the cache only where it is small."""
         if self.slots is not None and self.slots.bytes > KEPT * _device_bytes():
             self.forget()
 

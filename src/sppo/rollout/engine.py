@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 from ..errors import RecipeError
 from ..models.policy import Policy
+from ..models.weights import Weights
 from ..recipe.sections import RolloutSection
 from ..spec import make
-from ..types import Fork
 from .sampler import Cut
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy; `batch` sequences at once, at most; a response that comes to hold one of the
-    strings `stop` ends there (the tokens that completed it are part of it)."""
+    """How to sample. `temperature` 0 is greedy; `batch` sequences at once, at most; a response that comes to hold one
+    of the strings `stop` ends there (the tokens that completed it are part of it)."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -41,44 +41,67 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Branching:
-    """When a response goes on in several ways (rollout/tree.py): in `children` ways at a segment's end whose next token has an entropy of
-    `entropy` nats or more, as long as a prompt's tree is sure to stay within `budget` tokens and `leaves` responses."""
-
-    children: int
-    entropy: float
-    budget: int
-    segments: str
-    leaves: int = 16
-
-    @classmethod
-    def of(cls, section: RolloutSection) -> Branching | None:
-        """As a recipe says; None where it has no trees."""
-        if section.kind != "tree":
-            return None
-        return cls(section.branch, section.entropy, section.tree_budget, section.segments, section.leaves)
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One response: its ids (EOS included if the model chose it), their log-probabilities as sampled, why it ended.
 
     `kept[t]` is the log of the mass among which token t was drawn; empty where the whole softmax was open, so that
-    `logps[t] + kept[t]` is its log-probability under the softmax itself. `forks` says where it left others of its tree.
+    `logps[t] + kept[t]` is its log-probability under the softmax itself. `version` is that of the weights that wrote
+    it (`Engine.load`).
     """
 
     ids: list[int]
     logps: list[float]
     finish: Literal["stop", "length"]
     kept: list[float] = field(default_factory=list)
-    forks: tuple[Fork, ...] = ()
+    version: int = 0
 
 
 class Engine(Protocol):
-    """Samples responses from the weights it was last synced to.
+    """Samples responses from the weights that it loaded last: those of the policy that it was made with, at first.
 
-    `stated` is a sentence for the user at the start, or empty; `context` the most tokens of a prompt and its response, if the engine
-    has a limit of its own.
+    `stated` is a sentence for the user at the start, or empty; `context` the most tokens of a prompt and its
+    response, if the engine has a limit of its own. A whole engine, which reads the sequence anew for every token (in
+    slow.py; `rollout.engine = "slow:Slow"`):
+
+        import torch
+
+        from sppo.models.weights import write
+        from sppo.rollout.engine import Sample
+
+
+        class Slow:
+            stated, context = "", None
+
+            def __init__(self, policy):
+                self.policy, self.version = policy.as_reference(), 0  # weights of its own
+
+            def load(self, weights, version):
+                write(self.policy.model, weights)
+                self.version = version
+
+            def holds(self, fingerprint):
+                return self.policy.fingerprint() == fingerprint
+
+            def generate(self, prompts, seeds, sampling, progress=None, limits=None):
+                limits = limits or [sampling.max_tokens] * len(prompts)
+                return [self._one(list(p), s, sampling, n) for p, s, n in zip(prompts, seeds, limits, strict=True)]
+
+            @torch.no_grad()
+            def _one(self, prompt, seed, sampling, limit):
+                random, ids, logps = torch.Generator().manual_seed(seed), [], []
+                while len(ids) < limit and not (ids and ids[-1] in self.policy.eos_ids):
+                    logits = self.policy.model(torch.tensor([prompt + ids])).logits[0, -1]
+                    logp = (logits / sampling.temperature).log_softmax(-1)
+                    ids.append(int(torch.multinomial(logp.exp(), 1, generator=random)))
+                    logps.append(float(logp[ids[-1]]))
+                finish = "stop" if ids[-1] in self.policy.eos_ids else "length"
+                return Sample(ids, logps, finish, version=self.version)
+
+            def score(self, prompts, responses):
+                return self.policy.given_logps(prompts, responses)
+
+            def close(self):
+                pass
     """
 
     stated: str
@@ -92,50 +115,37 @@ class Engine(Protocol):
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """One sample for each prompt, in order. A sample depends on its prompt, its seed and the weights alone: not on its
-        neighbours, the batch size or the order. `progress` hears how many sequences are finished; `limits` are tokens of each
-        response, where some must be shorter than `sampling.max_tokens`."""
+        """One sample for each prompt, in order. A sample depends on its prompt, its seed and the weights alone: not
+        on its neighbours, the batch size or the order. `progress` is called with how many sequences are finished;
+        `limits` are tokens of each response, where some must be shorter than `sampling.max_tokens`."""
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
-        """log π of each token of given responses at temperature 1, by the code that samples: what the canary sings."""
+        """log π of each token of given responses at temperature 1, by the code that samples, for the canary."""
 
-    def sync(self, policy: Policy) -> None:
-        """Take over the policy's weights."""
+    def load(self, weights: Weights, version: int) -> None:
+        """Take over weights (`Policy.weights`), from now on those of a version: the number of steps after which they
+        were taken."""
 
-    def holds(self, policy: Policy) -> bool:
-        """Whether the weights that the engine would sample from now are the policy's, told by a fingerprint taken where they are."""
+    def holds(self, fingerprint: str) -> bool:
+        """Whether the weights that the engine would sample from now have this fingerprint (`Policy.fingerprint`),
+        taken where they are."""
 
     def close(self) -> None:
-        """Let go of processes and memory."""
+        """Release processes and memory."""
 
 
-ASKED = ("stated", "context", "generate", "score", "sync", "holds", "close")
+ASKED = ("stated", "context", "generate", "score", "load", "holds", "close")
 
 
 def load_engine(use: str, policy: Policy) -> Engine:
-    """The engine that `rollout.engine` names, made with the policy. Raises RecipeError, also for an own object that lacks what an engine needs."""
+    """The engine that `rollout.engine` names, made with the policy. Raises RecipeError, also for an own object that
+    lacks what an engine needs."""
     engine = make(use, "sppo.rollout", "engine", policy)
     missing = [name for name in ASKED if not hasattr(engine, name)]
     if missing:
         raise RecipeError(
-            f"rollout.engine = {use!r} makes a {type(engine).__name__} without {', '.join(missing)}: an engine has {', '.join(ASKED)} "
+            f"rollout.engine = {use!r} makes a {type(engine).__name__} without {', '.join(missing)}: an engine has "
+            f"{', '.join(ASKED)} "
             "(rollout/engine.py says what each is)"
         )
     return engine
-
-
-@runtime_checkable
-class TreeEngine(Protocol):
-    """An engine that can branch; `branches` says whether it can with this model."""
-
-    branches: bool
-
-    def generate_trees(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        branching: Branching,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[list[Sample]]:
-        """The leaves of one tree a prompt (rollout/tree.py); `progress` hears how many trees are finished."""

@@ -1,8 +1,8 @@
 """Keys and values of the sequences in flight, one slot each, written in place: the cache of the continuous batch.
 
-Slot b of every layer holds sequence b from column 0 on, each as long as it happens to be. It plugs into transformers' cache
-classes, so that every decoder whose layers keep plain keys and values can use it: prompts are prefilled packed in one row
-(kernels/attention.py), and a decoding step is a batch [B, 1] of the first B slots.
+Slot b of every layer holds sequence b from column 0 on, each as long as it happens to be. It plugs into transformers'
+cache classes, so that every decoder whose layers keep plain keys and values can use it: prompts are prefilled packed
+in one row (kernels/attention.py), and a decoding step is a batch [B, 1] of the first B slots.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 from ..memory import lazy_zeros
 
 FIRST = 256
-"""Columns to begin with on an accelerator, if the sequences may get longer at all; doubled whenever one does. On a CPU, memory that no
-sequence has reached costs nothing."""
+"""Columns to begin with on an accelerator; doubled when a sequence gets longer. On a CPU memory that no sequence has
+reached costs nothing."""
 
 Prefix = list[tuple[Tensor, Tensor]]
 """A sequence's keys and values, [heads, columns, D] each, layer by layer."""
@@ -44,13 +44,15 @@ class Slots(Cache):
         self.seen = None
 
     def write_next(self, length_B: Tensor, columns: int) -> None:
-        """The next pass holds one token for each of the first B slots, which hold `length_B` tokens so far; with it, `columns` at most."""
+        """The next pass holds one token for each of the first B slots, which hold `length_B` tokens so far; with it,
+        `columns` at most."""
         self.slot_N, self.column_N = torch.arange(len(length_B), device=length_B.device), length_B
         self.reach(columns)
         self.seen = (len(length_B), columns)
 
     def copy(self, source: int, targets: Sequence[int], columns: int) -> None:
-        """Copy a slot's first columns into others (on an accelerator all of it: whole slots need one kernel for many layers)."""
+        """Copy a slot's first columns into others (on an accelerator all of it: whole slots need one kernel for many
+        layers)."""
         stores = [store for layer in self.layers for store in (layer.key_store, layer.value_store)]
         if not _lazily(stores[0]):
             torch._foreach_copy_([s[t] for s in stores for t in targets], [s[source] for s in stores for _ in targets])
@@ -73,7 +75,7 @@ class Slots(Cache):
             layer.key_store[slot, :, : key.size(1)], layer.value_store[slot, :, : key.size(1)] = key, value
 
     def reach(self, columns: int) -> None:
-        """Have so many columns."""
+        """Grow to at least this many columns."""
         if columns > self.columns:
             self.columns = min(self.longest, max(columns, 2 * self.columns))
             for layer in self.layers:
@@ -86,14 +88,14 @@ class Slots(Cache):
             torch._foreach_zero_(stores)
 
     def release(self) -> None:
-        """Let go of all memory now: layers and table refer to each other, and would wait for the garbage collector."""
+        """Release all memory now: layers and table refer to each other, and would wait for the garbage collector."""
         for layer in self.layers:
             layer.key_store = layer.value_store = None
             layer.is_initialized = False
 
     @property
     def bytes(self) -> int:
-        """What they hold."""
+        """Bytes of all keys and values."""
         return sum(
             s.nbytes for layer in self.layers if layer.is_initialized for s in (layer.key_store, layer.value_store)
         )

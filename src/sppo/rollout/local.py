@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,19 +18,14 @@ from ..kernels.cpu import decode
 from ..kernels.cpu.build import NoCompiler
 from ..kernels.patch_layers import fused
 from ..models.loading import first_line
-from ..models.narrow import narrow_products
 from ..models.policy import Policy
+from ..models.weights import Weights, write
 from .cuda_graphs import Captured, next_logits
-from .engine import Branching, Sample, Sampling
+from .engine import Sample, Sampling
 from .kv_cache import Prefix, Slots
 from .reference import PlainEngine
-from .sequences import Drawn, Given, Responses, next_inputs
-from .tree import Growing
-
-PREFILL = 4096
-"""Prompt tokens a pass, about: memory only."""
-REFILL = 16
-"""Waiting prompts are admitted once a sixteenth of the slots is free: a pass for each one alone would cost more than the wait."""
+from .scheduler import Admitted, Key, Scheduler
+from .sequences import Drawn, Forced, Responses
 
 
 def build(policy: Policy) -> LocalEngine:
@@ -45,10 +39,9 @@ class LocalEngine:
     context: int | None = None
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        slow = policy.unpacked_why or _trouble(policy)
+        self.policy, self.version = policy, 0
+        slow = policy.scorer.unpacked_why or _trouble(policy)
         self.plain = PlainEngine(policy) if slow else None
-        self.branches = not slow
         self.compiled = not slow and decode.fits(policy.model)
         self.captured = Captured() if not slow and policy.device.type == "cuda" else None
         self.stated = f"engine local: the plain loop, several times slower: {slow}" if slow else ""
@@ -59,15 +52,16 @@ class LocalEngine:
             self.captured = None
             self.stated = f"engine local: decoding steps are not captured as CUDA graphs, several times slower: {why}"
 
-    def sync(self, policy: Policy) -> None:
-        """Hold this policy's weights (the very same tensors, so there is nothing to copy)."""
-        self.policy = policy
+    def load(self, weights: Weights, version: int) -> None:
+        """Take these weights; the policy's own lie here already, and are not copied."""
+        write(self.policy.model, weights)
+        self.version = version
         if self.plain is not None:
-            self.plain.sync(policy)
+            self.plain.version = version
 
-    def holds(self, policy: Policy) -> bool:
-        """Sampling reads the policy's own tensors."""
-        return self.policy is policy
+    def holds(self, fingerprint: str) -> bool:
+        """Whether the policy that is sampled from has these weights."""
+        return self.policy.fingerprint() == fingerprint
 
     def close(self) -> None:
         """Let go of what is kept between calls."""
@@ -91,31 +85,13 @@ class LocalEngine:
             return self.plain.generate(prompts, seeds, sampling, progress, limits)
         drawn = Drawn(self.policy, seeds, sampling, limits)
         self._decode(prompts, drawn, sampling.batch, progress)
-        return drawn.samples()
-
-    def generate_trees(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        branching: Branching,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[list[Sample]]:
-        """Sample one tree of responses a prompt: its leaves. `progress` hears how many trees are finished, in parts of trees."""
-        if self.plain is not None or any(len(p) == 0 for p in prompts):
-            raise ValueError("the plain loop does not branch" if self.plain else "a prompt has no tokens")
-        if not prompts:
-            return []
-        growing = Growing(self.policy, seeds, sampling, branching)
-        heard = None if progress is None else lambda _: progress(int(growing.finished_share + 1e-9))
-        self._decode(prompts, growing, sampling.batch, heard)
-        return growing.trees()
+        return drawn.samples(self.version)
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """See the protocol: the decoding loop, with the given tokens in place of drawn ones."""
         if self.plain is not None:
             return self.plain.score(prompts, responses)
-        given = Given(responses)
+        given = Forced(responses)
         self._decode(prompts, given, len(prompts))
         return given.logps
 
@@ -145,143 +121,74 @@ def _decode(
     captured: Captured | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Let every response grow to its end. `live[b]` is the one whose sequence is in slot b."""
-    most = responses.branching.leaves if isinstance(responses, Growing) else 1
-    count, longest = min(batch, most * len(prompts)), max(map(len, prompts)) + responses.longest
+    """Let every response grow to its end."""
+    count, longest = min(batch, len(prompts)), max(map(len, prompts)) + responses.longest
     slots = captured.slots_for(policy, count, longest) if captured else Slots(policy.model.config, count, longest)
-    decoder = decode.Decoder(policy.model, slots) if compiled else None
-    waiting = _Waiting(prompts)
-    lengths = {i: len(p) for i, p in enumerate(prompts)}  # of each response's prompt
-    live: list[int] = []
-    done = 0
+    scheduler = Scheduler(prompts, responses, slots, count)
+    model = _Forward(policy, scheduler, decode.Decoder(policy.model, slots) if compiled else None, captured)
     # what decode.c does on a CPU: fewer kernels between products
-    with narrow_products(policy.model), fused(policy.fusable() if policy.device.type != "cpu" else []):
-        while live or waiting.order or waiting.forked:
-            while waiting.forked and len(live) < count:
-                child, prefix = waiting.forked.pop()  # the newest first: fewer prefixes wait than the other way round
-                slots.write(len(live), prefix)
-                live.append(child)
-            first, free = 0, count - len(live)
-            if waiting.order and free * REFILL >= count:
-                admitted = waiting.take(free)
-                first, rows = len(live), [i for same in admitted.values() for i in same]
-                logits_BV = _prefill(policy, slots, waiting, admitted, first, decoder)
-                live += rows
-            else:
-                rows = live
-                logits_BV = _next(policy, slots, lengths, responses, live, decoder, captured)
-            ended, forked = responses.take(logits_BV, rows)
-            finished = [first + b for b in ended]
-            for b, same in groupby(forked, key=lambda fork: fork[0]):
-                children = [child for _, child in same]
-                length = lengths[rows[b]]
-                prefix = slots.read(first + b, length + len(responses.ids[children[0]]) - 1)
-                waiting.forked.extend((child, prefix) for child in children)
-                lengths |= dict.fromkeys(children, length)
-            if finished:
-                _close_ranks(slots, live, finished, lengths, responses)
-                done += len(finished)
-                if progress:
-                    progress(done)
+    with fused(policy.scorer.fusable if policy.device.type != "cpu" else []):
+        while scheduler.unfinished:
+            admitted = scheduler.schedule()
+            logits_BV = model.prefill(admitted) if admitted else model.next()
+            if scheduler.take(logits_BV) and progress:
+                progress(scheduler.finished)
     if not captured:
         slots.release()
 
 
-def _next(
-    policy: Policy,
-    slots: Slots,
-    lengths: dict[int, int],
-    responses: Responses,
-    live: Sequence[int],
-    decoder: decode.Decoder | None,
-    captured: Captured | None,
-) -> Tensor:
-    """The logits after each live sequence's newest token, [B, V]."""
-    last_B1, before = next_inputs(lengths, responses, live)
-    if captured is not None:
-        return captured.next_logits(last_B1, before)
-    length_B = torch.tensor(before, device=policy.device)
-    if decoder is not None:
-        slots.write_next(length_B, max(before) + 1)
-        return decoder.next_logits(last_B1[:, 0])
-    return next_logits(policy, slots, last_B1.to(policy.device), length_B, [n + 1 for n in before])
+class _Forward:
+    """The passes over prompts and over next tokens, by whichever code computes them: decode.c, a captured graph, or the model as it is."""
 
+    def __init__(
+        self, policy: Policy, scheduler: Scheduler, decoder: decode.Decoder | None, captured: Captured | None
+    ) -> None:
+        self.policy, self.scheduler, self.slots = policy, scheduler, scheduler.slots
+        self.decoder, self.captured = decoder, captured
+        self.begun: tuple[Key, Prefix, Tensor] | None = None  # a prompt of which some responses still wait, as computed
 
-Key = tuple[int, ...]
-"""A prompt's ids."""
+    def next(self) -> Tensor:
+        """The logits after each live sequence's newest token, [B, V]."""
+        scheduler, device = self.scheduler, self.policy.device
+        last_B1 = torch.tensor([[scheduler.responses.ids[i][-1]] for i in scheduler.live])
+        before = [scheduler.length(i) for i in scheduler.live]
+        if self.captured is not None:
+            return self.captured.next_logits(last_B1, before)
+        length_B = torch.tensor(before, device=device)
+        if self.decoder is not None:
+            self.slots.write_next(length_B, max(before) + 1)
+            return self.decoder.next_logits(last_B1[:, 0])
+        return next_logits(self.policy, self.slots, last_B1.to(device), length_B, [n + 1 for n in before])
 
+    def prefill(self, admitted: Admitted) -> Tensor:
+        """Read prompts into their slots, each different one once and then copied; the logits after each row's, [B, V]."""
+        slots, first = self.slots, self.scheduler.first
+        slot = {key: first + sum(map(len, list(admitted.values())[:n])) for n, key in enumerate(admitted)}
+        logits: dict[Key, Tensor] = {}
+        if self.begun is not None and self.begun[0] in admitted:
+            key, prefix, logits[key] = self.begun
+            slots.write(slot[key], prefix)
+        if unread := [key for key in admitted if key not in logits]:
+            logits |= dict(zip(unread, self._read(unread, [slot[key] for key in unread]), strict=True))
+        for key, same in admitted.items():
+            if len(same) > 1:
+                slots.copy(slot[key], range(slot[key] + 1, slot[key] + len(same)), len(key))
+        last = next(reversed(admitted))
+        goes_on = self.scheduler.goes_on(last)
+        self.begun = (last, slots.read(slot[last], len(last)), logits[last].clone()) if goes_on else None
+        return torch.stack([logits[key] for key, same in admitted.items() for _ in same])
 
-class _Waiting:
-    """The prompts that have not begun, the shortest first and equal ones together; what was computed of the one that was admitted only in
-    part; and branches without a slot, with what was computed of their prefixes."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
-        self.keys: list[Key] = [tuple(p) for p in prompts]
-        self.order = sorted(range(len(prompts)), key=lambda i: (len(self.keys[i]), self.keys[i]), reverse=True)
-        self.begun: tuple[Key, Prefix, Tensor] | None = None
-        self.forked: list[tuple[int, Prefix]] = []
-
-    def take(self, count: int) -> dict[Key, list[int]]:
-        """The next ones: at most `count`, and no more different ones than a pass should hold."""
-        rows: dict[Key, list[int]] = {}
-        tokens = 0
-        while self.order and count:
-            key = self.keys[self.order[-1]]
-            tokens += 0 if key in rows else len(key)
-            if rows and tokens > PREFILL:
-                break
-            rows.setdefault(key, []).append(self.order.pop())
-            count -= 1
-        return rows
-
-
-def _prefill(
-    policy: Policy,
-    slots: Slots,
-    waiting: _Waiting,
-    rows: dict[Key, list[int]],
-    first: int,
-    decoder: decode.Decoder | None,
-) -> Tensor:
-    """Read prompts into the slots from `first` on, each different one once and then copied; the logits after each row's, [B, V]."""
-    slot = {key: first + sum(map(len, list(rows.values())[:n])) for n, key in enumerate(rows)}
-    logits: dict[Key, Tensor] = {}
-    if waiting.begun is not None and waiting.begun[0] in rows:
-        key, prefix, logits[key] = waiting.begun
-        slots.write(slot[key], prefix)
-    unread = [key for key in rows if key not in logits]
-    if unread:
-        lengths = [len(key) for key in unread]
-        slots.write_prompts([slot[key] for key in unread], lengths, policy.device)
-        ids_N = torch.tensor([i for key in unread for i in key], device=policy.device)
-        last_B = torch.tensor(lengths, device=policy.device).cumsum(0) - 1
-        if decoder is not None:
-            logits_BV = decoder.next_logits(ids_N, last_B)
-        else:
-            logits_BV = policy.next_logits(
-                last_B, input_ids=ids_N[None], position_ids=slots.column_N[None], past_key_values=slots, **packed.boundaries(lengths)
-            )  # fmt: skip
-        logits |= dict(zip(unread, logits_BV, strict=True))
-    for key, same in rows.items():
-        if len(same) > 1:
-            slots.copy(slot[key], range(slot[key] + 1, slot[key] + len(same)), len(key))
-    last = next(reversed(rows))
-    goes_on = waiting.order and waiting.keys[waiting.order[-1]] == last
-    waiting.begun = (last, slots.read(slot[last], len(last)), logits[last].clone()) if goes_on else None
-    return torch.stack([logits[key] for key, same in rows.items() for _ in same])
-
-
-def _close_ranks(
-    slots: Slots, live: list[int], finished: Sequence[int], lengths: dict[int, int], responses: Responses
-) -> None:
-    """Take the finished rows out; the last ones move into their slots."""
-    gone, remaining = set(finished), len(live) - len(finished)
-    holes = [b for b in finished if b < remaining]
-    movers = [b for b in range(remaining, len(live)) if b not in gone]
-    for hole, mover in zip(holes, movers, strict=True):
-        slots.copy(mover, [hole], lengths[live[mover]] + len(responses.ids[live[mover]]) - 1)
-        live[hole] = live[mover]
-    del live[remaining:]
+    def _read(self, prompts: Sequence[Key], where: Sequence[int]) -> Tensor:
+        """One packed pass over whole prompts; the logits after each, [N, V]."""
+        lengths, device = [len(key) for key in prompts], self.policy.device
+        self.slots.write_prompts(where, lengths, device)
+        ids_N = torch.tensor([i for key in prompts for i in key], device=device)
+        last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
+        if self.decoder is not None:
+            return self.decoder.next_logits(ids_N, last_B)
+        return self.policy.next_logits(
+            last_B, input_ids=ids_N[None], position_ids=self.slots.column_N[None], past_key_values=self.slots, **packed.boundaries(lengths)
+        )  # fmt: skip
 
 
 def _trouble(policy: Policy, compiled: bool = False, captured: Captured | None = None) -> str:
@@ -293,7 +200,7 @@ def _trouble(policy: Policy, compiled: bool = False, captured: Captured | None =
     lengths = [max(1, longest - 2 * (b % 2) - b // 3) for b in range(rows)]
     prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate(lengths)]
     responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(2 + b % 3)] for b in range(rows)]
-    given = Given(responses)
+    given = Forced(responses)
     try:
         _decode(policy, prompts, given, rows - 1, compiled, captured)
     except torch.OutOfMemoryError:

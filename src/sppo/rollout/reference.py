@@ -1,4 +1,5 @@
-"""The plain decoding loop: a left-padded batch and the cache that transformers makes. Short, slow, and right for any decoder.
+"""The plain decoding loop: a left-padded batch and the cache that transformers makes. Short, slow, and right for any
+decoder.
 
 It is what the local engine falls back to for models that its slots cannot hold, and what its tests compare with.
 """
@@ -12,8 +13,9 @@ import torch
 from transformers import DynamicCache
 
 from ..models.policy import Policy
+from ..models.weights import Weights, write
 from .engine import Sample, Sampling
-from .sequences import Drawn, Given, Responses, next_inputs
+from .sequences import Drawn, Forced, Responses, next_inputs
 
 
 class PlainEngine:
@@ -23,18 +25,19 @@ class PlainEngine:
     context: int | None = None
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.version = policy, 0
 
-    def sync(self, policy: Policy) -> None:
-        """Hold this policy's weights."""
-        self.policy = policy
+    def load(self, weights: Weights, version: int) -> None:
+        """Take these weights; the policy's own lie here already, and are not copied."""
+        write(self.policy.model, weights)
+        self.version = version
 
-    def holds(self, policy: Policy) -> bool:
-        """Sampling reads the policy's own tensors."""
-        return self.policy is policy
+    def holds(self, fingerprint: str) -> bool:
+        """Whether the policy that is sampled from has these weights."""
+        return self.policy.fingerprint() == fingerprint
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""
 
     def generate(
         self,
@@ -44,7 +47,7 @@ class PlainEngine:
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """Sample one response a prompt."""
+        """Sample one response per prompt."""
         drawn = Drawn(self.policy, seeds, sampling, limits)
         done = 0
         for part in self._parts(prompts, sampling.batch):
@@ -52,10 +55,11 @@ class PlainEngine:
             done += len(part)
             if progress:
                 progress(done)
-        return drawn.samples()
+        return drawn.samples(self.version)
 
     def _parts(self, prompts: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
-        """Prompts of similar length are decoded together; of the same length, where padding would go into a recurrent state."""
+        """Prompts of similar length are decoded together; of the same length, where padding would go into a recurrent
+        state."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         stateful = getattr(self.policy.model, "_is_stateful", False)
         for _, alike in groupby(order, key=lambda i: len(prompts[i]) if stateful else 0):
@@ -64,7 +68,7 @@ class PlainEngine:
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """See the protocol."""
-        given = Given(responses)
+        given = Forced(responses)
         for part in self._parts(prompts, len(prompts)):
             decode(self.policy, prompts, given, part)
         return given.logps
@@ -83,7 +87,7 @@ def decode(policy: Policy, prompts: Sequence[Sequence[int]], responses: Response
         logits_BV = policy.next_logits(
             input_ids=ids_BS, attention_mask=mask_BS, position_ids=position_BS, past_key_values=cache
         )
-        finished = set(responses.take(logits_BV, live)[0])
+        finished = set(responses.take(logits_BV, live))
         if finished:
             keep = torch.tensor([b for b in range(len(live)) if b not in finished], device=policy.device)
             live = [i for b, i in enumerate(live) if b not in finished]

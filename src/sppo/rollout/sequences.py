@@ -20,11 +20,8 @@ class Responses(Protocol):
     ids: list[list[int]]
     longest: int
 
-    def take(self, logits_BV: Tensor, live: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Add a token to each of the responses `live`, [B], from the logits of what comes next.
-
-        Returns which rows are finished, and what forked: (row, a new response that goes on from what the row held).
-        """
+    def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
+        """Add a token to each of the responses `live`, [B], from the logits of what comes next; returns which rows are finished."""
 
 
 class Drawn:
@@ -44,7 +41,7 @@ class Drawn:
         # a token is a byte at least, so so many last tokens hold any stop string that the newest one completed
         self._tail = 2 + max((len(s.encode()) for s in sampling.stop), default=0)
 
-    def take(self, logits_BV: Tensor, live: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
         """See Responses. Raises RunFailure for logits that are not finite."""
         uniform_B = self._uniform_BT[list(live), [len(self.ids[i]) for i in live]].to(logits_BV.device)
         try:
@@ -64,7 +61,7 @@ class Drawn:
             self.stopped[i] = token in self._ends or self._says_stop(self.ids[i])
             if self.stopped[i] or len(self.ids[i]) >= (self.limits[i] if self.limits else self.longest):
                 finished.append(b)
-        return finished, []
+        return finished
 
     def _says_stop(self, ids: list[int]) -> bool:
         stop = self.sampling.stop
@@ -73,15 +70,15 @@ class Drawn:
         tail = self.policy.text(ids[-self._tail :])
         return any(s in tail for s in stop)
 
-    def samples(self) -> list[Sample]:
-        """What was sampled, in the order of the prompts."""
+    def samples(self, version: int) -> list[Sample]:
+        """What was sampled by the weights of a version, in the order of the prompts."""
         return [
-            Sample(ids, logps, "stop" if stopped else "length", kept)
+            Sample(ids, logps, "stop" if stopped else "length", kept, version=version)
             for ids, logps, stopped, kept in zip(self.ids, self.logps, self.stopped, self.kept, strict=True)
         ]
 
 
-class Given:
+class Forced:
     """Responses that are known: their tokens take the place of drawn ones, and only their log-probabilities are noted."""
 
     def __init__(self, responses: Sequence[Sequence[int]]) -> None:
@@ -89,14 +86,14 @@ class Given:
         self.ids: list[list[int]] = [[] for _ in responses]
         self.logps: list[list[float]] = [[] for _ in responses]
 
-    def take(self, logits_BV: Tensor, live: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
         """See Responses."""
         logp_BV = logits_BV.log_softmax(-1)
         for b, i in enumerate(live):
             token = self.given[i][len(self.ids[i])]
             self.ids[i].append(token)
             self.logps[i].append(float(logp_BV[b, token]))
-        return [b for b, i in enumerate(live) if len(self.ids[i]) == len(self.given[i])], []
+        return [b for b, i in enumerate(live) if len(self.ids[i]) == len(self.given[i])]
 
 
 def ending_ids(policy: Policy, stop: Sequence[str]) -> list[int]:

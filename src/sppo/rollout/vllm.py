@@ -1,8 +1,9 @@
-"""vLLM as the engine: `rollout.engine = "vllm"`. Token ids in and out, its log-probabilities, and the learner's weights at every sync.
+"""vLLM as the engine: `rollout.engine = "vllm"`. Token ids in and out, its log-probabilities, and the learner's
+weights at every sync.
 
-It runs in this process, with weights of its own in the policy's dtype: every sync pushes all of them, drops the prefix cache, and
-is proven by a checksum of what the engine multiplies with (vLLM's CPU build packs matrices away where nobody can read them; a
-product with the identity brings them out again, exactly).
+It runs in this process, with weights of its own in the policy's dtype: every sync pushes all of them, drops the
+prefix cache, and is proven by a checksum of what the engine multiplies with (vLLM's CPU build packs matrices away
+where nobody can read them; a product with the identity brings them out again, exactly).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import RecipeError
 from ..models.policy import Policy
+from ..models.weights import Weights, fingerprint
 from .engine import Sample, Sampling
 from .sequences import ending_ids
 
@@ -52,13 +54,16 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise RecipeError(
-                f"rollout.engine = 'vllm' needs vLLM ({error}): pip install 'sppo[vllm]', or on a CPU see docs/performance.md"
+                f"rollout.engine = 'vllm' needs vLLM ({error}): pip install 'sppo[vllm]', or on a CPU see "
+                "docs/performance.md"
             ) from None
         self._folder = tempfile.TemporaryDirectory(prefix="sppo-vllm-")
         policy.save(Path(self._folder.name))
         on_cpu = policy.device.type == "cpu"
+        dtype = str(policy.dtype).removeprefix("torch.")
         limit = context or min(policy.context or 8192, 8192)
-        # Without chunks a prompt is read in one pass; vLLM 0.32's CPU sampler fails on a seeded request whose prompt was cut.
+        # Without chunks a prompt is read in one pass; vLLM 0.32's CPU sampler fails on a seeded request whose
+        # prompt was cut.
         how = (
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(limit, 8192)}
             if on_cpu
@@ -66,26 +71,30 @@ class VLLMEngine:
         )
         try:
             self.llm: Any = LLM(
-                self._folder.name, dtype=str(policy.dtype).removeprefix("torch."), max_model_len=limit, enforce_eager=eager,
+                self._folder.name, dtype=dtype, max_model_len=limit, enforce_eager=eager,
                 logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True, **how,
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise RecipeError(f"rollout.engine = 'vllm': it does not start with this model: {error}") from error
-        self.policy, self.context = policy, limit
-        self.stated = f"engine vllm: weights of its own in {str(policy.dtype).removeprefix('torch.')}, prompts and responses up to {limit} tokens"
+        self.policy, self.context, self.version = policy, limit, 0
+        self._given = (policy.fingerprint(), checksum([tensor for _, tensor in policy.weights()]))
+        self.stated = f"engine vllm: weights of its own in {dtype}, prompts and responses up to {limit} tokens"
 
-    def sync(self, policy: Policy) -> None:
+    def load(self, weights: Weights, version: int) -> None:
         """Push every weight into the running engine; what it remembers of prompts is of the old ones, and goes."""
-        weights = [(name, p.detach()) for name, p in policy.model.named_parameters()]
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if getattr(policy.model.config, "tie_word_embeddings", False):
+        given = list(weights)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(given)})
+        if getattr(self.policy.model.config, "tie_word_embeddings", False):
             self.llm.apply_model(_tie_again)
         self.llm.reset_prefix_cache()
+        self.version, self._given = version, (fingerprint(given), checksum([tensor for _, tensor in given]))
 
-    def holds(self, policy: Policy) -> bool:
-        """Compare checksums that do not depend on how matrices are fused or ordered, taken on both sides."""
-        inside = self.llm.apply_model(_checksum_inside)[0]
-        return inside == checksum(list(policy.model.parameters()))
+    def holds(self, fingerprint: str) -> bool:
+        """Whether what was given last had this fingerprint, and is there: vLLM fuses and reorders matrices, so a
+        checksum is compared that does not depend on that, of what was given and of what the engine multiplies
+        with."""
+        given, outside = self._given
+        return given == fingerprint and self.llm.apply_model(_checksum_inside)[0] == outside
 
     def generate(
         self,
@@ -95,8 +104,8 @@ class VLLMEngine:
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """See the protocol; a sample's bits may depend on its neighbours here. Raises RecipeError for a cut (top-k and its kind): vLLM
-        would report the cut distribution only."""
+        """See the protocol; a sample's bits may depend on its neighbours here. Raises RecipeError for a cut (top-k
+        and its kind): vLLM would report the cut distribution only."""
         from vllm import SamplingParams
 
         if sampling.cut and sampling.temperature > 0:
@@ -116,9 +125,8 @@ class VLLMEngine:
             for done in self.llm.generate(asked, params[part], use_tqdm=False):
                 found = done.outputs[0]
                 logps = [entry[i].logprob for i, entry in zip(found.token_ids, found.logprobs, strict=True)]
-                samples.append(
-                    Sample(list(found.token_ids), logps, "stop" if found.finish_reason == "stop" else "length")
-                )
+                finish: Literal["stop", "length"] = "stop" if found.finish_reason == "stop" else "length"
+                samples.append(Sample(list(found.token_ids), logps, finish, version=self.version))
             if progress:
                 progress(len(samples))
         return samples
@@ -137,7 +145,7 @@ class VLLMEngine:
         ]
 
     def close(self) -> None:
-        """Let go of the engine's memory and its folder."""
+        """Release the engine's memory and its folder."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm = None
@@ -147,8 +155,8 @@ class VLLMEngine:
 
 
 def _tie_again(model: Any) -> None:
-    """vLLM 0.32 leaves an output matrix that is tied to the embedding as it was when weights are reloaded (on a CPU: a packed copy of
-    it), and goes on sampling from it. The checksum found that."""
+    """vLLM 0.32 leaves an output matrix that is tied to the embedding as it was when weights are reloaded (on a CPU:
+    a packed copy of it), and goes on sampling from it. The checksum found that."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -163,8 +171,8 @@ CHUNK = 1 << 20
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """A 64-bit sum over the bits of all elements, zeros counting nothing: the same however they are fused, ordered or padded with
-    zeros, and another (short of a contrived tie) when any value changes."""
+    """A 64-bit sum over the bits of all elements, zeros counting nothing: the same however they are fused, ordered or
+    padded with zeros, and another (short of a contrived tie) when any value changes."""
     total = 0
     for tensor in tensors:
         flat = (tensor.detach() + 0.0).reshape(-1)  # −0 becomes 0, as it does in any sum
@@ -176,7 +184,8 @@ def checksum(tensors: Sequence[Tensor]) -> int:
 
 
 def _checksum_inside(model: Any) -> int | str:
-    """The checksum of a vLLM model's weights; a word where an output matrix is not the embedding that it should be tied to."""
+    """The checksum of a vLLM model's weights; a word where an output matrix is not the embedding that it should be
+    tied to."""
     tensors: list[Tensor] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -196,6 +205,7 @@ def _checksum_inside(model: Any) -> int | str:
 
 @torch.inference_mode()
 def _multiplied_with(module: Any, weight: Tensor) -> Tensor:
-    """The matrix that a linear layer of vLLM's CPU build really uses, [outputs, inputs]: its product with the identity."""
+    """The matrix that a linear layer of vLLM's CPU build really uses, [outputs, inputs]: its product with the
+    identity."""
     inputs = getattr(module, "input_size_per_partition", None) or module.embedding_dim
     return module.cpu_linear(torch.eye(inputs, dtype=weight.dtype), weight, None).t()

@@ -3,57 +3,55 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from ..evaluation.evaluate import held_out_tasks
 from ..learning.sft import supervised
 from ..tasks.loading import load_tasks
-
-if TYPE_CHECKING:
-    from .run import Run
+from .accuracy import accuracy
+from .build import Components
+from .checkpoint import State
 
 UNTIL_EVERY, UNTIL_PROBLEMS = 10, 256
-"""`bootstrap.until` is looked at every so many updates, on so many problems."""
+"""`bootstrap.until` is measured every 10 updates, on up to 256 problems."""
 
 
-def bootstrap(run: Run) -> None:
-    """Learn from worked solutions, until enough of the training problems are solved; nothing where the recipe has no such section."""
-    section = run.config.bootstrap
+def bootstrap(c: Components, state: State, sync: Callable[[int], None], interrupted: Callable[[], bool]) -> None:
+    """Learn from worked solutions, until enough of the training problems are solved or the run is interrupted.
+
+    Nothing where the recipe has no such section.
+    """
+    section, source = c.config.bootstrap, c.train_tasks
     if section is None:
         return
-    source = run.train_tasks
     if section.task is not None:
+        task = c.config.task
         source = load_tasks(
-            section.task,
-            instruction=run.config.task.instruction,
-            default_split="train",
-            columns=run.config.task.columns,
-        )
-    run.observer.stage("bootstrap", section.steps)
+            section.task, instruction=task.instruction, default_split="train", columns=task.columns
+        )  # fmt: skip
+    c.observer.stage("bootstrap", section.steps)
     began = time.monotonic()
-
-    probe = [
-        t for t in held_out_tasks(run.train_tasks, UNTIL_PROBLEMS) if run.too_long(t) is None
-    ]  # training problems: held-out ones must not steer anything
+    # Training problems: held-out ones must not steer anything.
+    probe = [t for t in held_out_tasks(c.train_tasks, UNTIL_PROBLEMS) if c.prompt_limit(t) is None]
 
     def on_step(done: int, metrics: dict[str, float]) -> bool:
-        run.observer.step(done, dict(metrics))
+        c.observer.step(done, dict(metrics))
         if section.until is None or done % UNTIL_EVERY:
-            return not run.interrupted
-        run.sync()
+            return not interrupted()
+        sync(0)
         quarter = probe[: len(probe) // 4]
-        if len(quarter) >= 32 and run.evaluate(quarter).accuracy < section.until / 2:
-            return not run.interrupted  # so far from it that a quarter tells
-        solved = run.evaluate(probe).accuracy
+        if len(quarter) >= 32 and accuracy(c, state, quarter).accuracy < section.until / 2:
+            return not interrupted()  # so far from it that a quarter is enough to see it
+        solved = accuracy(c, state, probe).accuracy
         if solved >= section.until:
-            run.observer.note(
+            c.observer.note(
                 f"bootstrap: {solved:.0%} of {len(probe)} training problems solved after {done} updates; that is enough"
             )
-        return not run.interrupted and solved < section.until
+        return not interrupted() and solved < section.until
 
     supervised(
-        run.policy, source, section, seed=run.config.seed, micro_tokens=run.config.training.micro_budget,
-        limit=run.policy.context, on_step=on_step,
+        c.policy, source, section, seed=c.config.seed, micro_tokens=c.config.training.micro_budget,
+        limit=c.policy.context, on_step=on_step,
     )  # fmt: skip
-    run.state.seconds_bootstrap = time.monotonic() - began - run.state.seconds_evaluating
-    run.state.seconds += run.state.seconds_bootstrap
+    state.seconds_bootstrap = time.monotonic() - began - state.seconds_evaluating
+    state.seconds += state.seconds_bootstrap

@@ -1,29 +1,51 @@
-"""What a run is put together from: the models that a recipe (or a Python user) names, and which prompts they can read."""
+"""From a recipe to everything that a run is made of, in one place: `build` says what it chose, and refuses what cannot work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..audit.monitors import Monitors
+from ..audit.verifier import verifier_sha256
+from ..environments.base import Maker, load_environment
 from ..errors import ModelError, RecipeError
+from ..evaluation.evaluate import held_out_tasks
+from ..evaluation.step_quality import step_checker
+from ..learning.learner import Learner
+from ..learning.optimizer import optimiser_class
+from ..memory import give_back, keep_memory
 from ..models.critic import Critic
-from ..models.loading import saved_dtype
+from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
 from ..models.policy import Policy
+from ..models.weights import parameter_count
 from ..recipe.config import Config
 from ..rewards.base import Reward
+from ..rewards.combine import MixedReward, adds
+from ..rewards.loading import load_reward
+from ..rewards.steps import Checker
+from ..rollout.engine import Engine, Sampling, load_engine
 from ..spec import is_import, make
-from ..tasks.base import ListSource, TaskSource, rows_in
-from ..tasks.user_source import checked
+from ..tasks.base import TaskSource
+from ..tasks.loading import load_pair
+from ..threads import fitted
 from ..types import Task
+from .curriculum import Uniform, curriculum
+from .directory import RunDirectory
+from .observer import Observer
+from .plan import Model, plan, typical_prompt
+from .prompts import PromptLimit, shown_prompt
+from .provenance import data_of, must_be_the_same
+from .warnings import Warnings
 
-SHOWN_HEAD, SHOWN_TAIL = 240, 120
-"""Characters of a rendered prompt that are shown at the start of a run."""
+Note = Callable[[str], None]
+"""Takes a sentence for the user."""
 
 
 @dataclass
@@ -37,10 +59,146 @@ class Parts:
     evaluation: TaskSource | None = None
 
 
+@dataclass(frozen=True)
+class Components:
+    """What a run is made of. None of these is replaced while it runs; weights and positions change inside them."""
+
+    config: Config
+    """The resolved recipe: nothing in it is left open."""
+    observer: Observer
+    directory: RunDirectory
+    data: Mapping[str, Mapping[str, str]]
+    """Path and SHA-256 of each file of rows (provenance.py)."""
+    environment: Maker
+    reward: Reward
+    verifier: str
+    """The SHA-256 of the reward's code (audit/verifier.py)."""
+    monitors: Monitors
+    policy: Policy
+    critic: Critic | None
+    tight: bool
+    """Whether freed memory goes back to the machine at once (plan.py)."""
+    engine: Engine
+    sampling: Sampling
+    warnings: Warnings
+    prompt_limit: PromptLimit
+    train_tasks: TaskSource
+    held_out: Sequence[Task]
+    """The problems of every evaluation."""
+    curriculum: Uniform
+    checker: Checker | None
+    """Checks the steps of a response, where these tasks or this reward can."""
+
+
+def build(config: Config, directory: RunDirectory, observer: Observer, parts: Parts, saved: Path | None) -> Components:
+    """The components of a new run, or of one that goes on from the checkpoint `saved`.
+
+    Raises a UserError before anything expensive where the recipe cannot be obeyed.
+    """
+    keep_memory()
+    torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
+    note, device = observer.note, pick_device()
+    note(f"processor {processor(device)}")
+    config = _settled(config, note)
+    optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
+    environment, reward = load_environment(config.task.environment), _reward(config, parts)
+    train_tasks, eval_tasks = _tasks(config, parts)
+    data = data_of(config)
+    must_be_the_same(directory.path, data)
+    policy = load_policy(config, parts.policy, saved, device, note)
+    if config.training.checkpoint_activations:
+        policy.checkpoint_activations()
+    reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
+    critic = load_critic(config, parts.critic, saved, device, note)
+    one_control_task(config, policy, critic)
+    config, tight = _planned(config, policy, critic, train_tasks, device, note)
+    if saved is None:
+        config = config.with_rates(parameter_count(policy.model), parameter_count(critic) if critic is not None else 0)
+    engine = load_engine(config.rollout.engine, policy)
+    if engine.stated:
+        note(engine.stated)
+    sampling = Sampling.of(config.rollout)
+    warnings = Warnings(config, sampling, note)
+    warnings.before()
+    monitors = Monitors(config.monitors, reward, config.seed, config.reward.limit)
+    limit = PromptLimit(config, policy, critic, engine.context)
+    held_out = _usable(config, train_tasks, eval_tasks, limit, note)
+    if not isinstance(policy, ControlPolicy):
+        note(shown_prompt(policy, held_out[0]))
+    problems = curriculum(
+        config.curriculum, train_tasks, config.seed, limit, critic, held_out, config.training.micro_budget
+    )
+    return Components(
+        config=config, observer=observer, directory=directory, data=data, environment=environment, reward=reward, verifier=verifier_sha256(reward),
+        monitors=monitors, policy=policy, critic=critic, tight=tight, engine=engine, sampling=sampling, warnings=warnings,
+        prompt_limit=limit, train_tasks=train_tasks, held_out=held_out, curriculum=problems,
+        checker=step_checker(config.task.eval or config.task.train, held_out[0], reward),
+    )  # fmt: skip
+
+
+def _settled(config: Config, note: Note) -> Config:
+    """The recipe with `auto` replaced by what it stands for; says which ratio that is, and which keys have no effect."""
+    config, ratio = config.settled()
+    for why in config.without_effect():
+        note(f"warning: {why}")
+    note(f"algorithm {config.objective.algorithm}, {ratio}")
+    return config
+
+
+def _reward(config: Config, parts: Parts) -> Reward:
+    reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
+    if config.reward.anneal and not (isinstance(reward, MixedReward) and adds(reward.parts)):
+        raise RecipeError(
+            f"reward.anneal fades what is added to a reward, and reward.use = {config.reward.use!r} adds nothing"
+        )
+    return reward
+
+
+def _tasks(config: Config, parts: Parts) -> tuple[TaskSource, TaskSource]:
+    """Training and held-out problems."""
+    if parts.train is not None and parts.evaluation is not None:
+        return parts.train, parts.evaluation
+    return load_pair(config.task.train, config.task.eval, config.task.instruction, config.task.columns)
+
+
+def _planned(
+    config: Config, policy: Policy, critic: Critic | None, tasks: TaskSource, device: torch.device, note: Note
+) -> tuple[Config, bool]:
+    """The recipe with `training.micro_tokens` chosen where it is open, and whether memory is tight; says what is needed."""
+    if isinstance(policy, ControlPolicy):  # networks of a few thousand weights
+        return config, False
+    prompt = typical_prompt(tasks, lambda task: len(policy.prompt_ids(task)), config.task.max_prompt_tokens)
+    reader = None if critic is None else Model(critic.backbone, next(critic.parameters()).dtype)
+    found = plan(config, Model(policy.model, policy.dtype), reader, device, prompt)
+    note(found.stated())
+    if device.type == "cpu":
+        keep_memory(found.capacity)
+    training = config.training.model_copy(update={"micro_tokens": found.micro_tokens})
+    return config.model_copy(update={"training": training}), found.tight
+
+
+def _usable(
+    config: Config, train_tasks: TaskSource, eval_tasks: TaskSource, limit: PromptLimit, note: Note
+) -> list[Task]:
+    """The held-out problems that can be used; says which rows are left out. Raises RecipeError where no problem remains."""
+    for which, source in (("training", train_tasks), ("held-out", eval_tasks)):
+        if refused := limit.refusals(source):
+            more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
+            note(f"warning: {len(refused)} of {len(source)} {which} rows are left out: {refused[0]}{more}")
+    chosen = held_out_tasks(eval_tasks, config.evaluation.n)
+    usable = [t for t in chosen if limit(t) is None]
+    if not usable:
+        raise RecipeError(f"no held-out problem can be used: {chosen[0].id}: {limit(chosen[0])}")
+    if len(usable) < len(chosen):
+        left_out = len(chosen) - len(usable)
+        note(f"{left_out} of {len(chosen)} held-out prompts are over the limit or refused, and left out")
+    return usable
+
+
 def load_policy(
-    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Callable[[str], None]
+    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
 ) -> Policy:
-    """The saved checkpoint's policy, else the given one, else the recipe's; `note` hears what it is."""
+    """The saved checkpoint's policy, else the given one, else the recipe's. `note` is called with what it is."""
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
@@ -51,7 +209,7 @@ def load_policy(
     name = str(saved / "policy") if saved else config.policy.model
     kind = ControlPolicy if is_control(name) else Policy
     if kind is ControlPolicy and not Path(name).exists():
-        Taught.parse("policy.model", name)  # a bad option is said before the wait is
+        Taught.parse("policy.model", name)  # a bad option is refused before the wait
         note("cloning a teacher's episodes for the policy to begin with: from seconds to a minute or two")
     policy, stated = kind.load(
         name,
@@ -65,7 +223,7 @@ def load_policy(
 
 
 def load_critic(
-    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Callable[[str], None]
+    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
 ) -> Critic | None:
     """The same of the critic; None where the algorithm has none."""
     if config.critic_reads is None:
@@ -95,7 +253,7 @@ def _own_model(name: str, key: str) -> tuple[Any, Any] | None:
 
 
 def one_control_task(config: Config, policy: Policy, critic: Critic | None) -> None:
-    """Models that were saved to folders carry their control task with them, which no recipe shows. Raises RecipeError if it is another."""
+    """Check the control task of models that were saved to folders, which no recipe shows. Raises RecipeError if it is another."""
     parts = {"policy.model": policy, "critic.model": critic}
     tasks = {
         key: part.environment.name for key, part in parts.items() if isinstance(part, ControlPolicy | ControlCritic)
@@ -111,67 +269,26 @@ def one_control_task(config: Config, policy: Policy, critic: Critic | None) -> N
             )
 
 
-class PromptLimit:
-    """Which prompts policy, engine and critic can read: longer ones are left out and counted, never cut."""
-
-    def __init__(self, config: Config, policy: Policy, critic: Critic | None, engine_context: int | None) -> None:
-        """Raises RecipeError where no prompt would fit."""
-        self.policy, self.critic = policy, critic
-        self.tokens, self.why = config.task.max_prompt_tokens, "task.max_prompt_tokens"
-        known = [n for n in (policy.context, engine_context) if n is not None]
-        if critic is not None and config.critic_reads == "tokens" and critic.context is not None:
-            known.append(critic.context)
-        context = min(known, default=None)
-        if context is None:
-            return
-        room = context - config.rollout.max_tokens
-        if room < 1:
-            raise RecipeError(
-                f"rollout.max_tokens is {config.rollout.max_tokens}, but {policy.name} has only {context} positions here "
-                "for prompt and response together"
-            )
-        if room < self.tokens:
-            self.tokens, self.why = room, f"what rollout.max_tokens leaves of the model's {context} positions"
-
-    def refused(self, task: Task) -> str | None:
-        """Why a chat template, the policy's or the critic's, does not take a task's messages, or None."""
-        return self.policy.refuses(task) or (self.critic.refuses(task) if self.critic is not None else None)
-
-    def refusals(self, source: TaskSource) -> list[str]:
-        """Every row of a file that a chat template refuses, with the reason; problems that are made one by one are not looked through."""
-        if not isinstance(rows_in(source), ListSource):
-            return []
-        found = ((task.id, self.refused(task)) for task in (source[i] for i in range(len(source))))
-        return [f"{name}: {why}" for name, why in found if why is not None]
-
-    def __call__(self, task: Task) -> str | None:
-        """Why a task's prompt cannot be used, or None."""
-        checked(task)
-        try:
-            length = len(self.policy.prompt_ids(task))
-            read = 0 if self.critic is None else len(self.critic.prompt_ids(task))
-        except ModelError as error:  # a chat template refuses it
-            return str(error).removeprefix(f"task {task.id}: ")
-        if length == 0:
-            return "the prompt is empty"
-        if length > self.tokens:
-            return f"the prompt has {length} tokens, the limit is {self.tokens} ({self.why})"
-        limit = self.critic.context if self.critic is not None else None
-        if limit is not None and read > limit:
-            return f"the prompt has {read} tokens for the critic, which reads {limit} at most"
-        return None
+def make_learner(c: Components, saved: Path | None) -> Learner:
+    """The learner of these models as they are now, and π_ref, the policy at step 0 (after any bootstrap), if the recipe reads it."""
+    learner = Learner(c.policy, c.critic, None, c.config)
+    learner.tight = c.tight
+    learner.progress = partial(c.observer.within, "updating")
+    if c.tight:
+        give_back()
+    if c.config.needs_reference:
+        learner.reference = c.policy.as_reference() if saved is None else _load_reference(c)
+    return learner
 
 
-def shown_prompt(policy: Policy, task: Task) -> str:
-    """One task's prompt exactly as the policy reads it, for the start of a run."""
-    ids = policy.prompt_ids(task)
-    return said_prompt("policy", task.id, ids, policy.rendered(ids))
-
-
-def said_prompt(who: str, name: str, ids: Sequence[int], text: str) -> str:
-    """A rendered prompt, special tokens included, on one line; a long one says how much of its middle is left out."""
-    left_out = len(text) - SHOWN_HEAD - SHOWN_TAIL
-    shown = repr(text)
-    if left_out > 0:
-        shown = f"{text[:SHOWN_HEAD]!r} … {left_out:,} characters … {text[-SHOWN_TAIL:]!r}"
-    return f"the {who} reads, for {name} ({len(ids)} tokens): {shown}"
+def _load_reference(c: Components) -> Policy:
+    """π_ref of a run that goes on: the policy of its checkpoint of step 0."""
+    policy = c.policy
+    reference, _ = type(policy).load(
+        str(c.directory.path / "checkpoints" / "step-000000" / "policy"), dtype=str(policy.dtype).removeprefix("torch."),
+        device=policy.device, seed=0, chat_template=c.config.policy.chat_template,
+    )  # fmt: skip
+    if isinstance(reference, ControlPolicy) and isinstance(policy, ControlPolicy):
+        reference.scorer.states = policy.states
+    reference.model.requires_grad_(False)
+    return reference

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides the two model folders, and how it comes back bit for bit.
+"""What a checkpoint holds besides the two model folders; loaded, a run continues to the same bits.
 
 policy/  critic/     model folders that other tools load
 state.pt             counters, optimiser moments and float32 masters, the position in the data, global generators
@@ -60,8 +60,8 @@ def save(folder: Path, state: State, learner: Learner, curriculum: Uniform, moni
 
 
 def load(folder: Path, learner: Learner, curriculum: Uniform, monitors: Monitors) -> State:
-    """Bring learner (whose models come from the folder already), curriculum and monitors back; returns the counters. Raises DataError."""
-    with readable(f"{folder / 'state.pt'} cannot be gone on from"):
+    """Restore learner (whose models were loaded from the folder already), curriculum and monitors; returns the counters. Raises DataError."""
+    with readable(f"{folder / 'state.pt'} cannot be resumed from"):
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         learner.load_state_dict(saved["learner"])
         curriculum.load_state_dict(saved["curriculum"])

@@ -1,9 +1,8 @@
-"""Which problems come next. Each kind is a class here; a recipe's `curriculum.kind` chooses.
+"""Which problems come next. Each kind is a class; a recipe's `curriculum.kind` chooses.
 
-    Uniform     every training problem once an epoch, in an order that is a function of the seed
-    Predicted   of several candidates rather those whose outcome the critic thinks open, and each advantage divided by how much
-                rather: the objective stays the uniform one, with less noise (the Neyman allocation)
+    Uniform     every training problem once per epoch, in an order that is a function of the seed
     Staged      easy problems first; harder ones once the held-out accuracy on the present ones is surely high enough
+    predicted   problems whose outcome the critic thinks open (experimental/predicted.py)
 
 Prompts that are too long are passed over and counted, never cut. A resumed run continues at the very next problem: what is
 drawn is a function of the seed, the position in the data, and what the run has learnt by then.
@@ -11,104 +10,68 @@ drawn is a function of the seed, the position in the data, and what the run has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
-from ..errors import DataError, RecipeError
+from ..errors import RecipeError
 from ..evaluation.intervals import accuracy_interval
 from ..models.critic import Critic
 from ..recipe.sections import CurriculumSection
+from ..spec import make
 from ..tasks.base import TaskSource
+from ..tasks.epochs import Epochs, Refusal
 from ..types import Rollout, Task
-
-Refusal = Callable[[Task], str | None]
-"""Why a task cannot be used, or None."""
 
 
 def curriculum(
     section: CurriculumSection,
     source: TaskSource,
     seed: int,
-    too_long: Refusal,
+    refusal: Refusal,
     critic: Critic | None,
     held_out: Sequence[Task],
     token_budget: int = 16384,
 ) -> Uniform:
-    """What a recipe's `curriculum` names; `token_budget` is what the critic reads at once. Raises RecipeError where the problems do not allow it."""
+    """What a recipe's `curriculum` names.
+
+    Args:
+        refusal: says why a prompt cannot be used.
+        held_out: the problems of every evaluation, by which a stage ends.
+        token_budget: tokens per pass of the critic.
+
+    Raises:
+        RecipeError: the problems, or the algorithm, do not allow this kind.
+    """
     if section.kind == "predicted":
-        if critic is None:
-            raise RecipeError(
-                "curriculum.kind = 'predicted' asks the critic, and this algorithm has none that reads the prompt"
-            )
-        return Predicted(section, source, seed, too_long, critic, token_budget)
+        found: Uniform = make(
+            "predicted", "sppo.experimental", "curriculum", section, source, seed, refusal, critic, token_budget
+        )
+        return found
     if section.kind == "staged":
-        return Staged(section, source, seed, too_long, held_out)
-    return Uniform(section, source, seed, too_long)
+        return Staged(section, source, seed, refusal, held_out)
+    return Uniform(section, source, seed, refusal)
 
 
-class Uniform:
+class Uniform(Epochs):
     """Without replacement. With `section.aside` problems that were always solved, or never, pause for some epochs."""
 
-    def __init__(self, section: CurriculumSection, source: TaskSource, seed: int, too_long: Refusal) -> None:
-        self.section, self.source, self.seed, self.too_long = section, source, seed, too_long
-        self.position = 0
-        self.passed_over = 0
+    def __init__(self, section: CurriculumSection, source: TaskSource, seed: int, refusal: Refusal) -> None:
+        super().__init__(source, seed, refusal)
+        self.section = section
         self.history = Aside(section.aside, section.revisit)
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def sample(self, n: int) -> list[Task]:
-        """The next n tasks. Raises DataError when a whole epoch holds none that can be used."""
-        return self._next(n, lambda task: True)
-
-    def _next(self, n: int, wanted: Callable[[Task], bool]) -> list[Task]:
-        tasks: list[Task] = []
-        refused, reason, resting = 0, "", 0
-        while len(tasks) < n:
-            epoch, index = self._place()
-            task = self.source[index]
-            self.position += 1
-            if not wanted(task):
-                refused, reason = refused + 1, reason or f"{task.id}: its difficulty is {task.difficulty}"
-            elif self.history.rests(task.id, epoch):
-                refused, resting = refused + 1, resting + 1
-            elif (why := self.too_long(task)) is not None:
-                self.passed_over += 1
-                refused, reason = refused + 1, f"{task.id}: {why}"
-            else:
-                tasks.append(task)
-                refused = resting = 0
-            if refused >= len(self.source):
-                if not resting:
-                    raise DataError(
-                        f"none of the {len(self.source)} training prompts can be used; the last one is {reason}"
-                    )
-                self.history.wake()  # better a solved problem again than none
-                refused = resting = 0
-        return tasks
 
     def observe(self, rollouts: Sequence[Rollout]) -> None:
         """Learn from a step's verdicts."""
         self.history.observe(rollouts, max(self.position - 1, 0) // len(self.source))
 
-    def hear(self, rollouts: Sequence[Rollout], samples: int) -> str | None:
-        """Learn from an evaluation's held-out verdicts, `samples` for each problem; what was decided, if anything."""
+    def evaluated(self, rollouts: Sequence[Rollout], samples: int) -> str | None:
+        """Learn from an evaluation's held-out verdicts, `samples` per problem; returns what was decided, if anything."""
         return None
 
     def metrics(self) -> dict[str, float]:
         """What was decided, for the step's line of metrics."""
         return {"curriculum/aside": len(self.history)} if self.section.aside else {}
-
-    def _place(self) -> tuple[int, int]:
-        """The epoch, and the problem that comes next in it."""
-        epoch, offset = divmod(self.position, len(self.source))
-        if self._order is None or self._order[0] != epoch:
-            rng = np.random.Generator(np.random.Philox(key=(self.seed << 32) + epoch))
-            self._order = (epoch, rng.permutation(len(self.source)))
-        return epoch, int(self._order[1][offset])
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and what was learnt."""
@@ -119,51 +82,11 @@ class Uniform:
         self.position, self.passed_over = state["position"], state["passed_over"]
         self.history.load_state_dict(state.get("history", {}))
 
+    def _rests(self, task: Task, epoch: int) -> bool:
+        return self.history.rests(task.id, epoch)
 
-class Predicted(Uniform):
-    """Problems drawn in proportion to √(V(1−V)) + floor, the deviation of a reward that the critic predicts.
-
-    With weights w_i over a pool of M candidates a problem is drawn n·w_i/Σw times on average, and its advantages are multiplied by
-    (Σw/M)/w_i: the expected gradient is the uniform one for any V. Without the correction (`corrected = false`) the objective
-    is another one, in which problems of medium difficulty count for more.
-    """
-
-    def __init__(
-        self,
-        section: CurriculumSection,
-        source: TaskSource,
-        seed: int,
-        too_long: Refusal,
-        critic: Critic,
-        token_budget: int = 16384,
-    ) -> None:
-        super().__init__(section, source, seed, too_long)
-        self.critic, self.token_budget = critic, token_budget
-        self._range = (1.0, 1.0)
-
-    def sample(self, n: int) -> list[Task]:
-        """The next n tasks, each with the weight that undoes how it was chosen; some may come twice."""
-        start = self.position
-        pool = super().sample(n * self.section.pool)
-        value_M = self.critic.logits(pool, self.token_budget).sigmoid().double().numpy()
-        weight_M = np.sqrt(value_M * (1 - value_M)) + self.section.floor
-        uniform = np.random.Generator(np.random.Philox(key=(self.seed << 64) + start)).random()
-        chosen = systematic(weight_M, n, uniform)
-        factor_M = weight_M.mean() / weight_M if self.section.corrected else np.ones_like(weight_M)
-        self._range = float(factor_M[chosen].min()), float(factor_M[chosen].max())
-        return [replace(pool[i], weight=float(factor_M[i])) for i in chosen]
-
-    def metrics(self) -> dict[str, float]:
-        """The least and the largest weight of the last step."""
-        low, high = self._range
-        return super().metrics() | {"curriculum/weight_min": low, "curriculum/weight_max": high}
-
-
-def systematic(weight_M: np.ndarray, n: int, uniform: float) -> list[int]:
-    """n indices, index i on average n·w_i/Σw times and never a whole time more or less: one random number in [0, 1), and n marks at equal distances."""
-    edge_M = np.cumsum(weight_M)
-    marks = (np.arange(n) + uniform) * (edge_M[-1] / n)
-    return np.minimum(np.searchsorted(edge_M, marks, side="right"), len(weight_M) - 1).tolist()
+    def _wake(self) -> None:
+        self.history.wake()
 
 
 class Staged(Uniform):
@@ -174,13 +97,12 @@ class Staged(Uniform):
     """
 
     def __init__(
-        self, section: CurriculumSection, source: TaskSource, seed: int, too_long: Refusal, held_out: Sequence[Task]
+        self, section: CurriculumSection, source: TaskSource, seed: int, refusal: Refusal, held_out: Sequence[Task]
     ) -> None:
-        super().__init__(section, source, seed, too_long)
+        super().__init__(section, source, seed, refusal)
         self.stage = 0
-        self.accuracy: tuple[float, float, float] | None = (
-            None  # on the present stage's held-out problems, with its interval
-        )
+        # on the present stage's held-out problems, with its interval
+        self.accuracy: tuple[float, float, float] | None = None
         if any(t.difficulty is None for t in (source[0], *held_out)):
             raise RecipeError(
                 "curriculum.kind = 'staged' needs problems with a dial (Task.difficulty: chain's steps, a `difficulty` column of your rows); "
@@ -195,14 +117,14 @@ class Staged(Uniform):
                 )
 
     def sample(self, n: int) -> list[Task]:
-        """The next n tasks: of the present stage, and a share of earlier ones."""
+        """The next n tasks: of the present stage, and a share of earlier stages."""
         earlier = round(n * self.section.rehearse) if self.stage else 0
         return self._next(n - earlier, lambda t: self._stage_of(t) == self.stage) + self._next(
             earlier, lambda t: self._stage_of(t) < self.stage
         )
 
-    def hear(self, rollouts: Sequence[Rollout], samples: int) -> str | None:
-        """Go on to the next stage when the present one is surely solved; says so."""
+    def evaluated(self, rollouts: Sequence[Rollout], samples: int) -> str | None:
+        """Begin the next stage where the present one is surely solved; returns a sentence that says so."""
         before = self.stage
         while True:
             means = [
@@ -260,9 +182,8 @@ class Aside:
 
     def __init__(self, after: int, epochs: int) -> None:
         self.after, self.epochs = after, epochs
-        self.seen: dict[
-            str, list[float]
-        ] = {}  # a problem's outcome (0 or 1), how often in a row, and the epoch in which it is back
+        # by problem: its outcome (0 or 1), how often in a row, and the epoch in which it is back
+        self.seen: dict[str, list[float]] = {}
 
     def __len__(self) -> int:
         return sum(back > 0 for _, _, back in self.seen.values())

@@ -3,10 +3,10 @@
     recipe.toml  metrics.jsonl  rollouts/step-NNNNNN.parquet  checkpoints/step-NNNNNN/{policy,critic}  summary.json
     data.json  where the rows are, and the SHA-256 of their files
     audit.jsonl  what vouches for all the others (audit/chain.py)    audit.head  its last line's number and hash
-    start.json  held-out accuracy before the first step    alerts.jsonl  what the monitors raised, one object an alert
+    start.json  held-out accuracy before the first step    alerts.jsonl  what the monitors raised, one object per alert
     buffer.jsonl  what [search] has found: state of the run, read back when it goes on
 
-Every file is complete or absent: written beside its name, then renamed. One process owns a run at a time.
+Every file is complete or absent: written under another name, then renamed. One process owns a run at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,37 +32,8 @@ from ..audit.chain import FORMAT, AuditChain, files_of, hashes
 from ..errors import RecipeError, RunFailure, SPPOError, UserError
 from ..files import file_sha256, read_bytes, sync_folder, write_atomic
 from ..recipe.config import Config, flattened
-from ..types import Rollout, Task
 
-__all__ = ["RunDirectory", "newest_policy", "no_space", "step_name", "sync_folder", "task_json", "write_atomic"]
-
-ROLLOUT_SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("task_id", pa.string()),
-        ("sample", pa.int32()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
-        ("logps", pa.list_(pa.float32())),
-        ("finish", pa.string()),
-        ("score", pa.float32()),
-        ("correct", pa.float32()),
-        ("outcome", pa.string()),
-        ("masked", pa.bool_()),
-        ("evidence", pa.string()),
-        ("difficulty", pa.float32()),
-        ("value", pa.float32()),
-        ("advantage", pa.float32()),
-        ("forks", pa.list_(pa.list_(pa.int32()))),
-        ("task", pa.string()),
-        ("tokens", pa.int32()),
-        ("log_ratios", pa.list_(pa.float32())),
-        ("clipped", pa.float32()),
-    ]
-)
-
+__all__ = ["RunDirectory", "newest_policy", "no_space", "step_name", "sync_folder", "write_atomic"]
 
 DATA = "data.json"
 CHECKPOINT = re.compile(r"step-[0-9]{6,9}")
@@ -84,8 +55,8 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDirectory:
-        """A new run; raises RecipeError when the folder already holds one or anything else. What a start left that was killed before its recipe
-        was written is nobody's, and is taken over."""
+        """A new run. Raises RecipeError when the folder holds a run or anything else, except what a start left that was killed before its
+        recipe was written: that is taken over."""
         if path.exists() and not path.is_dir():
             raise RecipeError(f"run.out: {path} is a file; choose another --out")
         run = cls(path, config.run.anchor)
@@ -114,8 +85,8 @@ class RunDirectory:
 
     @classmethod
     def open_existing(cls, path: Path) -> tuple[RunDirectory, Config]:
-        """The run in a folder, and its resolved recipe, for resuming. Nothing in it is changed. Raises RecipeError where it cannot be gone on
-        with: no run, one that is in use, parts of it missing or not writable."""
+        """The run in a folder, and its resolved recipe, for resuming. Nothing in it is changed. Raises RecipeError where it cannot be resumed:
+        no run, one that is in use, parts of it missing or not writable."""
         try:
             return cls._open(path)
         except OSError as error:
@@ -190,39 +161,17 @@ class RunDirectory:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def record(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        values: Sequence[float] | None,
-        advantages: Sequence[float],
-        log_ratios: Sequence[Sequence[float]],
-        clipped: Sequence[float],
-    ) -> None:
+    def rollouts(self, step: int, table: pa.Table) -> None:
         """Write a step's rollouts."""
-        columns: dict[str, list[Any]] = {name: [] for name in ROLLOUT_SCHEMA.names}
-        made = zip(rollouts, values or (None,) * len(rollouts), advantages, log_ratios, clipped, strict=True)
-        for r, value, advantage, ratios, cut in made:
-            verdict = r.verdict
-            assert verdict is not None
-            trained = not verdict.masked
-            row = (
-                step, r.task.id, r.sample, r.task.text, r.text, list(r.prompt_ids), list(r.response_ids), list(r.logps), r.finish,
-                verdict.score, verdict.correct, verdict.outcome, verdict.masked, json.dumps(dict(verdict.evidence), default=str),
-                r.task.difficulty, value, advantage if trained else None, [list(fork) for fork in r.forks],
-                task_json(r.task), len(r.response_ids), ratios[: len(r.response_ids)] if trained else None, cut if trained else None,
-            )  # fmt: skip
-            for name, cell in zip(columns, row, strict=True):
-                columns[name].append(cell)
         path = self.path / "rollouts" / f"{step_name(step)}.parquet"
         with no_space(self.path):
             part = path.with_suffix(".tmp")
-            pq.write_table(pa.table(columns, schema=ROLLOUT_SCHEMA), part, compression="zstd")
+            pq.write_table(table, part, compression="zstd")
             os.replace(part, path)
 
     @property
     def chain(self) -> AuditChain:
-        """What vouches for the run. Raises DataError where it cannot be gone on with."""
+        """What vouches for the run. Raises DataError where it is damaged."""
         self._chain = self._chain or AuditChain(self.path, self.anchor)
         return self._chain
 
@@ -234,20 +183,19 @@ class RunDirectory:
     def seal_beginning(
         self, config: Config, verifier: str, data: Mapping[str, Mapping[str, str]], after: int | None = None
     ) -> None:
-        """Tell the chain with which recipe, verifier and data (`provenance.data_of`) a run begins, or goes on `after` a step."""
-        recipe = flattened(
-            config.model_dump(mode="json", exclude_none=True, exclude={"run": {"out"}})
-        )  # it may be moved
-        told = {
+        """Add the recipe, verifier and data (`provenance.data_of`) to the chain with which a run begins, or goes on `after` a step."""
+        dumped = config.model_dump(mode="json", exclude_none=True, exclude={"run": {"out"}})  # a folder may be moved
+        recipe = flattened(dumped)
+        begins = {
             "recipe": recipe, "recipe_sha256": config.sha256,
             "recipe_file_sha256": file_sha256(self.path / "recipe.toml"), "verifier_sha256": verifier, "sppo": __version__,
             "data": {key: of["sha256"] for key, of in data.items()},
         }  # fmt: skip
         with no_space(self.path):
             if after is None or not self.chain.count:
-                self.chain.append({"event": "begin", "format": FORMAT, **told})
+                self.chain.append({"event": "begin", "format": FORMAT, **begins})
             if after is not None:
-                self.chain.append({"event": "resume", "after": after, **told})
+                self.chain.append({"event": "resume", "after": after, **begins})
 
     def metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one step's object to metrics.jsonl; what is not finite is null, so that the file stays JSON."""
@@ -256,13 +204,13 @@ class RunDirectory:
             file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
 
     def start(self, evaluation: dict[str, Any]) -> None:
-        """Write start.json: held-out accuracy before the first step, for whoever looks at the run while it goes on."""
+        """Write start.json: held-out accuracy before the first step, for anyone who looks at the run while it trains."""
         with no_space(self.path):
             write_atomic(self.path / "start.json", json.dumps(evaluation) + "\n")
             self.chain.append({"event": "start", "start_sha256": file_sha256(self.path / "start.json")})
 
     def data(self, data: Mapping[str, Mapping[str, str]]) -> None:
-        """Write data.json: where the files of rows are, and their SHA-256 (provenance.py). A run that was moved tells where they are now."""
+        """Write data.json: where the files of rows are, and their SHA-256 (provenance.py)."""
         with no_space(self.path):
             write_atomic(self.path / DATA, json.dumps(data, indent=2) + "\n")
 
@@ -319,7 +267,7 @@ class RunDirectory:
             spare = {step_name(s) for s in always}
             names = sorted({final.name, *(p.name for p in self.checkpoints())})
             doomed = [n for n in names if n not in spare][:-keep]
-            # The chain first: a checkpoint that it does not know is never gone on from.
+            # The chain first: a run never resumes from a checkpoint that it does not know.
             kept = [n for n in names if n not in doomed]
             self.chain.append({"event": "checkpoint", "name": final.name, "files": files_of(part), "kept": kept})
             if final.exists():
@@ -352,16 +300,6 @@ def _left_by_a_killed_start(path: Path) -> bool:
     return True
 
 
-def task_json(task: Task) -> str | None:
-    """What a task's verdict can be replayed from, its prompt and columns; None where JSON would change them."""
-    whole = {"prompt": task.prompt, "columns": dict(task.columns)}
-    try:
-        text = json.dumps(whole)
-    except (TypeError, ValueError):
-        return None
-    return text if json.loads(text) == whole else None
-
-
 def newest_policy(path: Path) -> Path:
     """A model folder from a model folder, a checkpoint or a run directory."""
     if (path / "checkpoints").is_dir():
@@ -374,7 +312,7 @@ def newest_policy(path: Path) -> Path:
 
 @contextlib.contextmanager
 def no_space(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a disk into a sentence about this run."""
+    """Turn the operating system's error about a disk into a sentence about this run."""
     try:
         yield
     except SPPOError:

@@ -1,10 +1,10 @@
-"""The training loop. It fits on one screen and reads like the algorithm; `run/run.py` holds the parts it moves."""
+"""The training loop. It fits on one screen and reads like the algorithm; `run/build.py` makes the components that it moves."""
 
 from __future__ import annotations
 
 from ..learning.batch import pack
 from .run import Run
-from .sample import gather
+from .sample import inspect, judging, sample
 
 
 def train(run: Run) -> dict[str, object]:
@@ -12,22 +12,22 @@ def train(run: Run) -> dict[str, object]:
 
     Raises RunFailure (non-finite updates, stale weights, engine mismatch): whatever was recorded until then stays.
     """
-    config = run.config
+    c = run.components
     run.begin()
-    for step in range(run.state.step, config.training.steps):
+    for step in range(run.state.step, c.config.training.steps):
         if run.interrupted:
             break
-        with run.judging():
+        with judging(c, run.state, run.save):
             with run.clock("rollout"):
-                gathered = gather(run, step)  # tasks of the curriculum, responses of the engine, verdicts of the reward
+                sampled = sample(c, step, run.search)  # the curriculum's tasks, the engine's responses, verdicts
             with run.clock("monitors"):
-                gathered = run.inspect(step, gathered)  # is the verifier being fooled?
-        beside = gathered.beside if run.critic else []  # what trains no policy still trains the critic
-        batch = pack(gathered.rollouts, run.policy.pad_id, beside)
+                sampled = inspect(c, step, sampled)  # is the verifier being fooled?
+        beside = sampled.beside if c.critic else []  # what trains no policy still trains the critic
+        batch = pack(sampled.rollouts, c.policy.pad_id, beside)
         with run.clock("update"):
             advantage, value_B, metrics = run.learner.advantage(batch)  # R − b(x), before the critic sees these rewards
-            metrics |= run.learner.update(batch, advantage, step, gathered.lessons)  # clipped surrogate, critic's BCE
-            run.sync()  # checked by a fingerprint of the weights
-        run.curriculum.observe(gathered.seen)
-        run.record(step, gathered, batch, advantage, value_B, metrics)
-    return run.finish()
+            metrics |= run.learner.update(batch, advantage, step, sampled.lessons)  # clipped surrogate, critic's BCE
+            run.sync(step + 1)  # verified by a fingerprint of the weights
+        c.curriculum.observe(sampled.seen)
+        run.record(step, sampled, batch, advantage, value_B, metrics)
+    return run.recorder.finish(run.state, run.stopped)

@@ -1,4 +1,4 @@
-"""Who hears what a run does: a progress display (`report/progress.py`), a test, nobody."""
+"""What a run reports its progress to: a display (`report/progress.py`), a test, or nothing."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from ..evaluation.evaluate import Evaluation
 
 
 class Observer(Protocol):
-    """Hears what a run does; a progress display implements it. See `report/progress.py`."""
+    """Is called as a run goes on. `report/progress.py` implements it as a display."""
 
     def note(self, text: str) -> None:
-        """A statement for the user: a choice that was made, a warning."""
+        """A sentence for the user: a choice that was made, or a warning."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         """A stage (`bootstrap`, `train`) of `total` steps begins."""
 
     def step(self, done: int, metrics: dict[str, Any]) -> None:
-        """A step of the stage is done."""
+        """Step `done` of the stage (from 1) has ended, with these metrics."""
 
     def within(self, what: str, done: int, total: int) -> None:
-        """How far a step is: `sampling` and `judging` responses, `updating` by micro-batches, or `evaluating`. Called often."""
+        """Progress inside a step: `what` is `sampling`, `judging`, `updating` (in micro-batches) or `evaluating`. Called often."""
 
     def evaluation(self, step: int, result: Evaluation) -> None:
-        """Held-out problems were tried."""
+        """The held-out accuracy after a step; 0 is before the first."""
 
 
 class Silent:

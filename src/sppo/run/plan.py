@@ -1,7 +1,7 @@
-"""What a run needs of a machine's memory, by arithmetic, before it starts; and `training.micro_tokens`, chosen by it.
+"""The memory that a run needs, by arithmetic before it starts, and `training.micro_tokens`, chosen by it.
 
-A run's phases follow each other, and each gives back what it took: the need is what always stays and the largest phase. Response lengths are not known
-beforehand: every response is counted at its limit, every prompt at the length of those looked at. Weights may be on the meta device.
+Phases follow each other, and each frees what it took: the need is what stays all the time plus the largest phase. Response lengths are
+unknown beforehand: every response counts at its limit, every prompt at the mean length of some. Weights may be on the meta device.
 
     stays     the process, weights, float32 masters, the optimiser's moments, the reference, the critic with its own, an engine's copy
     sampling  weights packed for the compiled decoder, keys and values, logits, a pass over prompts
@@ -30,10 +30,10 @@ from ..kernels.logprobs import CHUNK_ELEMENTS
 from ..kernels.patch_layers import fusable_family
 from ..memory import free_memory
 from ..models.loading import native_bfloat16
-from ..models.policy import parameter_count
+from ..models.weights import parameter_count
 from ..recipe.config import Config
 from ..recipe.sections import MICRO_TOKENS
-from ..rollout.local import PREFILL
+from ..rollout.scheduler import PREFILL
 from ..spec import parse_spec
 from ..tasks.base import TaskSource
 from ..types import Task
@@ -42,20 +42,20 @@ GIB = 2**30
 ACTIVATIONS = GIB
 """Bytes of activations beyond which a larger micro-batch makes no CPU faster (docs/performance.md)."""
 LEAST = 256
-"""Tokens per micro-batch that are chosen at least."""
+"""The smallest micro-batch that is chosen, in tokens."""
 PROCESS = 600 * 2**20
-"""What Python, PyTorch, transformers and datasets take by themselves, with the products' own room, about."""
+"""Python, PyTorch, transformers and datasets by themselves, with the workspace of matrix products, about."""
 FRAGMENTS = 1.15
-"""What micro-batches take of a CPU's heap, in parts of what they hold: tensors of ever other sizes leave holes."""
+"""Bytes of a CPU's heap per byte that a micro-batch holds: tensors of changing sizes leave holes."""
 MALLOC = 2 * GIB
-"""What malloc keeps at most (memory.py)."""
+"""The most that malloc keeps (memory.py)."""
 PROCESS_CUDA = 600 * 2**20
 """What a CUDA context takes of a GPU."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a model is planned by: it may lie on the meta device."""
+    """A model as the plan reads it; its weights may be on the meta device."""
 
     model: Any
     dtype: torch.dtype
@@ -82,7 +82,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A transformer's sizes; a config that does not say one gets what is usual."""
+    """A transformer's sizes; one that its config does not name gets a usual value."""
 
     layers: int
     hidden: int
@@ -109,7 +109,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by what takes them: what stays, and the phases, one after the other."""
+    """Bytes by purpose: what stays, and the phases, one after the other."""
 
     stays: dict[str, int]
     phases: dict[str, dict[str, int]]
@@ -119,7 +119,7 @@ class Plan:
     kept: int = 0
     """What malloc keeps of a CPU's freed memory where there is plenty."""
     roomy = 2.5
-    """So many times what is needed is plenty."""
+    """Memory is plenty from this multiple of the need on."""
 
     @property
     def largest(self) -> str:
@@ -142,12 +142,12 @@ class Plan:
         return self.roomy * self.total > self.capacity
 
     def parts(self) -> dict[str, int]:
-        """All that is held at the peak, and the total; with what malloc keeps, where there is plenty."""
+        """All that is held at the peak, and the total; with the freed memory that malloc keeps, where there is plenty."""
         kept = {} if self.tight else {"freed memory that is kept": self.kept}
         return {**self.stays, **self.phases[self.largest], **kept, "total": self.total + sum(kept.values())}
 
     def stated(self) -> str:
-        """What the user is told at start; a warning where it does not fit."""
+        """A sentence for the start of a run; a warning where it does not fit."""
         need, has = f"{self.total / GIB:.1f} GiB", f"{self.capacity / GIB:.1f} GiB"
         if self.fits:
             return f"micro-batches of {self.micro_tokens:,} tokens; about {need} of memory needed, {has} can be had"
@@ -183,7 +183,7 @@ def plan(config: Config, policy: Model, critic: Model | None, device: torch.devi
     capacity = _capacity(config, device)
     gradients = {"gradients": policy.trained * policy.size}
     fixed = sum(stays.values()) + gradients["gradients"]
-    rows = -(-r.prompts * r.samples // t.minibatches) if r.kind != "tree" else r.prompts * r.leaves
+    rows = -(-r.prompts * r.samples // t.minibatches)
     wide = policy.trained * 4 if policy.size < 4 else 0  # gradients of several micro-batches add up in float32
     each, head = activations(policy, device, t.checkpoint_activations), _head(policy, device)
     chosen = t.micro_tokens
@@ -214,7 +214,7 @@ def plan(config: Config, policy: Model, critic: Model | None, device: torch.devi
 
 
 def power_of_two(tokens: float) -> int:
-    """The largest power of two that is no more than so many tokens, between `LEAST` and `MICRO_TOKENS`."""
+    """The largest power of two up to `tokens`, between `LEAST` and `MICRO_TOKENS`."""
     return 2 ** int(math.log2(min(max(tokens, LEAST), MICRO_TOKENS)))
 
 
@@ -273,7 +273,7 @@ def _head(model: Model, device: torch.device) -> Any:
 def _sampling(
     config: Config, policy: Model, device: torch.device, prompt_tokens: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What sampling takes while it goes on, and what an engine of its own holds all the time."""
+    """Bytes during sampling, and bytes that an engine of its own holds all the time."""
     r, e = config.rollout, config.evaluation
     spec = parse_spec(r.engine)
     if spec.name == "vllm":
@@ -286,7 +286,7 @@ def _sampling(
         own = max(1, round(10 * share)) * GIB
         return {}, {"vLLM's weights": policy.parameters * policy.size, "vLLM's keys and values": own}
     z = Sizes.of(policy.model)
-    responses = r.prompts * (r.leaves if r.kind == "tree" else r.samples)
+    responses = r.prompts * r.samples
     sequences = min(r.batch, max(responses, e.n * e.samples))
     # a CPU's memory is taken as it is written
     prompt = config.task.max_prompt_tokens if device.type == "cuda" else prompt_tokens

@@ -1,5 +1,6 @@
-"""Which data a run learns from: the SHA-256 of every file that its recipe names, kept in `data.json`, so that a resumed run goes on with the same rows
-wherever they are by then.
+"""Which data a run learns from: the SHA-256 of every file that its recipe names, kept in `data.json`.
+
+A resumed run goes on with the same rows, wherever they are by then.
 
     {"task.train": {"path": "/data/problems.jsonl", "sha256": "…"}}
 
@@ -21,7 +22,7 @@ from .directory import DATA
 
 
 def data_of(config: Config) -> dict[str, dict[str, str]]:
-    """Where each of a recipe's files is, and what is in it. Raises DataError where one cannot be read."""
+    """Path and SHA-256 of each file that a recipe names, by key. Raises DataError where one cannot be read."""
     return {
         key: {"path": str(data_path(spec)), "sha256": sha256_of(Path(str(data_path(spec))))}
         for key, spec in config.data().items()
@@ -29,7 +30,7 @@ def data_of(config: Config) -> dict[str, dict[str, str]]:
 
 
 def must_be_there(config: Config, run: Path) -> None:
-    """Raises DataError where a file of a run that is to go on is gone."""
+    """Raises DataError where a file that the recipe names is gone."""
     for key, spec in config.data().items():
         if not exists(Path(str(data_path(spec)))):
             raise DataError(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from ..audit.work import without_work
+from ..errors import RewardError
+from ..learning.lessons import Lessons
+from ..memory import give_back
 from ..rewards.combine import MixedReward
 from ..rollout.collect import collect
-from ..rollout.engine import Branching
+from ..spec import GIVEN
 from ..types import Rollout, Task
-
-if TYPE_CHECKING:
-    from ..experimental.search import Lessons
-    from .run import Run
+from .build import Components
+from .checkpoint import State
 
 
 @dataclass(frozen=True)
-class Gathered:
+class Sampled:
     """What the step trains on, and what it cost beside that."""
 
     rollouts: list[Rollout]
@@ -30,63 +34,74 @@ class Gathered:
 
     @property
     def beside(self) -> list[Rollout]:
-        """What was judged and thrown away, in groups of a prompt."""
+        """What was judged and thrown away, grouped by prompt."""
         return [r for group in self.thrown_away for r in group]
 
     @property
     def seen(self) -> list[Rollout]:
-        """All that was judged, in groups of a prompt."""
+        """All that was judged, grouped by prompt."""
         return [*self.rollouts, *self.beside]
 
 
-def gather(run: Run, step: int) -> Gathered:
-    """Sample and judge `rollout.prompts` problems, and search those that look hopeless, where a recipe says so."""
-    found = _sampled(run, step)
-    if run.searcher is None:
-        return found
-    lessons, metrics = run.searcher.step(step, found.seen)
-    return replace(
-        found, lessons=lessons, metrics=metrics, beside_tokens=found.beside_tokens + metrics["search/tokens"]
-    )
+class Search(Protocol):
+    """Looks for solutions of problems that sampling does not solve (experimental/search.py)."""
+
+    def step(self, step: int, rollouts: Sequence[Rollout]) -> tuple[Lessons | None, dict[str, Any]]:
+        """What is to be learnt with the step's update, given its judged rollouts; and metrics, `search/tokens` among them."""
+
+    def recall(self, before: int) -> None:
+        """Read back what was found before a step, when a run is resumed. Raises DataError."""
 
 
-def _sampled(run: Run, step: int) -> Gathered:
-    """See `rollout.resample` and `objective.baseline = "greedy"`."""
-    r = run.config.rollout
-    if isinstance(run.reward, MixedReward) and run.config.reward.anneal:
-        run.reward.fade = max(0.0, 1 - step / run.config.reward.anneal)
-    tasks = run.curriculum.sample(r.prompts)
-    rollouts = _collect(run, tasks, (run.config.seed, "train", step))
-    if run.config.objective.baseline == "greedy":
-        return _with_greedy(run, tasks, rollouts, step)
+def sample(c: Components, step: int, search: Search | None = None) -> Sampled:
+    """Sample and judge `rollout.prompts` problems; search those that look hopeless, where a recipe says so."""
+    if isinstance(c.reward, MixedReward) and c.config.reward.anneal:
+        c.reward.fade = max(0.0, 1 - step / c.config.reward.anneal)
+    found = _with_greedy(c, step) if c.config.objective.baseline == "greedy" else _resampled(c, step)
+    if search is not None:
+        lessons, metrics = search.step(step, found.seen)
+        tokens = found.beside_tokens + metrics["search/tokens"]
+        found = replace(found, lessons=lessons, metrics=metrics, beside_tokens=tokens)
+    if c.tight:
+        give_back()
+    return found
+
+
+def _resampled(c: Components, step: int) -> Sampled:
+    """Groups whose samples all scored the same are replaced by other prompts', up to `rollout.resample` times."""
+    rollouts = _collect(c, c.curriculum.sample(c.config.rollout.prompts), (c.config.seed, "train", step))
     thrown_away: list[list[Rollout]] = []
-    for again in range(r.resample):
+    for again in range(c.config.rollout.resample):
         mixed, flat = _sorted_out(rollouts)
         if not flat:
             break
-        fresh = _collect(run, run.curriculum.sample(len(flat)), (run.config.seed, "train", step, "again", again))
+        fresh = _collect(c, c.curriculum.sample(len(flat)), (c.config.seed, "train", step, "again", again))
         thrown_away += flat
         rollouts = [x for group in mixed for x in group] + fresh
-    return Gathered(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)
+    return Sampled(rollouts, sum(len(x.response_ids) for group in thrown_away for x in group), thrown_away)
 
 
-def _collect(run: Run, tasks: list[Task], seed: tuple[int | str, ...]) -> list[Rollout]:
-    r = run.config.rollout
-    return collect(
-        run.engine, run.policy, run.reward, tasks, run.sampling,
-        samples=r.samples, seed=seed, truncated=r.truncated, branching=Branching.of(r),
-        progress=lambda done: run.within("sampling", done, len(tasks) * r.samples), judging=lambda count: run.within("judging", 0, count),
-    )  # fmt: skip
-
-
-def _with_greedy(run: Run, tasks: list[Task], rollouts: list[Rollout], step: int) -> Gathered:
+def _with_greedy(c: Components, step: int) -> Sampled:
+    """Each rollout carries its prompt's greedy response, which is its baseline (`objective.baseline = "greedy"`)."""
+    tasks = c.curriculum.sample(c.config.rollout.prompts)
+    rollouts = _collect(c, tasks, (c.config.seed, "train", step))
     greedy = collect(
-        run.engine, run.policy, run.reward, tasks, replace(run.sampling, temperature=0.0),
-        seed=(run.config.seed, "greedy", step), truncated=run.config.rollout.truncated,
+        c.engine, c.policy, c.reward, tasks, replace(c.sampling, temperature=0.0),
+        seed=(c.config.seed, "greedy", step), truncated=c.config.rollout.truncated, environment=c.environment,
     )  # fmt: skip
-    samples = run.config.rollout.samples
+    samples = c.config.rollout.samples
     joined = [replace(x, greedy=greedy[i // samples]) for i, x in enumerate(rollouts)]
-    return Gathered(joined, sum(len(g.response_ids) for g in greedy))
+    return Sampled(joined, sum(len(g.response_ids) for g in greedy))
+
+
+def _collect(c: Components, tasks: list[Task], seed: tuple[int | str, ...]) -> list[Rollout]:
+    r, within = c.config.rollout, c.observer.within
+    return collect(
+        c.engine, c.policy, c.reward, tasks, c.sampling, samples=r.samples, seed=seed, truncated=r.truncated,
+        environment=c.environment,
+        progress=lambda done: within("sampling", done, len(tasks) * r.samples),
+        judging=lambda count: within("judging", 0, count),
+    )  # fmt: skip
 
 
 def _sorted_out(rollouts: list[Rollout]) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
@@ -99,3 +114,34 @@ def _sorted_out(rollouts: list[Rollout]) -> tuple[list[list[Rollout]], list[list
         scores = {x.verdict.score for x in group if x.verdict and not x.verdict.masked}
         (mixed if len(scores) > 1 else flat).append(group)
     return mixed, flat
+
+
+def inspect(c: Components, step: int, sampled: Sampled) -> Sampled:
+    """What the monitors find in a step's verdicts, before anything is learnt from them: some may be masked (`monitors.action`)."""
+    if not c.monitors.on:
+        return sampled
+    n, every = len(sampled.rollouts), c.config.monitors.work_every
+    seen, metrics = c.monitors.inspect(step, sampled.seen, n)
+    rollouts, rest = seen[:n], iter(seen[n:])
+    if every and step % every == 0:
+        with contextlib.suppress(RewardError):  # that cannot judge a response that was cut
+            kept = without_work(c.engine, c.policy, c.reward, rollouts, c.sampling, c.config.seed, step)
+            metrics |= c.monitors.work(step, kept)
+    thrown_away = [[next(rest) for _ in group] for group in sampled.thrown_away]
+    return replace(sampled, rollouts=rollouts, thrown_away=thrown_away, metrics={**sampled.metrics, **metrics})
+
+
+@contextlib.contextmanager
+def judging(c: Components, state: State, save: Callable[[], None]) -> Iterator[None]:
+    """When the reward fails for good, the run is saved as it was before this step: mended, it goes on from there."""
+    before = c.curriculum.state_dict()
+    try:
+        yield
+    except RewardError as error:
+        c.curriculum.load_state_dict(before)
+        if state.step:
+            save()
+        how = f"sppo train --resume {c.directory.path}"
+        if c.config.reward.use == GIVEN:
+            how = "train again with resume_from_checkpoint=True"
+        raise RewardError(f"{error}; step {state.step} is saved: mend the reward, then {how}") from error

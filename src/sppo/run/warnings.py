@@ -1,4 +1,4 @@
-"""What a user must know of a step that is not well, said once a run."""
+"""Warnings about a step whose numbers show a problem, each at most once per run."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..types import Verdict
 LOW_ESS = 0.5
 """An effective sample size below which more than half of what was sampled is lost to the variance of its weights."""
 FAR = 0.2
-"""An importance weight's mean is 1 where it is exact; from this distance on the loss is scaled by something else than the recipe says."""
+"""An exact importance weight has mean 1; at a larger distance than this, the loss is scaled by something the recipe does not say."""
 MANY_CUT, SOME_OVERRULED = 0.5, 0.02
-"""Shares of responses cut at the limit, and of those among them that the reward pays, from which a user must know."""
+"""Shares of responses cut at the limit, and of those that the reward would have paid, from which a warning is due."""
 
 
-class Health:
-    """Looks at each step's numbers and verdicts; `say` hears a sentence with the cause and the mend."""
+class Warnings:
+    """Looks at each step's numbers and verdicts; `say` is called with a sentence: the cause, and what to do."""
 
     def __init__(self, config: Config, sampling: Sampling, say: Callable[[str], None]) -> None:
         self.config, self.sampling, self.say = config, sampling, say
         self._said: set[str] = set()
 
     def before(self) -> None:
-        """What the recipe alone tells."""
+        """Warn of what the recipe alone shows."""
         updates = self.config.training.minibatches * self.config.training.epochs
         if self.config.objective.surrogate == "plain" and updates > 1:
             self.say(
-                f"objective.surrogate = 'plain' corrects for no ratio, and {updates} updates a step follow each other: all but the first are off policy"
+                f"objective.surrogate = 'plain' corrects for no ratio, and a step has {updates} updates: all but the first are off policy"
             )
 
     def look(self, metrics: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
@@ -62,7 +62,7 @@ class Health:
             self._once("flat", self._flat(metrics))
 
     def _corrected(self, ess: float | None, mean: float | None, tokens: float) -> None:
-        """Weights between engine and learner that vary much, or whose mean is not 1."""
+        """Warn of weights between engine and learner that vary much, or whose mean is not 1."""
         if ess is not None and ess < LOW_ESS:
             left = f"an effective sample size of {ess:.0%}"
         elif mean is not None and abs(mean - 1) > FAR:
@@ -87,7 +87,7 @@ class Health:
         self._cut(result.truncated, result.overruled, "held-out", "count as wrong")
 
     def _cut(self, truncated: float, overruled: float, whose: str, fate: str) -> None:
-        """Responses cut at the limit, where it changes their verdict: many of them, or some that the reward pays."""
+        """Warn of responses cut at the limit, where that changes their verdict: many of them, or some that the reward pays."""
         r = self.config.rollout
         if r.truncated == "keep" or (truncated < MANY_CUT and overruled < SOME_OVERRULED):
             return
@@ -99,7 +99,7 @@ class Health:
         )
 
     def _flat(self, m: dict[str, Any]) -> str:
-        """What a step without any contrast between rewards does, which depends on the baseline."""
+        """The warning for a step whose rewards are all equal; what such a step does depends on the baseline."""
         said = f"every reward of this step is {m['reward/mean']:.2f}, so it shows no response to be better than another"
         if not m["advantage/size"]:
             o = self.config.objective

@@ -1,8 +1,8 @@
-"""`control:mountain-car`: episodes of a control task (environments.py), each from a start of its own; the reward is `control`."""
+"""`control:mountain-car`: episodes of a control task (environments/control.py), each from a start of its own; the reward is `control`."""
 
 from __future__ import annotations
 
-from ..environments.control import KINDS
+from ..environments.control import KINDS, episode
 from ..errors import RecipeError
 from ..spec import nearest
 from ..types import Task
@@ -29,4 +29,4 @@ class Starts:
 
     def __getitem__(self, index: int) -> Task:
         start = index if self.split == "all" else 2 * index + (self.split == "held-out")
-        return Task(f"{self.name}/{start}", f"{self.name} from start {start}", {"start": start})
+        return episode(self.name, start)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError
-from ..spec import Spec, call, is_records, parse_spec, resolve
-from .base import GIVEN, TaskSource, with_instruction
+from ..spec import GIVEN, Spec, call, is_records, parse_spec, resolve
+from .base import TaskSource, with_instruction
 from .user_source import is_own, own_source
 
 

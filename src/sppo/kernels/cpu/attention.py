@@ -1,7 +1,8 @@
 """Causal attention of packed sequences on a CPU, forward and backward, in compiled code (attention.c).
 
-PyTorch's kernel is made for few long sequences: of an update of 135M parameters with 190-token sequences it took a fifth of the time, for 3% of
-the operations (docs/performance.md). This one takes all sequences of a pack at once, whatever their lengths.
+PyTorch's kernel is made for few long sequences: of an update of 135M parameters with 190-token sequences it took a
+fifth of the time, for 3% of the operations (docs/performance.md). This one takes all sequences of a pack at once,
+whatever their lengths.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def _run(
     views = [_View(x.data_ptr(), x.stride(1), x.stride(0)) for x in (query, key, value)]
     pointers = [None if x is None else x.data_ptr() for x in (grad, *(grads or (None,) * 3))]
     job = _Job(
-        query.size(0), key.size(0), query.size(2), len(starts) - 1, starts.data_ptr(), scale, *views, out.data_ptr(), normaliser.data_ptr(), *pointers
+        query.size(0), key.size(0), query.size(2), len(starts) - 1, starts.data_ptr(), scale, *views,
+        out.data_ptr(), normaliser.data_ptr(), *pointers,
     )  # fmt: skip
     longest, threads = int(starts.diff().max()), torch.get_num_threads()
     room = torch.empty(threads * lib.attention_bytes(longest, query.size(2)), dtype=torch.uint8)

@@ -1,8 +1,9 @@
-"""The C files of this folder, compiled for this processor when they are first needed (two or three seconds), and kept in the user's cache.
+"""The C files of this folder, compiled for this processor when they are first needed (two or three seconds), and kept
+in the user's cache.
 
-They are what PyTorch's CPU kernels are not made for: a decoding step of few rows (decode.c), attention of many short sequences
-(attention.c), log-probabilities over a large vocabulary (head.c), what lies between the products of an update (elementwise.c).
-Whoever calls them has another way where there is no compiler.
+They do what PyTorch's CPU kernels are not made for: a decoding step of few rows (decode.c), attention of many short
+sequences (attention.c), log-probabilities over a large vocabulary (head.c), norms, gated units and rotations of an
+update (elementwise.c). Every caller has another way where there is no compiler.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
 
 
 class NoCompiler(Exception):
-    """The C code cannot be had here; the message says why."""
+    """The C code cannot be compiled here; the message says why."""
 
 
 @functools.cache
@@ -40,8 +41,8 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
         source = FOLDER / f"{name}.c"
         headers = [path.read_text() for path in sorted(FOLDER.glob("*.h"))]
-        told = "\n".join([source.read_text(), *headers, *flags, version, _processor()])
-        path = _cache() / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+        identity = "\n".join([source.read_text(), *headers, *flags, version, _processor()])
+        path = _cache() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         if not path.exists():
             _compile(compiler, flags, source, path)
         return ctypes.CDLL(str(path))
@@ -74,8 +75,8 @@ def _cache() -> Path:
 
 
 def _compile(compiler: list[str], flags: list[str], source: Path, path: Path) -> None:
-    """Atomic: another process may be doing the same. Linked without OpenMP, whose symbols come from the copy that PyTorch has loaded:
-    the threads of two copies would spin for each other."""
+    """Atomic: another process may be doing the same. Linked without OpenMP, whose symbols come from the copy that
+    PyTorch has loaded: the threads of two copies would spin for each other."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder, "made.o"), Path(folder, path.name)
         for command in (

@@ -177,7 +177,7 @@ typedef struct {
 
 typedef struct { T *h, *x, *qkv, *seen, *gate_up, *gated; float *score; } Room;
 
-/* Where things lie in the memory lent for a pass; returns its size in bytes. */
+/* Where things lie in a pass's scratch memory; returns its size in bytes. */
 static long laid(const Model *m, long N, long columns, long threads, char *base, Room *room) {
     long at = 0, a_group = m->heads / m->groups;
 #define PLACE(field, count) room->field = (void *)(base + at); at += ((count) * (long)sizeof(*room->field) + LINE - 1) / LINE * LINE;

@@ -1,10 +1,12 @@
 """Sampling on a CPU in compiled code: a pass of a Llama-like model (Llama, SmolLM, Mistral, Qwen 2 and 3), `decode.c`.
 
-A decoding step is some twenty small operations a layer on a few rows each: in PyTorch, half its time is spent between the matrix
-products and in attention made for many queries (docs/performance.md). The matrices are copied into the order in which the products read them, anew for every
-call of the engine: nothing can go stale. Where there is no compiler, sampling goes through the model's own layers instead, and says so.
+A decoding step is some twenty small operations a layer on a few rows each: in PyTorch, half its time is spent between
+the matrix products and in attention made for many queries (docs/performance.md). For every call of the engine the
+matrices are copied anew into the order in which the products read them: nothing can go stale. Where there is no
+compiler, sampling goes through the model's own layers, and says so.
 
-Left out: AMX tiles, for want of a machine to see them right on; sliding windows; any architecture whose layers are not Llama's.
+Left out: AMX tiles, for want of a machine to see them right on; sliding windows; any architecture whose layers are
+not Llama's.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def fits(model: Any) -> bool:
-    """Whether a model is one that `decode.c` knows: transformers' own class with its own layers (no adapters, no wrapped weights, no
-    hooks), ordinary options, and weights on the CPU in float32 or bfloat16."""
+    """Whether a model is one that `decode.c` knows: transformers' own class with its own layers (no adapters, no
+    wrapped weights, no hooks), ordinary options, and weights on the CPU in float32 or bfloat16."""
     kind = type(model)
     if kind.__name__ not in KINDS or not kind.__module__.startswith("transformers.models."):
         return False
@@ -106,8 +108,8 @@ class Decoder:
         self._layers = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
         head = model.get_output_embeddings().weight
         self._model = _Model(
-            len(layers), config.hidden_size, heads, config.num_key_value_heads, size, config.intermediate_size, len(head),
-            config.rms_norm_eps, layers[0].self_attn.scaling, self._at(model.get_input_embeddings().weight),
+            len(layers), config.hidden_size, heads, config.num_key_value_heads, size, config.intermediate_size,
+            len(head), config.rms_norm_eps, layers[0].self_attn.scaling, self._at(model.get_input_embeddings().weight),
             self._at(model.model.norm.weight), self._at(self._packed(head)), self._layers,
         )  # fmt: skip
         self._rows = len(model.get_input_embeddings().weight)
@@ -120,7 +122,8 @@ class Decoder:
         """Float32 logits after new tokens, [W, V], good until the next call.
 
         Args:
-            ids_N: the tokens, for the places that the slots expect (`write_prompts`, `write_next`); keys and values are written there.
+            ids_N: the tokens, for the places that the slots expect (`write_prompts`, `write_next`); keys and values
+                are written there.
             last_W: the rows whose logits are wanted, at most as many as there are slots; all if not given.
         """
         slots = self._slots
@@ -138,10 +141,12 @@ class Decoder:
         if need > len(self._room):
             self._room = torch.empty(2 * need, dtype=torch.uint8, device="cpu")
         tokens = _Tokens(
-            ids_N.data_ptr(), slot_N.data_ptr(), position_N.data_ptr(), self._cos_PS.data_ptr(), self._sin_PS.data_ptr(), slots.columns,
+            ids_N.data_ptr(), slot_N.data_ptr(), position_N.data_ptr(), self._cos_PS.data_ptr(),
+            self._sin_PS.data_ptr(), slots.columns,
         )  # fmt: skip
         self._library.read_tokens(
-            self._model, tokens, len(ids_N), last_W.data_ptr(), len(last_W), self.threads, self._room.data_ptr(), self._logits_BV.data_ptr(),
+            self._model, tokens, len(ids_N), last_W.data_ptr(), len(last_W), self.threads, self._room.data_ptr(),
+            self._logits_BV.data_ptr(),
         )  # fmt: skip
         return self._logits_BV[: len(last_W)]
 
@@ -153,7 +158,8 @@ class Decoder:
         tensors = {
             "norm": layer.input_layernorm.weight, "mlp_norm": layer.post_attention_layernorm.weight,
             "qkv": self._packed(torch.cat([x.weight for x in qkv])), "o": self._packed(attention.o_proj.weight),
-            "gate_up": self._packed(mlp.gate_proj.weight, mlp.up_proj.weight), "down": self._packed(mlp.down_proj.weight),
+            "gate_up": self._packed(mlp.gate_proj.weight, mlp.up_proj.weight),
+            "down": self._packed(mlp.down_proj.weight),
         }  # fmt: skip
         if qkv[0].bias is not None:
             tensors["qkv_bias"] = self._filled(torch.cat([x.bias for x in qkv]))
@@ -173,7 +179,8 @@ class Decoder:
         return torch.cat([x, x.new_zeros(-len(x) % self._library.lanes(), *x.shape[1:])])
 
     def _packed(self, *weights_NK: Tensor) -> Tensor:
-        """Matrices of one shape as decode.c multiplies with them: [N / lanes, one after the other, K / pair, lanes, pair]."""
+        """Matrices of one shape as decode.c multiplies with them: [N / lanes, one after the other, K / pair, lanes,
+        pair]."""
         lanes, pair = self._library.lanes(), self._library.pair()
         count, k = weights_NK[0].shape
         packed = weights_NK[0].new_empty(-(-count // lanes), len(weights_NK), -(-k // pair), lanes, pair)

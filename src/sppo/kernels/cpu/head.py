@@ -1,8 +1,9 @@
-"""The output projection and its log-softmax on a CPU with native bfloat16, in compiled code (head.c): logits are used in the registers in which they
-are summed. For the backward pass those of so many tokens as `KEPT` bytes hold are kept, in two bytes each, and the others computed again.
+"""The output projection and its log-softmax on a CPU with native bfloat16, in compiled code (head.c): logits are used
+in the registers in which they are summed. For the backward pass the logits that fit into `KEPT` bytes are kept, in
+two bytes each, and the others computed again.
 
-PyTorch's products of bfloat16 numbers with a float32 result run at half the speed of those with a bfloat16 one, and a logit in bfloat16 would be wrong by
-up to 0.4 (docs/performance.md). The arithmetic is logprobs.py's.
+PyTorch's products of bfloat16 numbers with a float32 result run at half the speed of those with a bfloat16 one, and a
+logit in bfloat16 would be wrong by up to 0.4 (docs/performance.md). The arithmetic is logprobs.py's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .build import NoCompiler, library
 PART = 2048
 """Tokens of a forward pass, at most: memory only."""
 KEPT = 1 << 27
-"""Bytes of logits that a forward pass leaves to its backward pass: a quarter of what the head computes is computed once less, and memory stays flat."""
+"""Bytes of logits that a forward pass leaves to its backward pass: a quarter of what the head computes is computed
+once less, and memory stays flat."""
 RANGE = (-30.0, 60.0)
 """Where log Σ exp must lie for kept logits (head.c's FIXED) to be right wherever they matter."""
 PANEL = 64
@@ -80,7 +82,7 @@ class Head:
         self._packed = self._pack(self._weight)
 
     def room(self, tokens: int) -> Tensor | None:
-        """Room for the logits of as many of these tokens as are kept."""
+        """A buffer for the logits that are kept of these tokens; None where none is."""
         lanes = self._library.lanes()
         panels = -(-self.size // lanes)
         count = min(tokens, KEPT // (2 * panels * lanes))
@@ -92,7 +94,7 @@ class Head:
 
     @staticmethod
     def spare(kept: Tensor) -> None:
-        """Give room back: fresh pages for it would cost a fifth of the next forward pass."""
+        """Give a buffer back: fresh pages for it would cost a fifth of the next forward pass."""
         if kept._base is not None:
             _spare[:] = [kept._base]
 
@@ -122,7 +124,8 @@ class Head:
         with_weight: bool = True,
         kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradients of the hidden states and of the weights, in bfloat16, from that of log π; `kept` as `forward` left it."""
+        """The gradients of the hidden states and of the weights, in bfloat16, from that of log π; `kept` as `forward`
+        left it."""
         hidden_ND, target_N = hidden_ND.contiguous(), target_N.to(torch.int64).contiguous()
         grad_N, normaliser_N = grad_N.float().contiguous(), normaliser_N.contiguous()
         grad_hidden = torch.empty(hidden_ND.shape, dtype=torch.float32)
@@ -139,7 +142,8 @@ class Head:
 
     def _job(self, hidden_ND: Tensor, target_N: Tensor, **tensors: Tensor) -> Any:
         return _Head(
-            hidden_ND.data_ptr(), self._packed.data_ptr(), self._weight.data_ptr(), target_N.data_ptr(), len(hidden_ND), self.hidden, self.size, self.threads,
+            hidden_ND.data_ptr(), self._packed.data_ptr(), self._weight.data_ptr(), target_N.data_ptr(),
+            len(hidden_ND), self.hidden, self.size, self.threads,
             1.0 / self.temperature, **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )  # fmt: skip
 

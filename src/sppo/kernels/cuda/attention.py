@@ -1,7 +1,9 @@
-"""Causal attention of packed sequences on CUDA, forward and backward: one call for all sequences of a pack, whatever their lengths, of the kernels
-that PyTorch ships (FlashAttention-2 in bfloat16 and float16, the memory-efficient one in float32).
+"""Causal attention of packed sequences on CUDA, forward and backward: one call for all sequences of a pack, whatever
+their lengths, of the kernels that PyTorch ships (FlashAttention-2 in bfloat16 and float16, the memory-efficient one
+in float32).
 
-The public `scaled_dot_product_attention` takes sequences of one length a call: 64 of different lengths would be 64 calls a layer.
+The public `scaled_dot_product_attention` takes sequences of one length per call: 64 of different lengths would be 64
+calls per layer.
 """
 
 from __future__ import annotations
@@ -101,7 +103,8 @@ class _Flash(torch.autograd.Function):
         query, key, value, out, normaliser, starts, state, unused = ctx.saved_tensors
         with _reproducible():
             grads = torch.ops.aten._flash_attention_backward(
-                gradients[0].contiguous(), query, key, value, out, normaliser, starts, starts, *ctx.rest, state, unused, **ctx.options
+                gradients[0].contiguous(), query, key, value, out, normaliser, starts, starts, *ctx.rest, state, unused,
+                **ctx.options,
             )  # fmt: skip
         return *grads, None, None, None, None
 
@@ -125,7 +128,7 @@ class _Efficient(torch.autograd.Function):
         query, key, value, out, normaliser, starts, seed, offset = ctx.saved_tensors
         with _reproducible():
             *grads, _ = torch.ops.aten._efficient_attention_backward(
-                gradients[0].contiguous(), query, key, value, None, out, starts, starts, *ctx.longest, normaliser, 0.0, seed, offset, CAUSAL,
-                False, scale=ctx.scale,
+                gradients[0].contiguous(), query, key, value, None, out, starts, starts, *ctx.longest, normaliser, 0.0,
+                seed, offset, CAUSAL, False, scale=ctx.scale,
             )  # fmt: skip
         return *grads, None, None, None

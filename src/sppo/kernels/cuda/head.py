@@ -1,7 +1,9 @@
-"""The output projection and its log-softmax on CUDA: products of the model's own dtype with float32 results, and one kernel for all that is done to
-a chunk of logits (kernels.py). The arithmetic is logprobs.py's; a chunk's logits are the only ones there are.
+"""The output projection and its log-softmax on CUDA: products of the model's own dtype with float32 results, and one
+kernel for all that is done to a chunk of logits (triton.py). The arithmetic is logprobs.py's; a chunk's logits are
+the only ones there are.
 
-Liger's and cut-cross-entropy's kernels give the loss of a target, and not the distribution's entropy beside it; docs/performance.md compares.
+Liger's and cut-cross-entropy's kernels give the loss of a target, and not the distribution's entropy beside it;
+docs/performance.md compares.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..elementwise import triton_is_there
 
 CHUNK_ELEMENTS = 1 << 25
-"""Logits a chunk, 128 MiB in float32: products large enough for full speed."""
+"""Logits per chunk, 128 MiB in float32: products large enough for full speed."""
 
 
 def wide_products() -> bool:
@@ -104,7 +106,8 @@ class TokenLogProbs(torch.autograd.Function):
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor) -> Any:
     """Slices of the tokens, and room for each one's logits."""
     vocabulary, tokens = len(weight_VD), len(hidden_ND)
-    # with a quarter of the hidden size the weights' gradient, which every chunk reads and writes, costs less than its product
+    # from a quarter of the hidden size on, the weights' gradient, which every chunk reads and writes, costs less
+    # than its product
     size = min(max(16, CHUNK_ELEMENTS // vocabulary, hidden_ND.size(1) // 4), tokens)
     room_CV = torch.empty(size, vocabulary, dtype=torch.float32, device=hidden_ND.device)
     for start in range(0, tokens, size):

@@ -1,7 +1,8 @@
-"""What CUDA's fast paths are made of besides products and attention, in Triton (PyTorch's CUDA builds bring it): the head's softmax
-(head_cuda.py), and norms, gated units and rotations (elementwise.py). One program a row; sums in float32, results rounded once.
+"""Triton kernels (PyTorch's CUDA builds bring Triton): the head's softmax (head.py), and norms, gated units and
+rotations (../elementwise.py). One program per row; sums in float32, results rounded once.
 
-Import it only where Triton is; `TRITON_INTERPRET=1` runs the same code on a CPU, which is how it is tested without a GPU.
+Import it only where Triton is; `TRITON_INTERPRET=1` runs the same code on a CPU, which is how it is tested without a
+GPU.
 """
 
 from __future__ import annotations

@@ -8,10 +8,8 @@ What is fitted is what lowers the variance of the *gradient*: each response coun
 will be held against (the optimal baseline is E[R |∇ log π|²] / E[|∇ log π|²]: optimal_baseline.py). Unlikely tokens have long scores, and they
 are the wrong ones: where the policy is sure and right, the best baseline is far below the chance of success, which plain means would give.
 
-    phi = "steps"      the scores that a steps reward measured (`answer + 0 * steps:check=chain,split=semicolons`, a process reward model):
-                       b(x) plus what the worst score so far, at that many steps, has meant for the outcome in earlier batches
-    phi = "segments"   the critic, reading the prompt and the segments written so far; b(x) is what it says of the prompt alone
-    phi = "siblings"   how the other children of a fork ended (tree rollouts); R is then the mean of the leaves below (objective/tree.py)
+Φ is b(x) plus what the worst score so far, at that many steps, has meant for the outcome in earlier batches. The scores are those that a steps
+reward measured (`answer + 0 * steps:check=chain,split=semicolons`, or a process reward model).
 """
 
 from __future__ import annotations
@@ -19,21 +17,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ...errors import RecipeError
 from ...models.critic import Critic
 from ...models.policy import Policy
-from ...objective.tree import returns
 from ...recipe.config import Config
-from ...rewards.segments import SEPARATORS, seen_ends, segment_starts, token_ends
+from ...rewards.segments import SEPARATORS, seen_ends, token_ends
 from ...types import Rollout
 from ..batch import Batch
 from ..earned import MEMORY
-from .base import Found, PromptCritic, TokenCritic, _Trained, charged, scaled
 from .optimal_baseline import DOUBT, squared_scores
+from .prompt import PromptCritic
+from .protocol import Found, charged, scaled
+
+
+def build(config: Config, policy: Policy, critic: Critic) -> StepCredit:
+    """`objective.baseline` = hybrid."""
+    return StepCredit(config, policy, critic)
+
 
 PLACES = 16
 """Prefixes are told apart by how many steps they hold, up to so many."""
@@ -94,37 +97,20 @@ class Gate:
         return {"hybrid/eta": sum(self.eta(*p) for p in prefixes) / len(prefixes) if prefixes else None}
 
 
-class _Gated(_Trained):
-    """What the three share: the gate, in checkpoints too."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.gate = Gate()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Also the running sums."""
-        return super().state_dict() | {"gate": dict(self.gate.__dict__)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a saved state back."""
-        super().load_state_dict(state)
-        if len(state["gate"]["cross"]) == len(self.gate.cross):  # else of a version that knew other places: begin anew
-            self.gate.__dict__.update(state["gate"])
-
-
-class StepCredit(_Gated, PromptCritic):
+class StepCredit(PromptCritic):
     """Φ from the reward's step scores."""
 
     charges_tokens = True
 
     def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
         super().__init__(config, policy, critic)
+        self.gate = Gate()
         # running sums of R − b, and of responses, by place and by the worst score so far: below a half, below one, one
         self.effect = [[0.0] * 3 for _ in range(PLACES + 1)]
         self.number = [[0.0] * 3 for _ in range(PLACES + 1)]
 
     def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
-        """See credit.Credit; [B, T]."""
+        """See the protocol; [B, T]."""
         value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget).sigmoid()
         rest_B = self.left(batch, reward_B, value_B) - value_B
         prefixes: list[Prefix] = []
@@ -164,88 +150,13 @@ class StepCredit(_Gated, PromptCritic):
 
     def state_dict(self) -> dict[str, Any]:
         """Also the running sums."""
-        return super().state_dict() | {"effect": self.effect, "number": self.number}
+        return super().state_dict() | {"gate": dict(self.gate.__dict__), "effect": self.effect, "number": self.number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back."""
         super().load_state_dict(state)
+        self.gate.__dict__.update(state["gate"])
         self.effect, self.number = state["effect"], state["number"]
-
-
-class SegmentCredit(_Gated, TokenCritic):
-    """Φ from the critic at the segments' starts, held until the next one; it learns each outcome at all of them."""
-
-    def __init__(self, config: Config, policy: Policy, critic: Critic) -> None:
-        super().__init__(config, policy, critic)
-        self.starts: list[list[int]] = []  # of the batch that `advantage` saw last
-
-    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
-        """See credit.Credit; [B, T]."""
-        token_BT = self.values(batch)
-        value_B = token_BT[:, 0]  # before the first token: of the prompt alone
-        self.starts = [segment_starts(self.policy, r, self.config.rollout.segments) for r in batch.rollouts]
-        slope = 1 + self.earned.line()[1]  # of what is earned over the chance of success
-        prefixes = [
-            (b, start, min(place, PLACES), slope * float(token_BT[b, start] - value_B[b]))
-            for b, starts in enumerate(self.starts)
-            for place, start in enumerate(starts)
-            if place and batch.graded_B[b]
-        ]
-        weights = stretch_scores(squared_scores(self.policy, batch), prefixes)
-        rest_B = self.left(batch, reward_B, value_B) - value_B
-        advantage_BT, metrics = self.gate.less(rest_B, prefixes, weights, token_BT.size(1))
-        metrics |= self.quality(batch, value_B)
-        return scaled(charged(advantage_BT, batch), reward_B, batch, self.config.objective.scale), value_B, metrics
-
-    def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
-        """Cross-entropy of the value at every segment's start against the response's correctness."""
-        number = sum(len(self.starts[b]) for b in rows.tolist())
-        total = 0.0
-        for part in self._parts(batch, rows):
-            logit_bT = self._logits(batch, part)
-            starts = [(i, t) for i, b in enumerate(part.tolist()) for t in self.starts[b]]
-            row_N, start_N = torch.tensor(starts, device=logit_bT.device).unbind(1)
-            target_N = batch.correct_B[part].to(logit_bT.device)[row_N]
-            loss = (
-                functional.binary_cross_entropy_with_logits(logit_bT[row_N, start_N], target_N, reduction="sum")
-                / number
-            )
-            self.optimiser.backward(loss)
-            total += float(loss.detach())
-        return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
-
-
-class SiblingCredit(_Gated, PromptCritic):
-    """Φ from a fork's other children, in trees of responses. Each stretch of tokens is credited with the mean of the leaves below it."""
-
-    def advantage(self, batch: Batch, reward_B: Tensor) -> Found:
-        """See credit.Credit; [B, T], 0 where another row stands for the token."""
-        value_B = self.model.logits([r.task for r in batch.rollouts], self.config.training.micro_budget).sigmoid()
-        left_B = self.left(batch, reward_B, value_B)  # what the leaves of a tree have in common goes from all of them
-        advantage_BT = torch.zeros_like(batch.behaviour_logp_BT)
-        if not batch.nodes:  # nothing forked
-            advantage_BT += (left_B - value_B)[:, None]
-        seen = []
-        until_BT = functional.pad(squared_scores(self.policy, batch).cumsum(1), (1, 0))
-        worth = returns(batch.nodes, left_B.tolist(), batch.keep_B.tolist())
-        for node, (q, others) in zip(batch.nodes, worth, strict=True):
-            if q is None:
-                continue
-            value, place = float(value_B[node.leaf]), min(node.depth, PLACES)
-            gap = 0.0 if others is None else others - value
-            advantage_BT[node.leaf, node.start : node.end] = q - value - self.gate.eta(place, gap) * gap
-            if others is not None:
-                square = float(until_BT[node.leaf, node.end] - until_BT[node.leaf, node.start])
-                seen.append((place, q - value, gap, square * node.weight**2))
-        metrics = self.gate.metrics([(place, gap) for place, _, gap, _ in seen])
-        weights = levelled([square for *_, square in seen])
-        self.gate.learn([(place, rest, gap, w) for (place, rest, gap, _), w in zip(seen, weights, strict=True)])
-        metrics |= self.quality(batch, value_B)
-        metrics |= {
-            "tree/leaves": len(batch) / int(batch.group_B[-1] + 1),
-            "tree/shared": 1 - batch.tokens / int(batch.response_len_B.sum()),
-        }
-        return advantage_BT, value_B, metrics
 
 
 def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
@@ -261,22 +172,12 @@ def step_scores(rollout: Rollout) -> tuple[list[dict[str, Any]], str]:
         return [], "lines"  # its scorer failed on this one, which says nothing about the response
     if evidence is None:
         raise RecipeError(
-            "objective.phi = 'steps' (search.value too) reads the scores of a steps reward, and reward.use measures none: add "
+            "objective.baseline = 'hybrid' (and search.value = 'steps') reads the scores of a steps reward, and reward.use measures none: add "
             "`+ 0 * steps:check=…,split=…` to it (0: measured, not paid)"
         )
     if evidence.get("split") not in SEPARATORS:
         raise RecipeError(
-            "objective.phi = 'steps' must know where a step ends from what was written so far, and split=auto looks at the whole response: "
+            "objective.baseline = 'hybrid' must know where a step ends from what was written so far, and split=auto looks at the whole response: "
             f"name one in reward.use, e.g. steps:check=…,split=lines (known: {', '.join(SEPARATORS)})"
         )
     return evidence["steps"], evidence["split"]
-
-
-def hybrid(config: Config, policy: Policy, critic: Critic) -> StepCredit | SegmentCredit | SiblingCredit:
-    """What `objective.phi` names."""
-    kinds: dict[str, type[StepCredit] | type[SegmentCredit] | type[SiblingCredit]] = {
-        "steps": StepCredit,
-        "segments": SegmentCredit,
-        "siblings": SiblingCredit,
-    }
-    return kinds[config.objective.phi](config, policy, critic)

@@ -1,0 +1,26 @@
+"""One prompt, one answer: the trajectory is over once the policy has written. `task.environment = "single_turn"`, the default."""
+
+from __future__ import annotations
+
+from ..types import Task
+from .base import Observation, Reply
+
+
+def build() -> SingleTurn:
+    """The environment of a single answer."""
+    return SingleTurn()
+
+
+class SingleTurn:
+    """Adds nothing to the prompt, and ends at the first reply."""
+
+    def reset(self, task: Task) -> Observation:
+        """Nothing beyond the task's own prompt."""
+        return Observation()
+
+    def step(self, reply: Reply) -> Observation:
+        """Over."""
+        return Observation(done=True)
+
+    def close(self) -> None:
+        """Nothing to let go of."""

@@ -1,0 +1,103 @@
+"""The module whose forward pass is all of `Policy.logps`, the head's product included: whatever wraps a module finds
+its hooks here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..kernels.logprobs import token_logps, token_logps_from_logits
+from ..kernels.patch_layers import fusable, fused
+from . import packing
+from .actions import Actions
+from .head import Head, backbone
+
+
+class ActionLogps(NamedTuple):
+    """Log-probabilities and entropies (nats, without gradient) of action tokens, [B, T], zeros beyond a row's own;
+    the mask is bool."""
+
+    logp_BT: Tensor
+    entropy_BT: Tensor
+    mask_BT: Tensor
+
+
+class Scorer(nn.Module):
+    """A causal language model, asked for the log-probabilities of given tokens. Dropout is off in every pass: old and
+    current log-probabilities come from the same function.
+
+    Rows are packed where the model allows it (`packs`); else `unpacked_why` says why they are padded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+        self.head = Head(model)
+        self.unpacked_why = packing.use(model)
+        self.packs = not self.unpacked_why
+        self.fusable = fusable(model)  # found now: later a wrapper may hold parts of the weights only
+        self._checkpointed: list[Any] = []
+
+    def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
+        """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
+        vocabulary."""
+        device = next(self.model.parameters()).device
+        # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
+        ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
+        rows = packing.packed if self.packs else packing.padded
+        inputs, state_N = rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
+        target_N = ids_BL[actions.row_N, actions.position_N].to(device)
+        actions = actions.to(device)
+        with fused(self.fusable), self._checkpointing():
+            if self.head.direct:
+                hidden_ND = backbone(self.model)(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)[state_N]
+                weight, bias = self.head.projection.weight, self.head.bias
+                logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature)
+            else:
+                with self.head.wide():
+                    logits_NV = self._logits_at(inputs, state_N)
+                logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N, temperature)
+        return ActionLogps(actions.spread(logp_N), actions.spread(entropy_N), actions.mask_BT)
+
+    def _logits_at(self, inputs: dict[str, Any], state_N: Tensor) -> Tensor:
+        """Logits of the wanted positions, [N, V]; the head sees no others where the model lets them be chosen."""
+        if self.packs:
+            logits_NV = self.model(use_cache=False, logits_to_keep=state_N, **inputs).logits[0]
+            if len(logits_NV) == len(state_N):
+                return logits_NV
+        else:
+            logits_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)
+        return logits_NV[state_N]
+
+    def checkpoint_activations(self, on: bool = True) -> bool:
+        """From now on training passes keep only the layers' inputs, and compute the layers again in the backward
+        pass. Returns whether the model has layers for it."""
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._checkpointed = layers if on else []
+        return bool(layers)
+
+    @contextlib.contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """transformers' own switch works in training mode only, where dropout is on; so the layers are wrapped here,
+        while gradients are wanted."""
+        layers = self._checkpointed if torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.forward = partial(checkpoint, partial(self._again, layer.forward), use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def _again(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layer as it was computed the first time: by the backward pass the replaced forwards are gone."""
+        with fused(self.fusable):
+            return forward(*args, **kwargs)

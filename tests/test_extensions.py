@@ -1,0 +1,179 @@
+"""A reward, an environment, an engine, a credit and a tracker of the user's own: one new file each, named in a recipe, with nothing else touched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sppo.recipe.config import Config
+from sppo.run.loop import train
+from sppo.run.run import Run
+
+from .conftest import small_config
+
+FILES = {
+    "mine_environment": '''
+from sppo.environments.base import Observation
+
+class Again:
+    """Asks once more, and then says how often the policy wrote."""
+
+    def __init__(self, turns=2):
+        self.turns, self.seen = turns, []
+
+    def reset(self, task):
+        return Observation()
+
+    def step(self, reply):
+        self.seen.append(reply.text)
+        if len(self.seen) == self.turns:
+            return Observation(done=True, evidence={"turns": len(self.seen), "first": self.seen[0]})
+        return Observation([{"role": "user", "content": "again"}])
+
+    def close(self):
+        pass
+''',
+    "mine_reward": '''
+from sppo.types import Verdict
+
+class Wrote:
+    """Right if the environment saw two turns and the first one had an even length."""
+
+    def judge(self, rollouts):
+        out = []
+        for r in rollouts:
+            right = r.evidence.get("turns") == 2 and len(r.evidence["first"]) % 2 == 0
+            out.append(Verdict(float(right), "correct" if right else "wrong"))
+        return out
+
+    def check(self, task):
+        return None
+
+    def close(self):
+        pass
+''',
+    "mine_engine": '''
+from sppo.rollout.local import LocalEngine
+
+class Counting(LocalEngine):
+    """The local engine, which counts its calls in a file."""
+
+    def generate(self, prompts, seeds, sampling, progress=None, limits=None):
+        with open("calls.txt", "a") as file:
+            print(len(prompts), file=file)
+        return super().generate(prompts, seeds, sampling, progress, limits)
+''',
+    "mine_credit": '''
+class Constant:
+    """R less a constant: no critic is trained."""
+
+    critic = None
+    charges_tokens = False
+
+    def __init__(self, config, policy, critic, value=0.25):
+        self.value = value
+
+    def advantage(self, batch, reward_B):
+        return reward_B - self.value, None, {"credit/constant": self.value}
+
+    def learn(self, batch, rows, lr):
+        return None
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+''',
+    "mine_tracker": '''
+import json
+
+class Lines:
+    id = ""
+
+    def __init__(self, run):
+        self.file = open("tracked.jsonl", "a")
+
+    def log(self, step, metrics):
+        print(json.dumps({"step": step, "tokens": metrics["rollout/tokens"]}), file=self.file, flush=True)
+
+    def close(self, summary):
+        self.file.close()
+''',
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A recipe that names one of each."""
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return small_config(
+        task__environment="mine_environment:Again,turns=2",
+        reward__use="mine_reward:Wrote",
+        rollout__engine="mine_engine:Counting",
+        rollout__max_tokens=24,
+        rollout__truncated="keep",
+        objective__baseline="mine_credit:Constant,value=0.5",
+        run__trackers=["mine_tracker:Lines"],
+        run__out=str(tmp_path / "run"),
+        training__steps=2,
+    )
+
+
+def test_one_of_each_from_outside_the_package_trains_by_name(recipe: Config, tmp_path: Path) -> None:
+    run = Run.new(recipe)
+    train(run)
+    run.close()
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["credit/constant"] for m in metrics] == [0.5, 0.5]
+    assert [json.loads(line)["step"] for line in (tmp_path / "tracked.jsonl").read_text().splitlines()] == [0, 1]
+    assert len((tmp_path / "calls.txt").read_text().splitlines()) > 4  # more than one call per step: turns
+
+
+def test_a_trajectory_of_two_turns_trains_on_what_the_policy_wrote_and_nothing_else(recipe: Config) -> None:
+    from sppo.learning.batch import pack
+    from sppo.run.sample import sample
+
+    run = Run.new(recipe)
+    run.begin()
+    sampled = sample(run.components, 0)
+    policy = run.components.policy
+    several = [r for r in sampled.rollouts if len(r.turns) == 2]
+    assert several
+    asked = policy.continuation_ids([{"role": "user", "content": "again"}])
+    for r in several:
+        (_, end), (start, last) = r.turns
+        assert list(r.ids[end:start]) == asked
+        assert last == len(r.ids)
+        assert len(r.logps) == len(r.response_ids) == sum(r.action_mask) <= 24
+    batch = pack(sampled.rollouts, policy.pad_id)
+    # the learner finds what the engine found, in every turn
+    again = run.learner._all_logps(policy, batch)
+    assert (again - batch.behaviour_logp_BT)[batch.mask_BT].abs().max() < 1e-3
+    run.close()
+
+
+def test_an_environment_that_raises_masks_its_own_trajectory_alone(recipe: Config, tmp_path: Path) -> None:
+    (tmp_path / "mine_environment.py").write_text(
+        FILES["mine_environment"].replace(
+            "self.seen.append(reply.text)", "self.seen.append(reply.text); assert len(reply.text) % 3"
+        )
+    )
+    from sppo.run.sample import sample
+
+    run = Run.new(recipe)
+    run.begin()
+    outcomes = [r.verdict.outcome for r in sample(run.components, 0).rollouts if r.verdict]
+    assert "infra_error" in outcomes
+    assert set(outcomes) != {"infra_error"}
+    run.close()
+
+
+def test_an_environment_that_lacks_a_method_is_refused_before_anything_starts(recipe: Config) -> None:
+    changed = recipe.model_copy(update={"task": recipe.task.model_copy(update={"environment": "mine_tracker:json"})})
+    with pytest.raises(Exception, match=r"task\.environment"):
+        Run.new(changed)
