@@ -291,7 +291,7 @@ def _checkpoints(look: _Look, state: _State, found: Findings, begun: bool) -> No
         step = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else found.steps
         if path.name in state.known:
             if not path.is_dir() or path.is_symlink():
-                found.bad(step, f"checkpoints/{path.name} is no folder")
+                found.bad(step, f"checkpoints/{path.name} is not a folder")
             elif why := difference(state.known[path.name], files_of(path)):
                 found.bad(step, f"checkpoints/{path.name}: {_shown(why)}")
         elif begun:

@@ -112,7 +112,7 @@ def _algorithms(texts: str) -> dict[str, tuple[str, dict[str, Any]]]:
         if spec.name not in PRESETS:
             raise UserError(f"--algorithms: {spec.name!r} is unknown: {nearest(spec.name, list(PRESETS))}")
         if spec.words:
-            raise UserError(f"--algorithms: {text}: {spec.words[0]!r} is no key=value")
+            raise UserError(f"--algorithms: {text}: {spec.words[0]!r} is not key=value")
         options = {key: parse_value(v) if isinstance(v, str) else v for key, v in spec.options.items()}
         for key in options:
             if key.startswith(SHARED):

@@ -255,7 +255,7 @@ def _filter(request: Request) -> tuple[Filter, str]:
                 raise ValueError(text)
         except ValueError:
             bounds.pop(name, None)
-            problem += f"“{text[:40]}” is no number that could be meant, so “{LABELS[name]}” is left open. "
+            problem += f"“{text[:40]}” is not a usable number, so “{LABELS[name]}” is left open. "
     outcome = given.get("outcome", "")
     order = given.get("order", "newest")
     return Filter(

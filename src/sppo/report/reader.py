@@ -36,7 +36,7 @@ class RunReader:
     def __init__(self, path: Path) -> None:
         """Raises UserError where there is no run."""
         if not is_folder(path / "rollouts") or not (path / "recipe.toml").is_file():
-            raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
+            raise UserError(f"{path} is not a run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
         self._recipe = (0, Config.recalled(path / "recipe.toml"))  # raises now if it cannot be read
         self.rollouts = Rollouts(path / "rollouts")
@@ -56,7 +56,7 @@ class RunReader:
     # -- numbers -----------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One object per finished step; values that are no numbers are left out."""
+        """One object per finished step; values that are not numbers are left out."""
         return self._follow("metrics.jsonl")
 
     def alerts(self) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ class AnswerReward:
         elif self.mode == "choice" and self.extract == "auto":
             given = choice(
                 after_thinking(rollout.text), _options(rollout.task)
-            )  # a bare letter has no mark, and is no number
+            )  # a bare letter has no mark, and is not a number
         evidence: dict[str, Any] = {"extracted": given, "gold": gold}
         if given is None:
             return Verdict(0.0, "unparseable", evidence)

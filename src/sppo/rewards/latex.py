@@ -308,7 +308,7 @@ class Reader(Atoms):
             or int(known) != known
             or not 2 <= known <= 36
         ):
-            raise Unreadable("a number has an index that is no base")
+            raise Unreadable("a number has an index that is not a base")
         if any(int(digit) >= known for digit in str(int(value))):
             raise Unreadable(f"{int(value)} has digits that base {int(known)} lacks")
         return Node("based", (str(int(value)), int(known)))

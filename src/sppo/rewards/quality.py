@@ -57,7 +57,7 @@ def warm_up() -> None:
 
 
 def judge_one(job: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`; None for what is no Python."""
+    """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`; None for anything but Python."""
     code = job["code"]
     tree = parsed(code)
     if tree is None:

@@ -163,7 +163,7 @@ def names_taken(code: str, tests: Sequence[str], setup: str) -> tuple[list[str],
 
 
 def parsed(code: str, longest: int = LONGEST) -> ast.Module | None:
-    """The syntax tree, None for what is no Python (in the jail it fails with its own message) or too long to be an answer."""
+    """The syntax tree, None for anything but Python (in the jail it fails with its own message) or too long to be an answer."""
     if len(code) > longest:  # parsing an f-string takes quadratic time
         return None
     try:

@@ -292,7 +292,7 @@ def _parts(parts: Sequence[Any], column: str, name: str) -> str:
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else _said(part)
-            raise DataError(f"{name}: `{column}`: a message holds a part that is no text ({kind}); only text is read")
+            raise DataError(f"{name}: `{column}`: a message holds a part that is not text ({kind}); only text is read")
     return "".join(part["text"] for part in parts)
 
 

@@ -241,7 +241,7 @@ def parsed(text: str, by_line: bool = False) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
+            raise ValueError("it holds half of a surrogate pair (\\ud800 to \\udfff), which is not text") from None
     return value
 
 

@@ -62,10 +62,10 @@ def expression(answer: str, gold: str | None) -> None:
     while at < len(answer):
         token = TOKEN.match(answer, at)
         if token is None or not answer[at].isascii():
-            raise Refused(f"{answer[at]!r} is no part of an expression")
+            raise Refused(f"{answer[at]!r} is not part of an expression")
         name = token["name"]
         if name and name not in FUNCTIONS and (len(name.rstrip("0123456789_")) != 1 or name in NOT_SYMBOLS):
-            raise Refused(f"{name!r} is no function or symbol that an answer may use")
+            raise Refused(f"{name!r} is not a function or symbol that an answer may use")
         at = token.end()
 
 
