@@ -53,9 +53,10 @@ class Findings:
 def verify(run: Path, head: str = "", anchor: Path | None = None) -> Findings:
     """Is the run what its record says, and is the record the one that was written?
 
-    Checked: every byte of `audit.jsonl` and `audit.head`, the order of the lines, and every byte of what they hash (rollouts, metrics, alerts,
-    the search buffer, `recipe.toml`, `start.json`, `summary.json`, all files of the checkpoints); rollouts and checkpoints without a
-    line; a recipe that changed on the way. The record of runs of older versions covers less; `notes` says what is missing.
+    Checked: every byte of `audit.jsonl` and `audit.head`, the order of the lines, and every byte of what they hash
+    (rollouts, metrics, alerts, the search buffer, `recipe.toml`, `start.json`, `summary.json`, all files of the
+    checkpoints); rollouts and checkpoints without a line; a recipe that changed on the way. The record of runs of older
+    versions covers less; `notes` says what is missing.
 
     Args:
         head: the hash of a line, kept from an earlier look; the chain must still hold it.

@@ -78,7 +78,8 @@ class Outcomes(Stepwise):
 
 
 class Text(Stepwise):
-    """Responses that grow, repeat themselves or change their script while the reward does not rise, for right and for wrong ones."""
+    """Responses that grow, repeat themselves or change their script while the reward does not rise, for right and for
+    wrong ones."""
 
     name = "text"
 

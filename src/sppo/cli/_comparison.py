@@ -105,7 +105,10 @@ def entries_of(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> 
 
 
 def _algorithms(texts: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """`sppo,grpo:training.lr=1e-4` as label → (preset, keys of its own). Raises UserError for an unknown, repeated or shared key."""
+    """`sppo,grpo:training.lr=1e-4` as label → (preset, keys of its own).
+
+    Raises UserError for an unknown, repeated or shared key.
+    """
     named: dict[str, tuple[str, dict[str, Any]]] = {}
     for text in split_specs(texts):
         spec = parse_spec(text)

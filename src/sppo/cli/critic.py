@@ -1,4 +1,5 @@
-"""`sppo critic`: export a run's critic, which predicts from the prompt alone whether the policy solves it, or rank prompts with one."""
+"""`sppo critic`: export a run's critic, which predicts from the prompt alone whether the policy solves it, or rank
+prompts with one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The live page: one or several runs in a browser, read from their directories as they grow. It writes nothing and knows no model.
+"""The live page: one or several runs in a browser, read from their directories as they grow. It writes nothing and
+knows no model.
 
 It answers on loopback only, unless another address is given; then visitors need a token, which is kept in a cookie.
 """

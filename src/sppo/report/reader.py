@@ -64,7 +64,8 @@ class RunReader:
         return self._follow("alerts.jsonl")
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json`; nothing while the run has not ended, or has gone on since it did, or where the file is damaged."""
+        """`summary.json`; nothing while the run has not ended, or has gone on since it did, or where the file is
+        damaged."""
         found = read_json_or_nothing(self.path / "summary.json")
         kept = _numbers(found) | {k: v for k, v in found.items() if isinstance(v, str)}
         whole = all(isinstance(kept.get(k), kind) for k, kind in SUMMARY.items())
@@ -103,8 +104,8 @@ class RunReader:
     def pieces(self, ids: list[int]) -> list[str]:
         """The text of each token, from the tokenizer of the newest checkpoint; `<17>` where there is none.
 
-        A character that several tokens make is the last one's, and spaces are where the whole text has them: each token's text is what it
-        adds to the text of the few before it.
+        A character that several tokens make is the last one's, and spaces are where the whole text has them: each
+        token's text is what it adds to the text of the few before it.
         """
         tokenizer = self._tokenizer()
         if tokenizer is None:

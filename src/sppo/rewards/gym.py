@@ -1,7 +1,8 @@
 """reasoning-gym's own scorer, for `gym:` tasks. Each verdict runs in its own process, in a jail where one is available.
 
-The answer is everything after the last `Answer:` (some families' answers take several lines), else the whole response. A score below 1 keeps its
-value: some families give partial credit. inside/guards.py defines what an answer may be, and corrects scorers that pay wrong answers.
+The answer is everything after the last `Answer:` (some families' answers take several lines), else the whole response.
+A score below 1 keeps its value: some families give partial credit. inside/guards.py defines what an answer may be, and
+corrects scorers that pay wrong answers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def _dataset(family: str, seed: int, size: int, options: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _problem(family: str, seed: int, size: int, options: str, index: int) -> tuple[str, Any]:
-    """The problem as the scorer's process takes it, and its reference. Raises RecipeError, and whatever the library raises."""
+    """The problem as the scorer's process takes it, and its reference.
+
+    Raises RecipeError, and whatever the library raises.
+    """
     entry = _dataset(family, seed, size, options)[index]
     return base64.b64encode(pickle.dumps(entry)).decode(), entry["answer"]
 
@@ -80,7 +84,10 @@ class GymReward:
         return verdicts
 
     def _verdict(self, result: dict[str, Any], evidence: dict[str, Any]) -> Verdict:
-        """The scorer's result as a verdict. Its form is checked, because it comes from the process that read the answer."""
+        """The scorer's result as a verdict.
+
+        Its form is checked, because it comes from the process that read the answer.
+        """
         claim = result.get("ok")
         if "infra" in result or "timeout" in result:
             why = result.get("infra", "the scorer's process did not answer and was ended")

@@ -1,6 +1,7 @@
 r"""The grammar of a mathematical answer: tokens become a tree. `\frac{1}{2}`, `1 1/4`, `(3, \infty)`, `x \in [-2, 7]`.
 
-Either all tokens are read, or the answer is `Unreadable`. Nothing is evaluated; `same.py` decides whether two trees are the same answer.
+Either all tokens are read, or the answer is `Unreadable`. Nothing is evaluated; `same.py` decides whether two trees are
+the same answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A row's tests, in whichever of the published layouts it has them, as suites for the sandbox (code.py lists the layouts)."""
+"""A row's tests, in whichever of the published layouts it has them, as suites for the sandbox (code.py lists the
+layouts)."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def suite_in(task: Task, column: str) -> Suite | str:
 
 
 def entry_name(value: Any) -> str | None:
-    """The name that is asked for: `f`, or `Solution.f` for a method of a fresh object (also written `Solution().f`); None for no name."""
+    """The name that is asked for: `f`, or `Solution.f` for a method of a fresh object (also written `Solution().f`);
+    None for no name."""
     if not isinstance(value, str):
         return None
     name = value.strip().replace("().", ".", 1)

@@ -1,8 +1,9 @@
 """This interpreter with its own libraries in a jail, for library code that handles a model's output.
 
-Programs run in the jails of `pool.py`, which see the system's Python alone. Where a library has to look at a response (a scorer
-that evaluates it), a worker of the trainer's own Python is started inside bubblewrap, or it takes rights away from itself by Landlock.
-It reads the interpreter and its packages, writes nowhere, and has no network, no home and no environment.
+Programs run in the jails of `pool.py`, which see the system's Python alone. Where a library has to look at a response
+(a scorer that evaluates it), a worker of the trainer's own Python is started inside bubblewrap, or it takes rights away
+from itself by Landlock. It reads the interpreter and its packages, writes nowhere, and has no network, no home and no
+environment.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ OUT_OF_MEMORY = 97  # inside/program.py
 class Starter:
     """A thread that starts the jails of this process, and lives as long as it.
 
-    The kernel ends a jail with the thread that started it (prctl(2), PR_SET_PDEATHSIG), so none is started by a thread that comes and goes.
+    The kernel ends a jail with the thread that started it (prctl(2), PR_SET_PDEATHSIG), so none is started by a thread
+    that comes and goes.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""`control:mountain-car`: episodes of a control task (environments/control.py), each from a start of its own; the reward is `control`."""
+"""`control:mountain-car`: episodes of a control task (environments/control.py), each from a start of its own; the
+reward is `control`."""
 
 from __future__ import annotations
 

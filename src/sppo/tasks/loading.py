@@ -59,7 +59,10 @@ def record_options(spec: str) -> dict[str, Any]:
 def load_pair(
     train: str, evaluation: str | None, instruction: str, columns: Mapping[str, str] | None = None
 ) -> tuple[TaskSource, TaskSource]:
-    """Training and held-out problems. One spec for both is split by hash; rows that have a file of their own are taken whole."""
+    """Training and held-out problems.
+
+    One spec for both is split by hash; rows that have a file of their own are taken whole.
+    """
     if columns and not any(is_records(s) or is_own(s) for s in (train, evaluation) if s is not None):
         raise RecipeError(f"task.columns renames the columns of rows, and task.train = {train!r} makes its problems")
     both = evaluation is None
