@@ -155,7 +155,7 @@ class AuditChain:
         self.record = read(run) if (run / CHAIN).exists() else Record()
         if problem := self.record.problem or cut_off(run, self.record):
             raise DataError(
-                f"{run} cannot be gone on with: {problem}. Put the file back as it was, or move {CHAIN} and {HEAD} away to go on without "
+                f"{run} cannot be continued: {problem}. Restore the file, or move {CHAIN} and {HEAD} away to continue without "
                 "the record of what was done so far"
             )
         self.count, self.head = len(self.record.entries), self.record.head

@@ -249,7 +249,7 @@ def _files(look: _Look, state: _State, found: Findings, begun: bool) -> None:
         elif sha256 is None and begun and (run / name).exists():
             found.bad(step, f"{name} has no line in {CHAIN}")
     if state.start is not None and state.data != _data(run / "data.json", state.data):
-        found.bad(0, "data.json is not what the run began with, or went on with")
+        found.bad(0, "data.json is not what the run started or resumed with")
     _buffer(look, state, found, begun)
 
 

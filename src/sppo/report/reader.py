@@ -31,7 +31,7 @@ UNFINISHED = 5
 
 
 class RunReader:
-    """One run. Every method may be called while the run goes on, and from any thread."""
+    """One run. Every method may be called while the run is in progress, and from any thread."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where there is no run."""
@@ -64,8 +64,7 @@ class RunReader:
         return self._follow("alerts.jsonl")
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json`; nothing while the run has not ended, or has gone on since it did, or where the file is
-        damaged."""
+        """`summary.json`; empty before the run has ended, after it was resumed, or for a damaged file."""
         found = read_json_or_nothing(self.path / "summary.json")
         kept = _numbers(found) | {k: v for k, v in found.items() if isinstance(v, str)}
         whole = all(isinstance(kept.get(k), kind) for k, kind in SUMMARY.items())

@@ -73,7 +73,7 @@ class Filter:
 
 
 class Rollouts:
-    """The rollouts of one run's directory. Every method may be called while the run goes on, and from any thread."""
+    """The rollouts of one run's directory. Every method may be called while the run is in progress, and from any thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -37,7 +37,7 @@ def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
         return _adapt(use, getattr(use, "__name__", type(use).__name__), limit)
     if use == GIVEN:
         raise RecipeError(
-            "this run's reward was given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
+            "this run's reward was given in Python; continue it there: SPPOConfig(resume_from_checkpoint=True)"
         )
     if is_mixture(use):
         parts = [Part(spec, _load(spec, limit), role, weight) for role, weight, spec in parse_mixture(use)]

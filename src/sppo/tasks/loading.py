@@ -26,7 +26,7 @@ def load_tasks(
     """
     if spec == GIVEN:
         raise RecipeError(
-            "this run's problems were given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
+            "this run's problems were given in Python; continue it there: SPPOConfig(resume_from_checkpoint=True)"
         )
     if is_own(spec):
         return with_instruction(own_source(spec, columns), instruction)

@@ -96,5 +96,5 @@ class Trackers:
             except Exception as error:
                 del self.running[text]
                 self.say(
-                    f"warning: tracker {text} failed {when} and is left out from now on ({first_line(error)}); the run goes on"
+                    f"warning: tracker {text} failed {when} and is left out from now on ({first_line(error)}); the run continues"
                 )

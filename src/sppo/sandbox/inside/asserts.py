@@ -5,7 +5,7 @@ and answers there; it never judges: `==`, `in` and `<` are not asked of it. What
 with it: files, a seed, standard input, patched functions; what the program printed or wrote to a file comes back, as
 text and bytes.
 
-A failed `assert` is noted and the test goes on, so that a program cannot tell from the number of its calls which answer
+A failed `assert` is noted and the test continues, so that a program cannot tell from the number of its calls which answer
 was right.
 """
 
@@ -100,7 +100,7 @@ def excuses(text):
 
 
 class Onward(ast.NodeTransformer):
-    """`assert a and b, message` becomes: note it if not a; note it if not b; go on."""
+    """`assert a and b, message` becomes: note it if not a; note it if not b; continue."""
 
     def visit_Assert(self, node):
         parts = (
@@ -117,7 +117,7 @@ class Onward(ast.NodeTransformer):
 
 
 def watch_unittest(failed, goes_on):
-    """Note every failure that unittest finds, whoever reads its result, and go on after a failed assertion where that
+    """Note every failure that unittest finds, whoever reads its result, and continue after a failed assertion where that
     is meant."""
     import unittest
 
