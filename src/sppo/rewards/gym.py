@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, SandboxUnavailable
-from ..sandbox.confined import MENDS, command, confinement
+from ..sandbox.confined import REMEDY, command, confinement
 from ..tasks.gym import make_dataset
 from ..types import Rollout, Task, Verdict
 from .extract import after_last_mark
@@ -122,7 +122,7 @@ class GymReward:
                 return f"its column `gym` has no `{name}` of type {kind.__name__}; make the row with a gym: task"
         if where["family"] in EXPRESSIONS and confinement() == "none":
             raise SandboxUnavailable(
-                f"gym:{where['family']}: reasoning-gym's scorer of this family evaluates answers, which needs a jail; {MENDS}"
+                f"gym:{where['family']}: reasoning-gym's scorer of this family evaluates answers, which needs a jail; {REMEDY}"
             )
         try:
             answer = _problem(*_key(where))[1]

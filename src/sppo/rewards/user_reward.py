@@ -67,7 +67,7 @@ class CallableReward:
                 raise RecipeError(f"reward {name} has no option {key!r}: {nearest(key, known)}")
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Raises RewardError naming the reward and the mend when it raises, hangs or returns what it may not."""
+        """Raises RewardError naming the reward and the remedy when it raises, hangs or returns what it may not."""
         return guarded(self.name, self.limit, rollouts, self._call)
 
     def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:

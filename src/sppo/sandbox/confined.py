@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .inside import landlock
 
-MENDS = "install bubblewrap (apt-get install bubblewrap), or use Linux 6.12 or newer with Landlock switched on"
+REMEDY = "install bubblewrap (apt-get install bubblewrap), or use Linux 6.12 or newer with Landlock switched on"
 BARE = (
     "--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--new-session", "--cap-drop", "ALL", "--hostname", "jail",
     "--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64", "--symlink", "usr/bin", "/bin",
