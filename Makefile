@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
 .PHONY: bench-busy bench-pretrained
-.PHONY: setup dev docs quickstart test fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
+.PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise
 
 help:
 	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
 	@echo "make test         linter, types, layers and all tests"
+	@echo "make test-fast    the tests that need no browser, no jail and no whole run, in under 90 seconds"
 	@echo "make docs         the site, in site/, with the reference of the Python API"
 	@echo "make setup        .venv with the package and what quickstart needs (quickstart does this by itself)"
 	@echo "make dev          .venv with every extra and the developer's tools (test and the benchmarks do this by themselves)"
@@ -55,6 +56,10 @@ check: dev
 
 test: check bubblewrap chromium
 	$(BIN)/python -m pytest
+
+# In under 90 seconds: no browser, no jail, no whole runs (tests/conftest.py says which tests are left out).
+test-fast: dev
+	$(BIN)/python -m pytest -m "not (browser or jail or slow)"
 
 # Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
 fuzz: dev bubblewrap

@@ -29,6 +29,41 @@ root = str(
 )  # judging workers run functions of these tests, and would not find them on their own
 os.environ["PYTHONPATH"] = os.pathsep.join([*given, root])
 
+APART = {
+    "browser": ["tests/browser/"],
+    "jail": [
+        "tests/sandbox/", "tests/rewards/test_code.py", "tests/rewards/test_runtime.py", "tests/tasks/test_rows.py",
+        "tests/tasks/test_functions.py",
+    ],
+    "slow": [
+        "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/kernels/", "tests/mutants/",
+        "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py", "tests/evaluation/test_compare.py::test_the_command",
+    ],
+}  # fmt: skip
+"""What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs, and
+what compiles C for every kind of processor."""
+SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 4
+"""Of a test with many cases there, it runs so many."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The only place that says which tests are not fast."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        for marker, beginnings in APART.items():
+            if item.nodeid.startswith(tuple(beginnings)):
+                item.add_marker(marker)
+        if "jailed" in getattr(item, "fixturenames", ()):
+            item.add_marker("jail")
+        if item.nodeid.startswith(SAMPLED):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in cases.values():
+        every = -(-len(same) // FEW)
+        for n, item in enumerate(same):
+            if n % every:
+                item.add_marker("slow")
+
+
 SMALL = "tiny:hidden=32,layers=2,heads=2"
 STEPS = "answer + 0 * steps:check=chain,split=semicolons"
 """Measures the steps of a response, and pays nothing for them: what sppo-hybrid reads."""

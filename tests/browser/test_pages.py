@@ -237,7 +237,7 @@ def test_a_page_lives_while_the_run_trains(serve, tab, tmp_path):
 def test_several_runs_are_overlaid(run, serve, tab, tmp_path_factory):
     other = made_run(tmp_path_factory.mktemp("browser") / "second", **{"seed": 2, "training.steps": 3})
     tab.goto(serve(run, other))
-    assert tab.locator(".story").count() == 2
+    assert tab.locator(".run-summary").count() == 2
     drawn(tab)
     names = tab.evaluate("figures.find(f => f.id === 'reward').traces.map(t => t.name)")
     assert names == ["first", "second"]

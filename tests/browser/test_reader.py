@@ -18,7 +18,7 @@ from sppo.report import panels
 from sppo.report.reader import RunReader, open_runs
 from sppo.report.rollouts import Filter
 from sppo.report.single import write
-from sppo.report.summary import story
+from sppo.report.summary import summarise
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_what_evaluations_measure_beside_accuracy_is_told(copy):
             line |= {"eval/pass@2": 0.3, "eval/pass@4": (40 + n) / 100, "eval/entropy": None if n < 2 else 0.25}
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     reader = RunReader(copy)
-    tiles = {t["kind"]: t for t in story(reader)["tiles"]}
+    tiles = {t["kind"]: t for t in summarise(reader)["tiles"]}
     assert (tiles["pass"]["name"], tiles["pass"]["value"], tiles["entropy"]["value"]) == (
         "held-out pass@4",
         "45.0%",
@@ -66,7 +66,7 @@ def test_what_evaluations_measure_beside_accuracy_is_told(copy):
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (copy / "start.json").write_text(json.dumps({k: v for k, v in start.items() if k not in ("entropy", "pass_at_k")}))
     old = RunReader(copy)
-    assert not {"pass", "entropy"} & {t["kind"] for t in story(old)["tiles"]}
+    assert not {"pass", "entropy"} & {t["kind"] for t in summarise(old)["tiles"]}
     assert not {"passes", "held-entropy"} & {f["id"] for f in panels.overview([old])}
 
 
@@ -132,7 +132,7 @@ def test_a_recipe_that_changes_and_a_summary_of_before(copy):
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "reward/mean": 0.5}\n')
     assert reader.summary() == {}
-    assert "interrupted" in story(reader)["sentence"]
+    assert "interrupted" in summarise(reader)["sentence"]
 
 
 def test_a_rollouts_file_that_is_made_again_or_damaged(copy):
@@ -154,22 +154,22 @@ def test_a_rollouts_file_that_is_made_again_or_damaged(copy):
 
 @pytest.mark.parametrize(("before", "after", "says"), [
     ((0.2, 0.15, 0.25), (0.6, 0.5, 0.7), "rose from 20.0% to 60.0%"), ((0.6, 0.5, 0.7), (0.2, 0.1, 0.3), "fell from 60.0% to 20.0%"),
-    ((0.5, 0.4, 0.6), (0.55, 0.45, 0.65), "no change that could be told from luck"),
+    ((0.5, 0.4, 0.6), (0.55, 0.45, 0.65), "no change beyond chance"),
 ])  # fmt: skip
 def test_the_sentence_does_not_claim_what_intervals_do_not(copy, before, after, says):
     (copy / "start.json").write_text(json.dumps(dict(zip(("accuracy", "low", "high"), before, strict=True))))
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     lines[-1] |= dict(zip(("eval/accuracy", "eval/low", "eval/high"), after, strict=True))
     (copy / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
-    assert says in story(RunReader(copy))["sentence"]
+    assert says in summarise(RunReader(copy))["sentence"]
 
 
 def test_an_alert_about_the_verifier_casts_doubt(copy):
-    assert story(RunReader(copy))["doubt"] == ""
+    assert summarise(RunReader(copy))["doubt"] == ""
     (copy / "alerts.jsonl").write_text(
         '{"monitor": "reference", "what": "paid", "step": 3, "evidence": [1, "3:4"]}\n"no object"\n'
     )
-    told = story(RunReader(copy))
+    told = summarise(RunReader(copy))
     assert "Do not believe" in told["doubt"]
     [alert] = told["alerts"]
     assert alert["evidence"] == ["3:4"]

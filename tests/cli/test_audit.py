@@ -112,7 +112,7 @@ def test_numbers_alerts_and_recipe_are_vouched_for(run, tmp_path, name):
             path.write_bytes(bytes(data))
         found = verify(copy).damage
         assert found, (name, n)
-        assert any(name in what or "tells of" in what or "cannot" in what for _, what in found)
+        assert any(name in what or "the run has" in what or "cannot" in what for _, what in found)
 
 
 def test_any_change_is_found_and_the_step_named(run, tmp_path):

@@ -81,7 +81,7 @@ def test_eval(trained, capsys):
         assert set(task["pass_at_k"]) == {"pass@1", "pass@2", "pass@4"}
         assert task["entropy"] > 0
     assert "accuracy" in text
-    assert re.search(r"pass@4 [01]\.\d{3}\n.*, entropy \d\.\d{3} nats a token", text)
+    assert re.search(r"pass@4 [01]\.\d{3}\n.*, entropy \d\.\d{3} nats per token", text)
     greedy = sppo(capsys, "eval", trained, "--tasks", "chain:steps=1", "--n", 6, "--temperature", 0, "--json")
     assert last_json(greedy)["tasks"][0]["entropy"] is None
     assert "entropy" not in greedy.splitlines()[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.evaluation.calibration import calibration, reliability, risk_coverage
+from sppo.evaluation.calibration import calibration, reliability
 from sppo.evaluation.evaluate import calibrations
 from sppo.objective.diagnostics import expected_calibration_error
 from sppo.rewards.confidence import stated_confidence
@@ -44,9 +44,9 @@ def test_the_two_ways_to_the_calibration_error_agree():
 
 
 def test_ties_do_not_depend_on_the_order():
-    a = risk_coverage([1, 0, 1, 0], [0.5] * 4)
-    assert a == risk_coverage([0, 0, 1, 1], [0.5] * 4)
-    assert [r for _, r in a] == [0.5] * 4
+    kept = calibration([1, 0, 1, 0], [0.5] * 4)["selective_accuracy"]
+    assert kept == calibration([0, 0, 1, 1], [0.5] * 4)["selective_accuracy"]
+    assert set(kept.values()) == {0.5}
 
 
 def test_nothing_and_one_kind_are_no_numbers():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sppo.objective.loss import ENTROPY_CAP, Scored, entropy_bonus, policy_loss
-from sppo.recipe.sections import ObjectiveSection
+from sppo.recipe.objective import ObjectiveSection
 
 from .tabular import INDEX, LIMIT, MASK_ST, PREFIXES, RESPONSES, gradient, logps, parameters, probabilities
 
@@ -110,24 +110,3 @@ def test_it_is_not_the_entropy_of_whole_responses():
     value, found = bonus(theta, ratio="sequence")
     assert abs(value - float(whole.detach())) < TOLERANCE  # by the chain rule
     assert float((found - gradient(whole, theta)).abs().max()) > 1e-3
-
-
-def test_a_shared_token_counts_once():
-    """Trees: what responses share counts as its node does."""
-    theta = parameters(0).requires_grad_()
-    x = scored(theta, theta)
-    o = ObjectiveSection(entropy_bonus=0.5, kl=0.1, kl_form="k3", ratio="token", engine_correction=0)
-    count_ST = torch.where(MASK_ST, torch.rand(MASK_ST.shape, generator=torch.Generator().manual_seed(1)).double(), 0.0)
-    count_ST[3] = 0.0
-    reference = logps(parameters(30)).detach()
-    found = policy_loss(
-        Scored(x.logp_bT, x.old_bT, x.behaviour_bT, MASK_ST, count_ST, reference, x.weight_b, x.entropy_bT),
-        torch.zeros(COUNT, dtype=theta.dtype), o, sequences=9.0, divisor=7.0,
-    ).value  # fmt: skip
-    expected = 0.0
-    for s, y in enumerate(RESPONSES):
-        for t in range(len(y)):
-            d = float(x.logp_bT[s, t].detach() - reference[s, t])
-            term = 0.1 * (math.exp(-d) - 1 + d) - 0.5 * float(x.entropy_bT[s, t])
-            expected += float(count_ST[s, t]) * float(x.weight_b[s]) * term / 7
-    assert float(found.detach()) == pytest.approx(expected, abs=1e-10)

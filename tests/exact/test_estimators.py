@@ -1,4 +1,4 @@
-"""ALGORITHM §4.1 and §4.2: the expectation of the estimator is ∇J, to 1e-10; and what must not be, is not."""
+"""The paper's claims by enumeration: the expectation of the estimator is ∇J, to 1e-10; and what must not be, is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ALGORITHM §4.3: autograd's gradient of the loss code equals the enumerated one, for every ratio, anchor and clip."""
+"""Autograd's gradient of the loss code equals the enumerated one, for every ratio, anchor and clip."""
 
 from __future__ import annotations
 

@@ -544,4 +544,6 @@ def test_the_cases_clip_some_and_not_all(surrogate):
         learner = Learner(policy, a_critic(), None, configured(replace(case, kl="off", baseline="critic")))
         batch = pack(some_rollouts(policy, samples=case.samples, noise=case.noise), policy.pad_id)
         shares.append(learner.update(batch, batch.reward_B - 0.5, 0)["ratio/clip_fraction"])
-    assert sum(0.1 < x < 0.9 for x in shares) >= 5
+        if sum(0.1 < x < 0.9 for x in shares) == 5:
+            return
+    pytest.fail(f"the shares that are clipped: {shares}")

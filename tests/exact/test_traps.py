@@ -1,4 +1,4 @@
-"""ALGORITHM §5: each trap has a test that fails when the trap is sprung."""
+"""Known mistakes of sequence-level training: each has a test that fails when it is made."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sppo.learning.update_stats import Tally
 from sppo.rewards.loading import load_reward
 from sppo.run.loop import train
 from sppo.run.run import Run
-from sppo.types import Task, Verdict
+from sppo.types import Rollout, Task, Verdict
 
 from ..conftest import logps_of, small_config, small_critic, small_policy, small_rollouts
 
@@ -169,7 +169,7 @@ def test_step_scores_guide_the_search(tmp_path):
     first, *_ = small_rollouts(job.components.policy, 4)
     text = first.task.solution.replace("=", "=1", 1)  # the first step is wrong
     ids = [*job.components.policy.tokenizer(text)["input_ids"], job.components.policy.eos_ids[0]]
-    said = replace(first, response_ids=ids, text=text, finish="stop")
+    said = Rollout.answer(first.task, first.prompt_ids, ids, [0.0] * len(ids), "stop", text)
     said = said.judged(judge.judge([said])[0])
     (ends, values), *_ = job.search._values([said])
     assert ends[-1] == len(ids)
@@ -245,7 +245,7 @@ def test_an_unfinished_step_is_not_judged_yet(tmp_path):
     first, *_ = small_rollouts(job.components.policy, 4)
     half, _, _ = first.task.solution.partition("=")
     ids = job.components.policy.tokenizer(half)["input_ids"]
-    said = replace(first, response_ids=ids, logps=[0.0] * len(ids), text=half, finish="length")
+    said = Rollout.answer(first.task, first.prompt_ids, ids, [0.0] * len(ids), "length", half)
     said = said.judged(load_reward(STEPS).judge([said])[0])
     (ends, values), *_ = job.search._values([said])
     assert ends == list(range(1, len(ids) + 1))

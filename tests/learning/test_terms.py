@@ -215,17 +215,20 @@ def by_hand(policy, reference, batch, o, max_tokens=12):
     return float(loss.detach()) + value, gradients(policy)
 
 
-@pytest.mark.parametrize("form", ["k2", "k3", "k3-weighted"])
-@pytest.mark.parametrize("level", ["auto", "sequence", "token"])
+RATIOS = [
+    {"ratio": "sequence"}, {"ratio": "geometric"}, {"ratio": "family", "kappa": 0.5},
+    *({"ratio": "token", "average": average} for average in ("tokens", "responses", "constant")),
+]  # fmt: skip
+KLS = [
+    # what a term is divided by depends on level and ratio, whatever its form
+    *(("k3-weighted", level, ratio) for level in ("sequence", "token") for ratio in RATIOS),
+    *((form, level, ratio) for form in ("k2", "k3") for level in ("sequence", "token") for ratio in (RATIOS[1], RATIOS[4])),
+    *(("k3", "auto", ratio) for ratio in (RATIOS[0], RATIOS[3])),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "ratio",
-    [
-        {"ratio": "sequence"},
-        {"ratio": "geometric"},
-        {"ratio": "family", "kappa": 0.5},
-        *({"ratio": "token", "average": average} for average in ("tokens", "responses", "constant")),
-    ],
-    ids=lambda r: "-".join(map(str, r.values())),
+    ("form", "level", "ratio"), KLS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
 )
 def test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop(form, level, ratio):
     policy, reference = small_policy(), small_policy(seed=5).as_reference()

@@ -311,22 +311,27 @@ m("a prompt's samples are split", "if units.max() + 1 < count:", "if True:", PLA
 m("every epoch has the same order", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)\n        count =", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009)\n        count =", PLAN)
 m("every step has the same order", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)\n        count =", "        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003) * 1_009 + epoch)\n        count =", PLAN)
 m("masked samples are trained on", "kept = batch.keep_B.nonzero()[:, 0]", "kept = torch.arange(len(batch))")
-m("the critic learns at the policy's rate", 'self._teach_critic(batch, rows, lr["critic"], tally)', 'self._teach_critic(batch, rows, lr["policy"], tally)', WIRES)
-m("the rate has no schedule", "learning_rate(t.lr, step, t.steps,", "learning_rate(t.lr, 0, t.steps,", WIRES)
-m("an engine far away is fine", "if gap is not None and not gap <= limit:", "if gap is not None and not gap <= 1e9 * limit:", TRAPS)
+m("the critic learns at the policy's rate", "self._teach_critic(batch, rows, critic_lr, tally)", "self._teach_critic(batch, rows, lr, tally)", WIRES)
+m("the rate has no schedule", "learning_rate(peak, step, t.steps,", "learning_rate(peak, 0, t.steps,", WIRES)
 m("the gap's limit is never measured", "self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)", "pass", TRAPS)
 m("the gap's limit follows every step", "if self.gap_limit is None and gap is not None:", "if gap is not None:", WIRES)
-m("the recipe's limit of the gap is ignored", "if given else (self.gap_limit", "if False else (self.gap_limit", UPDATE, TRAPS)
 m("a resumed run measures the gap's limit anew", 'self.gap_limit = state.get("gap_limit")', "self.gap_limit = None", TRAPS)
-m("flat groups stay in DAPO's denominator", "if self._leaves_flat_groups_out():", "if False:", DAPO)
+m("flat groups stay in DAPO's denominator", "if not self._leaves_flat_groups_out():", "if True:", DAPO)
 m("a critic's flat groups are left out", "self.config.rollout.resample > 0 and self.config.critic_reads is None", "self.config.rollout.resample > 0", DAPO)
-m("a step of flat groups still pushes", "advantage_B = torch.zeros_like(advantage_B)", "advantage_B = torch.ones_like(advantage_B)", DAPO)
+m("a step of flat groups still pushes", "return kept, torch.zeros_like(advantage_B), left_out", "return kept, torch.ones_like(advantage_B), left_out", DAPO)
 m("the critic never learns from what was thrown away", "rows = torch.cat([*minibatch, beside[number]])", "rows = torch.cat([*minibatch])", ALL_JUDGED)
 m("groups that were thrown away are split", "rows[torch.isin(unit, part)] for part in order.tensor_split(count)", "part for part in rows.tensor_split(count)", WIRES)
 m("the over-long penalty is a reward", "reward_B = reward_B - penalty_B", "reward_B = reward_B + penalty_B", DAPO)
 m("ReMax's greedy response pays no penalty", "batch.greedy_B - overlong_penalty(length_B", "batch.greedy_B - 0 * overlong_penalty(length_B", DAPO)
 m("a random model is fine", "if not gap <= tolerance:", "if gap > 1e9:", TRAPS)
 m("the critic learns from the whole batch each time", "learnt = self.credit.learn(batch, rows, lr)", "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)", CRITIC)
+
+# -- learning/agreement.py -----------------------------------------------------------------------------------------------
+
+m = of("learning/agreement.py", TRAPS)
+m("an engine far away is fine", "if gap is not None and not gap <= limit:", "if gap is not None and not gap <= 1e9 * limit:", TRAPS)
+m("the recipe's limit of the gap is ignored", "if given else (measured", "if False else (measured", UPDATE, TRAPS)
+m("a minibatch of other weights is fine", "if tally.drift > DRIFT:", "if False:", UPDATE, TRAPS)
 
 # -- learning/batch.py -----------------------------------------------------------------------------------------------------
 

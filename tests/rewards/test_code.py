@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import pytest
 
 from sppo.errors import RecipeError
-from sppo.rewards.code import CodeReward, build, extract_code
+from sppo.rewards.code import CodeReward, build
 from sppo.rewards.loading import load_reward
+from sppo.rewards.program import extract_code
 from sppo.sandbox.verdict import same_output
 from sppo.tasks.records import task_from
 from sppo.types import Rollout, Task, Verdict

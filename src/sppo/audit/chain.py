@@ -1,16 +1,16 @@
-"""`audit.jsonl`: what happened in a run, one JSON object a line, each with the hash of the line before it.
+"""`audit.jsonl`: the record of a run, one JSON object per line, each with the hash of the line before it.
 
-A line with `step` vouches for a step: its rollouts, its line of metrics, the alerts and the search buffer up to it, the recipe. The others have
-`event`, and come where they happened:
+A line with `step` holds the hashes of a step: its rollouts, its line of metrics, the alerts and the search buffer up to it, the recipe. Other
+lines have `event`:
 
     begin       the recipe, the verifier's code and the data that the run began with
     start       start.json, the accuracy before the first step
     checkpoint  every file of a checkpoint, and which checkpoints are then kept
-    resume      after which step the run went on, with which recipe and verifier; what had been done beyond it counts no more
+    resume      the step after which the run continued, its recipe and verifier; later steps before it no longer count
     end         summary.json
 
-Nothing is ever taken out. `audit.head` holds the number and the hash of the last line, so that a chain cut short is noticed. Whoever can write
-the run can write all of this anew; only a hash that is kept elsewhere shows that (`run.anchor`, `sppo audit verify --head`).
+Lines are never removed. `audit.head` holds the number and the hash of the last line, so a chain that was cut short is noticed. Whoever can
+write to the run can forge all of it; only a hash that is kept elsewhere shows that (`run.anchor`, `sppo audit verify --head`).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ..files import file_sha256, read_bytes, read_json_or_nothing, write_atomic
 
 GENESIS = "0" * 64
 FORMAT = 2
-"""Of the lines; the first format had lines of steps only."""
+"""Version of the lines; version 1 had lines of steps only."""
 CHAIN, HEAD = "audit.jsonl", "audit.head"
 
 
 def step_file(run: Path, step: int) -> Path:
-    """Where a step's rollouts are."""
+    """The file of a step's rollouts."""
     return run / "rollouts" / f"step-{step:06d}.parquet"
 
 
 def hashes(run: Path, step: int) -> dict[str, Any]:
-    """What a step's line vouches for: its rollouts file, its line of metrics, all alerts up to it, the recipe as it then was, and the search
-    buffer with its length in bytes."""
+    """The hashes that a step's line holds: of its rollouts file, its line of metrics, all alerts up to it, the recipe at that time, and the
+    search buffer with its length in bytes."""
     found: dict[str, Any] = {
         "rollouts_sha256": file_sha256(step_file(run, step)),
         "metrics_sha256": bytes_sha256(_line_of(run / "metrics.jsonl", step)),
@@ -54,7 +54,7 @@ def hashes(run: Path, step: int) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a folder, by its path inside; what is no regular file has none, and is named all the same."""
+    """The SHA-256 of every file in a folder, by its path inside; anything but a regular file has none, and is listed all the same."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
@@ -65,10 +65,10 @@ def files_of(folder: Path) -> dict[str, str]:
 
 @dataclass
 class Record:
-    """The lines of a chain, as far as each follows from the one before."""
+    """The lines of a chain, up to the first that does not follow from the one before."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
-    half: bool = False  # it ends in half a line, as a crash leaves it
+    half: bool = False  # it ends in half a line, as after a crash
     problem: str = ""  # why the lines beyond these are not believed
     at: int = 0  # the step at which that is
 
@@ -114,14 +114,14 @@ def read(run: Path) -> Record:
 
 
 def lines_of_steps(run: Path) -> dict[int, dict[str, Any]]:
-    """The line of each step, as far as the chain can be believed; nothing where there is none."""
+    """The line of each step, as far as the chain is intact; empty without a chain."""
     with contextlib.suppress(DataError):
         return {e["step"]: e for e in read(run).entries if "event" not in e}  # of a step that was done again the last
     return {}
 
 
 def _following(entry: Mapping[str, Any], step: int) -> int | None:
-    """The step that comes after a line, or None where the line does not belong here or is not what this version writes."""
+    """The step after a line, or None for a line that does not belong here or that this version does not write."""
     match entry:
         case {"event": "begin", "recipe": dict()} if entry["previous"] == GENESIS:
             return 0
@@ -145,10 +145,10 @@ def _sha256(body: dict[str, Any]) -> str:
 
 
 class AuditChain:
-    """Appends to one run's chain, keeps `audit.head`, and tells the anchor (a file outside the run) each new head."""
+    """Appends to one run's chain, writes `audit.head`, and appends each new head to the anchor, a file outside the run."""
 
     def __init__(self, run: Path, anchor: str = "") -> None:
-        """Raises DataError where what is there cannot be gone on from."""
+        """Raises DataError where the existing chain is damaged."""
         self.run, self.anchor = run, Path(anchor).expanduser() if anchor else None
         self.record = read(run) if (run / CHAIN).exists() else Record()
         if problem := self.record.problem or cut_off(run, self.record):
@@ -208,7 +208,7 @@ def cut_off(run: Path, record: Record) -> str:
 
 
 def difference(known: list[dict[str, str]], there: dict[str, str]) -> str:
-    """How a folder differs from what it was the last time that the chain told of it, or nothing where it is what it was at any of them."""
+    """How a folder differs from its last recorded state; empty where it equals any recorded state."""
     if there in known:
         return ""
     was = known[-1]

@@ -35,15 +35,15 @@ FREE = ("training.steps", "run.")
 
 @dataclass
 class Findings:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     steps: int = 0
     lines: int = 0
     head: str = GENESIS
     damage: list[tuple[int, str]] = field(default_factory=list)
-    """(step, what is not as it was recorded), the first of each kind; nothing for a sound run."""
+    """(step, what differs from the record), the first of each kind; empty for an intact run."""
     notes: list[str] = field(default_factory=list)
-    """What else is to be known: what could not be checked, resumptions, another verifier."""
+    """Remarks: what could not be checked, resumptions, another verifier."""
 
     def bad(self, step: int, what: str) -> None:
         """Add damage."""
@@ -53,9 +53,9 @@ class Findings:
 def verify(run: Path, head: str = "", anchor: Path | None = None) -> Findings:
     """Is the run what its record says, and is the record the one that was written?
 
-    Checked: every byte of `audit.jsonl` and `audit.head`, the order of the lines, and every byte of what they vouch for (rollouts, metrics, alerts,
-    the search buffer, `recipe.toml`, `start.json`, `summary.json`, all files of the checkpoints); rollouts and checkpoints that no line tells of;
-    a recipe that changed on the way. Runs of older versions vouch for less, and `notes` says for what.
+    Checked: every byte of `audit.jsonl` and `audit.head`, the order of the lines, and every byte of what they hash (rollouts, metrics, alerts,
+    the search buffer, `recipe.toml`, `start.json`, `summary.json`, all files of the checkpoints); rollouts and checkpoints without a
+    line; a recipe that changed on the way. The record of runs of older versions covers less; `notes` says what is missing.
 
     Args:
         head: the hash of a line, kept from an earlier look; the chain must still hold it.
@@ -82,8 +82,8 @@ def verify(run: Path, head: str = "", anchor: Path | None = None) -> Findings:
     _steps(look, state, found)
     _files(look, state, found, record.begun)
     _checkpoints(look, state, found, record.begun)
-    if look.told > found.steps:
-        found.bad(found.steps, f"{CHAIN} ends after {found.steps} steps, and the run tells of {look.told}")
+    if look.steps > found.steps:
+        found.bad(found.steps, f"{CHAIN} ends after {found.steps} steps, and the run has {look.steps}")
     if record.entries and not record.begun:
         found.notes.append(
             "the run began with an older version of sppo, which recorded its steps alone: start.json, checkpoints, summary.json, buffer.jsonl and the "
@@ -97,13 +97,13 @@ class _Look:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self.told = max(_steps_of(run), default=0)
+        self.steps = max(_steps_of(run), default=0)
         self.rollouts = sorted(p.name for p in (run / "rollouts").iterdir()) if (run / "rollouts").is_dir() else []
         self.metrics, self.alerts = lines_of(run / "metrics.jsonl"), lines_of(run / "alerts.jsonl")
 
 
 class _State:
-    """What the lines so far amount to."""
+    """The state of the run after the lines so far."""
 
     def __init__(self, found: Findings) -> None:
         self.found = found
@@ -179,7 +179,7 @@ def _value(value: object) -> str:
 
 
 def _kept_elsewhere(record: Record, head: str, anchor: Path | None, found: Findings) -> None:
-    """Hold the chain against what was kept outside the run."""
+    """Compare the chain with what was kept outside the run."""
     hashes_of_lines = [e["sha256"] for e in record.entries]
     if head and head not in hashes_of_lines:
         found.bad(
@@ -189,16 +189,16 @@ def _kept_elsewhere(record: Record, head: str, anchor: Path | None, found: Findi
         return
     try:
         lines = [json.loads(line) for line in read_bytes(anchor).splitlines()]
-        told = [(e["line"], e["sha256"]) for e in lines if hashes_of_lines and e["chain"] == hashes_of_lines[0]]
-        lost = [n for n, sha256 in told if not 1 <= n <= len(hashes_of_lines) or hashes_of_lines[n - 1] != sha256]
+        known = [(e["line"], e["sha256"]) for e in lines if hashes_of_lines and e["chain"] == hashes_of_lines[0]]
+        lost = [n for n, sha256 in known if not 1 <= n <= len(hashes_of_lines) or hashes_of_lines[n - 1] != sha256]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"--anchor: {anchor} cannot be read as a list of heads: {error}") from None
-    if not told:
+    if not known:
         found.bad(0, f"{anchor} knows nothing of this chain: it was written anew, or the anchor is of other runs")
     elif lost:
         found.bad(
             found.steps,
-            f"{len(lost)} of {len(told)} lines that {anchor} knows, from line {min(lost)} on, are not in {CHAIN} as they were",
+            f"{len(lost)} of {len(known)} lines that {anchor} knows, from line {min(lost)} on, are not in {CHAIN} as they were",
         )
 
 
@@ -225,7 +225,7 @@ def _steps(look: _Look, state: _State, found: Findings) -> None:
         step_in(line) == count for line in late
     )  # the line of their step is yet to come
     if vouched and late and not under_way:
-        found.bad(count, f"alerts.jsonl tells of {len(late)} alerts after the last step")
+        found.bad(count, f"alerts.jsonl has {len(late)} alerts after the last step")
     known = {step_file(look.run, s).name for s in state.steps}
     if not state.ended:
         known.add(step_file(look.run, count).with_suffix(".tmp").name)
@@ -237,7 +237,7 @@ def _steps(look: _Look, state: _State, found: Findings) -> None:
 
 
 def _files(look: _Look, state: _State, found: Findings, begun: bool) -> None:
-    """The files that are there once."""
+    """The files that exist once per run."""
     run, end = look.run, max(found.steps - 1, 0)
     if state.recipe_sha256 and state.recipe_sha256 != file_or_none(run / "recipe.toml"):
         found.bad(end, "recipe.toml is not the recipe of the last step")
@@ -280,7 +280,7 @@ def _buffer(look: _Look, state: _State, found: Findings, begun: bool) -> None:
             return
     late = [line for line in raw[at:].split(b"\n") if line]
     if late and begun and (state.ended or any(step_in(line) != found.steps for line in late)):
-        found.bad(found.steps, f"buffer.jsonl has {len(late)} lines that {CHAIN} does not tell of")
+        found.bad(found.steps, f"buffer.jsonl has {len(late)} lines without a line in {CHAIN}")
 
 
 def _checkpoints(look: _Look, state: _State, found: Findings, begun: bool) -> None:
@@ -305,12 +305,12 @@ def _checkpoints(look: _Look, state: _State, found: Findings, begun: bool) -> No
 
 
 def _shown(name: str) -> str:
-    """A file's name, which may hold what terminals obey."""
+    """A file's name without control characters, which terminals obey."""
     return name if name.isprintable() else ascii(name)
 
 
 def _steps_of(run: Path) -> Iterator[int]:
-    """How many steps the run's other files tell of."""
+    """The numbers of steps that the run's other files show."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         yield int(read_json_or_nothing(run / "summary.json").get("steps", 0))
     yield max(map(step_in, lines_of(run / "metrics.jsonl")[-1:]), default=-1) + 1

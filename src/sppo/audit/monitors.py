@@ -1,4 +1,4 @@
-"""Is the policy getting better, or at fooling its verifier? Monitors that look at every step, and say what, since when, and what to do.
+"""Is the policy solving more problems, or exploiting its verifier? Monitors look at every step and raise alerts: what, since when, what to do.
 
     reference   a rewarded response is judged as an answer to two other problems with other references. An honest one is right for neither; one
                 that passes both is paid whatever the reference says. (It is what a canary prompt with a wrong reference tests, without
@@ -10,7 +10,7 @@
     length, repetition, script      wrong (or right) responses that drift without the reward rising
     entropy, advantage              nothing is explored, or nothing can be learnt, while problems stay unsolved
 
-A verifying monitor's responses can be quarantined: masked, never scored 0. State is plain numbers, kept in checkpoints.
+Responses that a monitor of verdicts objects to can be quarantined: masked, never scored 0. State is plain numbers, kept in checkpoints.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Alert:
-    """What a person is told. `evidence` names rollouts as `step:row`."""
+    """A finding for the user. `evidence` names rollouts as `step:row`."""
 
     step: int
     monitor: str
@@ -132,7 +132,7 @@ class Monitors:
             return None
 
     def look(self, step: int, rollouts: Sequence[Rollout], metrics: dict[str, Any]) -> dict[str, float]:
-        """After the update: what the step's numbers and texts tell; metrics of the texts."""
+        """After the update: looks at the step's numbers and texts, and returns metrics of the texts."""
         found: dict[str, float] = {}
         for m in self.stepwise:
             for name, what, since, why, advice, rows in m.look(step, rollouts, metrics, found):
@@ -173,12 +173,12 @@ class Monitors:
         yield from self.stepwise
 
     def close(self) -> None:
-        """End what a second verifier started."""
+        """Close the second verifier."""
         for m in self.verifying:
             m.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to raise the same alerts."""
+        """The state from which a resumed run raises the same alerts."""
         return {
             "raised": dict(self.raised),
             "recent": {k: list(v) for k, v in self.recent.items()},

@@ -1,4 +1,4 @@
-"""Every recorded verdict again, from what was recorded: the same reward, the same responses, the same numbers."""
+"""Judge recorded responses again: the same reward, the same responses, the same verdicts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """One recorded verdict, and what came of judging again; `then` and `now` as (score, correct, outcome)."""
+    """One recorded verdict and the new one; `then` and `now` are (score, correct, outcome)."""
 
     step: int
     row: int
@@ -62,8 +62,8 @@ def recorded(row: dict[str, Any]) -> Rollout:
         )
     if not isinstance(row["response"], str) or not isinstance(row["response_ids"], list):
         raise ValueError("a response is missing")
-    told = json.loads(row["task"])
-    prompt, columns = told["prompt"], told["columns"]
+    task = json.loads(row["task"])
+    prompt, columns = task["prompt"], task["columns"]
     turns = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
     if not isinstance(columns, dict) or not (isinstance(prompt, str) or turns):
         raise ValueError("a task is not one")

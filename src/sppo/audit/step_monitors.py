@@ -1,4 +1,4 @@
-"""Monitors of steps: what a step's numbers and texts tell of the verifier's health, of drift, of collapse."""
+"""Monitors of steps: numbers and texts of a step that show verifier failures, drift or collapse."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stepwise(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
 
     @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ WATCHED = {
 
 
 class Outcomes(Stepwise):
-    """The verifier's own trouble."""
+    """Failures of the verifier itself."""
 
     name = "outcomes"
 
@@ -61,7 +61,7 @@ class Outcomes(Stepwise):
         for name, rate in self.rates.items():
             rows = [i for i, r in enumerate(rollouts) if r.verdict and r.verdict.outcome == name]
             of: dict[str, list[bool]] = {}
-            for r in rollouts:  # each problem is a trial: sixteen samples of one bad row tell of one bad row
+            for r in rollouts:  # each problem is a trial: sixteen samples of one bad row show one bad row
                 of.setdefault(r.task.id, []).append(r.verdict is not None and r.verdict.outcome == name)
             if rate.feed(step, sum(sum(v) / len(v) for v in of.values()), len(of)):
                 what, advice = WATCHED[name]
@@ -94,7 +94,7 @@ class Text(Stepwise):
         if reward is None:
             return []
         self.levels["reward"].feed(reward)
-        if self.levels["reward"].now > self.best + 0.01:  # what came with a better policy is the new usual
+        if self.levels["reward"].now > self.best + 0.01:  # values that came with a better policy are the new normal
             self.best = self.levels["reward"].now
             for level in self.levels.values():
                 level.start = level.now
@@ -105,7 +105,7 @@ class Text(Stepwise):
                 for i, r in enumerate(rollouts)
                 if r.verdict and not r.verdict.masked and rewarded(r) == (kind == "right")
             ]
-            if len(rows) < 4:  # the mean of fewer is anybody's
+            if len(rows) < 4:  # a mean over fewer is noise
                 continue
             some = rows[:64]
             values = {
@@ -179,7 +179,7 @@ class Spread(Stepwise):
         if discrete and entropy is not None and math.isfinite(entropy):
             sure = self.entropy.feed(float(entropy))
             if sure and self.entropy.now < 0.05 * self.entropy.start and reward < self.SOLVED:
-                why = f"{self.entropy.now:.2g} nats a token, and {self.entropy.start:.2g} at the start, with {reward:.0%} solved"
+                why = f"{self.entropy.now:.2g} nats per token, and {self.entropy.start:.2g} at the start, with {reward:.0%} solved"
                 advice = "lower training.lr, widen the upper clip (objective.clip = [0.2, 0.28]), raise rollout.temperature, or set objective.entropy_bonus"
                 found.append(
                     (

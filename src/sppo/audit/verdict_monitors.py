@@ -1,6 +1,6 @@
-"""Monitors of verdicts: each objects to some of the responses that were judged right, and its rate of objections is under a sequential test.
+"""Monitors of verdicts: each objects to some of the responses judged right; a sequential test watches its rate of objections.
 
-The trials of a test are problems, not responses: samples of one problem tell the same thing again.
+The trials of a test are problems, not responses, because samples of one problem are not independent.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Verifying(ABC):
         return self.rate.feed(step, sum(sum(v) / len(v) for v in of.values()), len(of))
 
     def close(self) -> None:  # noqa: B027 - most have nothing to end
-        """End what it started."""
+        """Close what it started."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
         return {"rate": self.rate.state_dict(), "broken": self.broken}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Reference(Verifying):
     name = "reference"
     what = "responses are rewarded whatever the reference says"
     advice = (
-        "read them: the verifier has a hole. What the policy can do, a stricter one tells: sppo eval RUN --reward …. Close the hole, or mask what uses it: "
+        "read them: the verifier has a hole. A stricter reward shows what the policy can do: sppo eval RUN --reward …. Close the hole, or mask what uses it: "
         "monitors.action = 'quarantine'"
     )
 
@@ -166,6 +166,6 @@ def rewarded(rollout: Rollout) -> bool:
 
 
 def measures(rollout: Rollout) -> dict[str, float]:
-    """What its reward measured beside the score."""
+    """What its reward measured besides the score."""
     found: dict[str, float] = rollout.verdict.evidence.get("measures", {}) if rollout.verdict else {}
     return found

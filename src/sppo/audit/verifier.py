@@ -1,4 +1,4 @@
-"""Which verifier judged: a hash of the code that gives verdicts, so that a later replay knows whether it still is the same."""
+"""Identifies a verifier by a hash of its code, so that a later replay can tell whether it is still the same."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from ..rewards.steps import StepReward
 from ..rewards.user_reward import CallableReward
 
 ROOMS = ("rewards", "sandbox")
-"""Of this package: verdicts come from the one, on what the other ran."""
+"""Packages here whose code decides verdicts."""
 
 
 def verifier_sha256(reward: Reward) -> str:
-    """Of every source file of this package's rewards and sandbox, and of the file of a reward or checker of the user's own. Libraries (parsers,
-    models) are not in it; a reward typed into an interpreter has no file, and only its name is."""
+    """The hash of every source file of this package's rewards and sandbox, and of the file of a user's own reward or checker.
+
+    Libraries (parsers, models) are left out. A reward typed into an interpreter has no file, so only its name counts.
+    """
     ours = Path(__file__).parent.parent
     files = {p for room in ROOMS for p in (ours / room).rglob("*.py")}
     names = []

@@ -1,7 +1,7 @@
-"""Answers without work: cut a right response's chain of thought to a part of it, force the answer, and see whether it still is right.
+"""Answers without work: truncate a right response's chain of thought, force the answer, and see whether it is still right.
 
-Where it is, the chain was decoration. The answer is forced by the response's own words for it: what stands on its last line (or in its last
-step) before the answer that the verifier read. Early answering, as in Lanham et al. 2023 (arXiv 2307.13702).
+If it is, the chain was not needed. The answer is forced with the response's own words: the text of its last line (or last step) before the
+answer that the verifier read. Early answering, as in Lanham et al. 2023 (arXiv 2307.13702).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..rollout.engine import Engine, Sampling
 from ..types import Rollout
 
 SHARES = (0.0, 0.25, 0.5)
-"""Of the steps before the answer, the share that is left."""
+"""Shares of the steps before the answer that are kept."""
 MOST = 16
 """Responses looked at."""
 ROOM = 8

@@ -1,4 +1,4 @@
-"""The command `sppo`: one file a subcommand, each with `add(subparsers)` and `run(args)`."""
+"""The command `sppo`: one file per subcommand, each with `add(subparsers)` and `run(args)`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The runs of a comparison: which there are, and running those that are not finished, side by side."""
+"""The runs of a comparison, and running the unfinished ones in parallel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..spec import nearest, parse_spec, split_specs
 
 START = "checkpoints/step-000000/policy"
 SHARED = ("seed", "run.", "bootstrap", "policy.", "task.", "reward.", "evaluation.", "training.measure_noise")
-"""What all runs of a comparison have in common, so that it is one."""
+"""Keys that all runs of a comparison share."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Start:
 
     @property
     def policy(self) -> Path:
-        """What they begin with."""
+        """The policy that they start from."""
         return self.folder / START
 
 
@@ -56,12 +56,12 @@ class Entry:
 
     @property
     def recipe(self) -> Path:
-        """What it is given."""
+        """The recipe file of the run."""
         return self.folder.with_suffix(".toml")
 
     @property
     def log(self) -> Path:
-        """What it said."""
+        """The log of the run."""
         return self.folder.with_suffix(".log")
 
     @property
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def steps_done(self) -> int:
-        """Lines of metrics."""
+        """The number of lines in metrics.jsonl."""
         try:
             return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
         except OSError:
@@ -82,7 +82,7 @@ class Entry:
 
 
 def entries_of(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> tuple[list[str], list[Entry]]:
-    """The algorithms, and every run: seeds outside, the order of the algorithms turning with the seed."""
+    """The algorithms, and every run: seed by seed, with the order of the algorithms rotating."""
     named = _algorithms(args.algorithms)
     first = Config.load(args.recipe, changes)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -105,7 +105,7 @@ def entries_of(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> 
 
 
 def _algorithms(texts: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """`sppo,grpo:training.lr=1e-4` as label → (preset, keys of its own). Raises UserError for what no comparison can have."""
+    """`sppo,grpo:training.lr=1e-4` as label → (preset, keys of its own). Raises UserError for an unknown, repeated or shared key."""
     named: dict[str, tuple[str, dict[str, Any]]] = {}
     for text in split_specs(texts):
         spec = parse_spec(text)
@@ -156,7 +156,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """A closed terminal or a kill is an interruption, as Ctrl-C is: the runs save themselves, and none goes on alone."""
+    """Treat a closed terminal or a kill like Ctrl-C: the runs save themselves, and none continues alone."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -170,7 +170,7 @@ def stoppable() -> Iterator[None]:
 
 
 def bootstrap(start: Start, quiet: bool) -> None:
-    """Make a start, if it is not there yet."""
+    """Make a start unless it exists."""
     from ..report.progress import ProgressDisplay
     from ..run.run import Run
     from .train import interruptible
@@ -191,7 +191,7 @@ def bootstrap(start: Start, quiet: bool) -> None:
 
 
 class Work:
-    """The runs that are not finished, `jobs` at a time, each `sppo train` in a process of its own."""
+    """The unfinished runs, `jobs` at a time, each `sppo train` in its own process."""
 
     def __init__(self, entries: list[Entry], jobs: int, quiet: bool) -> None:
         from ..report.progress import clock  # not above: it needs torch, and `sppo --help` does not
@@ -260,7 +260,7 @@ class Work:
                     f"{self.clock(summary['seconds'])}, {summary['generated_tokens'] / 1e6:.2f}M tokens   {left}", markup=False,
                 )  # fmt: skip
             return
-        lines = entry.log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+        lines = entry.log.read_text(errors="replace").strip().splitlines() or ["no output"]
         why = next((line for line in reversed(lines) if line.startswith(("error:", "failed:"))), lines[-1])
         if code < 0:
             why = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

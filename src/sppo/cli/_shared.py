@@ -1,4 +1,4 @@
-"""What several commands need: recipe keys as options, and models for commands that only sample."""
+"""Shared by commands: recipe keys as options, and models for commands that only sample."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read_recipe(args: argparse.Namespace) -> Config:
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """Human text, and with --json the object as the last line."""
+    """Print text for people, and with --json the object as the last line."""
     if text:
         print(text)
     if as_json:
@@ -114,7 +114,7 @@ def _columns(text: str) -> dict[str, str]:
 
 
 class Loaded:
-    """A trained (or any) model with what its run, if it has one, says about how to sample and judge."""
+    """A model, with the sampling and reward of its run if it has one."""
 
     def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, with_critic: bool = False) -> None:
         from ..models.critic import Critic
@@ -141,7 +141,7 @@ class Loaded:
             self.critic, _ = Critic.load(str(beside), dtype="auto", device=device, seed=seed)
 
     def sampling(self, *, temperature: float | None, **flags: int | float | None) -> Any:
-        """How to sample: what the user says (keys of [rollout]), else what the run's recipe says, else the defaults of a recipe."""
+        """How to sample: by the user's flags (keys of [rollout]), else by the run's recipe, else by a recipe's defaults."""
         from ..rollout.engine import Sampling
 
         if temperature is not None and not temperature >= 0:

@@ -1,4 +1,4 @@
-"""`sppo audit`: is a run what it says it is? Verify its hash chain, judge its responses again, or print one chain of reasoning whole."""
+"""`sppo audit`: verify a run's hash chain, judge its responses again, or print one rollout whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser("audit", help="verify, replay or show what a run recorded", description=__doc__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     check = verbs.add_parser(
-        "verify", help="find any changed, missing or added byte of what the run's chain of hashes vouches for"
+        "verify", help="find any changed, missing or added byte in the files of the run's hash chain"
     )
     check.add_argument(
         "--head", default="", metavar="HASH", help="the head that an earlier verify printed: is it still in the chain?"
@@ -33,7 +33,7 @@ def add(subparsers: Any) -> None:
     )
     again = verbs.add_parser("replay", help="judge recorded responses again: every verdict must come out the same")
     again.add_argument("--step", type=int, metavar="N", help="one step only, counted from 0")
-    again.add_argument("--n", type=int, metavar="K", help="at most so many of each step")
+    again.add_argument("--n", type=int, metavar="K", help="at most K rollouts per step")
     show = verbs.add_parser("show", help="print one rollout complete")
     for verb, run in ((check, _verify), (again, _replay), (show, _show)):
         verb.add_argument("path", metavar="RUN", help="a run directory")
@@ -78,7 +78,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _anchor(run: Path, given: str | None) -> tuple[Path | None, list[str]]:
-    """The file of heads to hold the chain against, and what to say where the recipe names one that is not here."""
+    """The file of heads to compare the chain with, and a note where the recipe names one that is missing."""
     from ..recipe.config import Config
 
     if given is not None:
@@ -145,11 +145,11 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _other_verifier(run: Path, steps: list[int], now: str) -> list[int]:
-    """Those of the steps that were judged by other code than `now`, as far as the chain tells."""
+    """The steps that the chain says were judged by other code than `now`."""
     from ..audit.chain import lines_of_steps
 
-    told = {step: entry.get("verifier_sha256") for step, entry in lines_of_steps(run).items()}
-    return [s for s in steps if told.get(s) is not None and told[s] != now]
+    judged = {step: entry.get("verifier_sha256") for step, entry in lines_of_steps(run).items()}
+    return [s for s in steps if judged.get(s) is not None and judged[s] != now]
 
 
 def _steps(steps: list[int]) -> str:
@@ -193,7 +193,7 @@ def _lines(run: Path, name: str, found: dict[str, Any], entry: dict[str, Any], s
 
 
 def _prompt(run: Path, found: dict[str, Any]) -> list[str]:
-    """The prompt as the policy read it, special tokens included; as the row has it where no tokenizer tells."""
+    """The prompt as the policy read it, with special tokens; the row's own text where there is no tokenizer."""
     from ..report.reader import RunReader
 
     read = RunReader(run).rendered(found["prompt_ids"])
@@ -222,5 +222,5 @@ def _indented(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """What a model wrote may hold what terminals obey: control characters are shown, not sent."""
+    """A model's text with control characters made visible, because terminals obey them."""
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -15,7 +15,7 @@ from ._shared import add_recipe_options, emit, overrides
 
 DEFAULT = "sppo,sppo-optimal,grpo,rloo,reinforce"
 AMBITION = 0.8
-"""Without --target: so much of the way from the start to the best mean accuracy at the end."""
+"""The target without --target, as a share of the way from the start to the best final mean accuracy."""
 AFTER = "chosen after the runs; fix it before them with --target"
 
 
@@ -28,10 +28,10 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="short for --training.steps")
     parser.add_argument(
         "--algorithms", default=DEFAULT, metavar="A,B,…",
-        help=f"presets, each with keys of its own if need be: sppo,grpo:training.lr=1e-4 [{DEFAULT}]; known: {', '.join(PRESETS)}",
+        help=f"presets, each with optional keys of its own: sppo,grpo:training.lr=1e-4 [{DEFAULT}]; known: {', '.join(PRESETS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--seeds", type=int, default=5, metavar="K", help="seeds an algorithm, from the recipe's on [5]"
+        "--seeds", type=int, default=5, metavar="K", help="seeds per algorithm, starting at the recipe's [5]"
     )
     parser.add_argument(
         "--target", type=float, metavar="ACCURACY",
@@ -44,12 +44,12 @@ def add(subparsers: Any) -> None:
 
 
 LEGEND = """\
-value [low, high]: 95% over seeds; – means that half of the seeds (or the worst one) never reached the
-target. Seconds are of training alone: evaluations (the one of training problems that a critic starts
-from among them) and the shared start are outside clock and tokens. Mean Â: of the advantages, over the
-run. Entropy (nats a token) and pass@k: of the last evaluation; pass@k with --evaluation.samples of k.
-Against the first one, on the same seeds: ratios are of those where both began below the target and
-reached it; missed 2–1: it alone did not on two seeds, the first one alone did not on one."""
+value [low, high]: 95% interval over seeds; – means that half of the seeds (or the worst one) never reached
+the target. Seconds and tokens exclude evaluations and the shared start. Mean Â: the mean advantage over
+the run. Entropy (nats per token) and pass@k are those of the last evaluation; pass@k needs
+--evaluation.samples of at least k. Against the first algorithm, on the same seeds: ratios use the seeds on
+which both started below the target and reached it; missed 2–1: this algorithm alone missed the target on
+two seeds, the first one alone on one."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                     bootstrap(entry.start, args.quiet)
             failed = Work(entries, args.jobs, quiet=args.quiet).do()
     except KeyboardInterrupt:
-        print(f"interrupted; everything is saved in {out}: the same command goes on", file=sys.stderr)
+        print(f"interrupted; everything is saved in {out}: the same command continues", file=sys.stderr)
         return 130
     _conclude(args, labels, entries, failed, target, chosen, out)
     return 1 if failed else 0
@@ -139,7 +139,7 @@ def _target_of(curves: dict[str, list[Any]]) -> tuple[float, str]:
 
 
 def _target(given: float | None, entries: list[Entry], out: Path) -> tuple[float | None, str]:
-    """The target and when it was fixed. One that was given while there was nothing to see yet is kept in the folder."""
+    """The target and when it was fixed. A target given before the first results is kept in the folder."""
     kept = out / "target.json"
     before = json.loads(kept.read_text()) if kept.exists() else None
     if given is None and before is not None:
@@ -153,7 +153,7 @@ def _target(given: float | None, entries: list[Entry], out: Path) -> tuple[float
 
 
 def _differences(entries: list[Entry], labels: list[str]) -> str:
-    """What each algorithm has otherwise than the first one, in words of the recipe."""
+    """The recipe keys in which each algorithm differs from the first one."""
     one = {
         e.algorithm: dict(flat(e.config.settled()[0].model_dump(mode="json", exclude={"run", "bootstrap", "seed"})))
         for e in entries

@@ -1,4 +1,4 @@
-"""`sppo critic`: what a run's critic learnt, as a model of its own. It predicts from the prompt alone whether the policy solves it."""
+"""`sppo critic`: export a run's critic, which predicts from the prompt alone whether the policy solves it, or rank prompts with one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _export(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; choose another folder for the critic")
     run = source.parent.parent.parent
-    Critic.load(str(source), dtype="auto", device=pick_device(), seed=0)  # what cannot be read must not be handed on
+    Critic.load(str(source), dtype="auto", device=pick_device(), seed=0)  # an unreadable critic is not exported
     shutil.copytree(source, out, dirs_exist_ok=True)
     write_atomic(out / "README.md", _card(run, source))
     emit(

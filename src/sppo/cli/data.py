@@ -1,4 +1,4 @@
-"""`sppo data check`: read a dataset, and list what could not be graded before it costs a run."""
+"""`sppo data check`: read a dataset, and list rows that cannot be graded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ WHAT = {
     "duplicate": "repeat a prompt",
 }
 KINDS = tuple(WHAT)
-"""From rows that are of no use to rows that are merely there twice: the order in which they are listed."""
+"""The order in which problems are listed, from unusable rows to mere duplicates."""
 MADE = 1000
-"""Problems that are looked at of a task that makes them: it may have a million."""
+"""Problems checked of a generated task, which may have a million."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def add(subparsers: Any) -> None:
         "--max-prompt-tokens",
         type=int,
         default=1024,
-        help="prompts above this are over-long [1024; 4 characters a token without --model]",
+        help="prompts with more tokens count as too long [1024; 4 characters per token without --model]",
     )
     parser.add_argument(
         "--n", type=int, help="look at the first N rows only [all of a file, 1000 of a task that makes its problems]"
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is a share between 0 and 1, not {args.threshold}")
-    reward = load_reward(args.reward) if args.reward else None  # a name that is none is said before the file is read
+    reward = load_reward(args.reward) if args.reward else None  # an unknown reward is reported before the file is read
     problems: list[Problem] = []
     tasks, columns = _read(args, problems)
     n = len(tasks) + len(problems)
@@ -203,6 +203,6 @@ def _prompt_problems(args: argparse.Namespace, tasks: list[Any]) -> tuple[list[P
 
 
 def _whole(task: Any) -> str:
-    """All that tells one prompt from another: its text, and the tools and tool calls of a conversation."""
+    """The identity of a prompt: its text, and the tools and tool calls of a conversation."""
     calls = [] if isinstance(task.prompt, str) else [m["tool_calls"] for m in task.prompt if "tool_calls" in m]
     return task.text if not calls else f"{task.text}{calls}"

@@ -1,4 +1,4 @@
-"""`sppo doctor`: what this machine has, and what a recipe would need of it."""
+"""`sppo doctor`: what this machine offers, and what a recipe needs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _sandbox() -> str:
 
 
 def _plan(config: Config) -> dict[str, Any]:
-    """Names resolved, and memory as `train` plans it (run/plan.py). What needs data or a network is said where it cannot be had."""
+    """Resolve the recipe's names and plan memory as `train` does (run/plan.py). Missing data or network is reported, not raised."""
     from ..models.loading import choose_dtype, outline, pick_device
     from ..run.plan import Model, plan
 
@@ -167,7 +167,7 @@ def _problems(config: Config) -> tuple[Any, str]:
 
 
 def _prompt_tokens(config: Config, tasks: Any) -> int:
-    """A typical prompt's length by the model's tokenizer; three characters are counted a token where it has none here."""
+    """A typical prompt's length by the model's tokenizer; without one, three characters count as one token."""
     from ..models.loading import load, load_tokenizer
     from ..run.plan import typical_prompt
 

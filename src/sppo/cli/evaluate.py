@@ -21,17 +21,17 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--tasks", required=True, metavar="SPEC[,SPEC]", help="e.g. chain:steps=6,gym:chain_sum or problems.jsonl"
     )
-    parser.add_argument("--n", type=int, default=256, help="problems of each task [256]")
-    parser.add_argument("--samples", type=int, default=1, help="responses a problem [1]")
+    parser.add_argument("--n", type=int, default=256, help="problems per task [256]")
+    parser.add_argument("--samples", type=int, default=1, help="responses per problem [1]")
     parser.add_argument(
-        "--reward", help="what judges them; default: the run's, else 'gym' for gym tasks, else 'answer'"
+        "--reward", help="the reward that judges responses; default: the run's, else 'gym' for gym tasks, else 'answer'"
     )
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's, else 1")
+    parser.add_argument("--top-k", type=int, help="draw among the K likeliest tokens; default: the run's, else all")
     parser.add_argument(
-        "--top-k", type=int, help="draw among so many of the likeliest tokens; default: the run's, else all"
-    )
-    parser.add_argument(
-        "--top-p", type=float, help="draw among the tokens that hold this much probability; default: the run's, else 1"
+        "--top-p",
+        type=float,
+        help="draw among the likeliest tokens that together have this probability; default: the run's, else 1",
     )
     parser.add_argument("--max-tokens", type=int, help="response limit; default: the run's, else 256")
     parser.add_argument("--instruction", help="text added after every question; default: the run's")
@@ -179,7 +179,7 @@ def _default_reward(example: Any, loaded: Loaded) -> str:
 def _lines(r: dict[str, Any], temperature: float) -> str:
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     passes = "  ".join(f"{k} {v:.3f}" for k, v in r["pass_at_k"].items() if k != "pass@1")
-    entropy = "" if r["entropy"] is None else f", entropy {r['entropy']:.3f} nats a token"
+    entropy = "" if r["entropy"] is None else f", entropy {r['entropy']:.3f} nats per token"
     notes = [f"{r['masked']} could not be graded"] if r["masked"] else []
     notes += [f"{r['passed_over']} prompts too long"] if r["passed_over"] else []
     lost = f", {r['overruled']:.0%} although the reward would have paid them" if r["overruled"] else ""
@@ -196,7 +196,7 @@ def _lines(r: dict[str, Any], temperature: float) -> str:
 
 
 def _calibration(who: str, c: dict[str, Any]) -> str:
-    """How far a predictor of success can be believed, and what abstaining where it doubts would gain."""
+    """The calibration of a predictor of success, and the accuracy when it abstains where it doubts."""
     of = (
         "the critic's prediction"
         if who == "critic"

@@ -1,4 +1,4 @@
-"""`sppo`: parse, dispatch, and turn errors into sentences and exit codes (0 done, 2 the user's mistake, 1 a failure)."""
+"""`sppo`: parses, dispatches, and turns errors into one sentence and an exit code (0 done, 2 the user's mistake, 1 a failure)."""
 
 from __future__ import annotations
 

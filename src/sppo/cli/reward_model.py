@@ -19,12 +19,14 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--model", required=True, help="the start: a model folder, a hub name, a run, or 'tiny:…'")
     parser.add_argument("--out", default="models/reward-model", metavar="DIR", help="[models/reward-model]")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the data [1]")
-    parser.add_argument("--batch", type=int, default=32, help="rows an update [32]")
+    parser.add_argument("--batch", type=int, default=32, help="rows per update [32]")
     parser.add_argument(
         "--lr", type=float, help="peak learning rate; default by size: 1e-3, 5e-5 above 10M parameters, 1e-5 above 1B"
     )
     parser.add_argument("--max-tokens", type=int, default=2048, help="longer rows are left out and counted [2048]")
-    parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens a micro-batch: memory only [8192]")
+    parser.add_argument(
+        "--micro-tokens", type=int, default=8192, help="tokens per micro-batch; affects memory only [8192]"
+    )
     parser.add_argument("--seed", type=int, default=1, help="order of the rows, start of the head [1]")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress")

@@ -21,10 +21,10 @@ def add(subparsers: Any) -> None:
         "--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only; 0.0.0.0 for all]"
     )
     parser.add_argument("--port", type=int, default=8790, help="port [8790]; 0 takes a free one")
-    parser.add_argument("--slots", type=int, default=os.cpu_count() or 2, help="programs at a time [one a core]")
+    parser.add_argument("--slots", type=int, default=os.cpu_count() or 2, help="programs at a time [one per core]")
     parser.add_argument("--backend", default="bwrap", help="bwrap, landlock or unsafe-subprocess [bwrap]")
-    parser.add_argument("--wall", type=float, default=30.0, help="most seconds a program may ask for [30]")
-    parser.add_argument("--cpu", type=int, default=30, help="most processor seconds a program may ask for [30]")
+    parser.add_argument("--wall", type=float, default=30.0, help="most wall-clock seconds that a job may ask for [30]")
+    parser.add_argument("--cpu", type=int, default=30, help="most processor seconds that a job may ask for [30]")
     parser.add_argument("--memory-mb", type=int, default=2048, help="most memory a program may ask for [2048]")
     parser.add_argument("--fork", action="store_true", help="programs may start processes if a job asks")
     parser.add_argument("--json", action="store_true", help="one JSON object once it listens")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             "\n".join(lines),
         )
         print(end="", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):  # also where whoever started it had them ignored
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where the parent process ignored them
             signal.signal(number, signal.default_int_handler)
         try:
             server.serve_forever()

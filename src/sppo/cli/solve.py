@@ -1,4 +1,4 @@
-"""`sppo solve`: answer one question, and print how sure critic and model are of it."""
+"""`sppo solve`: answer one question, and print how confident critic and model are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Can a stated chance be believed? Reliability, calibration error, Brier score, and what is gained by abstaining.
+"""Calibration of stated chances: reliability, calibration error, Brier score, and accuracy under abstention.
 
 The same numbers for any predictor of success: the critic's V(x), or a confidence that the model itself writes. Sources: reliability diagrams
 and ECE, Guo et al. 2017 (arXiv 1706.04599 eq. 3); Brier 1950; risk and coverage, El-Yaniv and Wiener 2010, Geifman and El-Yaniv 2017
@@ -61,14 +61,8 @@ def calibration(correct: ArrayLike, predicted: ArrayLike) -> dict[str, Any]:
     }
 
 
-def risk_coverage(correct: ArrayLike, predicted: ArrayLike) -> list[tuple[float, float]]:
-    """(coverage, risk) for every number of answered problems, the surest first."""
-    c, q = _pair(correct, predicted)
-    return [((k + 1) / len(c), float(r)) for k, r in enumerate(_risks(c, q))]
-
-
 def _risks(c: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean error of the k surest, for every k. Among equal predictions the order is nobody's choice: each counts as their mean."""
+    """The mean error of the k surest predictions, for every k. Equal predictions each count with their mean error, whatever their order."""
     order = np.argsort(-q, kind="stable")
     wrong, level = 1 - c[order], q[order]
     starts = np.flatnonzero(np.r_[True, level[1:] != level[:-1]])

@@ -1,6 +1,6 @@
-"""Learning curves of several algorithms on paired seeds, and what can be said of them: costs to a target, accuracy at equal cost.
+"""Compares learning curves of several algorithms on paired seeds: cost to a target, accuracy at equal cost.
 
-Pure numbers: a curve is read from a run's metrics by whoever owns run directories. Intervals are over seeds, not over the held-out
+Pure numbers: report/curves.py reads curves from run directories. Intervals are over seeds, not over the held-out
 problems: Student's, because a percentile bootstrap of five seeds that claims 95% holds the truth in 83% of cases.
 """
 
@@ -19,20 +19,20 @@ T_975 = (
 )  # fmt: skip
 """Student's t, 97.5%, for 1 to 20 degrees of freedom."""
 COLLAPSE, BELOW = 0.5, 0.05
-"""A run collapsed when it ends below half of the best that it reached, or by so much below its start."""
+"""A run collapsed when it ends below COLLAPSE of its best accuracy, or more than BELOW under its start."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: held-out accuracy after so many generated tokens and seconds of training (evaluation outside the clock)."""
+    """One run: held-out accuracy against generated tokens and seconds of training (evaluations excluded)."""
 
     tokens: Sequence[float]
     seconds: Sequence[float]
     accuracy: Sequence[float]
     means: Mapping[str, float | None] = field(default_factory=dict)
-    """Means over steps of metrics that are reported beside."""
+    """Means over steps of further metrics."""
     ends: Mapping[str, float | None] = field(default_factory=dict)
-    """What the last evaluation measured beside accuracy: entropy, pass@k."""
+    """Entropy and pass@k of the last evaluation."""
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.seconds) == len(self.accuracy) > 0:
@@ -40,7 +40,7 @@ class Curve:
 
 
 def cost_to(cost: Sequence[float], accuracy: Sequence[float], target: float) -> float:
-    """The cost at which a curve first reaches the target, between two evaluations by a straight line; ∞ when it never does."""
+    """The cost at which a curve first reaches the target, interpolated linearly between evaluations; ∞ when it never does."""
     for i, a in enumerate(accuracy):
         if a >= target:
             if i == 0:
@@ -51,7 +51,7 @@ def cost_to(cost: Sequence[float], accuracy: Sequence[float], target: float) -> 
 
 
 def value_at(cost: Sequence[float], accuracy: Sequence[float], budget: float) -> float:
-    """The accuracy when so much was spent, by straight lines between evaluations."""
+    """The accuracy at a cost of `budget`, interpolated linearly between evaluations."""
     return float(np.interp(budget, cost, accuracy))
 
 
@@ -66,7 +66,7 @@ def area_under(cost: Sequence[float], accuracy: Sequence[float], budget: float) 
 
 
 def collapsed(accuracy: Sequence[float]) -> bool:
-    """Whether a run lost what it had."""
+    """Whether a run lost its accuracy."""
     return len(accuracy) > 1 and (accuracy[-1] < accuracy[0] - BELOW or accuracy[-1] < COLLAPSE * max(accuracy))
 
 
@@ -106,7 +106,7 @@ def students_t(degrees: int) -> float:
 
 
 def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) -> dict[str, Any]:
-    """What the runs show, as plain numbers; `runs_of[algorithm][seed]`, None for a run that failed: it never reached the target.
+    """The comparison as plain numbers. `runs_of[algorithm][seed]`, None for a run that failed: it never reached the target.
 
     For each algorithm: `tokens_to_target`, `time_to_target` (medians; null where not reached, `reached` says in how many runs),
     `final_accuracy`, `area` (means, both at the largest number of tokens that every run generated), `collapses`, `failed`, the curves' `means`
@@ -126,7 +126,7 @@ def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) ->
 
 
 def _alone(runs: Mapping[int, Curve], failed: int, target: float, budget: float) -> dict[str, Any]:
-    """What one algorithm's runs show; `failed` more never reached the target."""
+    """The figures of one algorithm; `failed` further runs count as never reaching the target."""
     curves = [runs[seed] for seed in sorted(runs)]
     never = [math.inf] * failed
     finals = [value_at(c.tokens, c.accuracy, budget) for c in curves]

@@ -25,7 +25,7 @@ from .step_quality import step_quality
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result for one set of problems (accuracy is NaN when none could be graded); `rollouts` keeps what was said, for anyone who wants to look."""
+    """The result for one set of problems, with its rollouts. Accuracy is NaN when none could be graded."""
 
     accuracy: float
     low: float
@@ -35,10 +35,10 @@ class Evaluation:
     pass_at_k: dict[str, float]
     mean_tokens: float
     entropy: float | None
-    """Nats per token: the mean of −log π over what was sampled; None where nothing was, or greedily."""
+    """Nats per token: the mean of −log π over sampled tokens; None without any, or for greedy decoding."""
     truncated: float
     overruled: float
-    """The share of responses that the reward pays and that count as wrong, because they were cut at the limit."""
+    """The share of responses that the reward pays but that count as wrong, because they were cut at the limit."""
     masked: int
     outcomes: dict[str, int]
     measures: dict[str, float]
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def calibrations(rollouts: Sequence[Rollout], critic: Critic | None = None) -> dict[str, dict[str, Any]]:
-    """How far stated chances can be believed, over the rollouts that were graded (evaluation/calibration.py)."""
+    """Calibration of stated chances over the graded rollouts (evaluation/calibration.py)."""
     graded = [(r, r.verdict.correct) for r in rollouts if r.verdict and not r.verdict.masked]
     out: dict[str, dict[str, Any]] = {}
     if critic is not None and graded:
@@ -129,7 +129,7 @@ def calibrations(rollouts: Sequence[Rollout], critic: Critic | None = None) -> d
 
 
 def mean_measures(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The means of what rewards measured beside the score (`evidence["measures"]`: pass rates, gaps), masked samples left out."""
+    """The means of what rewards measured besides the score (`evidence["measures"]`: pass rates, gaps), masked samples left out."""
     values: dict[str, list[float]] = {}
     for verdict in verdicts:
         if not verdict.masked:

@@ -1,4 +1,4 @@
-"""Intervals and estimators that are right for few problems and few samples."""
+"""Intervals and estimators that hold for few problems and few samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Z95 = 1.959963984540054
 
 
 def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval for a share (Wilson 1927); stays in [0, 1] and is honest at 0 and 1. n = 0: (0, 1)."""
+    """Wilson's score interval for a share (Wilson 1927); stays in [0, 1], also for shares of 0 and 1. n = 0: (0, 1)."""
     if n <= 0:
         return 0.0, 1.0
     p = successes / n
@@ -21,8 +21,8 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
 def accuracy_interval(task_means: Sequence[float], samples: int) -> tuple[float, float, float]:
     """(accuracy, low, high) over problems with `samples` responses each.
 
-    One response a problem: Wilson. Several: responses to one problem are not independent, so Wilson with the effective
-    number of responses p(1−p)/Var(mean), which the spread between the problems gives.
+    One response per problem: Wilson's interval. Several: responses to one problem are not independent, so Wilson's interval with the
+    effective number of responses p(1−p)/Var(mean), estimated from the spread between problems.
     """
     n = len(task_means)
     if n == 0:

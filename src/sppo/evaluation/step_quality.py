@@ -1,4 +1,4 @@
-"""Right answers by wrong steps: what a reward of answers alone cannot see, and what it pays.
+"""Right answers reached by wrong steps, which a reward for answers alone pays.
 
 A checker says of each written step whether it holds (1; of a graded score, 0.5 or more), does not (0), or cannot be judged (None): the task's
 own where its file in `tasks/` has one (chain), else the one that the reward names (`steps:check=…`), else whether the equations that the
@@ -21,8 +21,7 @@ NAME = "right_by_wrong_steps"
 
 
 def step_checker(tasks: str, example: Task, reward: Reward) -> Checker | None:
-    """What can judge the steps of a task's responses, by the task's spec, one of its problems, and its reward; None for programs and
-    episodes without a checker."""
+    """The checker for a task's steps, by the task's spec, one of its problems and its reward; None for programs and episodes without one."""
     name = parse_spec(tasks).name
     if name in modules_in("sppo.tasks") and offers(f"sppo.tasks.{name}", "check_steps"):
         checker: Checker = resolve(name, "sppo.tasks", "check_steps")
@@ -36,9 +35,9 @@ def step_checker(tasks: str, example: Task, reward: Reward) -> Checker | None:
 
 
 def step_quality(rollouts: Sequence[Rollout], checker: Checker) -> dict[str, float]:
-    """Of the right answers whose steps could be judged, the share with a wrong step; nothing where there is none such.
+    """Of the right answers whose steps could be judged, the share with a wrong step; empty where no steps could be judged.
 
-    `steps_judged_share`: the share of right answers that this is about.
+    `steps_judged_share`: the share of right answers whose steps could be judged.
     """
     right = [r for r in rollouts if r.verdict and not r.verdict.masked and r.verdict.correct >= 0.5]
     judged = []

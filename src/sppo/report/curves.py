@@ -15,7 +15,7 @@ from ..evaluation.compare import Curve
 from ..files import read_bytes, read_json, readable
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-"""Okabe and Ito's, which colour-blind readers can tell apart."""
+"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
 
 STEP_MEANS = {
     "advantage/mean": "mean_advantage",
@@ -27,7 +27,7 @@ STEP_MEANS = {
     "critic/explained_variance": "explained_variance",
 }
 ENDS = r"eval/(entropy|pass@(?!1$)\d+)"
-"""What of the last evaluation is reported beside accuracy, which is pass@1."""
+"""What is reported of the last evaluation besides accuracy, which is pass@1."""
 
 
 def read_curve(run: Path) -> Curve:
@@ -57,7 +57,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The comparison as Markdown tables, one row an algorithm: what the target cost, where the runs ended, and differences on the same seeds."""
+    """The comparison as Markdown tables, one row per algorithm: what the target cost, where the runs ended, and differences on the same seeds."""
     target, algorithms = result["target"], result["algorithms"]
     unit, letter = (1e6, "M") if result["equal_tokens"] >= 1e5 else (1e3, "k")
     costs = [

@@ -1,6 +1,6 @@
 """The live page: one or several runs in a browser, read from their directories as they grow. It writes nothing and knows no model.
 
-It answers on loopback only, unless told otherwise; then a token is asked for, once, and kept in a cookie.
+It answers on loopback only, unless another address is given; then visitors need a token, which is kept in a cookie.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hmac
 import re
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -29,14 +30,14 @@ from . import panels
 from .pages import STATIC, environment, rollout_view, script_json
 from .reader import RunReader
 from .rollouts import ORDERS, Filter
-from .summary import story
+from .summary import summarise
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = 50
 """Rollouts on a page."""
 KINDS = {"app.js": "text/javascript", "style.css": "text/css", "plotly.js": "text/javascript"}
 POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'none'"
-HEALTH_ALERTS = '{% for s in stories %}{% include "_alerts.html" %}{% endfor %}'
+HEALTH_ALERTS = '{% for s in summaries %}{% include "_alerts.html" %}{% endfor %}'
 FIELDS: dict[str, Callable[[str], Any]] = {
     "first": int, "last": int, "shortest": int, "longest": int, "lowest": float, "highest": float,
 }  # fmt: skip
@@ -47,8 +48,6 @@ LABELS = {
 
 def plotly_script() -> bytes:
     """Plotly's own bundle, as its package ships it: no network is needed to draw."""
-    from pathlib import Path
-
     return (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
 
 
@@ -76,7 +75,7 @@ class Site:
     # -- pages -------------------------------------------------------------------------------------------------------
 
     async def overview(self, request: Request) -> Response:
-        """All runs at a glance."""
+        """The overview of all runs."""
         return await self._page(request, "overview.html", "overview")
 
     async def health(self, request: Request) -> Response:
@@ -132,7 +131,7 @@ class Site:
         return PlainTextResponse(found or "", status_code=404 if found is None else 200)
 
     async def data(self, request: Request) -> Response:
-        """What a page shows of numbers, for its next look."""
+        """A page's numbers, for its next refresh."""
         page = request.path_params["page"]
         if page not in ("overview", "health", "critic"):
             return JSONResponse({}, status_code=404)
@@ -165,8 +164,13 @@ class Site:
             "critic": lambda: panels.critic(run),
         }.get(page, list)()
         shown = self.runs if page == "overview" else [run]
-        stories = [{**story(r), "index": self.runs.index(r)} for r in shown]
-        return {"figures": figures, "stories": stories, "running": any(s["running"] for s in stories), "page": page}
+        summaries = [{**summarise(r), "index": self.runs.index(r)} for r in shown]
+        return {
+            "figures": figures,
+            "summaries": summaries,
+            "running": any(s["running"] for s in summaries),
+            "page": page,
+        }
 
     async def _page(
         self, request: Request, template: str, page: str, context: dict[str, Any] | None = None
@@ -184,7 +188,7 @@ class Site:
         self, request: Request, template: str, page: str, context: dict[str, Any], status: int = 200
     ) -> Response:
         html = self.env.get_template(template).render(
-            {"stories": [], "figures": [], "running": False, **context}, page=page, live=True, **self._links(request)
+            {"summaries": [], "figures": [], "running": False, **context}, page=page, live=True, **self._links(request)
         )
         return HTMLResponse(html, status)
 
@@ -201,7 +205,7 @@ def application(runs: list[RunReader], token: str | None = None, hosts: tuple[st
 
 
 class _Sealed(BaseHTTPMiddleware):
-    """No page may load, send or be framed by anything of elsewhere."""
+    """Headers under which a page loads, sends to and is framed by nothing from other origins."""
 
     async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)

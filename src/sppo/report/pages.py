@@ -1,4 +1,4 @@
-"""Templates, and what they may show: whatever a model wrote is text, never markup, whatever it holds."""
+"""Templates and their data. A model's output is shown as text, never as markup."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rollouts import SURPRISED
 
 STATIC = Path(__file__).parent / "static"
 MOST_TOKENS, MOST_TEXT = 4000, 100_000
-"""A page shows so many tokens and characters of one response; the whole of it is one click (or `sppo audit show`) away."""
+"""Limits on the tokens and characters of one response on a page; a link (or `sppo audit show`) gives all of it."""
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
@@ -76,7 +76,7 @@ def environment() -> Environment:
 
 
 def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
-    """One rollout for the eye: its tokens with probability and ratio, cut into steps; its verdict's evidence as rows."""
+    """One rollout for display: its tokens with probability and ratio, grouped into steps; its verdict's evidence as rows."""
     try:
         evidence = json.loads(found["evidence"] or "{}")
         rows = _rows(evidence)
@@ -110,7 +110,7 @@ def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _columns(task: str | None) -> list[tuple[str, str]]:
-    """What the row gave to the rewards: its reference answer, its tests, whatever it has."""
+    """The columns that the row gave to the rewards: its reference answer, its tests and others."""
     try:
         columns = json.loads(task or "{}").get("columns", {})
         return _rows(columns) if isinstance(columns, dict) else []
@@ -140,7 +140,7 @@ def _cited(run: RunReader, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _step_ends(text: str, evidence: dict[str, Any]) -> list[int]:
-    """Where steps end, in characters: as the reward that scored them said, else at lines, semicolons or sentences."""
+    """Where steps end, in characters: as the reward that scored them reports, else at lines, semicolons or sentences."""
     found = _scored_steps(evidence)
     try:
         ends = [int(s["end"]) for s in found] or [end for _, end in split_steps(text[:MOST_TEXT])]

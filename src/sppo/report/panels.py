@@ -1,4 +1,4 @@
-"""What a run says, as figures: plain data, drawn alike by the live page and by the single file.
+"""A run's figures as plain data, drawn alike by the live page and by the single file.
 
 A figure is {"id", "title", "read", "traces", "layout"}: traces in Plotly's own form, `read` the sentence that says how to read it. Colours
 that depend on the theme are left to the page.
@@ -25,23 +25,23 @@ OUTCOME_COLOURS = dict(
     zip(OUTCOMES, ("#009e73", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9", "#999999", "#666666"), strict=True)
 )
 POINTS = 1500
-"""More than this a screen cannot show: longer curves are thinned."""
+"""The most points of a curve; longer ones are thinned."""
 
 CURVES = {
     "reward": ("reward/mean", "Training reward", "reward", "Mean of each step's samples, before the update. Faint: each step; bold: smoothed."),
-    "length": ("rollout/mean_tokens", "Response length", "tokens", "Tokens a response. A rise without a rise in accuracy is worth a look."),
-    "speed": ("tokens_per_second", "Speed", "tokens/s", "Generated tokens a second of sampling and update together."),
+    "length": ("rollout/mean_tokens", "Response length", "tokens", "Tokens per response. A rise without a rise in accuracy is worth a look."),
+    "speed": ("tokens_per_second", "Speed", "tokens/s", "Generated tokens per second of sampling and update together."),
     "ess": ("ratio/ess", "Effective sample size", "share",
-            "Of the importance weights: near 1 is on policy; below 0.1 the update hears a few samples only."),
+            "Of the importance weights: near 1 is on policy; below 0.1 a few samples decide the update."),
     "clip": ("ratio/clip_fraction", "Clipped", "share", "Share of ratios that the clip cut off. The first minibatch of a step has none: its ratio is 1."),
-    "kl": ("policy/kl_step", "How far a step moves the policy", "nats a token",
+    "kl": ("policy/kl_step", "How far a step moves the policy", "nats per token",
            "KL between the policy that sampled and the policy half-way through the step's updates."),
     "advantage": ("advantage/mean", "Mean advantage", "reward",
                   "Of each step: above 0, most responses are encouraged, right or not. Near 0 where the baseline is the mean reward."),
-    "entropy": ("policy/entropy", "Entropy", "nats a token",
+    "entropy": ("policy/entropy", "Entropy", "nats per token",
                 "Of the next token. At 0 while the reward is far from its top, the policy has stopped exploring."),
     "gradient": ("update/grad_norm", "Gradient norm", "norm", "Before it is scaled down to training.max_grad_norm."),
-    "gap": ("engine/gap_mean", "Engine and learner apart", "nats a token",
+    "gap": ("engine/gap_mean", "Engine and learner apart", "nats per token",
             "Mean difference of their log-probabilities of the same tokens; next to 0 they hold the same weights."),
     "memory": ("memory/rss_bytes", "Memory", "GiB", "Of the training process, after each step."),
 }  # fmt: skip
@@ -109,8 +109,8 @@ def _diversity(runs: Sequence[RunReader]) -> list[Figure]:
         title = f"Held-out pass@{ks.pop() if len(ks) == 1 else 'k'}"
         out.append(_figure("passes", title, read, passes, y="share solved", percent=True))
     if entropies:
-        read = "Of the responses to held-out problems. At 0 the policy says one thing only."
-        out.append(_figure("held-entropy", "Held-out entropy", read, entropies, y="nats a token"))
+        read = "Of the responses to held-out problems. At 0 the policy always gives the same response."
+        out.append(_figure("held-entropy", "Held-out entropy", read, entropies, y="nats per token"))
     return out
 
 
@@ -123,7 +123,7 @@ def _evaluated(run: RunReader, name: str) -> tuple[list[int], list[float]]:
 
 
 def health(runs: Sequence[RunReader]) -> list[Figure]:
-    """What tells a healthy update from a sick one."""
+    """Figures that show whether updates and verifier are healthy."""
     metrics = runs[0].metrics()
     before, after = ("ess", "clip", "kl", "entropy", "advantage", "gradient", "gap"), ("memory",)
     return [
@@ -137,7 +137,7 @@ def health(runs: Sequence[RunReader]) -> list[Figure]:
 
 
 def critic(run: RunReader) -> list[Figure]:
-    """Whether the critic's predictions can be believed."""
+    """Figures of the critic's calibration."""
     value, correct = _predictions(run)
     traces: list[dict[str, Any]] = [
         {
@@ -181,7 +181,7 @@ def critic(run: RunReader) -> list[Figure]:
     recent = f"the last {min(RECENT, len(metrics))} steps, predicted before their outcomes were seen"
     return [
         _figure("reliability", "Reliability",
-                f"Of problems predicted to be solved with a chance of x, the share that was; on the dotted line it can be taken at its word. Of {recent}.",
+                f"Of problems predicted to be solved with a chance of x, the share that was; on the dotted line predictions are exact. Of {recent}.",
                 traces, x="predicted chance", y="share solved", percent=True, square=True),
         _figure("calibration", "Calibration error",
                 "Smaller is better. ECE: how far predictions lie from what happens; Brier: mean squared error.", errors, y="error"),

@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # `sppo view` needs no torch, and starts without it
 PLAIN_EVERY = 15.0
 """Seconds between plain progress lines."""
 PARTS = ("sampling", "judging", "updating")
-"""Of a step, in this order."""
+"""The parts of a step, in order."""
 WITHIN_EVERY, ENDING_EVERY = 60.0, 10.0
-"""Seconds between plain lines about one and the same step; once it is the last one."""
+"""Seconds between plain lines within one step; and within the last step of a run that is ending."""
 
 
 def clock(seconds: float) -> str:
@@ -32,7 +32,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressDisplay:
-    """An observer (`training.run.Observer`) that draws on stderr, so that stdout stays machine-readable."""
+    """An observer (`run/observer.py`) that draws on stderr, so that stdout stays machine-readable."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -102,7 +102,7 @@ class ProgressDisplay:
             self.console.print(f"{step}{self.whereabouts()}", markup=False, soft_wrap=True)
 
     def whereabouts(self) -> str:
-        """`updating 3 of 8, about 0:20 left`: how far the step is, and how long it will take yet, where that can be told."""
+        """`updating 3 of 8, about 0:20 left`: the progress of the step, with an estimate of the time left where there is one."""
         if not self.what:
             return ""
         text = f"{self.what} {self.of}" if self.what == "judging" else f"{self.what} {self.n} of {self.of}"
@@ -127,7 +127,7 @@ class ProgressDisplay:
             self.took[self.what] = now - self.what_began
 
     def end_soon(self) -> None:
-        """Say that the run ends with this step, how far it is, and go on saying so."""
+        """Announce that the run ends with this step, and keep reporting its progress."""
         self.ending = True
         where = self.whereabouts()
         step = f"finishing step {self.done + 1}" if self.name == "train" else "stopping as soon as it can"
@@ -149,7 +149,7 @@ class ProgressDisplay:
             masked += f", {cut_share(result.truncated, result.overruled)}" if result.truncated else ""
             self.console.print(
                 f"held-out accuracy after step {step}: {result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}] "
-                f"(n={result.n}, {beside}{result.mean_tokens:.0f} tokens a response{masked})",
+                f"(n={result.n}, {beside}{result.mean_tokens:.0f} tokens per response{masked})",
                 style="bold", markup=False, soft_wrap=True,
             )  # fmt: skip
 
@@ -175,13 +175,13 @@ class ProgressDisplay:
 
 
 def cut_share(truncated: float, overruled: float) -> str:
-    """How many responses were cut, by which key, and how many of them the reward would have paid."""
+    """The share of responses cut by rollout.max_tokens, and the share that the reward would have paid."""
     lost = f", {overruled:.0%} would have been paid" if overruled else ""
     return f"{truncated:.0%} cut at rollout.max_tokens{lost}"
 
 
 def _beside(pass_at_k: Mapping[str, float] | None, entropy: float | None) -> str:
-    """`pass@4 0.512, entropy 0.310, `: what an evaluation measured beside accuracy, which is pass@1."""
+    """`pass@4 0.512, entropy 0.310, `: what an evaluation measured besides accuracy, which is pass@1."""
     found = {**(pass_at_k or {}), **({} if entropy is None else {"entropy": entropy})}
     return "".join(f"{name} {value:.3f}, " for name, value in found.items() if name != "pass@1")
 
@@ -191,7 +191,7 @@ def _number(value: float | None) -> str:
 
 
 def print_summary(summary: dict[str, Any], out: str) -> None:
-    """The last thing a user sees: what changed, what it cost, what to do next."""
+    """Print the end of a run: what changed, what it cost, what to do next."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for when in ("before", "after"):
         if summary[f"accuracy_{when}"] is not None:

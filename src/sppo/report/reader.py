@@ -1,6 +1,6 @@
-"""A run directory as a reader sees it, while it grows or long after: its recipe, its numbers, its rollouts (rollouts.py).
+"""Reads a run directory while it grows or later: its recipe, its numbers, its rollouts (rollouts.py).
 
-Nothing is written, and nothing read twice: `metrics.jsonl` is followed from where it was left.
+Nothing is written. `metrics.jsonl` is followed from the last position, so no line is read twice.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SUMMARY: dict[str, Any] = {
     "steps": int, "seconds": (int, float), "generated_tokens": int, "peak_rss_bytes": int, "masked": int, "stopped": str, "policy_sha256": str,
     "recipe_sha256": str,
 }  # fmt: skip
-"""What is read of a summary."""
+"""The keys of a summary that are read, and their types."""
 MOST = 1e100
-"""Numbers from here on are damage."""
+"""Larger numbers count as damage."""
 UNFINISHED = 5
-"""Tokens that a character may need; beyond that it is no character."""
+"""The most tokens that one character may take."""
 
 
 class RunReader:
@@ -38,7 +38,7 @@ class RunReader:
         if not is_folder(path / "rollouts") or not (path / "recipe.toml").is_file():
             raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
-        self._recipe = (0, Config.recalled(path / "recipe.toml"))  # one that cannot be read is said now
+        self._recipe = (0, Config.recalled(path / "recipe.toml"))  # raises now if it cannot be read
         self.rollouts = Rollouts(path / "rollouts")
         self._following = threading.Lock()
         self._followed = {"metrics.jsonl": _Followed(_numbers), "alerts.jsonl": _Followed(_alert)}
@@ -47,9 +47,7 @@ class RunReader:
     @property
     def config(self) -> Config:
         """The recipe as it is now: a resumed run may have more steps."""
-        with contextlib.suppress(
-            OSError, SPPOError
-        ):  # a run that is gone, or a recipe half written, keeps the one it had
+        with contextlib.suppress(OSError, SPPOError):  # a deleted run or a half-written recipe keeps the last one
             stamp = (self.path / "recipe.toml").stat().st_mtime_ns
             if self._recipe[0] != stamp:
                 self._recipe = (stamp, Config.recalled(self.path / "recipe.toml"))
@@ -58,7 +56,7 @@ class RunReader:
     # -- numbers -----------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One object a step, as far as the run has come; what is no number is left out."""
+        """One object per finished step; values that are no numbers are left out."""
         return self._follow("metrics.jsonl")
 
     def alerts(self) -> list[dict[str, Any]]:
@@ -68,15 +66,15 @@ class RunReader:
     def summary(self) -> dict[str, Any]:
         """`summary.json`; nothing while the run has not ended, or has gone on since it did, or where the file is damaged."""
         found = read_json_or_nothing(self.path / "summary.json")
-        told = _numbers(found) | {k: v for k, v in found.items() if isinstance(v, str)}
-        whole = all(isinstance(told.get(k), kind) for k, kind in SUMMARY.items())
-        return told if whole and told["steps"] == len(self.metrics()) else {}
+        kept = _numbers(found) | {k: v for k, v in found.items() if isinstance(v, str)}
+        whole = all(isinstance(kept.get(k), kind) for k, kind in SUMMARY.items())
+        return kept if whole and kept["steps"] == len(self.metrics()) else {}
 
     def start(self) -> dict[str, Any]:
         """The held-out evaluation before the first step, or nothing before it was made."""
-        told = read_json_or_nothing(self.path / "start.json")
-        passes = told.get("pass_at_k")
-        found = _numbers(told) | (_numbers(passes) if isinstance(passes, dict) else {})
+        start = read_json_or_nothing(self.path / "start.json")
+        passes = start.get("pass_at_k")
+        found = _numbers(start) | (_numbers(passes) if isinstance(passes, dict) else {})
         if isinstance(found.get("accuracy"), float):
             return found
         s = self.summary()
@@ -129,7 +127,7 @@ class RunReader:
         return out
 
     def rendered(self, ids: list[int] | None) -> str | None:
-        """What ids say, special tokens included: a prompt as the policy read it. None where the run has no tokenizer (or no ids) to tell by."""
+        """The text of ids with special tokens: a prompt as the policy read it. None without a tokenizer or ids."""
         tokenizer = self._tokenizer() if ids else None
         with contextlib.suppress(OverflowError, TypeError):  # ids that no tokenizer has: a damaged file
             return None if tokenizer is None else str(tokenizer.decode(ids, skip_special_tokens=False))
@@ -178,14 +176,14 @@ class _Followed:
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """What is a number that can be drawn."""
+    """The values that are numbers and can be drawn."""
     return {
         k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and -MOST < v < MOST
     }
 
 
 def _alert(found: dict[str, Any]) -> dict[str, Any]:
-    """What of an alert is of the kind that an alert has."""
+    """The fields of an alert that have the right type."""
     words = ("what", "why", "advice", "action", "monitor")
     kept = {k: v for k, v in found.items() if k in words and isinstance(v, str)} | _numbers(found)
     evidence = found.get("evidence")

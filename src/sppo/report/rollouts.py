@@ -1,6 +1,6 @@
-"""What the policy wrote in a run: rollouts by filter, one rollout whole, read from the steps' files as they come.
+"""The rollouts of a run, by filter or one by one, read from the steps' files as they appear.
 
-Only the narrow columns are held (about 60 bytes a rollout); texts and token ids are read from one step's file when somebody asks for them.
+Only the narrow columns are kept in memory (about 60 bytes per rollout); texts and token ids are read from one step's file on request.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class Filter:
-    """Which rollouts; every bound may be left open."""
+    """A filter of rollouts; every bound is optional."""
 
     first: int | None = None
     last: int | None = None
@@ -94,7 +94,7 @@ class Rollouts:
         return self._narrow_of(None)
 
     def recent(self, steps: int) -> pa.Table:
-        """The same of the last steps alone, which is quick."""
+        """The same for the last steps only, which is fast."""
         return self._narrow_of(self.steps()[-steps:])
 
     def _narrow_of(self, steps: list[int] | None) -> pa.Table:
@@ -118,7 +118,7 @@ class Rollouts:
             return self._joined[1]
 
     def _stamps(self) -> dict[int, Stamp]:
-        """When each step's file was written, and how long it is: what tells a file that a resumed run has made again."""
+        """Each step file's modification time and size, which show that a resumed run has rewritten it."""
         there = {}
         for path in self._files():
             with contextlib.suppress(OSError):
@@ -139,7 +139,7 @@ class Rollouts:
             return [(s, self._rows[s][1]) for s in sorted(there) if self._rows[s][1]]
 
     def find(self, want: Filter, start: int = 0, count: int = 50) -> tuple[int, list[dict[str, Any]]]:
-        """How many rollouts a filter lets through, and some of them with the beginnings of their texts."""
+        """The number of rollouts that pass a filter, and some of them with the beginnings of their texts."""
         if want == Filter(want.first, want.last):
             return self._newest(want, start, count)
         table = self.index()

@@ -12,19 +12,20 @@ from typing import Any
 from markupsafe import Markup
 
 from .. import __version__
+from ..files import write_atomic
 from . import panels
 from .live import plotly_script
 from .pages import STATIC, environment, rollout_view, visible
 from .progress import clock
 from .reader import RunReader
 from .rollouts import Filter
-from .summary import RECENT, recent_mean, story, watched
+from .summary import RECENT, recent_mean, summarise, watched
 
 NAMES = {
     "eval/right_by_wrong_steps": "right answers by a wrong step, of those whose steps can be judged",
     "eval/steps_judged_share": "right answers whose steps can be judged",
-    "eval/mean_tokens": "tokens a response",
-    "eval/entropy": "entropy, nats a token",
+    "eval/mean_tokens": "tokens per response",
+    "eval/entropy": "entropy, nats per token",
 }
 IN_TRAINING = {
     "advantage/mean": "mean advantage, in training",
@@ -46,7 +47,7 @@ def html(run: RunReader) -> str:
     figures = {"overview": panels.overview([run]), "critic": panels.critic(run), "health": panels.health([run])}
     scripts = {"plotly": plotly_script().decode(), "js": (STATIC / "app.js").read_text()}
     return environment().get_template("report.html").render(
-        page="overview", live=False, runs=[run], run=run, chosen=0, stories=[{**story(run), "index": 0}], pages=figures,
+        page="overview", live=False, runs=[run], run=run, chosen=0, summaries=[{**summarise(run), "index": 0}], pages=figures,
         figures=[f for page in figures.values() for f in page], extremes=panels.extremes(run), chosen_rollouts=_chosen(run),
         facts=_facts(run), recipe=run.config.to_toml(), version=__version__, date=date.today().isoformat(),
         css=Markup((STATIC / "style.css").read_text()),
@@ -57,7 +58,7 @@ def html(run: RunReader) -> str:
 def _chosen(run: RunReader) -> list[dict[str, Any]]:
     steps = run.rollouts.steps()
     groups: list[dict[str, Any]] = []
-    ids = dict.fromkeys(e for a in story(run)["alerts"] for e in a["evidence"])
+    ids = dict.fromkeys(e for a in summarise(run)["alerts"] for e in a["evidence"])
     places = [tuple(map(int, e.split(":"))) for e in ids if re.fullmatch(r"\d{1,9}:\d{1,9}", e)]
     if cited := [f for place in places if (f := run.rollouts.one(*place)) is not None]:
         groups.append({"title": "Cited by alerts", "cited": True, "rollouts": [rollout_view(run, f) for f in cited]})
@@ -74,7 +75,7 @@ def _facts(run: RunReader) -> list[tuple[str, str]]:
     facts = [
         ("policy", c.policy.model), ("algorithm", c.objective.algorithm), ("problems", c.task.train),
         ("held-out problems", c.task.eval or "the held-out share of these"), ("judged by", c.reward.use),
-        ("prompts × samples a step", f"{c.rollout.prompts} × {c.rollout.samples}"), ("seed", str(c.seed)),
+        ("prompts × samples per step", f"{c.rollout.prompts} × {c.rollout.samples}"), ("seed", str(c.seed)),
         ("recipe (sha256)", str(s.get("recipe_sha256", c.sha256))[:16]),
     ]  # fmt: skip
     if c.critic_reads:
@@ -89,9 +90,9 @@ def _facts(run: RunReader) -> list[tuple[str, str]]:
 
 
 def card(run: RunReader) -> str:
-    """The model card: what was trained, on what, how well it does, what was looked at and what is not known."""
+    """The model card: what was trained, on what, how well it does, what was checked and what is unknown."""
     c, s = run.config, run.summary()
-    told = story(run)
+    summary = summarise(run)
     metrics = run.metrics()
     now: dict[str, Any] = next((m for m in reversed(metrics) if m.get("eval/accuracy") is not None), {})
     rows = [("held-out accuracy", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
@@ -112,11 +113,11 @@ def card(run: RunReader) -> str:
         *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
         f"# {_cell(run.name)}", "",
         f"`{c.policy.model}`, trained with `{c.objective.algorithm}` (sppo {__version__}) to solve `{c.task.train}`. "
-        f"{told['sentence']} {told['doubt']}".rstrip(), "",
+        f"{summary['sentence']} {summary['doubt']}".rstrip(), "",
         "## What was measured", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
         "## How it was trained", "", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in _facts(run)), "",
         "## What the monitors raised", "",
-        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])}{'; ' + a['now'] if a['now'] else ''})" for a in told["alerts"]] or [none]), "",
+        *([f"- since step {a['since']}: {_cell(a['what'])} ({_cell(a['why'])}{'; ' + a['now'] if a['now'] else ''})" for a in summary["alerts"]] or [none]), "",
         "## Limits", "",
         f"The accuracy holds for problems like `{c.task.eval or c.task.train}`, judged by `{c.reward.use}`; nothing was measured on others. "
         f"One seed ({c.seed}) was run."
@@ -131,9 +132,7 @@ def write(run: RunReader, folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, text = folder / "report.html", folder / "model-card.md"
     for path, content in ((page, html(run)), (text, card(run))):
-        part = path.with_name(f".{path.name}.tmp")
-        part.write_text(content, encoding="utf-8", errors="replace")
-        part.replace(path)
+        write_atomic(path, content.encode("utf-8", "replace").decode())
     return page, text
 
 

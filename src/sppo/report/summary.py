@@ -15,8 +15,8 @@ RECENT = 20
 Metrics = list[dict[str, Any]]
 
 
-def story(run: RunReader) -> dict[str, Any]:
-    """One run in a sentence and a row of tiles."""
+def summarise(run: RunReader) -> dict[str, Any]:
+    """One run as a sentence, a row of tiles and its alerts."""
     metrics, start, alerts, going = run.metrics(), run.start(), run.alerts(), run.running()
     total, done = run.config.training.steps, len(metrics)
     now = _last_evaluation(metrics)
@@ -33,7 +33,7 @@ def story(run: RunReader) -> dict[str, Any]:
         _tile("training reward", _number(recent_mean(metrics, "reward/mean")), f"mean of the last {min(RECENT, done)} steps" if done else "", "reward"),
         _tile("mean advantage", _number(recent_mean(metrics, "advantage/mean"), "{:+.3f}"), near, "advantage"),
         _tile("response length", _number(recent_mean(metrics, "rollout/mean_tokens"), "{:.0f}"), "tokens each", "length"),
-        _tile("speed", _number(recent_mean(metrics, "tokens_per_second"), "{:,.0f}"), "tokens a second, sampling and update", "speed"),
+        _tile("speed", _number(recent_mean(metrics, "tokens_per_second"), "{:,.0f}"), "tokens per second of sampling and update", "speed"),
         _tile("step", f"{done:,}", f"of {total:,}" + (f", about {clock(left)} left" if going and left is not None else ""), "step"),
         _tile("alerts", count, seen, "alerts" + (" bad" if alerts else "")),
     ]  # fmt: skip
@@ -48,7 +48,7 @@ def story(run: RunReader) -> dict[str, Any]:
 
 
 OF_THE_VERIFIER = ("reference", "hidden", "second")
-"""Alerts after which accuracy is the verifier's word against theirs."""
+"""Monitors whose alerts put the measured accuracy in doubt."""
 
 
 def watched(run: RunReader) -> bool:
@@ -63,7 +63,7 @@ def _doubt(run: RunReader, alerts: list[dict[str, Any]], done: int) -> str:
     if any(a.get("monitor") in OF_THE_VERIFIER for a in alerts):
         return "Do not believe this accuracy before you have read the alert: the verifier may be fooled, in the evaluation too."
     if (there := len(run.rollouts.steps())) > done + 1:
-        return f"metrics.jsonl tells of {done} steps, and there are rollouts of {there}: sppo audit verify says what is damaged."
+        return f"metrics.jsonl has {done} steps, and there are rollouts of {there}: sppo audit verify says what is damaged."
     return ""
 
 
@@ -97,7 +97,7 @@ def _sentence(run: RunReader, metrics: Metrics, start: dict[str, Any], now: dict
     elif sure and start["low"] > now["high"]:
         verb = "fell"
     else:
-        return f"Held-out accuracy went from {a:.1%} to {b:.1%}, which is within the intervals: no change that could be told from luck. {took}"
+        return f"Held-out accuracy went from {a:.1%} to {b:.1%}, which is within the intervals: no change beyond chance. {took}"
     return (
         f"Held-out accuracy {verb} from {a:.1%} to {b:.1%} (95% interval {now['low']:.1%} to {now['high']:.1%}). {took}"
     )
@@ -133,7 +133,7 @@ def _beside(now: dict[str, Any]) -> list[dict[str, str]]:
             )
         )
     if now.get("entropy") is not None:
-        tiles.append(_tile("held-out entropy", _number(now["entropy"]), "nats a token, of what was sampled", "entropy"))
+        tiles.append(_tile("held-out entropy", _number(now["entropy"]), "nats per sampled token", "entropy"))
     return tiles
 
 

@@ -1,4 +1,4 @@
-"""The final answer against the reference. Fast, in-process, no parser that can hang; `math` does the symbolic kind.
+"""Compares the final answer with the reference: fast, in-process, no parser that can hang. `math` compares symbolically.
 
 `answer`                      the last marked answer (`A:`, `Answer:`, `####`, `\\boxed{…}`), else the last number
 `answer:extract=boxed`        only that mark: `boxed`, `marked`, `hash`, `number` or `whole`

@@ -55,7 +55,7 @@ class Atoms(Cursor):
             self.at += 1
             node = number_node(token.text)
             if self._is("ldots", "dots", "cdots") and node.args[1] is not None:
-                self.at += 1  # 3.14159…: what is written of it; 0.333…: what goes on for ever
+                self.at += 1  # 3.14159… is its written digits, 0.333… repeats for ever
                 return number_node(repeating(token.text) or token.text)
             return node
         if token.kind == "word":
@@ -126,7 +126,7 @@ class Atoms(Cursor):
         return self._letters(text)
 
     def _letters(self, text: str) -> Node:
-        """A product of letters. What is behind the last, an index or a power, is the last one's alone."""
+        """A product of letters. An index or a power after the last letter applies to that letter alone."""
         node: Node | None = None
         for i, name in enumerate(text):
             factor = letter(name)

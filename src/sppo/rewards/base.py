@@ -1,12 +1,17 @@
 """The socket of a reward: `judge` turns rollouts into verdicts. `loading.py` makes one from a recipe's `reward.use`.
 
-class Exact:
-    def judge(self, rollouts):
-        return [Verdict(float(r.text == r.task.columns["answer"]), "correct") for r in rollouts]
-    def check(self, task):
-        return None if "answer" in task.columns else "no reference answer"
-    def close(self):
-        return None
+An example:
+
+    class Exact:
+        def judge(self, rollouts):
+            right = [r.text == r.task.columns["answer"] for r in rollouts]
+            return [Verdict(float(r), "correct" if r else "wrong") for r in right]
+
+        def check(self, task):
+            return None if "answer" in task.columns else "no reference answer"
+
+        def close(self):
+            return None
 """
 
 from __future__ import annotations

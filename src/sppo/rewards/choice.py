@@ -16,7 +16,7 @@ _DENIED = ("not", "never", "cannot", "nor", "neither", "wrong", "incorrect")
 _ANOTHER = re.compile(r"[\s,]{0,2}(?:(?i:or|and)\s|[/,&]\s?)(?i:option\s)?[(\[]?[A-Z](?![A-Za-z])")
 _PUNCTUATION = str.maketrans(dict.fromkeys("()[].:,;/", " "))
 LONGEST = 400
-"""Characters of an answer in which a choice is looked for."""
+"""Characters of an answer that are searched for a choice."""
 
 
 def choice(text: str, options: Sequence[str] | None) -> str | None:
@@ -39,7 +39,7 @@ def choice(text: str, options: Sequence[str] | None) -> str | None:
 
 
 def _named_options(text: str) -> list[str]:
-    """The letters that a sentence chooses, `the correct option is B`; less those it denies; none where it leaves it open (`option B or C`)."""
+    """The letters that a sentence chooses and does not deny: `the correct option is B`; none where it leaves the choice open (`option B or C`)."""
     found: list[str] = []
     for match in _OPTION.finditer(text):
         before = text[max(0, match.start() - 30) : match.start()].lower().split()[-3:]

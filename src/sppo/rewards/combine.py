@@ -5,9 +5,9 @@
     code and answer           both must hold
     code gate format          nothing is paid unless the format holds (its score is at least 0.5)
 
-The first part and every `and` part are the correctness that the critic predicts; the others only shape the score. Each part's
-verdict is kept in the evidence; a sample that any part cannot grade is masked. What is added to the first part can fade in the course of a
-run (`reward.anneal`): help at the beginning, and in the end no other objective.
+The first part and every `and` part make the correctness that the critic predicts; the others only shape the score. Each part's verdict
+is kept in the evidence. A sample that any part cannot grade is masked. Parts that are added to the first can fade during a run
+(`reward.anneal`): they help at the beginning and leave the objective unchanged at the end.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class MixedReward:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
         self.fade = 1.0
-        """What the weights of all but the first part are multiplied by."""
+        """Factor on the weights of all parts but the first."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """One verdict each. Outcome: the first part's, or that of the first `and` part that fails. The other parts see what the first one said."""
+        """One verdict each. The outcome is the first part's, or that of the least correct `and` part. Later parts see the first part's verdict."""
         first = self.parts[0].reward.judge(rollouts)
         seen = [r.judged(v) for r, v in zip(rollouts, first, strict=True)]
         judged = zip(first, *(part.reward.judge(seen) for part in self.parts[1:]), strict=True)
@@ -113,7 +113,7 @@ class MixedReward:
         return Verdict(score * held * gates, worst.outcome, evidence, correctness=worst.correct)
 
     def check(self, task: Task) -> str | None:
-        """The first part's reason, if any has one."""
+        """The first reason that a part gives, or None."""
         return next((why for part in self.parts if (why := part.reward.check(task))), None)
 
     def close(self) -> None:

@@ -4,9 +4,9 @@
     answer + 0.5 * confidence      calibration matters less
     math and mine:checked + 0 * confidence     measured and recorded, and pays nothing
 
-It is a proper score: the best that a response can do is to be right, and to say the chance that it is. What is read, the last one that is there:
-`<confidence>0.8</confidence>`, `Confidence: 80%`, `confidence = 0.8`, and for short tasks `C:80` (two digits, per cent). None stated scores 0.
-The critic's target stays c.
+It is a proper score: a response does best by being right and stating the true chance of it. The last statement of these forms is read:
+`<confidence>0.8</confidence>`, `Confidence: 80%`, `confidence = 0.8`, and for short tasks `C:80` (two digits, per cent). A response that states none
+scores 0. The critic's target stays c.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ConfidenceReward:
     beside = True
     """A part of a sum, and not its first."""
     reference_free = True
-    """What it looks at is the first part's verdict, which asks for the reference."""
+    """It reads the first part's verdict, and needs no reference of its own."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """1 − (q − c)² each; `unparseable`, 0, where no confidence is stated. Raises RewardError where there is no first part."""

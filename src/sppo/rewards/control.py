@@ -16,10 +16,10 @@ class ControlReward:
     """1 for success, 0 for failure."""
 
     reference_free = True
-    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+    """It needs no reference answer, so the monitor `reference` skips it (audit/monitors.py)."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """From what `ControlPolicy.text` says of the episode."""
+        """Read from the text that `ControlPolicy.text` makes of an episode."""
         verdicts = []
         for r in rollouts:
             outcome = r.text.partition(" ")[0]

@@ -70,5 +70,5 @@ class Cursor:
         self.depth -= 1
 
     def _split(self, at: int, *parts: Token) -> None:
-        """Replace the token at a place by several."""
+        """Replace one token by several."""
         self.tokens[at : at + 1] = parts

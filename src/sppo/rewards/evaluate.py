@@ -18,7 +18,7 @@ FINE, FINEST = 100, 400
 
 
 BITS, STEPS, FACTORIAL, TERMS = 200_000, 20_000, 10_000, 1000
-"""What one evaluation may cost: bits of an exact number, nodes visited, the largest exact factorial, terms of a sum."""
+"""Limits of one evaluation: bits of an exact number, nodes visited, the largest exact factorial, terms of a sum."""
 
 
 Value = Any
@@ -30,7 +30,7 @@ class Undefined(Exception):
 
 
 FAILS = (Undefined, ArithmeticError, ValueError, mpmath.libmp.NoConvergence)
-"""What an evaluation may end in."""
+"""Exceptions that end an evaluation without a value."""
 
 
 def approximate(x: Value) -> Value:

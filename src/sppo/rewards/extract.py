@@ -1,6 +1,6 @@
 r"""The final answer of a response: in tags, in a box, behind `####` or `Answer:`, or, where nothing is marked, the last value.
 
-Every scan is linear in the response: the text is a model's, and may be made to be slow.
+Every scan takes linear time, because a model may write a response that is slow to read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def extract_answer(text: str, how: str = "auto", mathematics: bool = False) -> s
 
 
 def after_thinking(text: str) -> str:
-    """What is said once `</think>` has closed the thinking; nothing, where it never closes. A response without tags is all said."""
+    """The text after `</think>`, or all of it without tags; empty where thinking never closes."""
     closed = text.rfind("</think>")
     rest = text[closed + len("</think>") :] if closed >= 0 else text
     opened = rest.find("<think>")
@@ -76,7 +76,7 @@ def _tagged(text: str) -> str | None:
 
 
 def _inside(content: str) -> str | None:
-    """The answer in a tag's content: its box, what it marks, or all of it."""
+    """The answer in a tag's content: its box, its marked answer, or all of it."""
     found = boxed(content)
     if found is None:
         found = _marked(content)
@@ -152,7 +152,7 @@ def _marked(text: str) -> str | None:
 
 
 def _whole_line(after: str) -> str:
-    r"""The first line, or the displayed formula that begins there; less a delimiter that opened before the mark: `\[Answer: 009\]`."""
+    r"""The first line, or the displayed formula that begins there; without a delimiter that opened before the mark: `\[Answer: 009\]`."""
     for opening, closing in (("\\[", "\\]"), ("$$", "$$")):
         if after.startswith(opening):
             end = after.find(closing, len(opening))
@@ -166,7 +166,7 @@ def _whole_line(after: str) -> str:
 
 
 def _first_clause(line: str) -> str:
-    """The answer of a line that goes on after it: `18. It took 3 steps`, `18, since 9*2 = 18`. Cut only where a value stands before."""
+    """The answer at the beginning of a line that continues: `18. It took 3 steps`, `18, since 9*2 = 18`. Cut only after a value."""
     line = line.strip("*` ").removesuffix(".").removesuffix("。").strip("*` ")
     if (leading := _LEADING.match(line)) is not None:
         line = line[leading.end() :]

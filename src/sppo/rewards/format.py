@@ -1,10 +1,10 @@
-"""Whether a response has the form that was asked for, and nothing else: a gate for a reward of correctness.
+"""Whether a response has the requested form, and nothing else: a gate for a reward of correctness.
 
-math gate format:tags=think+answer          <think>…</think> then <answer>…</answer>, each once, nothing but space outside
-math gate format:boxed=true                 exactly one \\boxed{…} with something in it
-answer + 0.2 * format:pattern=A:\\d+$        a regular expression that must be found (no commas in it)
+math gate format:tags=think+answer          <think>…</think> then <answer>…</answer>, each once, with only white space outside
+math gate format:boxed=true                 exactly one non-empty \\boxed{…}
+answer + 0.2 * format:pattern=A:\\d+$        a regular expression that must match somewhere (without commas)
 
-Patterns are RE2's (https://github.com/google/re2/wiki/Syntax), `^` and `$` at every line: whatever the pattern, a response cannot make it slow.
+Patterns are RE2's (https://github.com/google/re2/wiki/Syntax), `^` and `$` match at every line. Matching takes linear time whatever the pattern.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .user_reward import each_within
 
 
 def build(tags: str = "", boxed: bool = False, pattern: str = "") -> FormatReward:
-    """The reward for `format:…`; what is named must all hold. Raises RecipeError where nothing is, or where it cannot be read."""
+    """The reward for `format:…`; every named condition must hold. Raises RecipeError for no condition, or one that cannot be read."""
     names = [t for t in tags.split("+") if t]
     bad = next((t for t in names if not t.isidentifier()), None)
     if bad is not None or len(set(names)) < len(names):
@@ -45,16 +45,16 @@ def _linear(pattern: str) -> Any:
 
 
 class FormatReward:
-    """See the module."""
+    """1 for the requested form, else 0."""
 
     reference_free = True
-    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+    """It needs no reference answer, so the monitor `reference` skips it (audit/monitors.py)."""
 
     def __init__(self, tags: Sequence[str], boxed: bool, pattern: Any) -> None:
         self.tags, self.boxed, self.pattern = tags, boxed, pattern
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """1 or 0, and what is missing."""
+        """1 or 0; the evidence says what is missing."""
         return each_within(rollouts, lambda rollout: self._verdict(rollout.text))
 
     def _verdict(self, text: str) -> Verdict:
@@ -84,7 +84,7 @@ class FormatReward:
         return ""
 
     def check(self, task: Task) -> str | None:
-        """Every task will do."""
+        """None: every task is gradable."""
         return None
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from .syntax import Node
 
 
 def spread(node: Node) -> Node:
-    """± written out: `1 \\pm \\sqrt{2}` is a list of two; in a list or set it is two members."""
+    """Expand ±: `1 \\pm \\sqrt{2}` is a list of two; in a list or set it is two members."""
     if node.op in ("list", "set"):
         items = node.args[1] if node.op == "list" else node.args
         spread = [member for item in items for member in _signs(item)]
@@ -46,7 +46,7 @@ def equations(node: Node) -> list[tuple[str, Node]] | None:
 
 
 def without_indices(node: Node) -> Node | None:
-    """`x_1 = 3, x_2 = -3` as `x = 3, x = -3`: roots that were numbered; None for anything else."""
+    """`x_1 = 3, x_2 = -3` as `x = 3, x = -3`: numbered roots; None for anything else."""
     found = equations(node if node.op != "list" else Node("list", (",", node.args[1])))
     if found is None or [name[1:] for name, _ in found] != [f"_{i}" for i in range(1, len(found) + 1)]:
         return None

@@ -1,7 +1,7 @@
-"""reasoning-gym's own scorer, for `gym:` tasks: each verdict in a process of its own, in a jail where there is one.
+"""reasoning-gym's own scorer, for `gym:` tasks. Each verdict runs in its own process, in a jail where one is available.
 
 The answer is everything after the last `Answer:` (some families' answers take several lines), else the whole response. A score below 1 keeps its
-value: some families give partial credit. inside/guards.py says what an answer may be, and which scorers are not taken at their word.
+value: some families give partial credit. inside/guards.py defines what an answer may be, and corrects scorers that pay wrong answers.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class GymReward:
         return verdicts
 
     def _verdict(self, result: dict[str, Any], evidence: dict[str, Any]) -> Verdict:
-        """The scorer's claim as a verdict. It comes from where an answer was: its form is checked."""
+        """The scorer's result as a verdict. Its form is checked, because it comes from the process that read the answer."""
         claim = result.get("ok")
         if "infra" in result or "timeout" in result:
             why = result.get("infra", "the scorer's process did not answer and was ended")

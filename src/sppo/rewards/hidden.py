@@ -1,8 +1,8 @@
-"""What a program hides from static analysis: code that it makes from text, and branches outside functions. Nothing is run.
+"""Code that a program hides from static analysis, such as code made from text. Nothing is run.
 
-The analysers know calls by the names that a program gives: `exec(…)`, `subprocess.run(…)`. A program reaches the same in other
-ways: through `builtins`, an alias, a decorator, `map`, a name put together from pieces, a module fetched while it runs. Where such an
-object goes after that cannot be followed, so the finding is any use of it but a plain call that the analysers see.
+Analysers recognise calls by name: `exec(…)`, `subprocess.run(…)`. A program can reach the same functions in other ways: through
+`builtins`, an alias, a decorator, `map`, a name assembled from pieces, a module fetched at run time. Such an object cannot be followed
+further, so every use of it is a finding, except a plain call that the analysers see.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STARTS = frozenset({
     "os.posix_spawn", "subprocess.run", "subprocess.call", "subprocess.check_call", "subprocess.check_output", "subprocess.Popen",
     "subprocess.getoutput", "subprocess.getstatusoutput", "pickle.loads", "pickle.load", "pickle.Unpickler", "pty.spawn",
 })  # fmt: skip
-"""What the analysers judge by its call: handed around as a value it is not judged."""
+"""Functions whose calls the analysers judge; passed around as values they escape."""
 SEEN = frozenset({
     "sys", "math", "cmath", "functools", "itertools", "collections", "re", "string", "random", "time", "heapq", "bisect", "operator", "json",
     "datetime", "decimal", "fractions", "statistics", "typing", "copy", "array", "numbers", "textwrap", "unicodedata", "numpy",

@@ -234,7 +234,7 @@ class Reader(Atoms):
         return None
 
     def _after(self, node: Node) -> Node:
-        """What stands behind a factor: powers, factorials, degrees, per cent, a base."""
+        """A factor with its suffixes: powers, factorials, degrees, percent, a base."""
         while self.at < len(self.tokens):
             if self._is("^"):
                 self.at += 1

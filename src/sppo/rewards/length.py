@@ -1,10 +1,10 @@
-"""How long a response is, and nothing else: 1 up to `free` tokens, then falling in a line to 0 at `limit`.
+"""The length of a response, and nothing else: 1 up to `free` tokens, then falling linearly to 0 at `limit`.
 
     answer + 0.5 * length:free=192,limit=256
 
-One plus DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13: L_max = limit, L_cache = limit − free). It shapes the score alone: the critic goes on to
-predict whether the answer is right. (`rollout.overlong` takes the same from any score, after everything was judged.) `limit` is `rollout.max_tokens` as
-a rule; tokens are counted as sampled, EOS included.
+One plus DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13: L_max = limit, L_cache = limit − free). Only the score is shaped: the critic
+still predicts whether the answer is right. (`rollout.overlong` subtracts the same from any score after judging.) `limit` is usually
+`rollout.max_tokens`; tokens are counted as sampled, including EOS.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def build(free: int, limit: int) -> LengthReward:
 
 
 class LengthReward:
-    """See the module."""
+    """A score for length; see the module."""
 
     reference_free = True
-    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+    """It needs no reference answer, so the monitor `reference` skips it (audit/monitors.py)."""
 
     def __init__(self, free: int, limit: int) -> None:
         self.free, self.limit = free, limit
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Correct while half of it is left."""
+        """`correct` at a score of 0.5 or more."""
         return [self._verdict(len(r.response_ids)) for r in rollouts]
 
     def _verdict(self, tokens: int) -> Verdict:
@@ -40,7 +40,7 @@ class LengthReward:
         return Verdict(score, "correct" if score >= 0.5 else "wrong", {"tokens": tokens})
 
     def check(self, task: Task) -> str | None:
-        """Every task will do."""
+        """None: every task has a length."""
         return None
 
     def close(self) -> None:

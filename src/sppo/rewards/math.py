@@ -1,8 +1,8 @@
 r"""Mathematics by value: an answer is read whole by a grammar (`latex.py`) and compared exactly (`same.py`), in killable worker processes.
 
-A reference that the grammar cannot read whole makes its row `invalid_task`; a response's answer that it cannot read is `unparseable`.
-Neither is ever a number that stands inside it. No library parses a response and nothing of it is executed. Evaluation has a budget; what
-still takes longer than `limit` costs its own worker, whatever thread the trainer runs in, and is reported as `timeout`.
+A reference that the grammar cannot read whole makes its row `invalid_task`; such an answer in a response is `unparseable`. A number inside
+it is never taken instead. No library parses a response, and nothing in it is executed. Evaluation has a budget; a verdict that still takes
+longer than `limit` costs only its worker, in whichever thread the trainer runs, and is reported as `timeout`.
 
 `math`, `math:limit=5,workers=2`, `math:extract=boxed` (auto: tags, box, `####`, `Answer:`, else the last formula or number; or boxed, marked,
 hash, number, whole)
@@ -17,6 +17,9 @@ from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
 from .answer import gold_of, reference_problem
 from .extract import EXTRACT, extract_answer
+from .reading import read
+from .same import same
+from .tokens import Unreadable
 from .workers import WorkerPool
 
 
@@ -28,7 +31,7 @@ def build(limit: float = 5.0, workers: int = 2, extract: str = "auto") -> MathRe
 
 
 def warm_up() -> None:
-    """Import and exercise what judging needs before the first verdict's clock runs."""
+    """Import and exercise what judging needs before the first verdict is timed."""
     judge_one({"gold": r"\sqrt{2}", "response": r"\boxed{2^{1/2}}"})
 
 
@@ -37,10 +40,6 @@ def judge_one(job: dict[str, Any]) -> dict[str, Any]:
 
     A response of None asks about the reference alone: it must be readable, and in a box it must be right.
     """
-    from .reading import read
-    from .same import same
-    from .tokens import Unreadable
-
     gold = job["gold"]
     try:
         references = read(gold)

@@ -2,9 +2,9 @@
 
     model:models/reward-model                      σ(r − center), center as its training measured it (0 if it says nothing)
     model:org/name,center=1.5,scale=4              σ((r − 1.5) / 4), for models whose scores spread wider
-    model:models/reward-model,tokens=8192          tokens a micro-batch: memory only
+    model:models/reward-model,tokens=8192          tokens per micro-batch; affects memory only
 
-One scalar a response, never one a token. Scores at or above 0.5 count as `correct`.
+One scalar per response, never one per token. Scores of 0.5 or more count as `correct`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ModelReward:
     """Verdicts from a `RewardModel`."""
 
     reference_free = True
-    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+    """It needs no reference answer, so the monitor `reference` skips it (audit/monitors.py)."""
 
     def __init__(self, name: str, center: float | None, scale: float, tokens: int, dtype: str) -> None:
         from ..models.loading import pick_device  # torch, which `sppo verify --help` does not need
@@ -47,7 +47,7 @@ class ModelReward:
         self.scale, self.tokens = scale, tokens
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Correct or wrong with a score in [0, 1]; infra_error (masked) for what is too long or scored with no number."""
+        """Correct or wrong with a score in [0, 1]; infra_error (masked) for a response that is too long or whose score is not a number."""
         sequences = [self.model.ids(r.task.prompt, r.text) for r in rollouts]
         limit = self.model.context
         fits = [i for i, s in enumerate(sequences) if s and (limit is None or len(s) <= limit)]

@@ -1,4 +1,4 @@
-"""What the names and values of a program stand for, as far as its imports, its scopes and its assignments tell. Nothing is run."""
+"""What the names and values of a program refer to, resolved from its imports, scopes and assignments. Nothing is run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Names:
         self.own = self._own_names()
 
     def origin(self, node: ast.AST) -> set[str]:
-        """The qualified names that an expression may stand for, as far as imports tell."""
+        """The qualified names that an expression may refer to, by the program's imports."""
         if isinstance(node, ast.Name):
             if node.id == "__builtins__":
                 return {"builtins"}

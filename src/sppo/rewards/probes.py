@@ -6,7 +6,7 @@
     a number, text, list  every function returns the same odd one, whatever it is given
     other answers         the row's own reference solution, each of its answers changed
 
-A row whose reference solution fails is refused too: what is asked of a program cannot be told between the two jails.
+A row whose reference solution fails is refused too: the two jails cannot exchange what its tests ask for.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The quality of a program by static analysis, for what passes its tests and is still insecure or unmaintainable. Nothing is run.
 
-    quality                         1 less 0.5 for a grave finding, 0.25 for a middling one, 0.1 for a slight one; never below 0; code run from text is 0
-    quality:complexity=8            how branched a function may be before that is a middling finding (McCabe's number; 10)
-    code + 0.1 * quality            a penalty on what the tests allow;  code + 0 * quality   evidence and metrics only
+    quality                         1 − 0.5 per high finding, 0.25 per medium, 0.1 per low one, at least 0; running code from text scores 0
+    quality:complexity=8            McCabe's number above which a function is a medium finding (10)
+    code + 0.1 * quality            a penalty on what tests do not catch;  code + 0 * quality   evidence and metrics only
     code gate quality               nothing is paid below 0.5
 
 Analysers: bandit (security, with its severities), ruff's complexity, size and likely-bug rules (C901, PLR09, B), and what a program
 hides from both (hidden.py: EXEC, ALIAS, and the same sizes for code outside functions). Comments that would silence them
-(`noqa`, `nosec`) are ignored: their author is the one who is judged. `pip install 'sppo[quality]'`.
+(`noqa`, `nosec`) are ignored, because the policy wrote them. `pip install 'sppo[quality]'`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..errors import RecipeError
 from ..sandbox.names import parsed
 from ..types import Rollout, Task, Verdict
 from .branches import outside_functions
-from .code import program_of
 from .hidden import hidden
+from .program import program_of
 from .workers import WorkerPool
 
 PENALTY = {"high": 0.5, "medium": 0.25, "low": 0.1}
 HIDDEN = {"B102": 1.0, "EXEC": 1.0}
 """`exec`, however it is reached, runs text that no analyser has seen."""
 COOKIES_END = "\n\n"
-"""An encoding is declared in a file's first two lines; these are ours, so that a program cannot declare one that nobody can read."""
+"""Our own first two lines, where an encoding would be declared: a program cannot declare one that analysers fail to read."""
 BRANCHED = "C901,PLR0911,PLR0912,PLR0915"
 RULES = f"{BRANCHED},PLR0913,B"
 MANY_TIMES = 4
@@ -52,7 +52,7 @@ def build(complexity: int = 10, limit: float = 20.0, workers: int = 2) -> Qualit
 
 
 def warm_up() -> None:
-    """Import and exercise the analysers before the first verdict's clock runs."""
+    """Import and exercise the analysers before the first verdict is timed."""
     judge_one({"code": "pass\n", "complexity": 10})
 
 
@@ -109,7 +109,7 @@ def _ruff(code: str, complexity: int, rules: str) -> list[dict[str, Any]]:
 
 
 def _severity(finding: dict[str, Any]) -> str:
-    """Likely bugs are slight, sizes over a bound middling, and many times over it grave."""
+    """Likely bugs are low, sizes over a bound medium, and many times over it high."""
     if finding["code"].startswith("B"):
         return "low"
     over = re.search(r"\((\d+) > (\d+)\)", finding["message"])
@@ -120,7 +120,7 @@ class QualityReward:
     """Static findings as evidence, and their weight as a score."""
 
     reference_free = True
-    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+    """It needs no reference answer, so the monitor `reference` skips it (audit/monitors.py)."""
 
     def __init__(self, complexity: int, limit: float, workers: int) -> None:
         self.complexity, self.limit = complexity, limit

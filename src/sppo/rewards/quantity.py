@@ -1,4 +1,4 @@
-"""An answer as a number with its unit, and when two of these are the same: `12 km` is `12000 m`, `50%` is `0.5`. Exact arithmetic."""
+"""An answer as a number with its unit, and equality of two: `12 km` is `12000 m`, `50%` is `0.5`. Exact arithmetic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Quantity:
     value: Fraction
     unit: Unit | None
     noun: str = ""
-    """What is counted, where that is no unit: `12 apples`."""
+    """The counted noun, where there is no unit: `12 apples`."""
 
 
 def quantity(text: str) -> Quantity | None:
@@ -48,15 +48,15 @@ def _quantity(node: Node) -> Quantity | None:
 
 
 def same_number(a: Fraction, b: Fraction, tolerance: float) -> bool:
-    """Within `tolerance` of the reference b, relative to it (absolute where it is 0)."""
+    """Whether a is within `tolerance` of the reference b, relative to b (absolute where b is 0)."""
     return abs(a - b) <= Fraction(tolerance) * (abs(b) if b else 1)
 
 
 def same_quantity(given: Quantity, gold: Quantity, tolerance: float, units: str) -> bool:
-    """Equal in base units.
+    """Whether two quantities are equal in base units.
 
-    `units`: `optional` (where one side has none, it is the other's; `0.5` is `50%` too), `required` (as the reference has
-    it), or `ignore`.
+    `units`: `optional` (a missing unit is taken from the other side; `0.5` equals `50%`), `required` (as in the
+    reference), or `ignore`.
     """
     if (given.noun and (gold.unit is not None or gold.noun not in ("", given.noun))) or (
         gold.noun and given.unit is not None

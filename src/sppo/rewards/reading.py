@@ -1,6 +1,6 @@
-r"""What an answer may mean: its words, its expression, and its value with a unit or with what is counted.
+r"""The possible readings of an answer: words, an expression, or a value with a unit or a counted noun.
 
-All of it or nothing: what cannot be read whole is `Unreadable`, and never the number that stands inside it.
+An answer that cannot be read whole is `Unreadable`; a number inside it is never taken instead.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from .units import unit
 from .vocabulary import FUNCTIONS, lettered
 
 LONGEST = 2000
-"""Characters of an answer that is read."""
+"""The most characters of an answer that is read."""
 NOT_NOUNS = places(
     "dozen dozens hundred hundreds thousand thousands million millions billion billions trillion percent pair pairs or and to x "
     "half halves third thirds quarter quarters not no times plus minus over squared cubed less more than if for when where is are "
     "least most approximately about mod modulo choose factorial root cos sin tan log ln"
 ).keys()
-"""Words that change the number before them: none of them is merely what is counted."""
+"""Words that change the number before them, so none of them is a counted noun."""
 
 
 def read(text: str) -> list[Node]:
-    r"""What an answer may mean, the likeliest reading first: `3 m` is a product, and a length. Raises Unreadable where it means nothing.
+    r"""The readings of an answer, the likeliest first: `3 m` is a product, and a length. Raises Unreadable where there is none.
 
     >>> [node.op for node in read(r"\frac{1}{2}")], [node.op for node in read("3 m")]
     (['quotient'], ['product', 'quantity'])
@@ -52,9 +52,6 @@ def read(text: str) -> list[Node]:
     if not readings:
         raise why
     return readings
-
-
-# -- words, and numbers with a unit or a noun -----------------------------------------------------------------------------------
 
 
 _ALL_REALS = ("all real numbers", "all reals", "the real numbers", "real numbers")
@@ -98,7 +95,7 @@ _MONTHS = places("january february march april may june july august september oc
 
 
 def date(text: str) -> str | None:
-    """A date in one spelling: `2024-03-15`, `July 4, 1776`, `4th July 1776`; None for all else. It is no number and no difference."""
+    """A date in one spelling: `2024-03-15`, `July 4, 1776`, `4th July 1776`; None for anything else. A date is neither a number nor a difference."""
     if len(text) > 60:
         return None
     parts = text.split("-")
@@ -145,7 +142,7 @@ def _prose(text: str) -> str | None:
 
 
 def _unwrapped(text: str) -> str:
-    r"""A text with `\text{…}` and its kin opened: their content is what counts."""
+    r"""A text in which `\text{…}` and similar commands are replaced by their content."""
     out, at, n = [], 0, len(text)
     closers: list[int] = []
     depth = 0

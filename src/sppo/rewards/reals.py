@@ -10,8 +10,6 @@ import mpmath
 from .evaluate import FAILS, FINE, Point, Undefined, Value, approximate, close, evaluate, infinite, is_real, walk
 from .syntax import Node
 
-# -- sets of real numbers -------------------------------------------------------------------------------------------------------
-
 Piece = tuple[Value, bool, Value, bool]
 """(from, whether that belongs to it, to, whether that does)."""
 

@@ -1,4 +1,4 @@
-"""How fast a correct program is, against the row's reference solution: 0 for a wrong one, else min(speed-up, cap)/cap.
+"""The speed of a correct program, relative to the row's reference solution: 0 for a wrong one, else min(speed-up, cap)/cap.
 
     runtime                       as fast as the reference: 0.5; twice as fast or more: 1
     runtime:cap=4,pairs=11        up to four times as fast counts; eleven paired runs at a time instead of seven
@@ -8,11 +8,10 @@
 A row needs its tests (as for `code`) and a `reference` (or `canonical_solution`, `code`, `solution`): a right program. Speed is
 measured on `runtime_tests` where a row has them (larger inputs, in any layout of tests), else on all of its tests.
 
-The program and the reference take turns in one jail, each run a fresh process, so that nothing can be remembered from run to
-run and a drift of the machine meets both. The time is the processor's for the whole process as the jail's keeper sees it, never
-a clock that the program could reach; the instructions that it took, where the machine counts them. From both is taken what a
-program costs that does nothing. The speed-up is the median over the pairs, whose order alternates; where they wobble there are more
-of them (eight times as many at most).
+The program and the reference take turns in one jail, each run in a fresh process: nothing is remembered between runs, and drift of
+the machine affects both. The time is the processor's for the whole process as the jail's keeper sees it, never
+a clock that the program could reach; where the machine counts instructions, those are used. The cost of a program that does nothing
+is subtracted from both. The speed-up is the median over pairs in alternating order; noisy rows get up to eight times as many pairs.
 
 A quick reference is run several times for one turn, as `timeit` repeats a call, and the program as often: each time in a fresh
 process and with all of its start, so that a repetition costs what the first run does. A reference that takes less than a quarter
@@ -32,7 +31,8 @@ from ..errors import RecipeError
 from ..sandbox import Job, Result, Runs, Suite, open_sandbox
 from ..spec import call
 from ..types import Outcome, Rollout, Task, Verdict
-from .code import CodeReward, fitted, program_of
+from .code import CodeReward
+from .program import fitted, program_of
 from .suites import suite_in, suites_of
 
 REFERENCES = ("reference", "canonical_solution", "code", "solution")
@@ -41,10 +41,10 @@ RUNS = (1, 2, 5, 10)
 LEAST_WORK = 2.5
 """What the reference does in one turn, in runs of a process that does nothing; these take about 4 ms, give or take a few tenths."""
 ENOUGH, MOST_ROUNDS = 0.03, 8
-"""Pairs are run, `pairs` at a time, until the median's relative standard error is this small; at most so many times as often."""
+"""`pairs` pairs are run at a time, until the median's relative standard error is this small; up to MOST_ROUNDS times."""
 BROKEN = "the sandbox could not run the reference solution"
 FLOOR = 0.025
-"""What of an idle run's time is not told apart from 0."""
+"""Share of an idle run's time below which a cost cannot be distinguished from 0."""
 
 
 def build(cap: float = 2.0, pairs: int = 7, **sandbox: Any) -> RuntimeReward:
@@ -71,7 +71,7 @@ class Cost:
         return cls(sum(r.cpu_seconds for r in results) / runs, counted)
 
     def beyond(self, idle: Cost) -> Cost:
-        """Less what doing nothing takes; never below what cannot be told apart from 0."""
+        """Minus the cost of a program that does nothing, and at least the smallest measurable cost."""
         counted = self.instructions is not None and idle.instructions is not None
         return Cost(
             max(self.seconds - idle.seconds, FLOOR * idle.seconds),
@@ -100,7 +100,7 @@ class Turn:
 
 
 def standard_error(turns: Sequence[Turn]) -> float:
-    """Of the median speed-up, relative to it, from the median absolute deviation of its logarithm (robust, as the median is)."""
+    """Relative standard error of the median speed-up, from the median absolute deviation of its logarithm (robust, as the median is)."""
     logs = [math.log(turn.speedup) for turn in turns]
     middle = statistics.median(logs)
     spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)
@@ -108,7 +108,7 @@ def standard_error(turns: Sequence[Turn]) -> float:
 
 
 def settled(turns: Sequence[Turn], cap: float) -> bool:
-    """Whether more pairs would tell nothing: the median is known well enough, or surely above what is paid."""
+    """Whether more pairs are unnecessary: the median is known well enough, or certainly above the cap."""
     error = standard_error(turns)
     return error <= ENOUGH or statistics.median(turn.speedup for turn in turns) * (1 - 3 * error) > cap
 
@@ -133,7 +133,7 @@ class RuntimeReward:
         ]
         turns: dict[int, list[Turn]] = {i: [] for i, v in enumerate(verdicts) if v.outcome == "correct"}
         todo = list(turns)
-        while todo:  # more pairs for those that still wobble
+        while todo:  # more pairs for those that are still noisy
             groups = [self._group(rollouts[i], k) for i in todo for k in range(self.pairs)]
             results = self.sandbox.run_groups(groups)
             for n, i in enumerate(todo):

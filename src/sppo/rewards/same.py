@@ -1,4 +1,4 @@
-"""Whether a mathematical answer says what the reference says: trees of `latex.py`, compared part by part.
+"""Whether a mathematical answer equals the reference: syntax trees, compared part by part.
 
 Values are compared by `scalars.py`, sets of real numbers by `reals.py`; this module knows quantities, words, ratios, lists and relations.
 """
@@ -16,7 +16,7 @@ from .units import Unit
 
 
 def same(gold: Node, given: Node) -> bool:
-    """Whether a given answer says what the reference says. What is alike and what is not: docs/rewards.md."""
+    """Whether an answer equals the reference. docs/rewards.md lists what counts as equal."""
     if gold == given:
         return True
     if "relation" in (gold.op, given.op) or "such" in (gold.op, given.op) or _has_relations(gold, given):
@@ -27,7 +27,7 @@ def same(gold: Node, given: Node) -> bool:
     ops = {gold.op, given.op}
     if ops & {"quantity", "counted"}:
         return _same_quantity(gold, given)
-    if "based" in ops:  # a reference in a base asks for that base: only the very same digits are it
+    if "based" in ops:  # a reference written in a base accepts the same digits only
         return gold.op != "based" and same_scalar(gold, integer(int(*given.args)))
     if "words" in ops:
         return _same_words(gold, given)
@@ -43,7 +43,7 @@ def same(gold: Node, given: Node) -> bool:
 
 
 def _same_quantity(gold: Node, given: Node) -> bool:
-    """A unit or noun that one side leaves out is the other's; per cent may be left out or worked out (50, 50% and 0.5)."""
+    """A unit or noun missing on one side is taken from the other; percent may be omitted or computed (50, 50% and 0.5)."""
     a, unit_a, noun_a = _parts(gold)
     b, unit_b, noun_b = _parts(given)
     if (noun_a and (unit_b or (noun_b and noun_a.rstrip("s") != noun_b.rstrip("s")))) or (noun_b and unit_a):
@@ -62,7 +62,7 @@ def _same_quantity(gold: Node, given: Node) -> bool:
 
 
 def _same_labelled(gold: Node, given: Node) -> bool:
-    """An option with its letter is the letter, or its value; where both are given with one, both must be the same."""
+    """An option with its letter equals the letter or the value alone; where both sides have a letter, letter and value must agree."""
     if gold.op == given.op:
         return gold.args[0] == given.args[0] and same(gold.args[1], given.args[1])
     labelled, other = (gold, given) if gold.op == "labelled" else (given, gold)
@@ -81,7 +81,7 @@ def _parts(node: Node) -> tuple[Node, Unit | None, str]:
 
 
 def _same_words(gold: Node, given: Node) -> bool:
-    """Words are the same letter by letter, whatever their case, and never a product of their letters in another order."""
+    """Words are compared letter by letter, ignoring case; a product of the same letters in another order differs."""
     if gold.op == given.op == "words":
         return _bare(gold.args[0]) == _bare(given.args[0])
     words, other = (gold, given) if gold.op == "words" else (given, gold)
@@ -100,9 +100,9 @@ def _bare(text: str) -> str:
 
 
 def _same_ratio(gold: Node, given: Node) -> bool:
-    """a:b is the fraction a/b, and any multiple of both; a time of day is itself alone."""
+    """a:b equals the fraction a/b and any multiple of both; a time of day equals only itself."""
     if gold.op == given.op == "clock":
-        return False  # written the same they would be equal
+        return False  # equal ones were handled by `same`
     sides = [list(node.args) if node.op in ("ratio", "clock") else _fraction(node) for node in (gold, given)]
     a, b = sides
     if a is None or b is None or len(a) != len(b) or any(_zero(x) for x in (*a, *b)):
@@ -133,7 +133,7 @@ def _same_matrix(gold: Node, given: Node) -> bool:
 
 
 def _same_members(gold: Node, given: Node) -> bool:
-    """Brackets in order and of the same kind; sets and bare lists in any order; a bare list may stand for a tuple in its order."""
+    """Brackets must match in kind and order, sets and bare lists in any order; a bare list may stand for a tuple in the same order."""
     if gold.op == given.op == "bracket":
         return gold.args[:2] == given.args[:2] and _in_order(gold.args[2], given.args[2])
     if "bracket" in (gold.op, given.op):
@@ -149,7 +149,7 @@ def _members(node: Node) -> list[Node]:
     if node.op != "set":
         return [node]
     found: list[Node] = []
-    for member in node.args:  # a set has each member once
+    for member in node.args:  # a set contains each member once
         if not any(same(other, member) for other in found):
             found.append(member)
     return found
@@ -239,7 +239,7 @@ def _named(node: Node) -> tuple[Node | None, Node]:
 
 
 def _nameable(node: Node) -> bool:
-    """Whether a reference's left side is only the name of what is asked: `x`, `f(x)`, `AB`, `a + b`; not `2x + z`."""
+    """Whether a reference's left side only names the unknown: `x`, `f(x)`, `AB`, `a + b`; not `2x + z`."""
     if node.op in ("words", "symbol", "call"):
         return True
     inside = [n.op for n in walk(node)]
@@ -247,7 +247,7 @@ def _nameable(node: Node) -> bool:
 
 
 def _same_equation(gold: Node, given: Node) -> bool:
-    """Two relations between the same things: sides exchanged, or both multiplied by the same number."""
+    """Whether two relations are equivalent: sides exchanged, or both multiplied by the same number."""
     if len(gold.args[0]) != len(given.args[0]):
         return False
     (ops_a, a), (ops_b, b) = forwards(gold), forwards(given)

@@ -1,9 +1,9 @@
-r"""When two expressions have the same value. Exact where both are rational; nothing is simplified.
+r"""Whether two expressions have the same value. Exact where both are rational; nothing is simplified.
 
 Other values are computed twice, to 100 and to 400 digits, and must agree relative to their size at both: `e^{-50}` is not 0, and 10^{-34} is
 not 10^{-19}. Expressions with letters are the same when they agree at random rational points (Schwartz–Zippel): positive points, and negative
 ones where both are real there. So `\sqrt{1/n}` is `1/\sqrt{n}`, and `|x|` is not `x`. Every evaluation has a budget: an answer that is too
-large to compute is the same as nothing but itself.
+large to compute equals only itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .evaluate import (
 from .syntax import Node, integer
 
 DIGITS = 6
-"""Significant digits from which on a decimal stands for an exact value: 0.333333 for 1/3."""
+"""The fewest significant digits with which a decimal stands for an exact value: 0.333333 for 1/3."""
 SCALAR = {
     "number",
     "symbol",
@@ -45,7 +45,7 @@ SCALAR = {
     "big",
 }
 COUNTING = {"n", "k", "m"}
-"""Letters that stand for whole numbers wherever the answers differ elsewhere: (-1)^n = cos(n pi)."""
+"""Letters that may stand for whole numbers only: (-1)^n = cos(n pi)."""
 
 
 def same_scalar(a: Node, b: Node) -> bool:
@@ -73,7 +73,7 @@ def _identical(a: Node, b: Node, whole: bool = False) -> bool:
 
 
 def _agree(a: Node, b: Node, point: Point, real: bool = False) -> bool | None:
-    """Whether two expressions have the same value at a point; None where one has none (`real`: or none that is real)."""
+    """Whether two expressions have the same value at a point; None where one is undefined (`real`: or not real)."""
     try:
         with mpmath.workdps(FINE):
             x, y = evaluate(a, point), evaluate(b, point)
@@ -98,7 +98,7 @@ def _agree(a: Node, b: Node, point: Point, real: bool = False) -> bool | None:
 def _rounds(a: Node, b: Node) -> bool:
     """Whether one is a decimal of six significant digits or more that stands for the other: 0.333333 for 1/3, 3.141593 for pi.
 
-    Not where the other could have been written out to as many places: 0.9999996 is not 1.
+    An exact value that has no more places than the decimal must be written exactly: 0.9999996 is not 1.
     """
     for decimal, other in ((a, b), (b, a)):
         written = _decimal(decimal)

@@ -1,13 +1,13 @@
-"""Scored steps: a response is split into steps, each gets a score in [0, 1] (or none), and the response gets their mean or minimum.
+"""Scored steps: a response is split into steps, each step gets a score in [0, 1] or none, and the response gets their mean or minimum.
 
     steps:check=chain                  the task's own checker: `check_steps(task, steps)` of tasks/chain.py
     steps:check=arithmetic             every equation between numbers that a step writes must hold
-    steps:check=mine:checker           your own: f(task, steps) -> list[float | None], None for a step that it cannot judge
+    steps:check=mine:checker           your own: f(task, steps) -> list[float | None], None for a step it cannot judge
     steps:model=models/prm             a process reward model (token classification; `separator` as it was trained with)
     …,split=lines,score=min            how to split: auto, lines, semicolons, sentences, paragraphs; what to pay: mean, min, last, product
 
-Each step's text, end (in characters) and score are in the evidence, ready for credit by step. A response without one step that
-could be judged is `unparseable`. Usually a part of a mixture: `answer + 0.3 * steps:check=chain`.
+The evidence holds each step's text, end (in characters) and score, ready for credit by step. A response in which no step could be
+judged is `unparseable`. Usually a part of a mixture: `answer + 0.3 * steps:check=chain`.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class StepReward:
     """Split, score, combine."""
 
     reference_free = True
-    """It asks for no reference, so another problem's tells nothing (audit/monitors.py)."""
+    """It needs no reference answer, so the monitor `reference` skips it (audit/monitors.py)."""
 
     def __init__(
         self, scorer: Callable[[Sequence[tuple[Task, Sequence[str]]]], Sequence[Any]], name: str, split: str, score: str
     ) -> None:
         self.scorer, self.name, self.split, self.score = scorer, name, split, score
         self.checker: Checker | None = None
-        """What scores a step, if no model does: its code is part of the verifier's (audit/verifier.py)."""
+        """The function that scores steps, unless a model does; its code counts as the verifier's (audit/verifier.py)."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct (0.5 or more), wrong, unparseable (no step could be judged: 0), infra_error (too long for the model: masked)."""

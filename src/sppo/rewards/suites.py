@@ -74,7 +74,7 @@ def is_same_tree(a, b):
     if not a or not b: return not a and not b
     return a.val == b.val and is_same_tree(a.left, b.left) and is_same_tree(a.right, b.right)
 """
-"""What judges of LeetCode's problems import and define for everybody."""
+"""The names that LeetCode's judge provides to every program."""
 
 
 def column_of(task: Task) -> str:
@@ -100,7 +100,7 @@ def suites_of(task: Task) -> tuple[Suite, Suite | None] | str:
 
 
 def suite_in(task: Task, column: str) -> Suite | str:
-    """The suite of a column, if everything in it can travel to the jail and checks something."""
+    """The suite of a column, if everything in it can be sent to the jail and checks something."""
     try:
         suite = _suite(task, column)
         if isinstance(suite, Suite):
@@ -185,7 +185,7 @@ def _asserts(task: Task, tests: list[str], setup: str, entry: Any) -> Suite | st
 
 
 def _setup(task: Task) -> str | None:
-    """What a row's tests stand on: its imports and setup code; None where these are of another type."""
+    """The code before a row's tests: its imports and setup; None where these have another type."""
     imports, code = task.columns.get("test_imports") or [], task.columns.get("test_setup_code") or ""
     imports = [imports] if isinstance(imports, str) else imports
     if not isinstance(code, str) or not isinstance(imports, Sequence) or not all(isinstance(x, str) for x in imports):
@@ -194,7 +194,7 @@ def _setup(task: Task) -> str | None:
 
 
 def _test_code(task: Task, code: str, entry: Any, listed: Sequence[str] = ()) -> Suite | str:
-    """A `test` of code, after the assertions that the row lists besides."""
+    """A `test` column of code, preceded by the assertions that the row also lists."""
     if parsed(code, LONGEST_TESTS) is None:
         return "the test code is not Python"
     checks = defines(code, "check", LONGEST_TESTS)
@@ -233,7 +233,7 @@ def _columns(value: Mapping[str, Any], entry: Any) -> Suite | str:
             try:
                 given, expected = _from_lines(given, expected)
             except (ValueError, RecursionError):
-                return f"an input of {entry} is not JSON, one argument a line"
+                return f"an input of {entry} is not JSON, one argument per line"
         if not isinstance(given, Sequence) or isinstance(given, str):
             return f"an input of {entry} is not a list of arguments"
         cases.append(Case(expected, entry=str(entry), args=[_whole_keys(x) for x in given]))
@@ -242,7 +242,7 @@ def _columns(value: Mapping[str, Any], entry: Any) -> Suite | str:
 
 
 def _from_lines(given: str, expected: Any) -> tuple[list[Any], Any]:
-    """Arguments and value in LeetCode's way: one argument a line, as JSON. Raises ValueError, RecursionError."""
+    """Arguments and value in LeetCode's way: one argument per line, as JSON. Raises ValueError, RecursionError."""
     args = [json.loads(line) for line in given.splitlines() if line.strip()]
     return args, json.loads(expected) if isinstance(expected, str) else expected
 
@@ -297,7 +297,7 @@ def _rows(tests: Sequence[Mapping[str, Any]], entry: Any) -> Suite | str:
             try:
                 args, expected = _from_lines(_joined(given), expected)
             except (ValueError, RecursionError):
-                return f"test {i}: an input of {name} is not JSON, one argument a line"
+                return f"test {i}: an input of {name} is not JSON, one argument per line"
             kinds.add("calls")
             cases.append(Case(expected, entry=str(name), args=args))
         else:

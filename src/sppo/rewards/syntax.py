@@ -11,7 +11,7 @@ from .tokens import Unreadable
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One step of an answer's tree. `op` says what `args` are; two nodes are equal when they were written the same.
+    """A node of an answer's tree. `op` determines `args`; two nodes are equal when they were written the same way.
 
     number (value, digits after the point or None)      symbol (name)         constant (e | i | pi | oo)
     sum (terms…)   product (factors…)   power (base, exponent)   negative (x)   quotient (a, b)   plusminus (sign, a or None, b)
@@ -26,7 +26,7 @@ class Node:
 
 
 def number_node(text: str) -> Node:
-    """The node of a number's token. Raises Unreadable for an exponent beyond reason."""
+    """The node of a number's token. Raises Unreadable for an exponent of more than four digits."""
     mantissa, _, exponent = text.partition("e")
     if len(exponent.lstrip("+-")) > 4:
         raise Unreadable("a number's exponent is beyond reason")
@@ -50,7 +50,7 @@ def letter(letter: str) -> Node:
 
 
 def times(a: Node, b: Node) -> Node:
-    """The product, flat. Raises Unreadable for words: they multiply nothing."""
+    """The product, flattened. Raises Unreadable for words."""
     if "words" in (a.op, b.op):
         raise Unreadable("it has words beside a value")
     return Node("product", (*(a.args if a.op == "product" else (a,)), b))
@@ -95,7 +95,7 @@ def depth(node: Node) -> int:
 
 
 def literal(node: Node) -> Fraction | None:
-    r"""The value of what is written as a number: `-3`, `1/2`, `2\frac{1}{2}`, `1.2 \times 10^{-3}`; None for all that must be worked out."""
+    r"""The value of what is written as a number: `-3`, `1/2`, `2\frac{1}{2}`, `1.2 \times 10^{-3}`; None for anything that must be computed."""
     op, args = node.op, node.args
     if op == "number":
         return args[0]
@@ -124,7 +124,7 @@ def literal(node: Node) -> Fraction | None:
 
 
 def repeating(text: str) -> str | None:
-    """A decimal whose written digits repeat, with their period: `0.333` is `0.(3)`; None where they do not: 3.14159, 2.718281828."""
+    """A decimal whose digits repeat, written with its period: `0.333` is `0.(3)`; None where they do not: 3.14159, 2.718281828."""
     whole, _, digits = text.partition(".")
     if not digits.isdigit() or len(digits) > 60:
         return None

@@ -1,4 +1,4 @@
-"""Answers as text: in one spelling, as the members of a list, and the phrases that take a value back."""
+"""Answers as text: their normal form, the members of a list, and phrases that retract a value."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ DENIED_AFTER = (
     "is wrong", "is incorrect", "is not", "isn't", "isn’t", "is false", "was wrong", "are wrong", "cannot be", "can't be", "is impossible",
     "不对", "是错", "不正确", "不是答案",
 )  # fmt: skip
-"""Phrases after a value that take it back."""
+"""Phrases after a value that retract it."""
 
 
 def plain(text: str) -> str:
-    """Text less case, spaces and quotes at the ends, closing periods, and LaTeX that only sets it upright."""
+    """Text in lower case, without surrounding spaces, quotes and periods, and without LaTeX for upright type."""
     text = UPRIGHT.sub(r"\1", text).replace("\\ ", " ").replace("\\left", "").replace("\\right", "")
     return " ".join(text.split()).strip(" .").strip("\"'$").casefold()
 

@@ -1,6 +1,6 @@
 r"""The tokens of a mathematical answer, LaTeX or plain: numbers as they are written, letters, commands, marks.
 
-A character or a command's form that has no meaning in an answer is `Unreadable`. Linear in the text, and no regular expression.
+A character or command without a meaning in an answer is `Unreadable`. Linear in the text; no regular expression.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ TEXT = places(
 
 
 _ABOUT = ("approximately", "approx.", "approx", "about", "around", "roughly", "exactly", "precisely")
-"""Words before a value that do not change it."""
+"""Words before a value that leave it unchanged."""
 
 
 def tidy(text: str) -> str:
-    r"""An answer less what surrounds it: white space, `$…$`, `\(…\)`, `\[…\]`, `**…**`, a closing period, a lone brace pair."""
+    r"""An answer without its surroundings: white space, `$…$`, `\(…\)`, `\[…\]`, `**…**`, a closing period, a lone brace pair."""
     text = text.translate(_CHARACTERS).replace("a.m.", "am").replace("p.m.", "pm").strip()
     for word in _ABOUT:
         if text[: len(word) + 1].lower() in (word + " ", word + "$"):
@@ -101,9 +101,6 @@ def tidy(text: str) -> str:
         if text == before:
             break
     return text
-
-
-# -- tokens ---------------------------------------------------------------------------------------------------------------------
 
 
 def tokens(text: str) -> list[Token]:
@@ -154,7 +151,7 @@ def tokens(text: str) -> list[Token]:
 
 
 def _command(text: str, at: int, out: list[Token], spaced: bool) -> int:
-    """Append the token of the command at `at`, if it is one that means something; where the text goes on."""
+    """Append the token of the command at `at`, if it has a meaning, and return where the text continues."""
     n = len(text)
     end = at + 1
     while end < n and text[end].isalpha() and text[end].isascii():

@@ -1,4 +1,4 @@
-"""Quantities: a number with a unit, and when two of them are the same. `12 km` = `12000 m`, `90 km/h` = `25 m/s`, `50%` = `0.5`."""
+"""Units by their base units: `km/h`, `m/s^2`, `dollars`, `%`. Exact factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""The last value of a response that marks no answer: its last formula or number that the text does not take back. Linear in the text."""
+r"""The last value of a response without a marked answer: its last formula or number that is not retracted. Linear in the text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Candidate:
 
 
 def last_value(text: str, mathematics: bool) -> str | None:
-    """The last value of a text without marks: the whole of a short one, else its last formula or number that is not taken back."""
+    """The last value of a text without marks: the whole of a short one, else its last formula or number that is not retracted."""
     whole = text.strip()
     short = 0 < len(whole) <= 200 and "\n" not in whole and not any(mark in whole for mark in ("$", *_DELIMITERS))
     if mathematics and date(whole):
@@ -57,7 +57,7 @@ def last_value(text: str, mathematics: bool) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number written in a text that the text does not take back, or None. `5x`, `x^2`, `2+1`, `H2` and `3rd` are no numbers."""
+    """The last number in a text that is not retracted, or None. `5x`, `x^2`, `2+1`, `H2` and `3rd` are no numbers."""
     return next((number for _, _, number in _numbers(text)), None)
 
 
@@ -82,7 +82,7 @@ def denied_before(text: str, start: int) -> bool:
 
 
 def _begins_as_prose(text: str) -> bool:
-    """Whether a text with a number or an equation in it begins as a sentence does: `Therefore, x = 3`, `she has 5 left`."""
+    """Whether a text with a number or an equation begins like a sentence: `Therefore, x = 3`, `she has 5 left`."""
     if not any(c.isdigit() or c == "=" for c in text):
         return False
     label, colon, value = text.partition(":")
@@ -94,7 +94,7 @@ def _begins_as_prose(text: str) -> bool:
 
 
 def _value_of_formula(formula: str) -> str | None:
-    """What a formula comes to, for a comparison that evaluates nothing: itself, its right side, or the last number of plain sums."""
+    """The value of a formula, for comparisons that evaluate nothing: itself, its right side, or the last number of plain sums."""
     if formula.count("=") > 1 and "," in formula:
         return formula.strip()  # `x = 5, y = 7`: neither is the answer
     for part in (formula, formula.rpartition("=")[2]):

@@ -1,4 +1,4 @@
-"""A user's reward at work: what it may do wrong is named in one sentence, and costs no more samples than it must.
+"""A user's own reward: called under a time limit, its results checked, its faults named in one sentence.
 
 A call that raises, hangs or returns a wrong count is repeated one sample at a time, so that only the samples at fault are lost:
 they are masked, with the sentence in their evidence. Where more than a tenth is at fault, the reward is broken: RewardError.

@@ -1,4 +1,4 @@
-"""What the words, commands and marks of a mathematical answer stand for."""
+"""The meaning of words, commands and marks in a mathematical answer."""
 
 from __future__ import annotations
 

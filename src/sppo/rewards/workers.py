@@ -1,8 +1,8 @@
-"""A small pool of killable worker processes, for judging that may hang or crash: one JSON line in, one out.
+"""A small pool of killable worker processes, for judging that may hang or crash: one JSON line in, one JSON line out.
 
 A worker is `python -m sppo.rewards.worker module:function`, started fresh (never forked from a trainer with threads, never
-re-importing the user's script). A job that overruns its limit costs its worker, which is killed and replaced, and nothing
-else. The time in which a busy machine let the worker wait does not count. Works from any thread: nothing here uses signals.
+re-importing the user's script). A job that overruns its limit costs only its worker, which is killed and
+replaced. Time in which a busy machine kept the worker waiting does not count. Works from any thread: nothing here uses signals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from ..sandbox.inside.kernel import seconds_in_line
 
 PATIENCE = 60.0
-"""Times its limit that a job may take by the wall, where the processor was busy with something else."""
+"""Wall time that a job may take on a busy processor, in multiples of its limit."""
 TICK = 0.05
 START_LIMIT = 120.0
 """Seconds a worker may take to import its libraries (a cold disk, a loaded machine)."""

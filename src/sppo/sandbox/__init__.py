@@ -1,4 +1,4 @@
-"""Running programs that a model wrote. The verdict is always formed out here, from plain data, never inside the jail.
+"""Runs programs that a model wrote. Verdicts are formed outside, from plain data, never inside the jail.
 
 Sandbox(backend="bwrap", slots=2) ─► script / calls / asserts ─► one Result or one list of verdicts per program
 """

@@ -1,4 +1,4 @@
-"""This interpreter with its own libraries in a jail: for a library's code that handles what a model wrote.
+"""This interpreter with its own libraries in a jail, for library code that handles a model's output.
 
 Programs run in the jails of `pool.py`, which see the system's Python alone. Where a library has to look at a response (a scorer
 that evaluates it), a worker of the trainer's own Python is started inside bubblewrap, or it takes rights away from itself by Landlock.
@@ -30,7 +30,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/proc/self/
 
 @lru_cache(maxsize=1)
 def confinement() -> str:
-    """What this machine can confine such a worker with: `bwrap`, else `landlock`, else `none`."""
+    """The confinement that this machine offers for such a worker: `bwrap`, else `landlock`, else `none`."""
     bwrap = shutil.which("bwrap")
     if bwrap and subprocess.run([bwrap, *BARE, "/usr/bin/true"], capture_output=True, check=False).returncode == 0:
         return "bwrap"

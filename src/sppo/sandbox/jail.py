@@ -1,4 +1,4 @@
-"""One jail seen from outside: start it, hand a program in, feed and drain its pipes, and read the zygote's report."""
+"""The host's side of one jail: starts it, hands in a program, and reads the zygote's report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 FIRST_UID = 65_000
 """As root, slot k's jail belongs to this user id + k, so that neither limits nor signals are shared with anything."""
 GRACE = 3.0
-"""Seconds beyond a program's wall time after which the jail itself is taken to hang, and is started anew."""
+"""Seconds beyond a program's wall time after which the jail itself counts as hung, and is restarted."""
 START_LIMIT = 20.0
 OUT_OF_MEMORY = 97  # inside/program.py
 
@@ -90,7 +90,7 @@ class Jail:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the zygote. Raises SandboxUnavailable with the cause and the mend."""
+        """Start the zygote. Raises SandboxUnavailable with the cause and the remedy."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         keep = [theirs.fileno()]
         try:
@@ -109,7 +109,7 @@ class Jail:
                     self.process.wait()
                     errors.seek(0)
                     said = errors.read().decode(errors="replace").strip().splitlines()
-                    raise SandboxUnavailable(_mend(said[-1] if said else "it ended without a word"))
+                    raise SandboxUnavailable(_mend(said[-1] if said else "it ended without output"))
         except BaseException as error:
             ours.close()
             self.close()

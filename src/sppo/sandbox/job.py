@@ -1,4 +1,4 @@
-"""What a program is given (limits), and what is known of it afterwards (a result)."""
+"""A program to run, its limits, and its result."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """How one program ended. Everything in `stdout`, `stderr` and `channel` is the program's word, bytes and no more."""
+    """How one program ended. `stdout`, `stderr` and `channel` are untrusted bytes from the program."""
 
     status: Status
     stdout: bytes = b""

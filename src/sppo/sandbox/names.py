@@ -14,7 +14,7 @@ from typing import Literal
 from .inside.codec import PREDICATES
 
 LONGEST = 100_000
-"""Characters of the longest program that is anybody's answer."""
+"""Characters of the longest program that counts as an answer."""
 LONGEST_TESTS = 20_000_000
 STARRED = (
     "bisect", "builtins", "collections", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "math", "operator", "random",
@@ -25,9 +25,9 @@ EVALUATE = ("eval", "exec", "compile", "__import__", "import_module", "loads", "
 """Functions that may run what they are given, but for those of the modules `HARMLESS`."""
 HARMLESS = ("json", "ast", "re", "tomllib")
 JUDGES = ("assert", "check", "expect", "verify")
-"""How functions are called that judge what they are given."""
+"""Words in the names of functions that judge their arguments."""
 KEPT = 512
-"""Rows whose names are remembered."""
+"""Rows whose names are cached."""
 
 
 def free_names(tests: Sequence[str], setup: str) -> tuple[set[str], set[str]]:
@@ -103,7 +103,7 @@ def ambiguous(tests: Sequence[str], setup: str) -> str | None:
 
 
 def own_judge(tests: Sequence[str], setup: str, names: Sequence[str] | None) -> str | None:
-    """How a program could decide by itself whether these tests hold, or what they ask of its objects that they do not tell; or None.
+    """How a program could decide by itself whether these tests hold, or what they ask of its objects that these do not reveal; or None.
 
     `names`: those that are taken from the program; None: those that only it can bring.
     """
@@ -163,12 +163,12 @@ def names_taken(code: str, tests: Sequence[str], setup: str) -> tuple[list[str],
 
 
 def parsed(code: str, longest: int = LONGEST) -> ast.Module | None:
-    """The syntax tree, None for what is no Python (in the jail it fails with its own message) or too long to be anybody's answer."""
+    """The syntax tree, None for what is no Python (in the jail it fails with its own message) or too long to be an answer."""
     if len(code) > longest:  # parsing an f-string takes quadratic time
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model's `1if` is not the trainer's to warn about
+            warnings.simplefilter("ignore")  # a model's `1if` must not print a warning in the trainer
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

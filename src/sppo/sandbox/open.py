@@ -19,12 +19,12 @@ def open_sandbox(
     memory_mb: int = 512,
     fork: bool = False,
 ) -> Runs:
-    """A sandbox that has shown at its probe that it runs programs here.
+    """A sandbox whose probe has run a program on this machine.
 
     Args:
         backend: bwrap, landlock, unsafe-subprocess, or remote (with its `url`; its token is in SPPO_SANDBOX_TOKEN).
         python: the interpreter that programs see, by default the system's; readable by everybody.
-        slots: programs at a time. `wall`, `cpu`: seconds a program. `memory_mb`: over all of its processes.
+        slots: programs at a time. `wall`, `cpu`: seconds per program. `memory_mb`: per program, over all of its processes.
         fork: programs may start processes.
 
     Raises:

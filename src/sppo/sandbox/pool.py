@@ -1,4 +1,4 @@
-"""Slots of jails behind one door: jobs in, results out, in order. A backend is chosen by name; nothing falls back in silence."""
+"""A pool of jails: jobs in, results out, in order. A backend is chosen by name; there is no silent fallback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNSAFE = (
     "warning: backend=unsafe-subprocess is no sandbox: programs run as you, and can read, change and send whatever you can. "
     "Use it for programs that you trust; bwrap and landlock isolate.\n"
 )
-"""Said each time that such a backend starts."""
+"""Printed each time such a backend starts."""
 ANEW = ("/tmp/", "/proc/", "/dev/")
 LINGER = 0.25
 """Seconds that a solution may outlive its tests."""
@@ -43,7 +43,7 @@ class Runs(Protocol):
     limits: Limits
 
     def probe(self) -> None:
-        """Raises SandboxUnavailable with the cause and the mend."""
+        """Raises SandboxUnavailable with the cause and the remedy."""
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
         """One result for each job, in order."""
@@ -52,13 +52,13 @@ class Runs(Protocol):
         """One result for each job; those of a group run one after the other in the same jail, to be compared."""
 
     def close(self) -> None:
-        """Give back what it holds; it may be used again."""
+        """Release its resources; it may be used again."""
 
 
 class CallOff:
     """Ends jobs that nobody waits for any more: `now` ends the one that runs, and the rest are not begun.
 
-    A job may be on its way into its jail just then: say it again until the work is done.
+    A job may be entering its jail at that moment: repeat the call until the work is done.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class CallOff:
         self._jails: tuple[Jail, ...] = ()
 
     def now(self) -> None:
-        """End them; from any thread."""
+        """End the jobs; may be called from any thread."""
         self.said = True
         for jail in self._jails:
             jail.cancel()

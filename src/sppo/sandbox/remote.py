@@ -1,4 +1,4 @@
-"""The same jobs and results over HTTP: a client that stands where a `Sandbox` stands. The trainer still compares.
+"""A client with the interface of `Sandbox`, which runs jobs on a server over HTTP. Results are still compared here.
 
     POST URL/run   Authorization: Bearer TOKEN   {"jobs": [{...}], "limits": {...}}   ->   {"results": [{...}]}
 
@@ -71,7 +71,7 @@ class RemoteSandbox:
         self._probed = True
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
-        """One result for each job, in order. A server that cannot be reached is asked again, then the result is `infra_error`."""
+        """One result for each job, in order. An unreachable server is retried; after that the result is `infra_error`."""
         return [result for (result,) in self.run_groups([[job] for job in jobs])]
 
     def run_groups(self, groups: Sequence[Sequence[Job]]) -> list[list[Result]]:
@@ -131,7 +131,7 @@ class RemoteSandbox:
             raise ValueError(f"HTTP {response.status} {_reason(text)}")
         answers = json.loads(text).get("results")
         if not isinstance(answers, list) or len(answers) != len(jobs):
-            raise ValueError("the answer does not hold one result a job")
+            raise ValueError("the answer does not hold one result per job")
         return [result_from(answer) for answer in answers]
 
     def _connection(self, jobs: int) -> tuple[http.client.HTTPConnection, bool]:
@@ -161,7 +161,7 @@ def result_to(result: Result) -> dict[str, Any]:
 
 
 def result_from(tree: Any) -> Result:
-    """The result that JSON holds. Raises ValueError for anything else: what a server says is checked, not trusted."""
+    """The result that JSON holds. Raises ValueError for anything else: a server's answer is checked, not trusted."""
     if not isinstance(tree, Mapping) or tree.get("status") not in get_args(Status):
         raise ValueError("the answer is not a result")
     known = {f.name for f in fields(Result)}

@@ -1,12 +1,12 @@
-"""`sppo sandbox serve`'s server: the local sandbox behind a token, so that one machine judges for trainers on others.
+"""The server of `sppo sandbox serve`: a sandbox behind a token, for trainers on other machines.
 
 POST /run        a job and its limits in, a result out (remote.py is the client)
 POST /run_code   SandboxFusion's form for Python programs: {"code", "language", "stdin", "run_timeout"}
 GET  /health     {"ok": true, "backend": ..., "slots": ...}: the one address without a token
 
-HTTP is uvicorn's. It puts no limit on how long a client may take over a request, so `Connection` does: whoever has shown no
-token has seconds for a request, and makes room for the next when there are many. What is no plain request (a body where none
-belongs, two lengths) is refused and its connection closed. Jobs whose client has left are ended.
+uvicorn speaks HTTP. It does not limit the time of a request, so `Connection` does: a client without a token has a few seconds per
+request, and is dropped first when there are too many connections. Anything but a plain request (an unexpected body, two lengths) is
+refused and its connection closed. Jobs whose client has left are ended.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .remote import job_from, limits_from, result_to
 
 LARGEST_REQUEST, MOST_JOBS = 64 << 20, 4096
 MOST_CONNECTIONS, BACKLOG = 512, 128
-"""Connections held at a time, and taken at a time: so few that a newcomer is read before others can push it out."""
+"""Connections open at a time, and accepted at a time: few enough that a new one is read before others can displace it."""
 HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10.0, 300.0, 30
 """How long a client may take over a request's head and over its body, and how long a connection may lie idle."""
 CALL_OFF_SECONDS = 0.05
-"""How often the jobs of a client that left are told to end until they have."""
+"""Seconds between attempts to end the jobs of a client that has left."""
 Work = Callable[[Any, CallOff], dict[str, Any]]
 
 
 class Places:
-    """The open connections, in the order in which they came, and who goes when there are too many."""
+    """The open connections in order of arrival, and which of them is closed when there are too many."""
 
     def __init__(self, token: str, most: int = MOST_CONNECTIONS) -> None:
         self.token, self.most = token, most
@@ -61,7 +61,7 @@ class Places:
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 with a clock over each part of a request."""
+    """uvicorn's HTTP/1.1 with a time limit on each part of a request."""
 
     def __init__(self, *args: Any, places: Places, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -119,7 +119,7 @@ class Connection(H11Protocol):
 
 
 def authorised(headers: Sequence[tuple[bytes, bytes]], token: str) -> bool:
-    """Whether a request shows the token, in a time that does not tell how much of it is right."""
+    """Whether a request shows the token, in constant time."""
     given = [value for name, value in headers if name == b"authorization"]
     return len(given) == 1 and hmac.compare_digest(given[0].removeprefix(b"Bearer "), token.encode())
 
@@ -162,7 +162,7 @@ class Server:
         self._server.should_exit = True
 
     def server_close(self) -> None:
-        """Give the port back and end what still runs."""
+        """Release the port and end running jobs."""
         self._socket.close()
         for job, call_off in list(self._running.items()):
             while not job.cancel() and not job.done():

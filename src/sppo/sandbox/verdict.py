@@ -1,4 +1,4 @@
-"""From a program and its tests to which of them hold. Comparing happens here, on plain data; the jail never sees what is expected.
+"""Which of a program's tests hold. Comparison happens here, on plain data; the jail never sees an expected value.
 
 `stdio`: a fresh process per case, its standard output against the expected one. `calls`: one process answers calls with values.
 `asserts`: the task's own test code runs in a second jail.
@@ -22,7 +22,7 @@ TOLERANCE = 1e-6
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 LONGEST_NUMBER = 60
 SHOWN = 400
-"""Characters of a program's words that go into the evidence."""
+"""Characters of a program's output that go into the evidence."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Suite:
     """How far a decimal number on standard output may be from the expected one; see `same_output`."""
 
     def jobs(self, program: str) -> list[Job]:
-        """What to run: one job a case for `stdio`, one for all tests otherwise."""
+        """What to run: one job per case for `stdio`, one for all tests otherwise."""
         if self.kind == "stdio":
             return [Job("script", program, stdin=case.stdin) for case in self.cases]
         if self.code is not None:
@@ -211,7 +211,7 @@ def _answers(result: Result, n: int) -> tuple[list[Any], Status]:
     except (ValueError, TypeError, RecursionError):
         return [None] * n, "protocol" if status == "ok" else status
     if status == "ok" and None in answers:
-        status = "protocol"  # it left before it had answered
+        status = "protocol"  # it ended before it had answered
     return answers, status
 
 
@@ -292,7 +292,7 @@ def _asserts_job(code: str, t: TestCode) -> Job:
 def _asserts_report(tests: Sequence[str], result: Result) -> Report:
     held: list[bool] = [False] * len(tests)
     evidence: dict[str, Any] = {"cpu_seconds": round(result.cpu_seconds, 4)}
-    if result.status == "ok":  # anything else, and the tests' jail has not had its last word
+    if result.status == "ok":  # anything else means that the tests' jail did not finish
         said = json.loads(result.channel)
         held = [value is True for value in said["held"]]
         if said.get("cannot"):

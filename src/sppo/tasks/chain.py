@@ -3,10 +3,10 @@
     7+5-3*2?   →   7+5=2;2-3=9;9*2=8;A:8
 
 Operations apply from left to right. The embedded task: no download, every step checkable, hard enough that a small model
-must learn to compute, easy enough to learn in minutes. Train and held-out problems are disjoint by construction.
+must learn to compute, easy enough to learn within minutes. Train and held-out problems are disjoint by construction.
 
-`chain:steps=4-6`, `chain:steps=3,split=held-out,size=100000`; `chain:steps=4-6,confidence=true`: solutions state a confidence too, drawn at
-random (`…;9*2=8;C:37;A:8`): a form to be given a meaning by a reward (rewards/confidence.py)
+`chain:steps=4-6`, `chain:steps=3,split=held-out,size=100000`; `chain:steps=4-6,confidence=true`: solutions state a random
+confidence too (`…;9*2=8;C:37;A:8`), a form to which a reward gives meaning (rewards/confidence.py)
 """
 
 from __future__ import annotations

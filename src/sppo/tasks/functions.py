@@ -30,7 +30,7 @@ Apply = Callable[[list[int], int], Any]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a function: what the question says, the line of the solution, what it does. `k` is its number, if it has one."""
+    """One step of a function: its phrase in the question, its line of the solution, its effect. `k` is its number, if it has one."""
 
     says: str
     code: str
@@ -58,7 +58,7 @@ ENDS = (
     Step("return the largest, or 0", "return max(xs, default=0)", lambda xs, k: max(xs, default=0)),
 )
 LONGEST, LARGEST = 8, 12
-"""Of the lists that the tests call with."""
+"""Length and size of the numbers of the lists that tests pass."""
 
 
 def build(

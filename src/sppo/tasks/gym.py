@@ -3,7 +3,7 @@
     gym:chain_sum,min_terms=2,max_terms=4,min_digits=1,max_digits=3
 
 Its own scorer is the reward `gym`. Families with an obvious worked solution give one for supervised training (here
-`chain_sum`, one partial sum a line); the others offer the bare answer.
+`chain_sum`, one partial sum per line); the others offer the bare answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def build(family: str | None = None, split: str = "train", size: int = 100_000, 
 
 
 def make_dataset(family: str, seed: int, size: int, options: dict[str, Any]) -> Any:
-    """The reasoning-gym dataset; every error is a sentence."""
+    """The reasoning-gym dataset. Raises RecipeError for whatever the library raises."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

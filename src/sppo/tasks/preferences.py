@@ -1,4 +1,4 @@
-"""Rows that a reward model learns from: which of two responses is better, or whether one is good.
+"""Rows for training a reward model: which of two responses is better, or whether one is good.
 
     {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                        a preference pair
     {"chosen": [{"role": "user", …}, {"role": "assistant", …}], "rejected": […]}   whole conversations; the prompt is what they share

@@ -1,6 +1,6 @@
-"""`records`: the rows of a file, a saved dataset's folder or a hub dataset, in the layouts that people have.
+"""`records`: the rows of a file, a saved dataset's folder or a hub dataset, in the layouts of published data sets.
 
-A row needs a prompt and something to grade by:
+A row needs a prompt, and something to grade responses by:
 
     {"question": "2+2?", "answer": "4"}                                       a question (or `problem`): becomes a user's chat message
     {"prompt": "2+2=", "answer": "4"}                                         text: used as it is
@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import first_line
 from ..types import Message, Prompt, Task
 from .base import ListSource, in_split, question
-from .rows import columns_found, first_line, parsed, read_rows
+from .rows import columns_found, parsed, read_rows
 
 PROMPTS = ("prompt", "question", "problem", "messages", "conversations", "instruction")
 """Columns that a prompt is read from, in this order (and `text` of MBPP's rows)."""
@@ -36,7 +37,7 @@ SHAREGPT = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool",
     "function_response": "tool",
 }  # fmt: skip
-"""What speakers in `from` are called elsewhere."""
+"""The roles of ShareGPT's speakers."""
 TEST_KEYS = ("expected", "output", "expected_output", "stdout")
 """A list of objects with one of these is a list of tests."""
 
@@ -64,7 +65,7 @@ def rows_of(
     hub_split: str = "train",
     broken: list[tuple[int, str]] | None = None,
 ) -> tuple[Iterator[tuple[int, Mapping[str, Any]]], str]:
-    """The numbered rows that a spec's options name, and what to call their source in an error; `broken` as in `read_rows`."""
+    """The numbered rows that a spec's options name, and the name of their source for errors; `broken` as in `read_rows`."""
     if (path is None) == (hub is None):
         raise DataError("records needs a path (records:path=FILE) or a hub dataset (hub:NAME)")
     if path is not None:
@@ -161,7 +162,7 @@ def is_empty(prompt: Prompt) -> bool:
 
 
 def _inside(row: Any, source: str) -> Any:
-    """What a column, or a key inside one, holds; `...` where there is none."""
+    """The value of a column, or of a key inside one; `...` where there is none."""
     if source in row:
         return row[source]
     at = row
@@ -174,7 +175,7 @@ def _inside(row: Any, source: str) -> Any:
 
 
 def _present(value: Any) -> Any:
-    """A cell, or None where it says that there is nothing: NaN is how tables of numbers write a missing value."""
+    """A cell, or None for a missing value, which tables of numbers write as NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -219,7 +220,7 @@ def _tests(truth: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """JSON text of an object or a list as what it says; anything else as it is."""
+    """The parsed value of JSON text of an object or a list; anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return parsed(value)
@@ -262,7 +263,7 @@ def _messages(value: Any, column: str, name: str) -> list[Message]:
 
 
 def _message(m: Any, column: str, name: str) -> Message:
-    """One chat message with all that a template may ask for; ShareGPT's names are the usual ones afterwards."""
+    """One chat message with every key that a template may read; ShareGPT's names become the usual ones."""
     given, m = m, m if isinstance(m, Mapping) else {}
     message = {key: _without_nulls(v) for key, v in m.items() if v is not None}
     if "role" not in message and isinstance(message.get("from"), str):
@@ -324,7 +325,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A nested value less the nulls by which a table fills what some rows have and others have not."""
+    """A nested value without nulls: tables fill keys that a row lacks with null."""
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,6 @@
-"""Files of rows: JSON lines, a JSON list, CSV, TSV, parquet, or a folder that `datasets` saved. What cannot be read is named by file and row.
+"""Files of rows: JSON lines, a JSON list, CSV, TSV, parquet, or a folder that `datasets` saved. Errors name file and row.
 
-Text files may be compressed (.gz, .bz2, .xz, .zst), must be UTF-8 (with or without a byte-order mark) and are read a line at a time.
+Text files may be compressed (.gz, .bz2, .xz, .zst), must be UTF-8 (with or without a byte-order mark) and are read line by line.
 A row's number is its line in a text file, and its place from 1 elsewhere.
 """
 
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError
+from ..files import first_line
 from ..spec import COMPRESSED, ROW_FILES, exists, nested_beyond
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 Broken = list[tuple[int, str]]
 MOST_NESTED = 100
-"""Levels of lists and objects in one row: what is nested deeper is no data, and would exhaust the stack of whoever reads it."""
+"""Levels of lists and objects in one row: deeper nesting is no data, and would exhaust a reader's stack."""
 KINDS = ", ".join(ROW_FILES)
 
 
@@ -69,7 +70,7 @@ class _Reader:
         self.path, self.broken = path, broken
 
     def refuse(self, number: int, why: str) -> None:
-        """A row that cannot be read: noted, or an error."""
+        """Note a row that cannot be read, or raise DataError."""
         if self.broken is None:
             raise DataError(f"{self.path}:{number}: {why}")
         self.broken.append((number, why))
@@ -192,7 +193,7 @@ class _Reader:
             raise DataError(f"{self.path} cannot be read as a saved dataset: {first_line(error)}") from None
 
     def _batches(self, batches: Iterable[Any], mapped: bool) -> Rows:
-        """Rows of Arrow's batches; `mapped` ones lie in memory as they lie on the disk, and nothing has looked at them yet."""
+        """Rows of Arrow's batches; `mapped` ones are memory-mapped files that nothing has validated yet."""
         first = 1
         for batch in batches:
             names = batch.schema.names
@@ -210,7 +211,7 @@ class _Reader:
 
 
 def columns_found(row: Iterable[str]) -> str:
-    """The names of a row's columns for an error: `question`, `answer`."""
+    """The names of a row's columns, for an error message: `question`, `answer`."""
     return _listed(list(row)) or "none"
 
 
@@ -260,7 +261,7 @@ def _object(row: Any) -> dict[str, Any]:
 def _cells(column: Any, mapped: bool) -> list[Any]:
     """An Arrow column as Python values; where one has none (text that is not UTF-8, a date out of range), it alone is lost.
 
-    A damaged file on the disk may hold lengths that lead out of its memory: a mapped column is looked through first, and is lost as a whole.
+    A damaged file on the disk may hold lengths that lead out of its memory: a mapped column is validated first, and lost as a whole.
     """
     try:
         if mapped:
@@ -295,12 +296,7 @@ def _listed(names: list[str], most: int = 20) -> str:
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's kind, for people."""
+    """The name of a JSON value's type, for error messages."""
     return {"dict": "an object", "list": "a list", "str": "text", "NoneType": "null", "bool": "true or false"}.get(
         type(value).__name__, "a number"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

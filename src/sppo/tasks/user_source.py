@@ -1,4 +1,4 @@
-"""`package.module:object` as a source of problems."""
+"""The user's own `package.module:object` as a source of problems."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def own_source(spec: str, columns: Mapping[str, str] | None = None) -> OwnSource
 
 
 class OwnSource:
-    """A source of the user's own: an item that is a row (a mapping of columns) becomes a task, as a row of a file does."""
+    """A source of the user's own. An item that is a row (a mapping of columns) becomes a task, like a row of a file."""
 
     def __init__(self, source: Any, name: str, columns: Mapping[str, str] | None) -> None:
         self.source, self.name, self.columns = source, name, columns
@@ -60,7 +60,7 @@ class OwnSource:
 
 
 def checked(task: Task) -> Task:
-    """A task that anybody may have made, as it is. Raises DataError where it is none, or where its id, prompt or columns are of the wrong kind."""
+    """The task unchanged. Raises DataError where it is none, or where its id, prompt or columns have the wrong type."""
     if not isinstance(task, Task):
         raise DataError(f"a source of problems must give a sppo.Task, not {type(task).__name__}: {str(task)[:80]}")
     if not isinstance(task.id, str) or not isinstance(task.columns, Mapping):

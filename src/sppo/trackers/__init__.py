@@ -1,1 +1,1 @@
-"""Where else a run's numbers go: one file a tracker, with `build(run, **options)`. None is needed; `sppo view` reads the run itself."""
+"""Trackers: other places for a run's numbers. One file per tracker, with `build(run, **options)`. `sppo view` needs none."""

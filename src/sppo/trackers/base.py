@@ -1,7 +1,7 @@
-"""The socket: a tracker hears each step's numbers. One that a recipe names must start; what fails later only warns.
+"""The socket of a tracker, which receives each step's numbers. A tracker that a recipe names must start; later failures only warn.
 
 A tracker is a file here, or `package.module:object` of your own: `build(run, **options)` returns an object with `id`, `log(step, metrics)` and
-`close(summary)`, and raises whatever it likes when it cannot start.
+`close(summary)`, and raises any exception when it cannot start.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RecipeError
+from ..files import first_line, write_atomic
 from ..spec import make, parse_spec
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run. `previous` is the tracker's own `id` of this run, where the run goes on from `step`."""
+    """The run that a tracker receives. `previous` is the tracker's own `id` of it, for a run that resumes at `step`."""
 
     name: str
     folder: Path
@@ -28,7 +29,7 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Hears of a run. `id` is what it calls the run, kept in the run directory so that a resumed run goes on there."""
+    """Receives a run's numbers. `id` is its name for the run, kept in the run directory so that a resumed run continues there."""
 
     id: str
 
@@ -51,9 +52,9 @@ class Trackers:
             ids = json.loads(known.read_text())
         for text in specs:
             name = parse_spec(text, "sppo.trackers").name
-            told = TrackedRun(run.name, run.folder, run.recipe, run.step, ids.get(name))
+            tracked = TrackedRun(run.name, run.folder, run.recipe, run.step, ids.get(name))
             try:
-                self.running[text] = make(text, "sppo.trackers", "tracker", told)
+                self.running[text] = make(text, "sppo.trackers", "tracker", tracked)
                 missing = [part for part in ("id", "log", "close") if not hasattr(self.running[text], part)]
                 if missing:
                     raise RecipeError(
@@ -69,33 +70,27 @@ class Trackers:
                 ) from None
             except Exception as error:
                 self.close({})
-                raise RecipeError(f"run.trackers: {text} does not start: {_first_line(error)}") from error
+                raise RecipeError(f"run.trackers: {text} does not start: {first_line(error)}") from error
             ids[name] = self.running[text].id
         if specs:
-            part = known.with_suffix(".tmp")
-            part.write_text(json.dumps(ids) + "\n")
-            part.replace(known)
+            write_atomic(known, json.dumps(ids) + "\n")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Give everybody a step's numbers (what is no number is left out)."""
+        """Pass on a step's numbers; other values are left out."""
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         self._each(lambda tracker: tracker.log(step, numbers), f"at step {step}")
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Say goodbye."""
+        """Close all of them."""
         self._each(lambda tracker: tracker.close(summary), "at the end")
         self.running = {}
 
-    def _each(self, tell: Callable[[Tracker], None], when: str) -> None:
+    def _each(self, call: Callable[[Tracker], None], when: str) -> None:
         for text, tracker in list(self.running.items()):
             try:
-                tell(tracker)
+                call(tracker)
             except Exception as error:
                 del self.running[text]
                 self.say(
-                    f"warning: tracker {text} failed {when} and is left out from now on ({_first_line(error)}); the run goes on"
+                    f"warning: tracker {text} failed {when} and is left out from now on ({first_line(error)}); the run goes on"
                 )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,9 +13,9 @@ from typing import Any
 from .base import TrackedRun
 
 LONGEST = 6000
-"""Characters of a parameter that MLflow takes."""
+"""MLflow's limit on the characters of a parameter."""
 REFUSED = re.compile(r"[^\w./ -]")
-"""What its names may not hold."""
+"""Characters that its names may not hold."""
 
 
 def build(run: TrackedRun, uri: str = "", experiment: str = "sppo") -> MLflow:
@@ -32,7 +32,7 @@ class MLflow:
             warnings.simplefilter("ignore")  # of the libraries that it imports
             from mlflow.tracking import MlflowClient
 
-            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
+            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table that it makes
             logging.getLogger("alembic").setLevel(logging.WARNING)
 
             self.client: Any = MlflowClient(tracking_uri=uri)
@@ -47,7 +47,7 @@ class MLflow:
                 self.client.log_param(self.id, key, str(value)[:LONGEST])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One batch. A name with a sign that MLflow refuses (pass@4's) would lose all of it: such signs become underscores."""
+        """One batch. Signs that MLflow refuses in names (as in pass@4) become underscores; one would lose the whole batch."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from mlflow.entities import Metric

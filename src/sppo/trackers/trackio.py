@@ -22,7 +22,7 @@ class Trackio:
         import trackio
 
         self.library = trackio
-        with contextlib.redirect_stdout(io.StringIO()):  # it greets on stdout, which is the user's
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a greeting on stdout
             self.run = trackio.init(
                 project=project, name=name, space_id=space, config=dict(run.recipe), resume="allow", embed=False, auto_log_cpu=False,
                 auto_log_gpu=False,
@@ -34,6 +34,6 @@ class Trackio:
         self.run.log(dict(metrics), step=step)
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """The end; it has no place for a summary but a last row."""
+        """Finish the run; Trackio has no place for a summary."""
         with contextlib.redirect_stdout(io.StringIO()):
             self.library.finish()  # not the run's own, which would be done again at exit, on stdout

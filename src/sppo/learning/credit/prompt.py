@@ -62,7 +62,7 @@ class PromptCritic(TrainedCritic):
         length_b = torch.tensor([len(p) for p in prompts])
         total = 0.0
         for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_budget):
-            logit = self.model([prompts[i] for i in part.tolist()])
+            logit = self.model.prompt_logits([prompts[i] for i in part.tolist()])
             target = target_b[part].to(logit.device)
             loss = functional.binary_cross_entropy_with_logits(logit, target, reduction="sum") / len(rows)
             self.optimiser.backward(loss)

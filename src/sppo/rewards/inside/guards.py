@@ -7,8 +7,8 @@ LITERALS      the scorer calls `eval` on the answer: it gets `ast.literal_eval` 
 JUDGED_HERE   the scorer pays answers that are not the row's: judged here instead
 CORRECTED     the scorer pays some wrong answers: checked here afterwards
 
-What holds for every family: a score that answers without content get too is no score (`above_floor`), a score outside [0, 1] is
-none, the question repeated is no answer, and a reference inside a longer word or number, or beside its opposite, is not found.
+For every family: a score that empty answers get as well counts as 0 (`above_floor`), and so does a score outside [0, 1]; repeating the
+question is no answer; a reference inside a longer word or number, or beside its opposite, does not count as found.
 """
 
 import ast
@@ -26,7 +26,7 @@ SAME = 1e-9
 LONGEST_ARITHMETIC, LONGEST_EXPRESSION = 1_000, 10_000
 OPPOSITE = {"true": "false", "false": "true", "yes": "no", "no": "yes"}
 CONTENT_FREE = ("?", "no idea", "0", "[]", "{}")
-"""No two of them can be right for the same problem, so the second highest of their scores is what nothing is worth."""
+"""At most one of them can be right for a problem, so the second highest of their scores is the score of no content."""
 
 FUNCTIONS = frozenset({
     "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot", "asec", "acsc", "atan2", "sinh", "cosh", "tanh", "coth",

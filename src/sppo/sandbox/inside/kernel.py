@@ -1,4 +1,4 @@
-"""What a process asks of the kernel when it gives its rights up, for the zygote of programs and for the scorer of gym answers."""
+"""System calls with which a process gives up its rights: for the zygote of programs and for the scorer of gym answers."""
 
 import ctypes
 import os
@@ -37,7 +37,7 @@ def as_filter(code):
 
 
 def seconds_in_line(pid):
-    """How long a process has waited for a processor that was busy with something else; 0 where the system does not tell."""
+    """How long a process has waited for a processor that was busy with something else; 0 where the system does not say."""
     try:
         with open("/proc/%d/schedstat" % pid) as file:
             return int(file.read().split()[1]) / 1e9

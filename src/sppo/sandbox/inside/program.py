@@ -1,4 +1,4 @@
-"""What a program's own process does, after the zygote has taken everything from it. The code in here is the attacker's to change.
+"""The program's own process, after the zygote has dropped its rights. A program may change any code in here.
 
 Roles: `script` (run as __main__ with a standard input), `calls` (define, then answer calls with values), `solution` and `tests` (the
 program and the task's own test code, in two jails: answering.py and asserts.py).

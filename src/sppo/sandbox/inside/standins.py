@@ -72,7 +72,7 @@ class Link:
         mock._patch.__enter__, mock._patch.__exit__ = entering, leaving
 
     def patched(self):
-        """What is patched just now, as the program's jail is told."""
+        """The current patches, in the form sent to the program's jail."""
         out = []
         for module, name in self.patches:
             value = getattr(sys.modules[module], name)
@@ -161,7 +161,7 @@ class Link:
             if (module, name) != ("builtins", "input") and (module, name) not in self.patches:
                 raise ValueError("it is not patched")
             value = getattr(sys.modules[module], name)(*args, **kwargs)
-            return ["ok", encode(value, keep=lambda value: None)]  # what a mock of `print` returns is nobody's concern
+            return ["ok", encode(value, keep=lambda value: None)]  # the return value of a mocked `print` is not needed
         except Exception as error:
             return failure(error)
 
@@ -218,7 +218,7 @@ def update(before, after):
 
 
 class StandIn:
-    """A name or an object of the program's, which stays in its jail. It says what it holds; it never judges: no `==`, no `in`."""
+    """A name or an object of the program's, which stays in its jail. It returns what it holds and never judges: no `==`, no `in`."""
 
     def __init__(self, link, where, name=""):
         self._sppo_link, self._sppo_where, self._sppo_name = link, where, name

@@ -1,6 +1,6 @@
-"""What runs first in a jail: it finds what the interpreter needs, takes everything else out of sight, and becomes the zygote.
+"""Runs first in a jail: finds what the interpreter needs, removes everything else from view, and becomes the zygote.
 
-A file that two runs share is a memory: what is in the page cache, which names were looked up before, who holds a lock. So a bwrap
+Two runs that share a file can pass information through it: page cache, name lookups, locks. So a bwrap
 jail gets a file system of its own, in memory, with a copy of the interpreter, its standard library and the libraries of both; the
 machine's files are unmounted before the first program comes. Under Landlock the same files, and no others, stay readable in place.
 

@@ -1,4 +1,4 @@
-"""The trusted process inside a jail: it waits, warm, and forks once for each program. Standard library only.
+"""The trusted process inside a jail: it waits with its imports loaded, and forks once per program. Standard library only.
 
 It never reads a program and never holds an expected value. Each program gets process, mount and IPC namespaces of its own, an
 empty /tmp and /proc, hard limits, no capabilities and a system-call filter; when its first process ends, all of them do.
@@ -41,7 +41,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 ENDED = struct.Struct("<iqq")  # wait status, peak in KiB, instructions or -1
 PAGE = os.sysconf("SC_PAGE_SIZE")
 WATCH_SECONDS = 0.02  # how often the memory and the processor time of forking programs are added up
-STUCK_SECONDS = 2.0  # a killed program that is not gone by then waits for a disk, say: its jail is given up
+STUCK_SECONDS = 2.0  # a killed program that is still there after this (waiting for a disk, say) costs its jail
 SOCKET_BYTES = 1 << 18  # what one socket or pipe can hold by default: net.core.wmem_default, or 64 KiB
 JAIL_BYTES = 64 << 20  # the interpreter and its library in memory (world.py), and this process
 SIGNALS = 1024  # queued signals and timers
@@ -238,7 +238,7 @@ def watch(keeper, trusted, limits, end):
             events = poll.poll(1000 * (min(left, WATCH_SECONDS) if limits["fork"] else left))
             if any(fd == keeper_fd for fd, _ in events):
                 return None
-            if events:  # the host has no use for the rest
+            if events:  # the host no longer needs the result
                 control.recv(64)
                 return "cancelled"
             if limits["fork"] and ISOLATED:  # the limits of the kernel are for each process
