@@ -14,8 +14,6 @@ from typing import Protocol
 from ..errors import RecipeError
 from ..types import Prompt, Task
 
-GIVEN = "given in Python"
-"""Stands in a recipe for an object that was passed in Python and cannot be loaded by name."""
 HELD_OUT = 0.1
 """The share of all problems that is held out."""
 SPLITS = ("train", "held-out", "all")
