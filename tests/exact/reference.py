@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sppo.recipe.sections import ObjectiveSection
+from sppo.recipe.objective import ObjectiveSection
 from sppo.types import Rollout
 
 Advantage = float | Sequence[float]

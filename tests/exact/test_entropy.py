@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sppo.objective.loss import ENTROPY_CAP, Scored, entropy_bonus, policy_loss
-from sppo.recipe.sections import ObjectiveSection
+from sppo.recipe.objective import ObjectiveSection
 
 from .tabular import INDEX, LIMIT, MASK_ST, PREFIXES, RESPONSES, gradient, logps, parameters, probabilities
 

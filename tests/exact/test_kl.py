@@ -12,7 +12,7 @@ from sppo.objective.kl import estimator, kl_cost, weighted_k3
 from sppo.objective.loss import Scored, policy_loss
 from sppo.objective.ratio import log_ratio
 from sppo.objective.surrogate import CEILING, bounded_exp, surrogate
-from sppo.recipe.sections import ObjectiveSection
+from sppo.recipe.objective import ObjectiveSection
 
 from .tabular import (
     INDEX,

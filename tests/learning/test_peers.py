@@ -15,8 +15,8 @@ from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
 from sppo.recipe.config import Config
+from sppo.recipe.objective import PER_TOKEN
 from sppo.recipe.presets import PRESETS
-from sppo.recipe.sections import PER_TOKEN
 from sppo.run.build import Parts
 from sppo.run.loop import train
 from sppo.run.observer import Silent

@@ -8,8 +8,8 @@ import pytest
 
 from sppo.recipe import recipe as module
 from sppo.recipe.config import Config
+from sppo.recipe.objective import PER_TOKEN
 from sppo.recipe.presets import LONG_RATIO, PRESETS
-from sppo.recipe.sections import PER_TOKEN
 from sppo.rollout.engine import Sampling
 from sppo.run.run import Run
 from sppo.run.warnings import Warnings

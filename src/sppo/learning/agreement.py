@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import EngineMismatch
-from ..recipe.sections import ObjectiveSection
+from ..recipe.objective import ObjectiveSection
 from ..rollout.canary import SAMPLED
 from .update_stats import Tally
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recipe.sections import PER_TOKEN, ObjectiveSection
+from ..recipe.objective import PER_TOKEN, ObjectiveSection
 from .kl import estimator, weighted_k3
 from .ratio import log_ratio, wide
 from .surrogate import cispo, geometric_mean, normalised_sum, plain, response_means, soft_gate, surrogate

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..spec import GIVEN, is_import
+from .objective import PER_TOKEN
 from .presets import CHANCES
 from .recipe import Recipe
-from .sections import PER_TOKEN
 
 Sentences = Iterator[str]
 

@@ -8,15 +8,14 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
+from .objective import PER_TOKEN, ObjectiveSection
 from .presets import LONG_RATIO, SHORT
 from .sections import (
-    PER_TOKEN,
     BootstrapSection,
     CriticSection,
     CurriculumSection,
     EvaluationSection,
     MonitorsSection,
-    ObjectiveSection,
     PolicySection,
     RewardSection,
     RolloutSection,

@@ -1,7 +1,8 @@
-"""The socket of a task source, and the split into training and held-out problems. `loading.py` makes one from `task.train`.
+"""The socket of a task source, and the split into training and held-out problems. `loading.py` makes one from
+`task.train`.
 
-A source is a finite sequence, possibly long and computed on demand. `source[i]` is always the same task, so a position in the data is one
-number, and a resumed run sees the tasks that the interrupted one would have seen.
+A source is a finite sequence, possibly long and computed on demand. `source[i]` is always the same task, so a position
+in the data is one number, and a resumed run sees the tasks that the interrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import Protocol
 from ..errors import RecipeError
 from ..types import Prompt, Task
 
-GIVEN = "given in Python"
-"""Stands in a recipe for an object that was passed in Python and cannot be loaded by name."""
 HELD_OUT = 0.1
 """The share of all problems that is held out."""
 SPLITS = ("train", "held-out", "all")

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...models.policy import Policy
 from ...objective.advantage import shifted
 from ...objective.ratio import wide
-from ...recipe.sections import ObjectiveSection
+from ...recipe.objective import ObjectiveSection
 from ..batch import Batch
 from ..earned import MEMORY, Earned
 
