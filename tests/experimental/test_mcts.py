@@ -164,7 +164,7 @@ def test_a_lesson_weighs_less_the_likelier_its_problem_is_solved(tmp_path):
 
 
 def test_step_scores_guide_the_search(tmp_path):
-    job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": STEPS})
+    job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": STEPS, "training.steps": 1})
     judge = load_reward(STEPS)
     first, *_ = small_rollouts(job.components.policy, 4)
     text = first.task.solution.replace("=", "=1", 1)  # the first step is wrong
@@ -198,7 +198,7 @@ def test_the_lessons_gradient_is_the_weighted_likelihood():
 
 
 def test_what_the_search_counts_is_what_was_sampled_and_no_response_is_too_long(tmp_path):
-    job = trained(tmp_path, "run")
+    job = trained(tmp_path, "run", **{"training.steps": 1})
     written = []
     generate = job.components.engine.generate
 
@@ -218,7 +218,7 @@ def test_what_the_search_counts_is_what_was_sampled_and_no_response_is_too_long(
 
 
 def test_a_reward_that_fails_on_prefixes_is_no_broken_reward(tmp_path):
-    job = trained(tmp_path, "run")
+    job = trained(tmp_path, "run", **{"training.steps": 1})
 
     def judge(rollouts):
         raise RewardError("cannot read half a response")
@@ -241,7 +241,11 @@ def test_groups_that_dapo_throws_away_are_searched(tmp_path):
 
 
 def test_an_unfinished_step_is_not_judged_yet(tmp_path):
-    job = trained(tmp_path, "run", **{"search.value": "steps", "reward.use": STEPS, "rollout.segments": "tokens"})
+    job = trained(
+        tmp_path,
+        "run",
+        **{"search.value": "steps", "reward.use": STEPS, "rollout.segments": "tokens", "training.steps": 1},
+    )
     first, *_ = small_rollouts(job.components.policy, 4)
     half, _, _ = first.task.solution.partition("=")
     ids = job.components.policy.tokenizer(half)["input_ids"]
@@ -252,9 +256,8 @@ def test_an_unfinished_step_is_not_judged_yet(tmp_path):
     assert values == [None] * len(ids)
 
 
-def test_what_a_gate_refuses_or_what_was_cut_off_is_no_solution(tmp_path):
-    job = trained(tmp_path, "run")
-    first, *_ = small_rollouts(job.components.policy, 4)
+def test_what_a_gate_refuses_or_what_was_cut_off_is_no_solution():
+    first, *_ = small_rollouts(small_policy(), 4)
     right = replace(first, finish="stop").judged(Verdict(1.0, "correct"))
     assert _correct(right)
     assert not _correct(right.judged(Verdict(0.0, "correct", correctness=1.0)))
