@@ -19,7 +19,7 @@ from sppo.rollout.local import LocalEngine
 from sppo.rollout.reference import PlainEngine
 from sppo.run.loop import train
 from sppo.run.run import Run
-from sppo.tasks.base import load_tasks
+from sppo.tasks.loading import load_tasks
 
 from ..conftest import small_config, small_policy
 
