@@ -11,14 +11,17 @@ import torch
 
 from sppo.errors import RecipeError, StaleWeights
 from sppo.models.weights import write
+from sppo.rewards.loading import load_reward
 from sppo.rollout.canary import Canary
+from sppo.rollout.collect import collect
 from sppo.rollout.engine import Engine, Sampling, load_engine
 from sppo.rollout.local import LocalEngine
 from sppo.rollout.reference import PlainEngine
 from sppo.run.loop import train
 from sppo.run.run import Run
+from sppo.tasks.loading import load_tasks
 
-from ..conftest import small_config, small_policy, small_rollouts
+from ..conftest import small_config, small_policy
 
 PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 7]]
 
@@ -73,18 +76,25 @@ def test_samples_say_which_weights_wrote_them(policy, kind):
     assert [s.version for s in engine.generate(PROMPTS, [1, 2, 3], Sampling(4))] == [3, 3, 3]
 
 
-def test_rollouts_carry_the_version_through_a_resumed_run(tmp_path):
-    config = small_config(run__out=str(tmp_path / "run"), training__steps=2)
-    run = Run.new(config)
+def test_versions_are_numbers_of_steps_and_go_on_in_a_resumed_run(tmp_path):
+    run = Run.new(small_config(run__out=str(tmp_path / "run"), training__steps=2))
     train(run)
-    assert run.engine.version == 2
+    assert run.components.engine.version == 2
     run.close()
     again = Run.resume(tmp_path / "run", steps=3)
     again.begin()
-    assert again.engine.version == 2
-    (rollout,) = small_rollouts(again.policy, 1)
-    assert rollout.version == 0  # of an engine of its own
+    (sample,) = again.components.engine.generate([[5, 6]], [1], Sampling(3))
     again.close()
+    assert sample.version == 2
+
+
+def test_rollouts_carry_the_version_of_their_samples(policy):
+    engine = LocalEngine(policy)
+    engine.version = 5
+    source = load_tasks("chain:steps=1-2")
+    tasks = [source[0], source[1]]
+    rollouts = collect(engine, policy, load_reward("answer"), tasks, Sampling(6), seed=("versions",))
+    assert [r.version for r in rollouts] == [5, 5]
 
 
 def test_weights_come_in_one_order_and_tied_ones_once():
