@@ -107,7 +107,7 @@ def test_rollouts_are_filtered_and_opened(site, run, tab):
     tab.click("form.filter button")
     expect(tab.locator(".problem")).to_contain_text("no number")
     tab.goto(f"{site}/rollouts?task=no-such-task")
-    assert "No rollout is like that" in tab.locator("main").inner_text()
+    assert "No rollout matches" in tab.locator("main").inner_text()
     assert not tab.problems
 
 
@@ -344,7 +344,7 @@ def test_on_loopback_another_name_is_refused(site):
 
 def test_what_cannot_be_served_is_said(tmp_path, run, capsys):
     assert main(["view", str(tmp_path)]) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert main(["view", str(run), "--port", "1", "--host", "203.0.113.7"]) == 2
     assert "choose another --port or --host" in capsys.readouterr().err
     blocked = tmp_path / "file"

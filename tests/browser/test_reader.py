@@ -192,7 +192,7 @@ def test_two_runs_of_one_name_are_told_apart(run, copy, tmp_path):
         str(copy),
         str(tmp_path / "a" / "run"),
     ]
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         open_runs([str(tmp_path)])
     (copy / "recipe.toml").write_text("[policy\nmodel = 1\n")
     with pytest.raises(UserError, match="not valid TOML"):

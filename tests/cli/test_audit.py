@@ -225,7 +225,7 @@ def test_one_chain_of_reasoning_can_be_read(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["verify", "nowhere"], "is no run directory"),
+        (["verify", "nowhere"], "is not a run directory"),
         (["show", "RUN", "3"], "write it as STEP:ROW"),
         (["show", "RUN", "3:99"], "has 16 rollouts"),
         (["show", "RUN", "9:0"], "has no step 9"),

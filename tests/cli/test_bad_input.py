@@ -101,7 +101,7 @@ def test_rows_that_no_reader_could_use(tmp_path, train, capsys):
         ('{"prompt": [{"role": "user"}]}', "a chat message must look like"),
         (
             '{"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}',
-            "a part that is no text (image)",
+            "a part that is not text (image)",
         ),
         ('{"prompt": [{"role": "assistant", "tool_calls": [{}]}]}', "a tool call must look like"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "holds the assistant's turn alone"),

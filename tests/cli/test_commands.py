@@ -274,9 +274,9 @@ def test_the_critic_is_a_product(trained, tmp_path, capsys):
     for arguments, why in (
         (["export", trained, "--out", folder], "is not empty"),
         (["score", trained, "--data", "chain:steps=1"], "say how many: --n N"),
-        (["score", tmp_path, "--data", "chain:steps=1", "--n", "2"], "is no critic"),
+        (["score", tmp_path, "--data", "chain:steps=1", "--n", "2"], "is not a critic"),
         (["score", folder, "--data", "chain:steps=1", "--n", "0"], "--n must be 1 or more"),
-        (["export", tmp_path / "nowhere"], "is no run with a checkpoint"),
+        (["export", tmp_path / "nowhere"], "is not a run with a checkpoint"),
         (["score", folder, "--data", blank], "can be read"),
     ):
         assert main(["critic", *map(str, arguments)]) == 2
@@ -438,9 +438,9 @@ def test_a_critic_that_lies_next_to_a_model_is_not_its_own(trained, tmp_path, ca
         solved = last_json(sppo(capsys, "solve", models / name, "3+4?", "--max-tokens", "4", "--json"))
         assert solved["predicted_chance"] is None
         assert main(["critic", "score", str(models / name), "--data", "chain:steps=1", "--n", "2"]) == 2
-        assert "is no critic" in capsys.readouterr().err
+        assert "is not a critic" in capsys.readouterr().err
         assert main(["critic", "export", str(models / name), "--out", str(tmp_path / "x")]) == 2
-        assert "is no run with a checkpoint" in capsys.readouterr().err
+        assert "is not a run with a checkpoint" in capsys.readouterr().err
     for part in ("", "checkpoints/step-000002", "checkpoints/step-000002/policy"):
         assert last_json(sppo(capsys, "solve", trained / part, "3+4?", "--json"))["predicted_chance"] is not None
 

@@ -210,7 +210,7 @@ def test_a_run_or_what_cannot_be_made_is_no_place_for_a_comparison(tmp_path, cap
         (["recipes/quickstart.toml", "--algorithms", ""], "--algorithms names none"),
         (["recipes/quickstart.toml", "--algorithms", "sppo,sppo:seed=7"], "seed is the same for all runs of a comparison"),
         (["recipes/quickstart.toml", "--algorithms", "sppo:policy.model=x"], "policy.model is the same for all runs"),
-        (["recipes/quickstart.toml", "--algorithms", "sppo:foo"], "'foo' is no key=value"),
+        (["recipes/quickstart.toml", "--algorithms", "sppo:foo"], "'foo' is not key=value"),
         (["recipes/quickstart.toml", "--algorithms", "sppo:training.lr=1e-3,sppo:training.lr=0.001"], "is there twice"),
         ([], "give a recipe"),
         (["recipes/nothing.toml"], "no recipe at"),

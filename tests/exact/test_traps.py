@@ -261,7 +261,7 @@ def test_the_critic_reads_its_last_real_token_whatever_the_padding(kind):
     torch.nn.init.normal_(critic.head.weight)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
     with torch.no_grad():
-        together = critic(prompts)
+        together = critic.prompt_logits(prompts)
         alone = torch.cat([critic.prompt_logits([p]) for p in prompts])
     assert torch.allclose(together, alone, atol=1e-5)
 
@@ -387,7 +387,7 @@ def test_the_gap_between_engine_and_learner_is_measured_and_stops_the_run():
     _, _, metrics = a_step(small_policy(), small_critic(), rollouts)
     assert metrics["engine/gap_mean"] < 1e-5
     stale = [replace(r, logps=[x - 0.5 for x in r.logps]) for r in rollouts]
-    with pytest.raises(EngineMismatch, match="nats a token"):
+    with pytest.raises(EngineMismatch, match="nats per token"):
         a_step(small_policy(), small_critic(), stale)
 
 

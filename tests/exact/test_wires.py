@@ -159,10 +159,10 @@ def test_limits_are_a_multiple_of_what_was_measured_and_no_less_than_half_of_wha
 def test_the_canarys_limit_is_the_first_looks():
     policy = small_policy()
     engine, canary = LocalEngine(policy), Canary(policy)
-    gap = canary.check(engine, policy)
+    gap = canary.check(engine, policy, policy.fingerprint())
     assert canary.limit == noise_limit(gap, PROBED, torch.float32)
     canary.limit = 0.7
-    canary.check(engine, policy)
+    canary.check(engine, policy, policy.fingerprint())
     assert canary.limit == 0.7
 
 
@@ -209,7 +209,7 @@ def test_a_prefix_is_as_bad_as_its_worst_step_and_one_response_proves_little():
     assert abs(before) < 0.3 * abs(rest)
 
 
-# -- what a step gathers -----------------------------------------------------------------------------------------------------
+# -- what a step samples -----------------------------------------------------------------------------------------------------
 
 
 def test_a_greedy_response_is_of_its_own_prompt_and_is_greedy(tmp_path):
@@ -228,15 +228,13 @@ def test_a_greedy_response_is_of_its_own_prompt_and_is_greedy(tmp_path):
     job.close()
 
 
-def test_flat_groups_are_replaced_and_paid_for(tmp_path, monkeypatch):
+def test_flat_groups_are_replaced_and_paid_for(tmp_path):
     config = small_config(
         objective__algorithm="dapo", rollout__prompts=4, rollout__samples=2, run__out=str(tmp_path / "run")
     )
     job = Run.new(config)
     job.begin()
-    monkeypatch.setattr(job, "reward", Turns())
-    found = sample(job.components, 0)
-    monkeypatch.undo()
+    found = sample(replace(job.components, reward=Turns()), 0)
     groups = [found.rollouts[i : i + 2] for i in range(0, len(found.rollouts), 2)]
     assert len(groups) == 4
     assert found.thrown_away
@@ -307,47 +305,51 @@ def searching(tmp_path):
 
 def test_lessons_weigh_what_is_left_to_learn_over_as_many_as_there_could_be(searching):
     with torch.no_grad():
-        torch.nn.init.normal_(searching.critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-        searching.critic.head.bias.fill_(-1.5)
-    lessons, refused = searching.searcher._lessons(3)
-    chances = searching.critic.logits([r.task for r in lessons.batch.rollouts]).sigmoid().tolist()
+        torch.nn.init.normal_(
+            searching.components.critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+        )
+        searching.components.critic.head.bias.fill_(-1.5)
+    lessons, refused = searching.search._lessons(3)
+    chances = searching.components.critic.logits([r.task for r in lessons.batch.rollouts]).sigmoid().tolist()
     assert lessons.weights == pytest.approx([0.5 * (1 - v / 0.8) for v in chances])
     assert len(set(lessons.weights)) == 3
     assert (lessons.most, refused) == (5, 0)
-    wrong = next(iter(searching.searcher.solutions.values()))
+    wrong = next(iter(searching.search.solutions.values()))
     wrong.task.columns["answer"] = "no number"
-    lessons, refused = searching.searcher._lessons(3)
+    lessons, refused = searching.search._lessons(3)
     assert (len(lessons.weights), refused) == (2, 1)
 
 
 def test_what_is_searched_failed_every_time_and_looks_hopeless(searching):
     with torch.no_grad():
-        torch.nn.init.normal_(searching.critic.head.weight, std=0.3, generator=torch.Generator().manual_seed(0))
-        searching.critic.head.bias.fill_(-0.4)
-    rollouts = [replace(r, finish="stop") for r in small_rollouts(searching.policy, 12)]
+        torch.nn.init.normal_(
+            searching.components.critic.head.weight, std=0.3, generator=torch.Generator().manual_seed(0)
+        )
+        searching.components.critic.head.bias.fill_(-0.4)
+    rollouts = [replace(r, finish="stop") for r in small_rollouts(searching.components.policy, 12)]
     judged = [r.judged(Verdict(*((1.0, "correct") if i == 3 else (0.0, "wrong")))) for i, r in enumerate(rollouts)]
     judged[5] = judged[5].judged(Verdict(0.0, "infra_error"))
-    chances = searching.critic.logits([r.task for r in judged]).sigmoid().tolist()
+    chances = searching.components.critic.logits([r.task for r in judged]).sigmoid().tolist()
     hopeless = [(v, r.task.id) for v, r in zip(chances, judged, strict=True) if v < 0.4]
     assert 2 < len(hopeless) < 12
     assert any(v < 0.4 for i, v in enumerate(chances) if i in (3, 5))
     open_ = [(v, n) for v, n in hopeless if n not in (judged[3].task.id, judged[5].task.id)]
     expected = [n for _, n in sorted(open_, reverse=True)[:2]]
-    assert [r.task.id for r in searching.searcher._hard(judged)] == expected
+    assert [r.task.id for r in searching.search._hard(judged)] == expected
 
 
 def test_an_outcome_is_of_a_response_that_ended(searching):
-    first, verdict = small_rollouts(searching.policy, 1)[0], Verdict(1.0, "correct")
+    first, verdict = small_rollouts(searching.components.policy, 1)[0], Verdict(1.0, "correct")
     right, full = (first.answered(ids, "", finish="length", verdict=verdict) for ids in ([5, 6], [5] * 24))
-    assert searching.searcher._outcome(right, ([1, 2], [None, 0.3])).outcome == 0.3
-    assert searching.searcher._outcome(right, ([1, 2], [None, None])).outcome == 0.0
-    assert searching.searcher._outcome(full, ([24], [0.9])).outcome == 0.0
-    assert searching.searcher._outcome(replace(right, finish="stop"), ([1, 2], [None, 0.3])).outcome == 1.0
+    assert searching.search._outcome(right, ([1, 2], [None, 0.3])).outcome == 0.3
+    assert searching.search._outcome(right, ([1, 2], [None, None])).outcome == 0.0
+    assert searching.search._outcome(full, ([24], [0.9])).outcome == 0.0
+    assert searching.search._outcome(replace(right, finish="stop"), ([1, 2], [None, 0.3])).outcome == 1.0
 
 
 def test_a_prefix_is_worth_its_worst_step(searching):
-    rollout = a_chain(searching.policy, "1;2;3;A", [0.9, 0.2, 0.6])
-    found = searching.searcher._step_values(rollout, [1, 2, 4, 6, 8])
+    rollout = a_chain(searching.components.policy, "1;2;3;A", [0.9, 0.2, 0.6])
+    found = searching.search._step_values(rollout, [1, 2, 4, 6, 8])
     assert found == [None, 0.9, 0.2, 0.2, 0.2]
 
 

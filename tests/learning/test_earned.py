@@ -249,7 +249,7 @@ def test_the_critic_learns_from_all_that_was_judged(epochs):
     for rows, gradient in seen:
         assert {2, 3, 4, 5, 6, 8, 9} >= set(rows[2:].tolist())
         prompts = [model.prompt_ids(batch.rollouts[i].task) for i in rows.tolist()]
-        loss = functional.binary_cross_entropy_with_logits(model(prompts), batch.correct_B[rows])
+        loss = functional.binary_cross_entropy_with_logits(model.prompt_logits(prompts), batch.correct_B[rows])
         plain = torch.cat(
             [
                 g.flatten()

@@ -29,7 +29,7 @@ class Mine(LlamaForCausalLM):
 def test_a_backend_that_isolates_nothing_says_so_each_time(capfd):
     for _ in range(2):
         with Sandbox("unsafe-subprocess", 1):
-            assert "is no sandbox: programs run as you" in capfd.readouterr().err
+            assert "is not a sandbox: programs run as you" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -110,6 +110,7 @@ def older(run, changes):
     for dotted, value in changes.items():
         section, _, key = dotted.partition(".")
         tree[section][key] = value
+    del tree["task"]["environment"]  # a key that it did not know
     (run / "recipe.toml").write_text(tomli_w.dumps(tree))
     return tree
 
@@ -131,7 +132,7 @@ def test_view_report_and_audit_read_runs_of_removed_keys(run, tmp_path, capsys):
 
 
 def test_an_older_run_resumes_and_its_audit_chain_says_the_same_recipe(run, capsys):
-    """Its recipe and its chain hold removed keys at neutral values: dropping them makes it no other recipe."""
+    """Its recipe and its chain hold removed keys at neutral values and lack newer ones: neither makes it another recipe."""
     neutral = {key: values[0] for key, (values, _) in KEYS.items() if values[0] is not None}
     older(run, neutral)
     reseal(run, neutral)
@@ -163,6 +164,7 @@ def reseal(run, neutral):
         entry = {k: v for k, v in entry.items() if k not in ("previous", "sha256")}
         if "recipe" in entry:
             entry["recipe"] |= neutral
+            del entry["recipe"]["task.environment"]
         if "recipe_file_sha256" in entry:
             entry["recipe_file_sha256"] = file_sha256(run / "recipe.toml")
         chain.append(entry)

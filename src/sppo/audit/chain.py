@@ -1,7 +1,7 @@
 """`audit.jsonl`: the record of a run, one JSON object per line, each with the hash of the line before it.
 
-A line with `step` holds the hashes of a step: its rollouts, its line of metrics, the alerts and the search buffer up to it, the recipe. Other
-lines have `event`:
+A line with `step` holds the hashes of a step: its rollouts, its line of metrics, the alerts and the search buffer up to
+it, the recipe. Other lines have `event`:
 
     begin       the recipe, the verifier's code and the data that the run began with
     start       start.json, the accuracy before the first step
@@ -9,8 +9,9 @@ lines have `event`:
     resume      the step after which the run continued, its recipe and verifier; later steps before it no longer count
     end         summary.json
 
-Lines are never removed. `audit.head` holds the number and the hash of the last line, so a chain that was cut short is noticed. Whoever can
-write to the run can forge all of it; only a hash that is kept elsewhere shows that (`run.anchor`, `sppo audit verify --head`).
+Lines are never removed. `audit.head` holds the number and the hash of the last line, so a chain that was cut short is
+noticed. Whoever can write to the run can forge all of it; only a hash that is kept elsewhere shows that (`run.anchor`,
+`sppo audit verify --head`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def step_file(run: Path, step: int) -> Path:
 
 
 def hashes(run: Path, step: int) -> dict[str, Any]:
-    """The hashes that a step's line holds: of its rollouts file, its line of metrics, all alerts up to it, the recipe at that time, and the
-    search buffer with its length in bytes."""
+    """The hashes that a step's line holds: of its rollouts file, its line of metrics, all alerts up to it, the recipe
+    at that time, and the search buffer with its length in bytes."""
     found: dict[str, Any] = {
         "rollouts_sha256": file_sha256(step_file(run, step)),
         "metrics_sha256": bytes_sha256(_line_of(run / "metrics.jsonl", step)),
@@ -54,7 +55,8 @@ def hashes(run: Path, step: int) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a folder, by its path inside; anything but a regular file has none, and is listed all the same."""
+    """The SHA-256 of every file in a folder, by its path inside; anything but a regular file has none, and is listed
+    all the same."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
@@ -153,7 +155,7 @@ class AuditChain:
         self.record = read(run) if (run / CHAIN).exists() else Record()
         if problem := self.record.problem or cut_off(run, self.record):
             raise DataError(
-                f"{run} cannot be gone on with: {problem}. Put the file back as it was, or move {CHAIN} and {HEAD} away to go on without "
+                f"{run} cannot be continued: {problem}. Restore the file, or move {CHAIN} and {HEAD} away to continue without "
                 "the record of what was done so far"
             )
         self.count, self.head = len(self.record.entries), self.record.head
@@ -177,7 +179,10 @@ class AuditChain:
             _append(self.anchor, json.dumps({"chain": self.first, "line": self.count, "sha256": self.head}))
 
     def vouches_for(self, checkpoint: Path) -> str:
-        """Why the chain does not vouch for a checkpoint, or nothing. A chain of an older version says nothing against any."""
+        """Why the chain does not vouch for a checkpoint, or nothing.
+
+        A chain of an older version says nothing against any.
+        """
         known = [
             e["files"] for e in self.record.entries if e.get("event") == "checkpoint" and e["name"] == checkpoint.name
         ]
@@ -194,7 +199,10 @@ def _append(path: Path, line: str) -> None:
 
 
 def cut_off(run: Path, record: Record) -> str:
-    """Why `audit.head` shows that lines are missing at the end, or nothing. It may be one line behind: a run was killed between the two."""
+    """Why `audit.head` shows that lines are missing at the end, or nothing.
+
+    It may be one line behind: a run was killed between the two.
+    """
     recorded = any("event" in e for e in record.entries)
     if not (run / HEAD).exists() and not (run / HEAD).is_symlink():
         return f"{HEAD} is missing, so lines may have been cut from the end of {CHAIN}" if recorded else ""

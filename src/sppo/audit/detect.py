@@ -1,7 +1,7 @@
 """Has something changed? Two sequential tests, small enough to be checked by hand; their state is plain numbers.
 
-Source: Page 1954, "Continuous inspection schemes" (CUSUM). Wald's bound gives the false alarms: an alarm level of h is crossed about once in
-e^h observations or more where nothing has changed.
+Source: Page 1954, "Continuous inspection schemes" (CUSUM). Wald's bound gives the false alarms: an alarm level of h is
+crossed about once in e^h observations or more where nothing has changed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 class Cusum:
     """A rate of events that must stay at `usual`, and is looked at for having become `bad`.
 
-    Each observation adds log(bad/usual) for an event and log((1−bad)/(1−usual)) for none, never below 0; the alarm is at `level`. `since` is
-    when the sum last left 0: the best guess of when it began.
+    Each observation adds log(bad/usual) for an event and log((1−bad)/(1−usual)) for none, never below 0; the alarm is
+    at `level`. `since` is when the sum last left 0: the best guess of when it began.
 
     >>> test = Cusum(0.01, 0.2, 5.0)
     >>> [test.feed(step, events, 10) for step, events in enumerate([0, 1, 0, 2, 3])], test.since
@@ -54,8 +54,8 @@ class Cusum:
 class Rate:
     """A rate whose usual height is that of the first `learn` steps, then under a `Cusum` for `rise` more.
 
-    What is usual lies between `least` and `most`, and is taken one standard error higher than it was seen: few steps tell little. A rate that
-    cannot rise by so much is not tested.
+    What is usual lies between `least` and `most`, and is taken one standard error higher than it was seen: few steps
+    tell little. A rate that cannot rise by so much is not tested.
     """
 
     rise: float

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import read_bytes, read_json_or_nothing
+from ..recipe.config import keys
 from ..recipe.removed import is_neutral
 from .chain import (
     CHAIN,
@@ -53,9 +54,10 @@ class Findings:
 def verify(run: Path, head: str = "", anchor: Path | None = None) -> Findings:
     """Is the run what its record says, and is the record the one that was written?
 
-    Checked: every byte of `audit.jsonl` and `audit.head`, the order of the lines, and every byte of what they hash (rollouts, metrics, alerts,
-    the search buffer, `recipe.toml`, `start.json`, `summary.json`, all files of the checkpoints); rollouts and checkpoints without a
-    line; a recipe that changed on the way. The record of runs of older versions covers less; `notes` says what is missing.
+    Checked: every byte of `audit.jsonl` and `audit.head`, the order of the lines, and every byte of what they hash
+    (rollouts, metrics, alerts, the search buffer, `recipe.toml`, `start.json`, `summary.json`, all files of the
+    checkpoints); rollouts and checkpoints without a line; a recipe that changed on the way. The record of runs of older
+    versions covers less; `notes` says what is missing.
 
     Args:
         head: the hash of a line, kept from an earlier look; the chain must still hold it.
@@ -164,7 +166,10 @@ class _State:
             return
         # a removed key at a neutral value is no change: the recipe of an older version held it
         before = {k: v for k, v in before.items() if k in now or not is_neutral(k, v, before)}
-        changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
+        # a new key at its default neither: that is what the older version did
+        defaults = {k: list(d) if isinstance(d, tuple) else d for k, d, _ in keys()}
+        new = {k for k in now.keys() - before.keys() if k in defaults and now[k] == defaults[k]}
+        changed = [k for k in sorted((now.keys() | before.keys()) - new) if now.get(k) != before.get(k)]
         said = ", ".join(f"{k} {_value(before.get(k))} → {_value(now.get(k))}" for k in changed)
         moved = tuple(self.data) if entry.get("data") == self.data else ()  # the same rows in another place
         if any(not k.startswith(FREE) and k not in moved for k in changed):
@@ -248,7 +253,7 @@ def _files(look: _Look, state: _State, found: Findings, begun: bool) -> None:
         elif sha256 is None and begun and (run / name).exists():
             found.bad(step, f"{name} has no line in {CHAIN}")
     if state.start is not None and state.data != _data(run / "data.json", state.data):
-        found.bad(0, "data.json is not what the run began with, or went on with")
+        found.bad(0, "data.json is not what the run started or resumed with")
     _buffer(look, state, found, begun)
 
 
@@ -291,7 +296,7 @@ def _checkpoints(look: _Look, state: _State, found: Findings, begun: bool) -> No
         step = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else found.steps
         if path.name in state.known:
             if not path.is_dir() or path.is_symlink():
-                found.bad(step, f"checkpoints/{path.name} is no folder")
+                found.bad(step, f"checkpoints/{path.name} is not a folder")
             elif why := difference(state.known[path.name], files_of(path)):
                 found.bad(step, f"checkpoints/{path.name}: {_shown(why)}")
         elif begun:

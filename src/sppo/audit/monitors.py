@@ -1,4 +1,5 @@
-"""Is the policy solving more problems, or exploiting its verifier? Monitors look at every step and raise alerts: what, since when, what to do.
+"""Is the policy solving more problems, or exploiting its verifier? Monitors look at every step and raise alerts: what,
+since when, what to do.
 
     reference   a rewarded response is judged as an answer to two other problems with other references. An honest one is right for neither; one
                 that passes both is paid whatever the reference says. (It is what a canary prompt with a wrong reference tests, without
@@ -10,7 +11,8 @@
     length, repetition, script      wrong (or right) responses that drift without the reward rising
     entropy, advantage              nothing is explored, or nothing can be learnt, while problems stay unsolved
 
-Responses that a monitor of verdicts objects to can be quarantined: masked, never scored 0. State is plain numbers, kept in checkpoints.
+Responses that a monitor of verdicts objects to can be quarantined: masked, never scored 0. State is plain numbers, kept
+in checkpoints.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ class Alert:
 
 
 class Monitors:
-    """All of them. `inspect` comes between judging and learning, `look` after the update; `fetch` gives what was raised."""
+    """All monitors of a run.
+
+    `inspect` comes between judging and learning, `look` after the update; `fetch` gives what was raised.
+    """
 
     def __init__(self, section: MonitorsSection, reward: Reward, seed: int, limit: float) -> None:
         """Raises RecipeError where `second` names no reward."""
@@ -73,7 +78,10 @@ class Monitors:
         self.notes: list[str] = []
 
     def inspect(self, step: int, rollouts: Sequence[Rollout], recorded: int) -> tuple[list[Rollout], dict[str, float]]:
-        """A step's judged rollouts, with those masked that are in quarantine; and metrics. The first `recorded` are in the step's file."""
+        """A step's judged rollouts, with those masked that are in quarantine; and metrics.
+
+        The first `recorded` are in the step's file.
+        """
         out, metrics = list(rollouts), {}
         for m in self.verifying:
             eligible = [i for i, r in enumerate(rollouts) if r.verdict and not r.verdict.masked and m.concerns(r)]
@@ -141,7 +149,8 @@ class Monitors:
         return found
 
     def work(self, step: int, kept: dict[float, tuple[int, int]]) -> dict[str, float]:
-        """After a look at answers without work (audit/work.py): of right answers, how many stayed right, by share of the chain that was left."""
+        """After a look at answers without work (audit/work.py): of right answers, how many stayed right, by share of
+        the chain that was left."""
         metrics = {f"monitor/right_with_{round(100 * share)}pct_of_work": k / n for share, (k, n) in kept.items() if n}
         right, n = kept.get(0.0, (0, 0))
         low, _ = wilson(right, n)

@@ -41,7 +41,7 @@ WATCHED = {
     "timeout": ("more responses run into the verifier's time limit", "look at what they do; raise the limit if it is honest work"),
     "crashed": ("more responses crash the verifier's worker", "look at the evidence: a parser may be under attack, or out of memory"),
     "unparseable": ("more responses give no answer that can be read", "look at them: the format is being lost; reward it (gate format:…)"),
-    "invalid_task": ("more problems cannot be graded", "these rows have no reference that can be read: mend the data"),
+    "invalid_task": ("more problems cannot be graded", "these rows have no reference that can be read: fix the data"),
     "infra_error": ("the verifier fails more often", "its machinery is at fault, not the responses: see the evidence's reason"),
 }  # fmt: skip
 
@@ -78,7 +78,8 @@ class Outcomes(Stepwise):
 
 
 class Text(Stepwise):
-    """Responses that grow, repeat themselves or change their script while the reward does not rise, for right and for wrong ones."""
+    """Responses that grow, repeat themselves or change their script while the reward does not rise, for right and for
+    wrong ones."""
 
     name = "text"
 

@@ -1,4 +1,5 @@
-"""Monitors of verdicts: each objects to some of the responses judged right; a sequential test watches its rate of objections.
+"""Monitors of verdicts: each objects to some of the responses judged right; a sequential test watches its rate of
+objections.
 
 The trials of a test are problems, not responses, because samples of one problem are not independent.
 """
@@ -20,11 +21,15 @@ from ..types import Rollout, Task
 from .detect import Cusum, Rate
 
 OTHERS = 2
-"""References of other problems that a response is held against (fewer where there are fewer); it is objected to if it passes them all."""
+"""References of other problems that a response is held against (fewer where there are fewer); it is objected to if it
+passes them all."""
 
 
 class Verifying(ABC):
-    """Objects to some responses. `rate` decides when objections are too many; `free`: looking costs nothing, so every response is looked at."""
+    """Objects to some responses.
+
+    `rate` decides when objections are too many; `free`: looking costs nothing, so every response is looked at.
+    """
 
     name, what, advice, free = "", "", "", False
 
@@ -41,7 +46,8 @@ class Verifying(ABC):
         """Those of the chosen rows that it objects to; None where it could not look. Raises RewardError."""
 
     def feed(self, step: int, rollouts: Sequence[Rollout], flagged: Sequence[int], chosen: Sequence[int]) -> bool:
-        """Give the test what was found: each problem is a trial, its event the share of its responses that were objected to."""
+        """Give the test what was found: each problem is a trial, its event the share of its responses that were
+        objected to."""
         of: dict[str, list[bool]] = {}
         bad = set(flagged)
         for i in chosen:
@@ -143,8 +149,8 @@ class Second(Verifying):
 
 
 def reads_reference(reward: Any) -> bool:
-    """Whether what this reward calls correct depends on a problem's reference (an answer, tests). One that says `reference_free = True` (a class,
-    an object or a function of yours may) does not."""
+    """Whether what this reward calls correct depends on a problem's reference (an answer, tests). One that says
+    `reference_free = True` (a class, an object or a function of yours may) does not."""
     if isinstance(reward, MixedReward):
         return any(reads_reference(p.reward) for i, p in enumerate(reward.parts) if i == 0 or p.role == "and")
     inner = reward.function if isinstance(reward, CallableReward) else getattr(reward, "inner", reward)
@@ -152,7 +158,8 @@ def reads_reference(reward: Any) -> bool:
 
 
 def reference_of(task: Task) -> str | None:
-    """What a problem's responses are held against, as text (of a multiple choice its letter); None where it has nothing of the kind."""
+    """What a problem's responses are held against, as text (of a multiple choice its letter); None where it has nothing
+    of the kind."""
     for name in TEST_COLUMNS:
         if task.columns.get(name):
             return repr(task.columns[name])

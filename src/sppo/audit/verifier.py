@@ -18,7 +18,8 @@ ROOMS = ("rewards", "sandbox")
 
 
 def verifier_sha256(reward: Reward) -> str:
-    """The hash of every source file of this package's rewards and sandbox, and of the file of a user's own reward or checker.
+    """The hash of every source file of this package's rewards and sandbox, and of the file of a user's own reward or
+    checker.
 
     Libraries (parsers, models) are left out. A reward typed into an interpreter has no file, so only its name counts.
     """

@@ -1,7 +1,8 @@
-"""Answers without work: truncate a right response's chain of thought, force the answer, and see whether it is still right.
+"""Answers without work: truncate a right response's chain of thought, force the answer, and see whether it is still
+right.
 
-If it is, the chain was not needed. The answer is forced with the response's own words: the text of its last line (or last step) before the
-answer that the verifier read. Early answering, as in Lanham et al. 2023 (arXiv 2307.13702).
+If it is, the chain was not needed. The answer is forced with the response's own words: the text of its last line (or
+last step) before the answer that the verifier read. Early answering, as in Lanham et al. 2023 (arXiv 2307.13702).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def without_work(
     seed: int,
     step: int,
 ) -> dict[float, tuple[int, int]]:
-    """Of right responses with steps before their answer: how many stay right, and how many were tried, by the share that was left.
+    """Of right responses with steps before their answer: how many stay right, and how many were tried, by the share
+    that was left.
 
     Empty where no response can be cut: programs, episodes, answers that the verifier's evidence does not show.
     """
@@ -78,7 +80,8 @@ def _ids(policy: Policy, text: str) -> list[int]:
 
 
 def cut_at(rollout: Rollout) -> tuple[list[str], str, str] | None:
-    """A right response's (steps before the answer, the answer, the words that introduce it); None where there is no work to cut.
+    """A right response's (steps before the answer, the answer, the words that introduce it); None where there is no
+    work to cut.
 
     >>> from ..types import Task, Verdict
     >>> r = Rollout.answer(Task("", "3+4*2?"), [], [], [], "stop", "3+4=7;7*2=4;A:4", verdict=Verdict(1.0, "correct", {"extracted": "4"}))

@@ -105,14 +105,17 @@ def entries_of(args: argparse.Namespace, changes: dict[str, Any], out: Path) -> 
 
 
 def _algorithms(texts: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """`sppo,grpo:training.lr=1e-4` as label → (preset, keys of its own). Raises UserError for an unknown, repeated or shared key."""
+    """`sppo,grpo:training.lr=1e-4` as label → (preset, keys of its own).
+
+    Raises UserError for an unknown, repeated or shared key.
+    """
     named: dict[str, tuple[str, dict[str, Any]]] = {}
     for text in split_specs(texts):
         spec = parse_spec(text)
         if spec.name not in PRESETS:
             raise UserError(f"--algorithms: {spec.name!r} is unknown: {nearest(spec.name, list(PRESETS))}")
         if spec.words:
-            raise UserError(f"--algorithms: {text}: {spec.words[0]!r} is no key=value")
+            raise UserError(f"--algorithms: {text}: {spec.words[0]!r} is not key=value")
         options = {key: parse_value(v) if isinstance(v, str) else v for key, v in spec.options.items()}
         for key in options:
             if key.startswith(SHARED):

@@ -141,7 +141,8 @@ class Loaded:
             self.critic, _ = Critic.load(str(beside), dtype="auto", device=device, seed=seed)
 
     def sampling(self, *, temperature: float | None, **flags: int | float | None) -> Any:
-        """How to sample: by the user's flags (keys of [rollout]), else by the run's recipe, else by a recipe's defaults."""
+        """How to sample: by the user's flags (keys of [rollout]), else by the run's recipe, else by a recipe's
+        defaults."""
         from ..rollout.engine import Sampling
 
         if temperature is not None and not temperature >= 0:
@@ -177,8 +178,8 @@ class Loaded:
 
 
 def critic_beside(policy: Path) -> Path | None:
-    """The critic that was trained beside a policy: both lie in one checkpoint. A folder `critic` that merely lies next to a model is of another
-    model (`sppo critic export` writes one to models/critic)."""
+    """The critic that was trained beside a policy: both lie in one checkpoint. A folder `critic` that merely lies next
+    to a model is of another model (`sppo critic export` writes one to models/critic)."""
     policy = policy.resolve()
     found = policy.parent / "critic"
     whole = policy.name == "policy" and (policy.parent / "state.pt").exists()

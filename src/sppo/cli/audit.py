@@ -205,7 +205,7 @@ def _prompt(run: Path, found: dict[str, Any]) -> list[str]:
 def _run(path: str) -> Path:
     run = Path(path)
     if not is_folder(run / "rollouts"):
-        raise UserError(f"{path} is no run directory (it has no rollouts/)")
+        raise UserError(f"{path} is not a run directory (it has no rollouts/)")
     return run
 
 

@@ -53,7 +53,8 @@ two seeds, the first one alone on one."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is not finished yet, then compare; exit 0 when every run finished, 1 when one failed, 130 when interrupted."""
+    """Run what is not finished yet, then compare; exit 0 when every run finished, 1 when one failed, 130 when
+    interrupted."""
     changes = overrides(args)
     out = _folder(args, changes)
     changes.setdefault("training.measure_noise", True)  # a large model may rather not hold copies of its gradient

@@ -1,4 +1,5 @@
-"""`sppo critic`: export a run's critic, which predicts from the prompt alone whether the policy solves it, or rank prompts with one."""
+"""`sppo critic`: export a run's critic, which predicts from the prompt alone whether the policy solves it, or rank
+prompts with one."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def _export(args: argparse.Namespace) -> int:
 
     policy, out = newest_policy(Path(args.path)), Path(args.out)
     if policy.resolve().name != "policy" or not (policy.resolve().parent / "state.pt").exists():
-        raise UserError(f"{args.path} is no run with a checkpoint")
+        raise UserError(f"{args.path} is not a run with a checkpoint")
     source = critic_beside(policy)
     if source is None:
         raise UserError(f"{args.path} has no critic beside its policy: its algorithm trains none")
@@ -113,7 +114,7 @@ def _score(args: argparse.Namespace) -> int:
     own = path if (path / HEAD_FILE).exists() else critic_beside(newest_policy(path)) if path.is_dir() else None
     folder = own or path
     if not (folder / HEAD_FILE).exists():
-        raise ModelError(f"{args.model} is no critic: it has no {HEAD_FILE} (export one: sppo critic export RUN)")
+        raise ModelError(f"{args.model} is not a critic: it has no {HEAD_FILE} (export one: sppo critic export RUN)")
     if args.n is not None and args.n < 1:
         raise UserError(f"--n must be 1 or more, not {args.n}")
     recipe = _recipe_near(folder)

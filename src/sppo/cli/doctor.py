@@ -96,7 +96,10 @@ def _sandbox() -> str:
 
 
 def _plan(config: Config) -> dict[str, Any]:
-    """Resolve the recipe's names and plan memory as `train` does (run/plan.py). Missing data or network is reported, not raised."""
+    """Resolve the recipe's names and plan memory as `train` does (run/plan.py).
+
+    Missing data or network is reported, not raised.
+    """
     from ..models.loading import choose_dtype, outline, pick_device
     from ..run.plan import Model, plan
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 1 or args.samples < 1:
         raise UserError("--n and --samples must be at least 1")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
-        raise UserError(f"--out: {args.out} is no file that can be written; name one in a folder that is there")
+        raise UserError(f"--out: {args.out} cannot be written; name one in a folder that is there")
     specs = split_specs(args.tasks)
     if not specs:
         raise UserError("--tasks names no task")
@@ -114,7 +114,7 @@ def _warn_of_training_rows(specs: list[str], loaded: Loaded) -> None:
     for spec in specs:
         if loaded.recipe is not None and is_records(spec) and located(spec, None) == loaded.recipe.task.train:
             print(
-                f"warning: the run was trained on {spec} (all but a tenth of it): this is no held-out accuracy; "
+                f"warning: the run was trained on {spec} (all but a tenth of it): this is not a held-out accuracy; "
                 f"for that: --tasks records:path={spec},split=held-out",
                 file=sys.stderr,
             )

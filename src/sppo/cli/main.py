@@ -1,4 +1,5 @@
-"""`sppo`: parses, dispatches, and turns errors into one sentence and an exit code (0 done, 2 the user's mistake, 1 a failure)."""
+"""`sppo`: parses, dispatches, and turns errors into one sentence and an exit code (0 done, 2 the user's mistake, 1 a
+failure)."""
 
 from __future__ import annotations
 
@@ -29,22 +30,8 @@ from . import (
 )
 
 COMMANDS = (
-    train,
-    sft,
-    evaluate,
-    compare,
-    verify,
-    solve,
-    view,
-    report,
-    audit,
-    critic,
-    reward_model,
-    sandbox,
-    pull,
-    data,
-    doctor,
-)
+    train, sft, evaluate, compare, verify, solve, view, report, audit, critic, reward_model, sandbox, pull, data, doctor,
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

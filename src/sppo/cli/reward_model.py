@@ -1,4 +1,5 @@
-"""`sppo reward-model train`: a reward model from preference pairs (`chosen`, `rejected`) or labels (`response`, `label`)."""
+"""`sppo reward-model train`: a reward model from preference pairs (`chosen`, `rejected`) or labels (`response`,
+`label`)."""
 
 from __future__ import annotations
 

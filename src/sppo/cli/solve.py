@@ -86,10 +86,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asked(question: str, system: str | None) -> list[dict[str, str]]:
-    """The question and the system message as chat messages. Raises UserError for what is no text, empty or no chat."""
+    """The question and the system message as chat messages.
+
+    Raises UserError for an empty question, or one that is not text or chat.
+    """
     for name, text in (("the question", question), ("--system", system or "")):
         if any(0xD800 <= ord(c) < 0xE000 for c in text):
-            raise UserError(f"{name} is no text: it holds bytes that are not UTF-8")
+            raise UserError(f"{name} is not text: it holds bytes that are not UTF-8")
     if not question.strip():
         raise UserError("the question is empty")
     messages = _messages(question) or [{"role": "user", "content": question}]
@@ -101,7 +104,10 @@ def _asked(question: str, system: str | None) -> list[dict[str, str]]:
 
 
 def _messages(text: str) -> list[dict[str, str]] | None:
-    """Chat messages that a question is written as, or None for a question in words. Raises UserError where a message cannot be read."""
+    """Chat messages that a question is written as, or None for a question in words.
+
+    Raises UserError where a message cannot be read.
+    """
     from ..tasks.records import task_from
 
     try:

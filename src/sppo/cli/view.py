@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     host, port = ("[::1]" if ":" in args.host else args.host), listener.getsockname()[1]
     shown = socket.gethostname() if args.host in ("0.0.0.0", "::") else host
     print(f"http://{shown}:{port}/" + (f"?token={token}" if token else ""), flush=True)
-    print("Ctrl-C ends it; the run goes on.", file=sys.stderr)
+    print("Ctrl-C stops the page; the run continues.", file=sys.stderr)
     config = uvicorn.Config(application(runs, token), log_level="warning", access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     try:

@@ -1,8 +1,8 @@
 """Calibration of stated chances: reliability, calibration error, Brier score, and accuracy under abstention.
 
-The same numbers for any predictor of success: the critic's V(x), or a confidence that the model itself writes. Sources: reliability diagrams
-and ECE, Guo et al. 2017 (arXiv 1706.04599 eq. 3); Brier 1950; risk and coverage, El-Yaniv and Wiener 2010, Geifman and El-Yaniv 2017
-(arXiv 1705.08500).
+The same numbers for any predictor of success: the critic's V(x), or a confidence that the model itself writes. Sources:
+reliability diagrams and ECE, Guo et al. 2017 (arXiv 1706.04599 eq. 3); Brier 1950; risk and coverage, El-Yaniv and
+Wiener 2010, Geifman and El-Yaniv 2017 (arXiv 1705.08500).
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def reliability(correct: ArrayLike, predicted: ArrayLike, bins: int = 10) -> lis
 
 
 def calibration(correct: ArrayLike, predicted: ArrayLike) -> dict[str, Any]:
-    """`n`, `ece` (10 equal-width bins), `brier`, `auc`, `mean_predicted`, `accuracy`, and of abstaining where the prediction is lowest:
-    `selective_accuracy` at some coverages, `aurc` (the mean risk over all coverages, 0 is perfect) and `aurc_oracle`, what a predictor that
-    knew the outcomes would have. None for what cannot be measured. [n], [n] of numbers in [0, 1]."""
+    """`n`, `ece` (10 equal-width bins), `brier`, `auc`, `mean_predicted`, `accuracy`, and of abstaining where the
+    prediction is lowest: `selective_accuracy` at some coverages, `aurc` (the mean risk over all coverages, 0 is
+    perfect) and `aurc_oracle`, what a predictor that knew the outcomes would have. None for what cannot be measured.
+    [n], [n] of numbers in [0, 1]."""
     c, q = _pair(correct, predicted)
     n = len(c)
     if n == 0:
@@ -62,7 +63,10 @@ def calibration(correct: ArrayLike, predicted: ArrayLike) -> dict[str, Any]:
 
 
 def _risks(c: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean error of the k surest predictions, for every k. Equal predictions each count with their mean error, whatever their order."""
+    """The mean error of the k surest predictions, for every k.
+
+    Equal predictions each count with their mean error, whatever their order.
+    """
     order = np.argsort(-q, kind="stable")
     wrong, level = 1 - c[order], q[order]
     starts = np.flatnonzero(np.r_[True, level[1:] != level[:-1]])

@@ -40,7 +40,8 @@ class Curve:
 
 
 def cost_to(cost: Sequence[float], accuracy: Sequence[float], target: float) -> float:
-    """The cost at which a curve first reaches the target, interpolated linearly between evaluations; ∞ when it never does."""
+    """The cost at which a curve first reaches the target, interpolated linearly between evaluations; ∞ when it never
+    does."""
     for i, a in enumerate(accuracy):
         if a >= target:
             if i == 0:
@@ -89,8 +90,9 @@ def ratio_interval(ratios: Sequence[float]) -> dict[str, float | None]:
 
 
 def median_interval(values: Sequence[float]) -> dict[str, float | None]:
-    """The median (the upper of the middle two) and order statistics that hold it with 95% confidence: of five values or fewer the lowest
-    and the highest, which hold it with 94% and less; no interval for a single value. Values may be ∞, given as null."""
+    """The median (the upper of the middle two) and order statistics that hold it with 95% confidence: of five values or
+    fewer the lowest and the highest, which hold it with 94% and less; no interval for a single value. Values may be ∞,
+    given as null."""
     x = sorted(values)
     if len(x) == 1:
         return {"value": _finite(x[0]), "low": None, "high": None}
@@ -106,13 +108,15 @@ def students_t(degrees: int) -> float:
 
 
 def compare(runs_of: Mapping[str, Mapping[int, Curve | None]], target: float) -> dict[str, Any]:
-    """The comparison as plain numbers. `runs_of[algorithm][seed]`, None for a run that failed: it never reached the target.
+    """The comparison as plain numbers. `runs_of[algorithm][seed]`, None for a run that failed: it never reached the
+    target.
 
-    For each algorithm: `tokens_to_target`, `time_to_target` (medians; null where not reached, `reached` says in how many runs),
-    `final_accuracy`, `area` (means, both at the largest number of tokens that every run generated), `collapses`, `failed`, the curves' `means`
-    (means over seeds), and of their `ends` those that any run has (means with intervals). `against` compares with the first algorithm on the
-    seeds that both have: ratios of costs where both reached the target (`…_missed`: in how many of the other seeds this one did not, and the
-    first one did not), differences of accuracy.
+    For each algorithm: `tokens_to_target`, `time_to_target` (medians; null where not reached, `reached` says in how
+    many runs), `final_accuracy`, `area` (means, both at the largest number of tokens that every run generated),
+    `collapses`, `failed`, the curves' `means` (means over seeds), and of their `ends` those that any run has (means
+    with intervals). `against` compares with the first algorithm on the seeds that both have: ratios of costs where both
+    reached the target (`…_missed`: in how many of the other seeds this one did not, and the first one did not),
+    differences of accuracy.
     """
     curves = {name: {seed: c for seed, c in runs.items() if c is not None} for name, runs in runs_of.items()}
     budget = min(c.tokens[-1] for runs in curves.values() for c in runs.values())

@@ -43,7 +43,8 @@ class Evaluation:
     outcomes: dict[str, int]
     measures: dict[str, float]
     calibration: dict[str, dict[str, Any]]
-    """Of the `critic` (each problem's predicted chance) and of the `model` (the confidence that responses state), where there is one."""
+    """Of the `critic` (each problem's predicted chance) and of the `model` (the confidence that responses state), where
+    there is one."""
     rollouts: list[Rollout] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,8 +75,9 @@ def evaluate(
 ) -> Evaluation:
     """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation.
 
-    With a `checker` of steps, `measures` also says how many right answers were reached by wrong ones. A `critic` must read the prompt alone.
-    A response cut at the limit is wrong whatever the reward says, unless `keep_cut` (`rollout.truncated = "keep"`).
+    With a `checker` of steps, `measures` also says how many right answers were reached by wrong ones. A `critic` must
+    read the prompt alone. A response cut at the limit is wrong whatever the reward says, unless `keep_cut`
+    (`rollout.truncated = "keep"`).
     """
     rollouts = collect(
         engine, policy, reward, tasks, sampling, samples=samples, seed=(seed, "evaluation"),
@@ -129,7 +131,8 @@ def calibrations(rollouts: Sequence[Rollout], critic: Critic | None = None) -> d
 
 
 def mean_measures(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The means of what rewards measured besides the score (`evidence["measures"]`: pass rates, gaps), masked samples left out."""
+    """The means of what rewards measured besides the score (`evidence["measures"]`: pass rates, gaps), masked samples
+    left out."""
     values: dict[str, list[float]] = {}
     for verdict in verdicts:
         if not verdict.masked:

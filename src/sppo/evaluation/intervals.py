@@ -21,8 +21,8 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
 def accuracy_interval(task_means: Sequence[float], samples: int) -> tuple[float, float, float]:
     """(accuracy, low, high) over problems with `samples` responses each.
 
-    One response per problem: Wilson's interval. Several: responses to one problem are not independent, so Wilson's interval with the
-    effective number of responses p(1−p)/Var(mean), estimated from the spread between problems.
+    One response per problem: Wilson's interval. Several: responses to one problem are not independent, so Wilson's
+    interval with the effective number of responses p(1−p)/Var(mean), estimated from the spread between problems.
     """
     n = len(task_means)
     if n == 0:

@@ -1,8 +1,8 @@
 """Right answers reached by wrong steps, which a reward for answers alone pays.
 
-A checker says of each written step whether it holds (1; of a graded score, 0.5 or more), does not (0), or cannot be judged (None): the task's
-own where its file in `tasks/` has one (chain), else the one that the reward names (`steps:check=…`), else whether the equations that the
-text writes hold (rewards/arithmetic.py).
+A checker says of each written step whether it holds (1; of a graded score, 0.5 or more), does not (0), or cannot be
+judged (None): the task's own where its file in `tasks/` has one (chain), else the one that the reward names
+(`steps:check=…`), else whether the equations that the text writes hold (rewards/arithmetic.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NAME = "right_by_wrong_steps"
 
 
 def step_checker(tasks: str, example: Task, reward: Reward) -> Checker | None:
-    """The checker for a task's steps, by the task's spec, one of its problems and its reward; None for programs and episodes without one."""
+    """The checker for a task's steps, by the task's spec, one of its problems and its reward; None for programs and
+    episodes without one."""
     name = parse_spec(tasks).name
     if name in modules_in("sppo.tasks") and offers(f"sppo.tasks.{name}", "check_steps"):
         checker: Checker = resolve(name, "sppo.tasks", "check_steps")
@@ -35,7 +36,8 @@ def step_checker(tasks: str, example: Task, reward: Reward) -> Checker | None:
 
 
 def step_quality(rollouts: Sequence[Rollout], checker: Checker) -> dict[str, float]:
-    """Of the right answers whose steps could be judged, the share with a wrong step; empty where no steps could be judged.
+    """Of the right answers whose steps could be judged, the share with a wrong step; empty where no steps could be
+    judged.
 
     `steps_judged_share`: the share of right answers whose steps could be judged.
     """

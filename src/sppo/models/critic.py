@@ -139,12 +139,12 @@ class Critic(nn.Module):
             action_BL: True for the tokens to predict before.
         """
         device = self.head.weight.device
-        ids_BL, actions = ids_BL.to(device), Actions.of(action_BL.to(device))
+        actions = Actions.of(action_BL.cpu())
         width = int(actions.before_B.max())
-        mask_BL = (torch.arange(width, device=device)[None] < actions.before_B[:, None]).long()
-        found = self.backbone(input_ids=ids_BL[:, :width], attention_mask=mask_BL, **self._no_cache)
-        hidden_BLD = found.last_hidden_state
-        at_BT = actions.spread(actions.position_N - 1)
+        ids_BL = ids_BL[:, :width].to(device)
+        mask_BL = (torch.arange(width)[None] < actions.before_B[:, None]).long().to(device)
+        hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL, **self._no_cache).last_hidden_state
+        at_BT = actions.spread(actions.position_N - 1).to(device)
         return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
 
     def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -57,7 +57,8 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The comparison as Markdown tables, one row per algorithm: what the target cost, where the runs ended, and differences on the same seeds."""
+    """The comparison as Markdown tables, one row per algorithm: what the target cost, where the runs ended, and
+    differences on the same seeds."""
     target, algorithms = result["target"], result["algorithms"]
     unit, letter = (1e6, "M") if result["equal_tokens"] >= 1e5 else (1e3, "k")
     costs = [
@@ -128,7 +129,10 @@ def _cell(interval: Mapping[str, float | None], unit: float, form: str) -> str:
 
 
 def figure(curves: Mapping[str, Sequence[Curve]], target: float, path: Path) -> None:
-    """Mean accuracy against tokens and against seconds, the band from the lowest to the highest seed. Raises UserError without matplotlib."""
+    """Mean accuracy against tokens and against seconds, the band from the lowest to the highest seed.
+
+    Raises UserError without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:

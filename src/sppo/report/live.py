@@ -1,4 +1,5 @@
-"""The live page: one or several runs in a browser, read from their directories as they grow. It writes nothing and knows no model.
+"""The live page: one or several runs in a browser, read from their directories as they grow. It writes nothing and
+knows no model.
 
 It answers on loopback only, unless another address is given; then visitors need a token, which is kept in a cookie.
 """
@@ -255,7 +256,7 @@ def _filter(request: Request) -> tuple[Filter, str]:
                 raise ValueError(text)
         except ValueError:
             bounds.pop(name, None)
-            problem += f"“{text[:40]}” is no number that could be meant, so “{LABELS[name]}” is left open. "
+            problem += f"“{text[:40]}” is not a usable number, so “{LABELS[name]}” is left open. "
     outcome = given.get("outcome", "")
     order = given.get("order", "newest")
     return Filter(

@@ -26,7 +26,10 @@ _INVISIBLE = re.compile(
 
 
 def visible(text: object) -> str:
-    """Control characters and those that turn, hide or join text are written out: `␛`, `⟨U+202E⟩`. Line ends and tabs stay."""
+    """Control characters and those that turn, hide or join text are written out: `␛`, `⟨U+202E⟩`.
+
+    Line ends and tabs stay.
+    """
 
     def shown(match: re.Match[str]) -> str:
         code = ord(match.group())
@@ -76,7 +79,8 @@ def environment() -> Environment:
 
 
 def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
-    """One rollout for display: its tokens with probability and ratio, grouped into steps; its verdict's evidence as rows."""
+    """One rollout for display: its tokens with probability and ratio, grouped into steps; its verdict's evidence as
+    rows."""
     try:
         evidence = json.loads(found["evidence"] or "{}")
         rows = _rows(evidence)

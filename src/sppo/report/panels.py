@@ -1,7 +1,7 @@
 """A run's figures as plain data, drawn alike by the live page and by the single file.
 
-A figure is {"id", "title", "read", "traces", "layout"}: traces in Plotly's own form, `read` the sentence that says how to read it. Colours
-that depend on the theme are left to the page.
+A figure is {"id", "title", "read", "traces", "layout"}: traces in Plotly's own form, `read` the sentence that says how
+to read it. Colours that depend on the theme are left to the page.
 """
 
 from __future__ import annotations

@@ -102,7 +102,8 @@ class ProgressDisplay:
             self.console.print(f"{step}{self.whereabouts()}", markup=False, soft_wrap=True)
 
     def whereabouts(self) -> str:
-        """`updating 3 of 8, about 0:20 left`: the progress of the step, with an estimate of the time left where there is one."""
+        """`updating 3 of 8, about 0:20 left`: the progress of the step, with an estimate of the time left where there
+        is one."""
         if not self.what:
             return ""
         text = f"{self.what} {self.of}" if self.what == "judging" else f"{self.what} {self.n} of {self.of}"
@@ -110,7 +111,8 @@ class ProgressDisplay:
         return text if left is None else f"{text}, about {clock(left)} left"
 
     def _left(self, now: float) -> float | None:
-        """Seconds until the step's end: of this part by how far it is, of the next ones by how long they took the last time."""
+        """Seconds until the step's end: of this part by how far it is, of the next ones by how long they took the last
+        time."""
         spent = now - self.what_began
         if self.n:
             left = spent / self.n * (self.of - self.n)

@@ -31,12 +31,12 @@ UNFINISHED = 5
 
 
 class RunReader:
-    """One run. Every method may be called while the run goes on, and from any thread."""
+    """One run. Every method may be called while the run is in progress, and from any thread."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where there is no run."""
         if not is_folder(path / "rollouts") or not (path / "recipe.toml").is_file():
-            raise UserError(f"{path} is no run directory (it has no recipe.toml and rollouts/)")
+            raise UserError(f"{path} is not a run directory (it has no recipe.toml and rollouts/)")
         self.path, self.name = path, path.resolve().name
         self._recipe = (0, Config.recalled(path / "recipe.toml"))  # raises now if it cannot be read
         self.rollouts = Rollouts(path / "rollouts")
@@ -56,7 +56,7 @@ class RunReader:
     # -- numbers -----------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One object per finished step; values that are no numbers are left out."""
+        """One object per finished step; values that are not numbers are left out."""
         return self._follow("metrics.jsonl")
 
     def alerts(self) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ class RunReader:
         return self._follow("alerts.jsonl")
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json`; nothing while the run has not ended, or has gone on since it did, or where the file is damaged."""
+        """`summary.json`; empty before the run has ended, after it was resumed, or for a damaged file."""
         found = read_json_or_nothing(self.path / "summary.json")
         kept = _numbers(found) | {k: v for k, v in found.items() if isinstance(v, str)}
         whole = all(isinstance(kept.get(k), kind) for k, kind in SUMMARY.items())
@@ -103,8 +103,8 @@ class RunReader:
     def pieces(self, ids: list[int]) -> list[str]:
         """The text of each token, from the tokenizer of the newest checkpoint; `<17>` where there is none.
 
-        A character that several tokens make is the last one's, and spaces are where the whole text has them: each token's text is what it
-        adds to the text of the few before it.
+        A character that several tokens make is the last one's, and spaces are where the whole text has them: each
+        token's text is what it adds to the text of the few before it.
         """
         tokenizer = self._tokenizer()
         if tokenizer is None:

@@ -1,6 +1,7 @@
 """The rollouts of a run, by filter or one by one, read from the steps' files as they appear.
 
-Only the narrow columns are kept in memory (about 60 bytes per rollout); texts and token ids are read from one step's file on request.
+Only the narrow columns are kept in memory (about 60 bytes per rollout); texts and token ids are read from one step's
+file on request.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Filter:
 
 
 class Rollouts:
-    """The rollouts of one run's directory. Every method may be called while the run goes on, and from any thread."""
+    """The rollouts of one run's directory. Every method may be called while the run is in progress, and from any thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -285,7 +286,8 @@ def _whole(row: dict[str, Any]) -> bool:
 
 
 def _newest_first(table: pa.Table, start: int, count: int) -> list[dict[str, Any]]:
-    """The table is in the order of the steps already: only the steps that are shown are turned round, not a quarter of a million rows."""
+    """The table is in the order of the steps already: only the steps that are shown are turned round, not a quarter of
+    a million rows."""
     rows: list[dict[str, Any]] = []
     if not table.num_rows:
         return rows

@@ -1,4 +1,5 @@
-"""What a run says in its first ten seconds: a sentence that claims no more than the intervals do, tiles, alerts, doubts."""
+"""What a run says in its first ten seconds: a sentence that claims no more than the intervals do, tiles, alerts,
+doubts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Compares the final answer with the reference: fast, in-process, no parser that can hang. `math` compares symbolically.
+"""Compares the final answer with the reference: fast, in-process, no parser that can hang. `math` compares
+symbolically.
 
 `answer`                      the last marked answer (`A:`, `Answer:`, `####`, `\\boxed{…}`), else the last number
 `answer:extract=boxed`        only that mark: `boxed`, `marked`, `hash`, `number` or `whole`
@@ -82,7 +83,8 @@ class AnswerReward:
         self.extract, self.mode, self.tolerance, self.units = extract, mode, tolerance, units
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Correct, wrong, unparseable (no answer found: score 0), timeout, or invalid_task (no gradable reference: masked)."""
+        """Correct, wrong, unparseable (no answer found: score 0), timeout, or invalid_task (no gradable reference:
+        masked)."""
         return each_within(rollouts, self._one)
 
     def _one(self, rollout: Rollout) -> Verdict:
@@ -95,7 +97,7 @@ class AnswerReward:
         elif self.mode == "choice" and self.extract == "auto":
             given = choice(
                 after_thinking(rollout.text), _options(rollout.task)
-            )  # a bare letter has no mark, and is no number
+            )  # a bare letter has no mark, and is not a number
         evidence: dict[str, Any] = {"extracted": given, "gold": gold}
         if given is None:
             return Verdict(0.0, "unparseable", evidence)
@@ -141,7 +143,10 @@ class AnswerReward:
         return plain(given) == plain(gold) or (self.mode != "exact" and _written_the_same(given, gold))
 
     def check(self, task: Task) -> str | None:
-        """Why the reference cannot be graded by comparing answers, or None. A reference that is given as the answer must be right."""
+        """Why the reference cannot be graded by comparing answers, or None.
+
+        A reference that is given as the answer must be right.
+        """
         problem = self._problem(task)
         if problem is not None or isinstance(_given(task), (list, tuple)) or self.extract not in ("auto", "boxed"):
             return problem

@@ -1,4 +1,7 @@
-"""Whether the equations that a step writes hold: `12 * 3 = 36`, `36 + 4 = 40 = 80/2`. Exact, and nothing is executed."""
+"""Whether the equations that a step writes hold: `12 * 3 = 36`, `36 + 4 = 40 = 80/2`.
+
+Exact, and nothing is executed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def check_steps(task: Task, steps: Sequence[str]) -> list[float | None]:
 def check(step: str) -> float | None:
     """Whether every equation between numbers in a text holds (to the digits that it writes); None without any.
 
-    An equation counts when its left side computes something and is whole: `3 dozen + 4 = 40` and `f(2) = 4` are not judged.
+    An equation counts when its left side computes something and is whole: `3 dozen + 4 = 40` and `f(2) = 4` are not
+    judged.
     """
     text = _WORDS.sub(lambda m: _SIGN.get(m.group().strip(), "*"), _NUMBERING.sub("", step).translate(_SAME))
     verdicts = []
@@ -72,7 +76,8 @@ def _equal(a: Fraction, b: Fraction, written: str) -> bool:
 
 
 def value_of(text: str) -> Fraction | None:
-    """The exact value of an arithmetic expression; None for anything else, and beyond LONGEST, DEEPEST or HIGHEST_POWER."""
+    """The exact value of an arithmetic expression; None for anything else, and beyond LONGEST, DEEPEST or
+    HIGHEST_POWER."""
     if len(text) > LONGEST:
         return None
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.translate(_SAME)).strip()

@@ -12,7 +12,10 @@ from .vocabulary import ACCENTS, CURRENCIES, DOTS, ENGLISH, FUNCTIONS, INVERSE, 
 
 
 class Atoms(Cursor):
-    """Reads one such part. Brackets and arguments hold whole answers, so the rules of `latex.Reader` are declared here."""
+    """Reads one such part.
+
+    Brackets and arguments hold whole answers, so the rules of `latex.Reader` are declared here.
+    """
 
     @abstractmethod
     def whole(self) -> Node:
@@ -289,7 +292,10 @@ class Atoms(Cursor):
         return Node("call", ("det", node)) if environment == "vmatrix" else node
 
     def _argument(self, whole: bool = False) -> Node:
-        """What a command takes: a group in braces, or one digit, letter or command. `whole`: all the digits of a number."""
+        """What a command takes: a group in braces, or one digit, letter or command.
+
+        `whole`: all the digits of a number.
+        """
         if self._is("{"):
             return self._group()
         if self._kind("number"):

@@ -12,7 +12,8 @@ FEW, MANY = 4, 40
 def outside_functions(tree: ast.Module) -> tuple[str, list[int]]:
     """A program whose functions are the branches that analysers count in functions only, and the line where each began.
 
-    The code of the module and of each class, and every expression with conditions inside conditions, becomes a function.
+    The code of the module and of each class, and every expression with conditions inside conditions, becomes a
+    function.
     """
     made: list[tuple[int, list[ast.stmt]]] = []
     inner = {child for n in ast.walk(tree) if isinstance(n, ast.IfExp) for child in (n.body, n.orelse)}

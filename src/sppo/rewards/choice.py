@@ -20,7 +20,8 @@ LONGEST = 400
 
 
 def choice(text: str, options: Sequence[str] | None) -> str | None:
-    """The letter of the option that an answer chooses: `B`, `(B) Paris`, `Option B`, or the option's own text; None if it chooses none."""
+    """The letter of the option that an answer chooses: `B`, `(B) Paris`, `Option B`, or the option's own text; None if
+    it chooses none."""
     text = UPRIGHT.sub(r"\1", text).replace("\\ ", " ").strip().strip("*$` ")
     text = re.sub(r"^([A-Za-z])\s[-–—]\s", r"\1. ", text)
     if options:
@@ -39,7 +40,8 @@ def choice(text: str, options: Sequence[str] | None) -> str | None:
 
 
 def _named_options(text: str) -> list[str]:
-    """The letters that a sentence chooses and does not deny: `the correct option is B`; none where it leaves the choice open (`option B or C`)."""
+    """The letters that a sentence chooses and does not deny: `the correct option is B`; none where it leaves the choice
+    open (`option B or C`)."""
     found: list[str] = []
     for match in _OPTION.finditer(text):
         before = text[max(0, match.start() - 30) : match.start()].lower().split()[-3:]

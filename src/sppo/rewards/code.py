@@ -106,7 +106,8 @@ class CodeReward:
         rows: Mapping[int, Task],
         suites: Mapping[int, tuple[Suite, Suite | None] | str],
     ) -> tuple[list[Report], dict[int, str | None]]:
-        """The reports of programs, and for each row why it cannot be judged, or None; its probes run beside them, the first time."""
+        """The reports of programs, and for each row why it cannot be judged, or None; its probes run beside them, the
+        first time."""
         problems: dict[int, str | None] = {}
         todo: list[tuple[int, bytes, str, TestCode, dict[str, str]]] = []
         for key, found in suites.items():

@@ -5,9 +5,9 @@
     code and answer           both must hold
     code gate format          nothing is paid unless the format holds (its score is at least 0.5)
 
-The first part and every `and` part make the correctness that the critic predicts; the others only shape the score. Each part's verdict
-is kept in the evidence. A sample that any part cannot grade is masked. Parts that are added to the first can fade during a run
-(`reward.anneal`): they help at the beginning and leave the objective unchanged at the end.
+The first part and every `and` part make the correctness that the critic predicts; the others only shape the score. Each
+part's verdict is kept in the evidence. A sample that any part cannot grade is masked. Parts that are added to the first
+can fade during a run (`reward.anneal`): they help at the beginning and leave the objective unchanged at the end.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ class MixedReward:
         """Factor on the weights of all parts but the first."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """One verdict each. The outcome is the first part's, or that of the least correct `and` part. Later parts see the first part's verdict."""
+        """One verdict each.
+
+        The outcome is the first part's, or that of the least correct `and` part. Later parts see the first part's
+        verdict.
+        """
         first = self.parts[0].reward.judge(rollouts)
         seen = [r.judged(v) for r, v in zip(rollouts, first, strict=True)]
         judged = zip(first, *(part.reward.judge(seen) for part in self.parts[1:]), strict=True)

@@ -1,12 +1,13 @@
-"""The confidence that a response states, rewarded for being true: 1 − (q − c)², q the stated chance, c whether the answer is right.
+"""The confidence that a response states, rewarded for being true: 1 − (q − c)², q the stated chance, c whether the
+answer is right.
 
     answer + confidence            c + 1 − (q − c)², halved: RLCR (arXiv 2507.16806, eq. 3) moved into [0, 1]
     answer + 0.5 * confidence      calibration matters less
     math and mine:checked + 0 * confidence     measured and recorded, and pays nothing
 
-It is a proper score: a response does best by being right and stating the true chance of it. The last statement of these forms is read:
-`<confidence>0.8</confidence>`, `Confidence: 80%`, `confidence = 0.8`, and for short tasks `C:80` (two digits, per cent). A response that states none
-scores 0. The critic's target stays c.
+It is a proper score: a response does best by being right and stating the true chance of it. The last statement of these
+forms is read: `<confidence>0.8</confidence>`, `Confidence: 80%`, `confidence = 0.8`, and for short tasks `C:80` (two
+digits, per cent). A response that states none scores 0. The critic's target stays c.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ class ConfidenceReward:
     """It reads the first part's verdict, and needs no reference of its own."""
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """1 − (q − c)² each; `unparseable`, 0, where no confidence is stated. Raises RewardError where there is no first part."""
+        """1 − (q − c)² each; `unparseable`, 0, where no confidence is stated.
+
+        Raises RewardError where there is no first part.
+        """
         return each_within(rollouts, self._one)
 
     def _one(self, rollout: Rollout) -> Verdict:

@@ -1,4 +1,5 @@
-"""The value of an expression at a point: a Fraction where it is rational, else an mpmath number of the precision in force. Within a budget."""
+"""The value of an expression at a point: a Fraction where it is rational, else an mpmath number of the precision in
+force. Within a budget."""
 
 from __future__ import annotations
 
@@ -72,7 +73,10 @@ def walk(node: Node) -> Iterator[Node]:
 
 
 class Point:
-    """A value for every letter, and for every part that is not evaluated, the same wherever it stands. `index` 0: there are none."""
+    """A value for every letter, and for every part that is not evaluated, the same wherever it stands.
+
+    `index` 0: there are none.
+    """
 
     def __init__(self, index: int, negative: bool = False, whole: bool = False) -> None:
         self.index, self.negative, self.whole = index, negative, whole
@@ -91,7 +95,10 @@ class Point:
 
 
 def evaluate(node: Node, point: Point) -> Value:
-    """The value of an expression: a Fraction where it is rational, else an mpmath number of the precision in force. Raises Undefined."""
+    """The value of an expression: a Fraction where it is rational, else an mpmath number of the precision in force.
+
+    Raises Undefined.
+    """
     point.steps += 1
     if point.steps > STEPS:
         raise Undefined

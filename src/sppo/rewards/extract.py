@@ -1,4 +1,5 @@
-r"""The final answer of a response: in tags, in a box, behind `####` or `Answer:`, or, where nothing is marked, the last value.
+r"""The final answer of a response: in tags, in a box, behind `####` or `Answer:`, or, where nothing is marked, the last
+value.
 
 Every scan takes linear time, because a model may write a response that is slow to read.
 """
@@ -84,7 +85,10 @@ def _inside(content: str) -> str | None:
 
 
 def _last_box(text: str) -> tuple[str | None, bool]:
-    """(content of the last box that holds something, whether the last box closes). One pass finds every brace's partner."""
+    """(content of the last box that holds something, whether the last box closes).
+
+    One pass finds every brace's partner.
+    """
     boxes = list(_BOX.finditer(text))
     partner = _partners(text) if boxes else {}
     unbraced: str | None = None
@@ -152,7 +156,8 @@ def _marked(text: str) -> str | None:
 
 
 def _whole_line(after: str) -> str:
-    r"""The first line, or the displayed formula that begins there; without a delimiter that opened before the mark: `\[Answer: 009\]`."""
+    r"""The first line, or the displayed formula that begins there; without a delimiter that opened before the mark:
+    `\[Answer: 009\]`."""
     for opening, closing in (("\\[", "\\]"), ("$$", "$$")):
         if after.startswith(opening):
             end = after.find(closing, len(opening))
@@ -166,7 +171,10 @@ def _whole_line(after: str) -> str:
 
 
 def _first_clause(line: str) -> str:
-    """The answer at the beginning of a line that continues: `18. It took 3 steps`, `18, since 9*2 = 18`. Cut only after a value."""
+    """The answer at the beginning of a line that continues: `18.
+
+    It took 3 steps`, `18, since 9*2 = 18`. Cut only after a value.
+    """
     line = line.strip("*` ").removesuffix(".").removesuffix("。").strip("*` ")
     if (leading := _LEADING.match(line)) is not None:
         line = line[leading.end() :]

@@ -1,10 +1,11 @@
 """Whether a response has the requested form, and nothing else: a gate for a reward of correctness.
 
-math gate format:tags=think+answer          <think>…</think> then <answer>…</answer>, each once, with only white space outside
-math gate format:boxed=true                 exactly one non-empty \\boxed{…}
-answer + 0.2 * format:pattern=A:\\d+$        a regular expression that must match somewhere (without commas)
+    math gate format:tags=think+answer      <think>…</think> then <answer>…</answer>, each once, only white space outside
+    math gate format:boxed=true             exactly one non-empty \\boxed{…}
+    answer + 0.2 * format:pattern=A:\\d+$   a regular expression that must match somewhere (without commas)
 
-Patterns are RE2's (https://github.com/google/re2/wiki/Syntax), `^` and `$` match at every line. Matching takes linear time whatever the pattern.
+Patterns are RE2's (https://github.com/google/re2/wiki/Syntax); `^` and `$` match at every line. Matching takes linear
+time whatever the pattern.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from .user_reward import each_within
 
 
 def build(tags: str = "", boxed: bool = False, pattern: str = "") -> FormatReward:
-    """The reward for `format:…`; every named condition must hold. Raises RecipeError for no condition, or one that cannot be read."""
+    """The reward for `format:…`; every named condition must hold.
+
+    Raises RecipeError for no condition, or one that cannot be read.
+    """
     names = [t for t in tags.split("+") if t]
     bad = next((t for t in names if not t.isidentifier()), None)
     if bad is not None or len(set(names)) < len(names):
@@ -31,7 +35,10 @@ def build(tags: str = "", boxed: bool = False, pattern: str = "") -> FormatRewar
 
 
 def _linear(pattern: str) -> Any:
-    """A pattern that takes linear time on any text. Raises RecipeError for what RE2 cannot match so: look-around, back-references."""
+    """A pattern that takes linear time on any text.
+
+    Raises RecipeError for what RE2 cannot match so: look-around, back-references.
+    """
     options = re2.Options()
     options.log_errors = False
     try:

@@ -1,4 +1,5 @@
-r"""Several ways of writing one answer, rewritten as one: `1 \pm \sqrt{2}`, `x_1 = 3, x_2 = -3`, `y = -2, x = 3`, `3 > x`."""
+r"""Several ways of writing one answer, rewritten as one: `1 \pm \sqrt{2}`, `x_1 = 3, x_2 = -3`, `y = -2, x = 3`, `3 >
+x`."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def without_indices(node: Node) -> Node | None:
 
 
 def by_letter(node: Node) -> list[Node] | None:
-    """The values of `y = -2, x = 3` in the order of their letters, where these follow each other: a point's coordinates."""
+    """The values of `y = -2, x = 3` in the order of their letters, where these follow each other: a point's
+    coordinates."""
     found = sorted(equations(node) or (), key=lambda pair: pair[0])
     names = "".join(name for name, _ in found)
     follow = len(names) == len(found) > 1 and names in "abcdefghijklmnopqrstuvwxyz"

@@ -1,7 +1,8 @@
 """reasoning-gym's own scorer, for `gym:` tasks. Each verdict runs in its own process, in a jail where one is available.
 
-The answer is everything after the last `Answer:` (some families' answers take several lines), else the whole response. A score below 1 keeps its
-value: some families give partial credit. inside/guards.py defines what an answer may be, and corrects scorers that pay wrong answers.
+The answer is everything after the last `Answer:` (some families' answers take several lines), else the whole response.
+A score below 1 keeps its value: some families give partial credit. inside/guards.py defines what an answer may be, and
+corrects scorers that pay wrong answers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, SandboxUnavailable
-from ..sandbox.confined import MENDS, command, confinement
+from ..sandbox.confined import REMEDY, command, confinement
 from ..tasks.gym import make_dataset
 from ..types import Rollout, Task, Verdict
 from .extract import after_last_mark
@@ -41,7 +42,10 @@ def _dataset(family: str, seed: int, size: int, options: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _problem(family: str, seed: int, size: int, options: str, index: int) -> tuple[str, Any]:
-    """The problem as the scorer's process takes it, and its reference. Raises RecipeError, and whatever the library raises."""
+    """The problem as the scorer's process takes it, and its reference.
+
+    Raises RecipeError, and whatever the library raises.
+    """
     entry = _dataset(family, seed, size, options)[index]
     return base64.b64encode(pickle.dumps(entry)).decode(), entry["answer"]
 
@@ -80,7 +84,10 @@ class GymReward:
         return verdicts
 
     def _verdict(self, result: dict[str, Any], evidence: dict[str, Any]) -> Verdict:
-        """The scorer's result as a verdict. Its form is checked, because it comes from the process that read the answer."""
+        """The scorer's result as a verdict.
+
+        Its form is checked, because it comes from the process that read the answer.
+        """
         claim = result.get("ok")
         if "infra" in result or "timeout" in result:
             why = result.get("infra", "the scorer's process did not answer and was ended")
@@ -115,7 +122,7 @@ class GymReward:
                 return f"its column `gym` has no `{name}` of type {kind.__name__}; make the row with a gym: task"
         if where["family"] in EXPRESSIONS and confinement() == "none":
             raise SandboxUnavailable(
-                f"gym:{where['family']}: reasoning-gym's scorer of this family evaluates answers, which needs a jail; {MENDS}"
+                f"gym:{where['family']}: reasoning-gym's scorer of this family evaluates answers, which needs a jail; {REMEDY}"
             )
         try:
             answer = _problem(*_key(where))[1]

@@ -1,8 +1,8 @@
 """Code that a program hides from static analysis, such as code made from text. Nothing is run.
 
-Analysers recognise calls by name: `exec(…)`, `subprocess.run(…)`. A program can reach the same functions in other ways: through
-`builtins`, an alias, a decorator, `map`, a name assembled from pieces, a module fetched at run time. Such an object cannot be followed
-further, so every use of it is a finding, except a plain call that the analysers see.
+Analysers recognise calls by name: `exec(…)`, `subprocess.run(…)`. A program can reach the same functions in other ways:
+through `builtins`, an alias, a decorator, `map`, a name assembled from pieces, a module fetched at run time. Such an
+object cannot be followed further, so every use of it is a finding, except a plain call that the analysers see.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 r"""The grammar of a mathematical answer: tokens become a tree. `\frac{1}{2}`, `1 1/4`, `(3, \infty)`, `x \in [-2, 7]`.
 
-Either all tokens are read, or the answer is `Unreadable`. Nothing is evaluated; `same.py` decides whether two trees are the same answer.
+Either all tokens are read, or the answer is `Unreadable`. Nothing is evaluated; `same.py` decides whether two trees are
+the same answer.
 """
 
 from __future__ import annotations
@@ -308,7 +309,7 @@ class Reader(Atoms):
             or int(known) != known
             or not 2 <= known <= 36
         ):
-            raise Unreadable("a number has an index that is no base")
+            raise Unreadable("a number has an index that is not a base")
         if any(int(digit) >= known for digit in str(int(value))):
             raise Unreadable(f"{int(value)} has digits that base {int(known)} lacks")
         return Node("based", (str(int(value)), int(known)))

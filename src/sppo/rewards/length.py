@@ -2,9 +2,9 @@
 
     answer + 0.5 * length:free=192,limit=256
 
-One plus DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13: L_max = limit, L_cache = limit − free). Only the score is shaped: the critic
-still predicts whether the answer is right. (`rollout.overlong` subtracts the same from any score after judging.) `limit` is usually
-`rollout.max_tokens`; tokens are counted as sampled, including EOS.
+One plus DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13: L_max = limit, L_cache = limit − free). Only the
+score is shaped: the critic still predicts whether the answer is right. (`rollout.overlong` subtracts the same from any
+score after judging.) `limit` is usually `rollout.max_tokens`; tokens are counted as sampled, including EOS.
 """
 
 from __future__ import annotations

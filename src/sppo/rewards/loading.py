@@ -1,7 +1,7 @@
 """How `reward.use` becomes a reward: by name (`math:limit=2`), as a mixture, or as the user's own `module:object`.
 
-The user's own is a class with `judge(rollouts) -> list[Verdict]`, or a callable with the signature that other trainers use:
-`f(prompts, completions, **columns) -> list[float | None]` (None: could not be graded).
+The user's own is a class with `judge(rollouts) -> list[Verdict]`, or a callable with the signature that other trainers
+use: `f(prompts, completions, **columns) -> list[float | None]` (None: could not be graded).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .user_reward import LIMIT, CallableReward, UserJudge
 def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Reward:
     """The reward that `reward.use` names, or that a Python user passes (a callable or an object with `judge`).
 
-    `limit`: seconds that one call of a user's own may take. Raises RecipeError, also for one that is a part of a sum only.
+    `limit`: seconds that one call of a user's own may take. Raises RecipeError, also for one that is a part of a sum
+    only.
     """
     reward = _load(use, limit)
     if getattr(reward, "beside", False):
@@ -36,7 +37,7 @@ def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
         return _adapt(use, getattr(use, "__name__", type(use).__name__), limit)
     if use == GIVEN:
         raise RecipeError(
-            "this run's reward was given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
+            "this run's reward was given in Python; continue it there: SPPOConfig(resume_from_checkpoint=True)"
         )
     if is_mixture(use):
         parts = [Part(spec, _load(spec, limit), role, weight) for role, weight, spec in parse_mixture(use)]
@@ -53,8 +54,8 @@ def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
 
 
 def _own(use: str, limit: float) -> Reward:
-    """`package.module:object` with options: those of a class, or of a function that takes no completions, make the reward; those of a function that
-    judges completions are given to it with each call."""
+    """`package.module:object` with options: those of a class, or of a function that takes no completions, make the
+    reward; those of a function that judges completions are given to it with each call."""
     spec = parse_spec(use, "sppo.rewards")
     found = resolve(spec.name, "sppo.rewards", "build")
     if not callable(found) and (spec.words or spec.options):

@@ -1,11 +1,13 @@
-r"""Mathematics by value: an answer is read whole by a grammar (`latex.py`) and compared exactly (`same.py`), in killable worker processes.
+r"""Mathematics by value: an answer is read whole by a grammar (`latex.py`) and compared exactly (`same.py`), in
+killable worker processes.
 
-A reference that the grammar cannot read whole makes its row `invalid_task`; such an answer in a response is `unparseable`. A number inside
-it is never taken instead. No library parses a response, and nothing in it is executed. Evaluation has a budget; a verdict that still takes
-longer than `limit` costs only its worker, in whichever thread the trainer runs, and is reported as `timeout`.
+A reference that the grammar cannot read whole makes its row `invalid_task`; such an answer in a response is
+`unparseable`. A number inside it is never taken instead. No library parses a response, and nothing in it is executed.
+Evaluation has a budget; a verdict that still takes longer than `limit` costs only its worker, in whichever thread the
+trainer runs, and is reported as `timeout`.
 
-`math`, `math:limit=5,workers=2`, `math:extract=boxed` (auto: tags, box, `####`, `Answer:`, else the last formula or number; or boxed, marked,
-hash, number, whole)
+`math`, `math:limit=5,workers=2`, `math:extract=boxed` (auto: tags, box, `####`, `Answer:`, else the last formula or
+number; or boxed, marked, hash, number, whole)
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def warm_up() -> None:
 
 
 def judge_one(job: dict[str, Any]) -> dict[str, Any]:
-    """One verdict, inside a worker. `{"gold", "response", "extract"}` → `{"outcome", "extracted"}`, or `{"outcome": "invalid_task", "reason"}`.
+    """One verdict, inside a worker. `{"gold", "response", "extract"}` → `{"outcome", "extracted"}`, or `{"outcome":
+    "invalid_task", "reason"}`.
 
     A response of None asks about the reference alone: it must be readable, and in a box it must be right.
     """
@@ -89,7 +92,8 @@ class MathReward:
         return Verdict(0.0, "crashed", evidence | {"reason": str(answer.get("error", answer.get("crashed")))})
 
     def check(self, task: Task) -> str | None:
-        """Why the reference cannot be graded, or None: it must be readable, and be right when it is given as the answer."""
+        """Why the reference cannot be graded, or None: it must be readable, and be right when it is given as the
+        answer."""
         return reference_problem(task) or self.check_all([task])[0]
 
     def check_all(self, tasks: Sequence[Task]) -> list[str | None]:

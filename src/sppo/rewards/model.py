@@ -47,7 +47,8 @@ class ModelReward:
         self.scale, self.tokens = scale, tokens
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Correct or wrong with a score in [0, 1]; infra_error (masked) for a response that is too long or whose score is not a number."""
+        """Correct or wrong with a score in [0, 1]; infra_error (masked) for a response that is too long or whose score
+        is not a number."""
         sequences = [self.model.ids(r.task.prompt, r.text) for r in rollouts]
         limit = self.model.context
         fits = [i for i, s in enumerate(sequences) if s and (limit is None or len(s) <= limit)]

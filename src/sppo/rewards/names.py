@@ -1,4 +1,7 @@
-"""What the names and values of a program refer to, resolved from its imports, scopes and assignments. Nothing is run."""
+"""What the names and values of a program refer to, resolved from its imports, scopes and assignments.
+
+Nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,8 @@ class Names:
         return set()
 
     def _is_builtin(self, node: ast.Name) -> bool:
-        """Whether a name may be the builtin one where it stands: no function around it binds it, nor the module before its first use."""
+        """Whether a name may be the builtin one where it stands: no function around it binds it, nor the module before
+        its first use."""
         if node.id in self.own:
             return False
         above: ast.AST | None = node
@@ -112,7 +116,10 @@ class Names:
         return isinstance(parent, ast.Call) and parent.func is node
 
     def holds_text(self, node: ast.expr) -> bool:
-        """Whether a value is made of words of the program's own, also by way of its variables. What a function makes of them is not known."""
+        """Whether a value is made of words of the program's own, also by way of its variables.
+
+        What a function makes of them is not known.
+        """
         pending: list[ast.expr] = [node]
         seen: set[str] = set()
         while pending:
@@ -196,7 +203,8 @@ def _bound(scope: ast.AST) -> set[str]:
 
 
 def _reads(statement: ast.stmt, name: str) -> bool:
-    """Whether a top-level assignment reads the name that it binds (`exec = exec`), or an import takes it from what it hides."""
+    """Whether a top-level assignment reads the name that it binds (`exec = exec`), or an import takes it from what it
+    hides."""
     if isinstance(statement, ast.ImportFrom):
         return statement.module == "builtins"
     return isinstance(statement, ast.Assign) and any(

@@ -122,7 +122,10 @@ def probes(code: TestCode, reference: str | None) -> dict[str, str]:
 
 
 def problem(tests: Sequence[str], held: dict[str, tuple[bool, ...]], decided: dict[str, bool]) -> str | None:
-    """Why a row cannot be judged, from what each probe passed; or None. `decided`: whether a probe ran within its limits."""
+    """Why a row cannot be judged, from what each probe passed; or None.
+
+    `decided`: whether a probe ran within its limits.
+    """
     for i, test in enumerate(tests):
         if held[NOTHING][i] and held[RAISES][i] and held[AGREES][i]:
             return f"test {i} checks nothing: it holds for programs that return None, that raise and that agree to everything: {test[:60]!r}"

@@ -34,11 +34,12 @@ LANGUAGES = (
 
 
 def extract_code(text: str, wanted: Iterable[str] = (), reads: bool = False) -> str | None:
-    """The program in a response: of its fenced blocks of Python the last that defines what is `wanted`; else the bare text, if it parses.
+    """The program in a response: of its fenced blocks of Python the last that defines what is `wanted`; else the bare
+    text, if it parses.
 
-    Where none does (or nothing is wanted by name) it is the last that reads standard input, if the tests give one (`reads`), else the
-    last that defines something, else the last. Blocks of another language count only where there are no others. A response with thinking is
-    read after its `</think>`, if there is code.
+    Where none does (or nothing is wanted by name) it is the last that reads standard input, if the tests give one
+    (`reads`), else the last that defines something, else the last. Blocks of another language count only where there
+    are no others. A response with thinking is read after its `</think>`, if there is code.
     """
     answer = text.rpartition("</think>")[2]
     if answer != text and (found := extract_code(answer, wanted, reads)) is not None:
@@ -96,7 +97,8 @@ def _with_its_parts(program: str, codes: Sequence[str]) -> str:
 
 
 def _blocks(text: str, in_strings: bool = False) -> list[tuple[str, str]]:
-    """(language, code) of each fenced block, without the fence's indentation. A fence that names a language opens a new block anywhere.
+    """(language, code) of each fenced block, without the fence's indentation. A fence that names a language opens a new
+    block anywhere.
 
     As models write them, a fence may also open behind words (`Sure: ```python`), and close behind code or before words.
     `in_strings`: a fence between triple quotes belongs to the code.
@@ -195,7 +197,8 @@ def _prompt_code(task: Task, entry: str) -> str:
 
 
 def fitted(code: str, suite: Suite) -> tuple[str, Suite]:
-    """A program as LeetCode's judge runs it: its calls go to a method of a fresh `Solution`, if it has one, and the usual imports are there.
+    """A program as LeetCode's judge runs it: its calls go to a method of a fresh `Solution`, if it has one, and the
+    usual imports are there.
 
     Where nothing is missing they are left out: they take over a millisecond.
     """

@@ -1,13 +1,14 @@
-"""The quality of a program by static analysis, for what passes its tests and is still insecure or unmaintainable. Nothing is run.
+"""The quality of a program by static analysis, for what passes its tests and is still insecure or unmaintainable.
+Nothing is run.
 
     quality                         1 − 0.5 per high finding, 0.25 per medium, 0.1 per low one, at least 0; running code from text scores 0
     quality:complexity=8            McCabe's number above which a function is a medium finding (10)
     code + 0.1 * quality            a penalty on what tests do not catch;  code + 0 * quality   evidence and metrics only
     code gate quality               nothing is paid below 0.5
 
-Analysers: bandit (security, with its severities), ruff's complexity, size and likely-bug rules (C901, PLR09, B), and what a program
-hides from both (hidden.py: EXEC, ALIAS, and the same sizes for code outside functions). Comments that would silence them
-(`noqa`, `nosec`) are ignored, because the policy wrote them. `pip install 'sppo[quality]'`.
+Analysers: bandit (security, with its severities), ruff's complexity, size and likely-bug rules (C901, PLR09, B), and
+what a program hides from both (hidden.py: EXEC, ALIAS, and the same sizes for code outside functions). Comments that
+would silence them (`noqa`, `nosec`) are ignored, because the policy wrote them. `pip install 'sppo[quality]'`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ PENALTY = {"high": 0.5, "medium": 0.25, "low": 0.1}
 HIDDEN = {"B102": 1.0, "EXEC": 1.0}
 """`exec`, however it is reached, runs text that no analyser has seen."""
 COOKIES_END = "\n\n"
-"""Our own first two lines, where an encoding would be declared: a program cannot declare one that analysers fail to read."""
+"""Our own first two lines, where an encoding would be declared: a program cannot declare one that analysers fail to
+read."""
 BRANCHED = "C901,PLR0911,PLR0912,PLR0915"
 RULES = f"{BRANCHED},PLR0913,B"
 MANY_TIMES = 4
@@ -57,7 +59,8 @@ def warm_up() -> None:
 
 
 def judge_one(job: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`; None for what is no Python."""
+    """Findings for one program, inside a worker: `[{"rule", "severity", "line", "says"}, …]`; None for anything but
+    Python."""
     code = job["code"]
     tree = parsed(code)
     if tree is None:

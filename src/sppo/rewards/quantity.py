@@ -25,7 +25,8 @@ class Quantity:
 
 
 def quantity(text: str) -> Quantity | None:
-    r"""The number with its unit that a text is: `12.5 km`, `$3`, `40\%`, `3 × 10^8 m/s`, `x = 12`, `12 apples` (no unit); None for anything else."""
+    r"""The number with its unit that a text is: `12.5 km`, `$3`, `40\%`, `3 × 10^8 m/s`, `x = 12`, `12 apples` (no
+    unit); None for anything else."""
     if len(text) > LONGEST:
         return None
     try:

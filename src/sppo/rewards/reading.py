@@ -26,7 +26,8 @@ NOT_NOUNS = places(
 
 
 def read(text: str) -> list[Node]:
-    r"""The readings of an answer, the likeliest first: `3 m` is a product, and a length. Raises Unreadable where there is none.
+    r"""The readings of an answer, the likeliest first: `3 m` is a product, and a length. Raises Unreadable where there
+    is none.
 
     >>> [node.op for node in read(r"\frac{1}{2}")], [node.op for node in read("3 m")]
     (['quotient'], ['product', 'quantity'])
@@ -74,7 +75,8 @@ def _labelled(text: str) -> list[Node]:
 
 
 def _compound(text: str) -> Node | None:
-    """A length of time, a height or a weight in two or three units: `3 hours 20 minutes`, `5 ft 6 in`; None for anything else."""
+    """A length of time, a height or a weight in two or three units: `3 hours 20 minutes`, `5 ft 6 in`; None for
+    anything else."""
     if len(text) > 100:
         return None
     words = _unwrapped(text).replace("\\ ", " ").replace("\\,", " ").replace("~", " ").replace(",", " ").split()
@@ -95,7 +97,10 @@ _MONTHS = places("january february march april may june july august september oc
 
 
 def date(text: str) -> str | None:
-    """A date in one spelling: `2024-03-15`, `July 4, 1776`, `4th July 1776`; None for anything else. A date is neither a number nor a difference."""
+    """A date in one spelling: `2024-03-15`, `July 4, 1776`, `4th July 1776`; None for anything else.
+
+    A date is neither a number nor a difference.
+    """
     if len(text) > 60:
         return None
     parts = text.split("-")
@@ -117,7 +122,8 @@ def date(text: str) -> str | None:
 
 
 def _prose(text: str) -> str | None:
-    r"""An answer that is words and nothing else, in one spelling: `\text{East}` and `east` are `east`; None for mathematics."""
+    r"""An answer that is words and nothing else, in one spelling: `\text{East}` and `east` are `east`; None for
+    mathematics."""
     plain = _unwrapped(text)
     letters = plain.replace("\\ ", " ").replace("~", " ").strip(" .'\"")
     if plain != text and len(letters) > 2 and letters[0] + letters[-1] in ("()", "[]"):  # \text{(C)}
@@ -178,7 +184,8 @@ def _unwrapped(text: str) -> str:
 
 
 def _quantities(text: str) -> Iterator[Node]:
-    r"""The readings of an answer as a value and its unit, or what is counted: `12 km`, `2\sqrt{3}\text{ cm}^2`, `72 clips`."""
+    r"""The readings of an answer as a value and its unit, or what is counted: `12 km`, `2\sqrt{3}\text{ cm}^2`, `72
+    clips`."""
     for at, loose in _seams(text):
         head, tail = text[:at].strip(), text[at:].strip()
         for space in ("\\,", "\\;", "\\ ", "\\:", "~"):
@@ -227,7 +234,10 @@ def _quantities(text: str) -> Iterator[Node]:
 
 
 def _seams(text: str) -> list[tuple[int, bool]]:
-    r"""Where a value may end and its unit begin, outside braces: (position, whether nothing but a letter says so). The earliest first, at most eight."""
+    r"""Where a value may end and its unit begin, outside braces: (position, whether nothing but a letter says so).
+
+    The earliest first, at most eight.
+    """
     found: list[tuple[int, bool]] = []
     depth, at, n = 0, 0, len(text)
     while at < n and len(found) < 8:

@@ -41,7 +41,10 @@ def _same_end(x: Value, y: Value) -> bool:
 
 
 def _reals(node: Node) -> tuple[Node | None, list[Piece]]:
-    """The variable, where one is named, and the pieces in order. Raises Undefined for what is no set of real numbers."""
+    """The variable, where one is named, and the pieces in order.
+
+    Raises Undefined for anything but a set of real numbers.
+    """
     op, args = node.op, node.args
     if op == "reals":
         return None, [(_LEAST, False, _MOST, False)]

@@ -1,22 +1,25 @@
-"""The speed of a correct program, relative to the row's reference solution: 0 for a wrong one, else min(speed-up, cap)/cap.
+"""The speed of a correct program, relative to the row's reference solution: 0 for a wrong one, else min(speed-up,
+cap)/cap.
 
     runtime                       as fast as the reference: 0.5; twice as fast or more: 1
     runtime:cap=4,pairs=11        up to four times as fast counts; eleven paired runs at a time instead of seven
     code + 0.5 * runtime          correctness first; the critic learns correctness alone
     runtime:backend=…             the options of `code` for its sandbox
 
-A row needs its tests (as for `code`) and a `reference` (or `canonical_solution`, `code`, `solution`): a right program. Speed is
-measured on `runtime_tests` where a row has them (larger inputs, in any layout of tests), else on all of its tests.
+A row needs its tests (as for `code`) and a `reference` (or `canonical_solution`, `code`, `solution`): a right program.
+Speed is measured on `runtime_tests` where a row has them (larger inputs, in any layout of tests), else on all of its
+tests.
 
-The program and the reference take turns in one jail, each run in a fresh process: nothing is remembered between runs, and drift of
-the machine affects both. The time is the processor's for the whole process as the jail's keeper sees it, never
-a clock that the program could reach; where the machine counts instructions, those are used. The cost of a program that does nothing
-is subtracted from both. The speed-up is the median over pairs in alternating order; noisy rows get up to eight times as many pairs.
+The program and the reference take turns in one jail, each run in a fresh process: nothing is remembered between runs,
+and drift of the machine affects both. The time is the processor's for the whole process as the jail's keeper sees it,
+never a clock that the program could reach; where the machine counts instructions, those are used. The cost of a program
+that does nothing is subtracted from both. The speed-up is the median over pairs in alternating order; noisy rows get up
+to eight times as many pairs.
 
-A quick reference is run several times for one turn, as `timeit` repeats a call, and the program as often: each time in a fresh
-process and with all of its start, so that a repetition costs what the first run does. A reference that takes less than a quarter
-of what starting a process takes is `invalid_task`: its tests need larger inputs. That is a ratio of two times of the same machine,
-so a row that is sound on one machine is sound on a faster one.
+A quick reference is run several times for one turn, as `timeit` repeats a call, and the program as often: each time in
+a fresh process and with all of its start, so that a repetition costs what the first run does. A reference that takes
+less than a quarter of what starting a process takes is `invalid_task`: its tests need larger inputs. That is a ratio of
+two times of the same machine, so a row that is sound on one machine is sound on a faster one.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ REFERENCES = ("reference", "canonical_solution", "code", "solution")
 RUNS = (1, 2, 5, 10)
 """How often a program may be run for one turn: the first of these that suffices for the reference."""
 LEAST_WORK = 2.5
-"""What the reference does in one turn, in runs of a process that does nothing; these take about 4 ms, give or take a few tenths."""
+"""What the reference does in one turn, in runs of a process that does nothing; these take about 4 ms, give or take a
+few tenths."""
 ENOUGH, MOST_ROUNDS = 0.03, 8
-"""`pairs` pairs are run at a time, until the median's relative standard error is this small; up to MOST_ROUNDS times."""
+"""`pairs` pairs are run at a time, until the median's relative standard error is this small; up to MOST_ROUNDS times.
+"""
 BROKEN = "the sandbox could not run the reference solution"
 FLOOR = 0.025
 """Share of an idle run's time below which a cost cannot be distinguished from 0."""
@@ -100,7 +105,8 @@ class Turn:
 
 
 def standard_error(turns: Sequence[Turn]) -> float:
-    """Relative standard error of the median speed-up, from the median absolute deviation of its logarithm (robust, as the median is)."""
+    """Relative standard error of the median speed-up, from the median absolute deviation of its logarithm (robust, as
+    the median is)."""
     logs = [math.log(turn.speedup) for turn in turns]
     middle = statistics.median(logs)
     spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)
@@ -123,7 +129,8 @@ class RuntimeReward:
         self._runs: dict[str, int] = {}  # by task id: how often its programs are run for one turn
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """As `code`, with the speed as the score of correct programs; invalid_task where the reference cannot be measured."""
+        """As `code`, with the speed as the score of correct programs; invalid_task where the reference cannot be
+        measured."""
         problems = [self.check(r.task) for r in rollouts]
         good = [r for r, problem in zip(rollouts, problems, strict=True) if problem is None]
         judged = iter(self.code.judge(good))
@@ -157,7 +164,8 @@ class RuntimeReward:
         return len(turns) * self._runs[rollout.task.id] < MOST_ROUNDS * self.pairs
 
     def _group(self, rollout: Rollout, k: int) -> list[Job]:
-        """What is run for pair k: idle, reference, program; for the next one idle, program, reference; each as often as it takes."""
+        """What is run for pair k: idle, reference, program; for the next one idle, program, reference; each as often as
+        it takes."""
         task = rollout.task
         suite, runs = _suite(task), self._runs[task.id]
         program = program_of(task, rollout.text) or ""
@@ -191,7 +199,8 @@ class RuntimeReward:
         return Verdict(min(speedup, self.cap) / self.cap, "correct", evidence, correctness=1.0)
 
     def check(self, task: Task) -> str | None:
-        """Why the row cannot be judged (no tests, no reference, a reference that fails or is too quick to be measured), or None."""
+        """Why the row cannot be judged (no tests, no reference, a reference that fails or is too quick to be measured),
+        or None."""
         if task.id not in self._checked:
             problem = self._problem(task)
             if problem == BROKEN:  # the machine's fault, not the row's: asked again the next time
@@ -238,7 +247,8 @@ def _parts(results: Sequence[Result], n: int) -> list[Sequence[Result]]:
 
 
 def _suite(task: Task) -> Any:
-    """What is timed: `runtime_tests`, else the visible and hidden tests of the row (those of one kind); a reason if there is none."""
+    """What is timed: `runtime_tests`, else the visible and hidden tests of the row (those of one kind); a reason if
+    there is none."""
     if task.columns.get("runtime_tests") not in (None, "", [], {}):
         suite = suite_in(task, "runtime_tests")
         return f"column `runtime_tests`: {suite}" if isinstance(suite, str) else suite

@@ -1,6 +1,7 @@
 """Whether a mathematical answer equals the reference: syntax trees, compared part by part.
 
-Values are compared by `scalars.py`, sets of real numbers by `reals.py`; this module knows quantities, words, ratios, lists and relations.
+Values are compared by `scalars.py`, sets of real numbers by `reals.py`; this module knows quantities, words, ratios,
+lists and relations.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def _same_quantity(gold: Node, given: Node) -> bool:
 
 
 def _same_labelled(gold: Node, given: Node) -> bool:
-    """An option with its letter equals the letter or the value alone; where both sides have a letter, letter and value must agree."""
+    """An option with its letter equals the letter or the value alone; where both sides have a letter, letter and value
+    must agree."""
     if gold.op == given.op:
         return gold.args[0] == given.args[0] and same(gold.args[1], given.args[1])
     labelled, other = (gold, given) if gold.op == "labelled" else (given, gold)
@@ -133,7 +135,8 @@ def _same_matrix(gold: Node, given: Node) -> bool:
 
 
 def _same_members(gold: Node, given: Node) -> bool:
-    """Brackets must match in kind and order, sets and bare lists in any order; a bare list may stand for a tuple in the same order."""
+    """Brackets must match in kind and order, sets and bare lists in any order; a bare list may stand for a tuple in the
+    same order."""
     if gold.op == given.op == "bracket":
         return gold.args[:2] == given.args[:2] and _in_order(gold.args[2], given.args[2])
     if "bracket" in (gold.op, given.op):
@@ -207,7 +210,8 @@ def _ordering(node: Node) -> bool:
 
 
 def _named(node: Node) -> tuple[Node | None, Node]:
-    r"""(name, value) of `x = 5`, `5 = x`, `x = 1 + 1 = 2`, `x \in S`, `n = 2, 3, 4`, `x = 1 or x = 2`; (None, node) for all others."""
+    r"""(name, value) of `x = 5`, `5 = x`, `x = 1 + 1 = 2`, `x \in S`, `n = 2, 3, 4`, `x = 1 or x = 2`; (None, node) for
+    all others."""
     if node.op == "relation":
         operators, sides = node.args
         if operators == ("in",):

@@ -1,9 +1,9 @@
 r"""Whether two expressions have the same value. Exact where both are rational; nothing is simplified.
 
-Other values are computed twice, to 100 and to 400 digits, and must agree relative to their size at both: `e^{-50}` is not 0, and 10^{-34} is
-not 10^{-19}. Expressions with letters are the same when they agree at random rational points (Schwartz–Zippel): positive points, and negative
-ones where both are real there. So `\sqrt{1/n}` is `1/\sqrt{n}`, and `|x|` is not `x`. Every evaluation has a budget: an answer that is too
-large to compute equals only itself.
+Other values are computed twice, to 100 and to 400 digits, and must agree relative to their size at both: `e^{-50}` is
+not 0, and 10^{-34} is not 10^{-19}. Expressions with letters are the same when they agree at random rational points
+(Schwartz–Zippel): positive points, and negative ones where both are real there. So `\sqrt{1/n}` is `1/\sqrt{n}`, and
+`|x|` is not `x`. Every evaluation has a budget: an answer that is too large to compute equals only itself.
 """
 
 from __future__ import annotations
@@ -31,19 +31,7 @@ from .syntax import Node, integer
 
 DIGITS = 6
 """The fewest significant digits with which a decimal stands for an exact value: 0.333333 for 1/3."""
-SCALAR = {
-    "number",
-    "symbol",
-    "constant",
-    "sum",
-    "product",
-    "power",
-    "negative",
-    "quotient",
-    "call",
-    "factorial",
-    "big",
-}
+SCALAR = {"number", "symbol", "constant", "sum", "product", "power", "negative", "quotient", "call", "factorial", "big"}
 COUNTING = {"n", "k", "m"}
 """Letters that may stand for whole numbers only: (-1)^n = cos(n pi)."""
 
@@ -96,7 +84,8 @@ def _agree(a: Node, b: Node, point: Point, real: bool = False) -> bool | None:
 
 
 def _rounds(a: Node, b: Node) -> bool:
-    """Whether one is a decimal of six significant digits or more that stands for the other: 0.333333 for 1/3, 3.141593 for pi.
+    """Whether one is a decimal of six significant digits or more that stands for the other: 0.333333 for 1/3, 3.141593
+    for pi.
 
     An exact value that has no more places than the decimal must be written exactly: 0.9999996 is not 1.
     """
@@ -124,7 +113,8 @@ def _rounds(a: Node, b: Node) -> bool:
 
 
 def _decimal(node: Node) -> tuple[Fraction, int] | None:
-    """The value and the places of a number written as a decimal: `1.20`, `-0.5`, `6.02 \\times 10^{23}`; None for anything else."""
+    """The value and the places of a number written as a decimal: `1.20`, `-0.5`, `6.02 \\times 10^{23}`; None for
+    anything else."""
     if node.op == "number":
         return None if node.args[1] is None else (node.args[0], node.args[1])
     if node.op == "negative" and (inner := _decimal(node.args[0])):

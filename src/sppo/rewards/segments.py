@@ -1,7 +1,7 @@
 """Segments of a response: where it is split into steps, and at which tokens these begin.
 
-A step counts as ended once its separator is written. Credit needs the separator named in the recipe: `auto` looks at the whole response to
-choose one, and so at what comes later.
+A step counts as ended once its separator is written. Credit needs the separator named in the recipe: `auto` looks at
+the whole response to choose one, and so at what comes later.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ def split_steps(text: str, how: str = "auto") -> list[tuple[str, int]]:
 
 
 def token_ends(policy: Decodes, rollout: Rollout, ends: Sequence[int]) -> list[int]:
-    """For each of `ends`, rising positions in the response's text: the fewest tokens whose text contains everything before it.
+    """For each of `ends`, rising positions in the response's text: the fewest tokens whose text contains everything
+    before it.
 
-    Found by bisection over the text of the first t tokens. Texts are compared, not their lengths: half a character's bytes decode to a longer text.
+    Found by bisection over the text of the first t tokens. Texts are compared, not their lengths: half a character's
+    bytes decode to a longer text.
     """
     out, low = [], 0
     for end in ends:
@@ -69,7 +71,8 @@ def segment_starts(policy: Decodes, rollout: Rollout, split: str) -> list[int]:
 
 
 def seen_ends(text: str, ends: Sequence[int], split: str) -> list[int | None]:
-    """For each end of a step, the end of the separator after it (white space may stand between), or None for a last step without one."""
+    """For each end of a step, the end of the separator after it (white space may stand between), or None for a last
+    step without one."""
     separator = re.compile(SEPARATORS[split])
     found = [(separator.search(text, end), end) for end in ends]
     return [m.end() if m and not text[end : m.start()].strip() else None for m, end in found]

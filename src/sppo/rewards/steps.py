@@ -1,4 +1,5 @@
-"""Scored steps: a response is split into steps, each step gets a score in [0, 1] or none, and the response gets their mean or minimum.
+"""Scored steps: a response is split into steps, each step gets a score in [0, 1] or none, and the response gets their
+mean or minimum.
 
     steps:check=chain                  the task's own checker: `check_steps(task, steps)` of tasks/chain.py
     steps:check=arithmetic             every equation between numbers that a step writes must hold
@@ -6,8 +7,8 @@
     steps:model=models/prm             a process reward model (token classification; `separator` as it was trained with)
     …,split=lines,score=min            how to split: auto, lines, semicolons, sentences, paragraphs; what to pay: mean, min, last, product
 
-The evidence holds each step's text, end (in characters) and score, ready for credit by step. A response in which no step could be
-judged is `unparseable`. Usually a part of a mixture: `answer + 0.3 * steps:check=chain`.
+The evidence holds each step's text, end (in characters) and score, ready for credit by step. A response in which no
+step could be judged is `unparseable`. Usually a part of a mixture: `answer + 0.3 * steps:check=chain`.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ class StepReward:
     ) -> None:
         self.scorer, self.name, self.split, self.score = scorer, name, split, score
         self.checker: Checker | None = None
-        """The function that scores steps, unless a model does; its code counts as the verifier's (audit/verifier.py)."""
+        """The function that scores steps, unless a model does; its code counts as the verifier's (audit/verifier.py).
+        """
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Correct (0.5 or more), wrong, unparseable (no step could be judged: 0), infra_error (too long for the model: masked)."""
+        """Correct (0.5 or more), wrong, unparseable (no step could be judged: 0), infra_error (too long for the model:
+        masked)."""
         return guarded(self.name, LIMIT, rollouts, self._call)
 
     def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:

@@ -1,4 +1,5 @@
-"""A row's tests, in whichever of the published layouts it has them, as suites for the sandbox (code.py lists the layouts)."""
+"""A row's tests, in whichever of the published layouts it has them, as suites for the sandbox (code.py lists the
+layouts)."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def suite_in(task: Task, column: str) -> Suite | str:
 
 
 def entry_name(value: Any) -> str | None:
-    """The name that is asked for: `f`, or `Solution.f` for a method of a fresh object (also written `Solution().f`); None for no name."""
+    """The name that is asked for: `f`, or `Solution.f` for a method of a fresh object (also written `Solution().f`);
+    None for no name."""
     if not isinstance(value, str):
         return None
     name = value.strip().replace("().", ".", 1)
@@ -224,7 +226,7 @@ def _columns(value: Mapping[str, Any], entry: Any) -> Suite | str:
         return "needs `inputs` and `outputs` of one length"
     if not entry:
         if any(x is None for x in (*inputs, *outputs)):
-            return "null is no standard input or output"
+            return "null is not standard input or output"
         pairs = zip(inputs, outputs, strict=True)
         return _that_can_fail(Suite("stdio", tuple(Case(_joined(o), stdin=_joined(i)) for i, o in pairs)))
     cases = []
@@ -290,7 +292,7 @@ def _rows(tests: Sequence[Mapping[str, Any]], entry: Any) -> Suite | str:
             continue
         given = next((test[k] for k in ("input", "stdin") if k in test), "")
         if given is None or expected is None:
-            return f"test {i}: null is no standard input or output"
+            return f"test {i}: null is not standard input or output"
         if test.get("testtype") == "functional":  # LiveCodeBench
             if not name:
                 return f"test {i} is functional, but the row has no `entry_point` to call"

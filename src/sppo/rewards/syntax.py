@@ -13,12 +13,14 @@ from .tokens import Unreadable
 class Node:
     """A node of an answer's tree. `op` determines `args`; two nodes are equal when they were written the same way.
 
-    number (value, digits after the point or None)      symbol (name)         constant (e | i | pi | oo)
-    sum (terms…)   product (factors…)   power (base, exponent)   negative (x)   quotient (a, b)   plusminus (sign, a or None, b)
-    call (name, arguments…)   factorial (x, 1 or 2)   big (name, below, above, body)   dots ()
-    list (connective, items)   bracket (opening, closing, items)   set (items)   such (variable, condition)   reals ()
-    join (union | intersection | minus, a, b)   matrix (rows)   relation (operators, sides)   ratio (parts)   clock (hour, minute…)
-    words (text)   quantity (value, unit)   labelled (letter, value)   counted (value, noun)   based (digits, base)
+    number (value, digits after the point or None)   symbol (name)   constant (e | i | pi | oo)
+    sum (terms…)   product (factors…)   power (base, exponent)   negative (x)   quotient (a, b)
+    plusminus (sign, a or None, b)   factorial (x, 1 or 2)   call (name, arguments…)
+    big (name, below, above, body)   dots ()   list (connective, items)   bracket (opening, closing, items)
+    set (items)   such (variable, condition)   reals ()   join (union | intersection | minus, a, b)
+    matrix (rows)   relation (operators, sides)   ratio (parts)   clock (hour, minute…)
+    words (text)   quantity (value, unit)   labelled (letter, value)   counted (value, noun)
+    based (digits, base)
     """
 
     op: str

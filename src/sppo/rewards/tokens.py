@@ -69,7 +69,8 @@ _ABOUT = ("approximately", "approx.", "approx", "about", "around", "roughly", "e
 
 
 def tidy(text: str) -> str:
-    r"""An answer without its surroundings: white space, `$…$`, `\(…\)`, `\[…\]`, `**…**`, a closing period, a lone brace pair."""
+    r"""An answer without its surroundings: white space, `$…$`, `\(…\)`, `\[…\]`, `**…**`, a closing period, a lone
+    brace pair."""
     text = text.translate(_CHARACTERS).replace("a.m.", "am").replace("p.m.", "pm").strip()
     for word in _ABOUT:
         if text[: len(word) + 1].lower() in (word + " ", word + "$"):
@@ -211,7 +212,8 @@ _GROUPING = ("{,}", ",\\!", "\\,", "\\ ", "\\;", "\\:", "~", ",", " ")
 
 
 def _number(text: str, at: int, inside: bool) -> tuple[str, int]:
-    r"""A number as `float` would write it, and where it ends: `9{,}500`, `11,\! 111`, `1.2e-3`, `0.8\overline{3}` (kept as `0.8(3)`).
+    r"""A number as `float` would write it, and where it ends: `9{,}500`, `11,\! 111`, `1.2e-3`, `0.8\overline{3}` (kept
+    as `0.8(3)`).
 
     `inside` brackets a bare comma separates members: `(1,234)` is a pair.
     """
@@ -243,7 +245,8 @@ def _number(text: str, at: int, inside: bool) -> tuple[str, int]:
 
 
 def _grouped(text: str, end: int, inside: bool) -> tuple[str, int] | None:
-    """The groups of three digits that follow, and where they end; None where there is none, or they are members of a list."""
+    """The groups of three digits that follow, and where they end; None where there is none, or they are members of a
+    list."""
     groups, plain_comma = "", False
     while True:
         gap = next((g for g in _GROUPING if text.startswith(g, end)), None)

@@ -1,4 +1,7 @@
-r"""The last value of a response without a marked answer: its last formula or number that is not retracted. Linear in the text."""
+r"""The last value of a response without a marked answer: its last formula or number that is not retracted.
+
+Linear in the text.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ class _Candidate:
 
 
 def last_value(text: str, mathematics: bool) -> str | None:
-    """The last value of a text without marks: the whole of a short one, else its last formula or number that is not retracted."""
+    """The last value of a text without marks: the whole of a short one, else its last formula or number that is not
+    retracted."""
     whole = text.strip()
     short = 0 < len(whole) <= 200 and "\n" not in whole and not any(mark in whole for mark in ("$", *_DELIMITERS))
     if mathematics and date(whole):
@@ -94,7 +98,8 @@ def _begins_as_prose(text: str) -> bool:
 
 
 def _value_of_formula(formula: str) -> str | None:
-    """The value of a formula, for comparisons that evaluate nothing: itself, its right side, or the last number of plain sums."""
+    """The value of a formula, for comparisons that evaluate nothing: itself, its right side, or the last number of
+    plain sums."""
     if formula.count("=") > 1 and "," in formula:
         return formula.strip()  # `x = 5, y = 7`: neither is the answer
     for part in (formula, formula.rpartition("=")[2]):
@@ -211,12 +216,14 @@ def _numbers(text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _cased(letter: str) -> bool:
-    """Whether a character is a letter that makes a name with a number beside it; not one of a script without spaces: `答案是5`."""
+    """Whether a character is a letter that makes a name with a number beside it; not one of a script without spaces:
+    `答案是5`."""
     return letter.isalpha() and letter.lower() != letter.upper()
 
 
 def _opens_coordinates(text: str, start: int) -> int | None:
-    """Where the bracket opens whose last member is the number at `start`: `(3, -2)`; None where that's no list of numbers."""
+    """Where the bracket opens whose last member is the number at `start`: `(3, -2)`; None where that's no list of
+    numbers."""
     at, comma = start - 1, False
     while at >= max(0, start - 100) and text[at] in _COORDINATES:
         comma = comma or text[at] in ",;"

@@ -1,7 +1,8 @@
 """A user's own reward: called under a time limit, its results checked, its faults named in one sentence.
 
-A call that raises, hangs or returns a wrong count is repeated one sample at a time, so that only the samples at fault are lost:
-they are masked, with the sentence in their evidence. Where more than a tenth is at fault, the reward is broken: RewardError.
+A call that raises, hangs or returns a wrong count is repeated one sample at a time, so that only the samples at fault
+are lost: they are masked, with the sentence in their evidence. Where more than a tenth is at fault, the reward is
+broken: RewardError.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ LIMIT = 600.0
 """Seconds that one call may take, by default (`reward.limit`)."""
 LEAST = 1.0
 IN_PROCESS = 10.0
-"""Seconds that one of our own judges may take for one response, in the trainer's process. They are linear in it: none comes near."""
+"""Seconds that one of our own judges may take for one response, in the trainer's process.
+
+They are linear in it: none comes near.
+"""
 
 
 GIVEN_TO_ALL = ("prompts", "completions", "completion_ids")
@@ -38,14 +42,15 @@ class Fault(Exception):
 
 
 class _Overrun(BaseException):
-    """Raised inside a reward that does not come back; not an Exception, which a user's `except Exception` would swallow."""
+    """Raised inside a reward that does not come back; not an Exception, which a user's `except Exception` would
+    swallow."""
 
 
 class CallableReward:
     """A user's `f(prompts, completions, **columns)`: checked at every call, because a silent 0 is the worst answer.
 
-    Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat prompts. `options` go with each
-    call, before columns of the same name.
+    Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat
+    prompts. `options` go with each call, before columns of the same name.
     """
 
     def __init__(
@@ -62,7 +67,7 @@ class CallableReward:
                 raise RecipeError(f"reward {name} has no option {key!r}: {nearest(key, known)}")
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """Raises RewardError naming the reward and the mend when it raises, hangs or returns what it may not."""
+        """Raises RewardError naming the reward and the remedy when it raises, hangs or returns what it may not."""
         return guarded(self.name, self.limit, rollouts, self._call)
 
     def _call(self, rollouts: Sequence[Rollout]) -> list[Verdict | str]:
@@ -149,7 +154,8 @@ class UserJudge:
 def guarded(
     name: str, limit: float, rollouts: Sequence[Rollout], call: Callable[[Sequence[Rollout]], Sequence[Verdict | str]]
 ) -> list[Verdict]:
-    """One verdict for each rollout, from a `call` that gives a verdict, or the sentence that says what is wrong with a sample.
+    """One verdict for each rollout, from a `call` that gives a verdict, or the sentence that says what is wrong with a
+    sample.
 
     Raises RewardError when more than a tenth of the samples are at fault.
     """
@@ -171,7 +177,10 @@ def guarded(
 def each_within(
     rollouts: Sequence[Rollout], judge: Callable[[Rollout], Verdict], limit: float = IN_PROCESS
 ) -> list[Verdict]:
-    """The verdicts of a judge of our own, one by one. A response that keeps it busy for `limit` seconds is a `timeout`, score 0."""
+    """The verdicts of a judge of our own, one by one.
+
+    A response that keeps it busy for `limit` seconds is a `timeout`, score 0.
+    """
     found: list[Verdict] = []
     while len(found) < len(rollouts):
         try:
@@ -191,7 +200,10 @@ def _one_by_one(
     call: Callable[[Sequence[Rollout]], Sequence[Verdict | str]],
     first: str,
 ) -> list[Verdict | str]:
-    """Each sample by itself. Once more than a tenth has failed the rest is not tried: every try may take its whole limit."""
+    """Each sample by itself.
+
+    Once more than a tenth has failed the rest is not tried: every try may take its whole limit.
+    """
     found: list[Verdict | str] = []
     faults = 0
     for rollout in rollouts:
@@ -230,8 +242,8 @@ def _deadline(seconds: float) -> Iterator[Callable[[], None]]:
 
     The reward stays in its thread: some use signals, which work in the main one only.
 
-    In the main thread a signal also ends a sleep or a read; in another thread, or where the signal is taken, the exception comes
-    when Python code runs next.
+    In the main thread a signal also ends a sleep or a read; in another thread, or where the signal is taken, the
+    exception comes when Python code runs next.
     """
     here = threading.get_ident()
     done = threading.Event()

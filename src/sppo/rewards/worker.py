@@ -1,6 +1,7 @@
 """The worker's side of `rewards/workers.py`: import one function, then answer one JSON line with one JSON line.
 
-The module's `warm_up()`, if it has one, runs before the worker reports that it is ready, so slow imports do not count as a slow verdict.
+The module's `warm_up()`, if it has one, runs before the worker reports that it is ready, so slow imports do not count
+as a slow verdict.
 """
 
 from __future__ import annotations

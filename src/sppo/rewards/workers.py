@@ -1,8 +1,9 @@
 """A small pool of killable worker processes, for judging that may hang or crash: one JSON line in, one JSON line out.
 
-A worker is `python -m sppo.rewards.worker module:function`, started fresh (never forked from a trainer with threads, never
-re-importing the user's script). A job that overruns its limit costs only its worker, which is killed and
-replaced. Time in which a busy machine kept the worker waiting does not count. Works from any thread: nothing here uses signals.
+A worker is `python -m sppo.rewards.worker module:function`, started fresh (never forked from a trainer with threads,
+never re-importing the user's script). A job that overruns its limit costs only its worker, which is killed and
+replaced. Time in which a busy machine kept the worker waiting does not count. Works from any thread: nothing here uses
+signals.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class WorkerPool:
     def run(self, jobs: Sequence[Any]) -> list[dict[str, Any]]:
         """One result for each job, in order.
 
-        `{"ok": result}`, `{"error": text}`, `{"timeout": seconds}`, `{"crashed": code}`, or `{"infra": text}` where the machine is at fault.
+        `{"ok": result}`, `{"error": text}`, `{"timeout": seconds}`, `{"crashed": code}`, or `{"infra": text}` where the
+        machine is at fault.
         """
         results: list[dict[str, Any]] = [{} for _ in jobs]
         pending: queue.SimpleQueue[int] = queue.SimpleQueue()

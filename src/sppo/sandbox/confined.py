@@ -1,8 +1,9 @@
 """This interpreter with its own libraries in a jail, for library code that handles a model's output.
 
-Programs run in the jails of `pool.py`, which see the system's Python alone. Where a library has to look at a response (a scorer
-that evaluates it), a worker of the trainer's own Python is started inside bubblewrap, or it takes rights away from itself by Landlock.
-It reads the interpreter and its packages, writes nowhere, and has no network, no home and no environment.
+Programs run in the jails of `pool.py`, which see the system's Python alone. Where a library has to look at a response
+(a scorer that evaluates it), a worker of the trainer's own Python is started inside bubblewrap, or it takes rights away
+from itself by Landlock. It reads the interpreter and its packages, writes nowhere, and has no network, no home and no
+environment.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from .inside import landlock
 
-MENDS = "install bubblewrap (apt-get install bubblewrap), or use Linux 6.12 or newer with Landlock switched on"
+REMEDY = "install bubblewrap (apt-get install bubblewrap), or use Linux 6.12 or newer with Landlock switched on"
 BARE = (
     "--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--new-session", "--cap-drop", "ALL", "--hostname", "jail",
     "--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64", "--symlink", "usr/bin", "/bin",
@@ -76,18 +77,8 @@ def command(script: Path, package: str) -> tuple[list[str], dict[str, str]]:
     for there, here in zip(inside, own, strict=True):
         jail += ["--ro-bind", here, there]
     jail += [
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-        "--remount-ro",
-        "/dev",
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/",
-        "--clearenv",
-    ]
+        "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/", "--clearenv",
+    ]  # fmt: skip
     for name, value in environment.items():
         jail += ["--setenv", name, value]
     return [*jail, *run], environment

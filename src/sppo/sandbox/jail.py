@@ -41,7 +41,8 @@ OUT_OF_MEMORY = 97  # inside/program.py
 class Starter:
     """A thread that starts the jails of this process, and lives as long as it.
 
-    The kernel ends a jail with the thread that started it (prctl(2), PR_SET_PDEATHSIG), so none is started by a thread that comes and goes.
+    The kernel ends a jail with the thread that started it (prctl(2), PR_SET_PDEATHSIG), so none is started by a thread
+    that comes and goes.
     """
 
     def __init__(self) -> None:
@@ -109,14 +110,14 @@ class Jail:
                     self.process.wait()
                     errors.seek(0)
                     said = errors.read().decode(errors="replace").strip().splitlines()
-                    raise SandboxUnavailable(_mend(said[-1] if said else "it ended without output"))
+                    raise SandboxUnavailable(_with_remedy(said[-1] if said else "it ended without output"))
         except BaseException as error:
             ours.close()
             self.close()
             if isinstance(error, FileNotFoundError):
-                raise SandboxUnavailable(_mend(str(error))) from None
+                raise SandboxUnavailable(_with_remedy(str(error))) from None
             if isinstance(error, PermissionError):
-                raise SandboxUnavailable(_mend(f"{self.python} is not for the jail's user")) from None
+                raise SandboxUnavailable(_with_remedy(f"{self.python} is not for the jail's user")) from None
             raise
         finally:
             for fd in keep[1:]:
@@ -282,17 +283,17 @@ def _environment(home: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _mend(cause: str) -> str:
-    mend = "see docs/sandbox.md"
+def _with_remedy(cause: str) -> str:
+    remedy = "see docs/sandbox.md"
     if "not installed" in cause:
-        mend = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
+        remedy = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
     elif "source path" in cause or "jail's user" in cause:
-        mend = "name an interpreter outside of a private home with python=…, which everybody may read and run"
+        remedy = "name an interpreter outside of a private home with python=…, which everybody may read and run"
     elif "landlock" in cause:
-        mend = "it needs Linux 6.12 or newer with Landlock switched on (lsm=landlock,…)"
+        remedy = "it needs Linux 6.12 or newer with Landlock switched on (lsm=landlock,…)"
     elif "namespace" in cause or "Permission denied" in cause or "Operation not permitted" in cause:
-        mend = (
+        remedy = (
             "the kernel refuses user namespaces here: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
             "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), or docker run --security-opt seccomp=unconfined"
         )
-    return f"the sandbox cannot start: {cause}; {mend}, use a remote one (backend=remote,url=…), or name a weaker backend yourself"
+    return f"the sandbox cannot start: {cause}; {remedy}, use a remote one (backend=remote,url=…), or name a weaker backend yourself"

@@ -10,7 +10,8 @@ Status = Literal[
     "ok", "exception", "timeout", "memory", "output_limit", "killed", "cancelled", "protocol", "infra_error"
 ]
 STATUSES: tuple[Status, ...] = get_args(Status)
-"""`infra_error` alone is the machine's fault: such a program is run again, and if that fails too its sample is masked."""
+"""`infra_error` alone is the machine's fault: such a program is run again, and if that fails too its sample is masked.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Limits:
 class Job:
     """One program to run. `role` says how; the fields below it are what that role reads.
 
-    `script`: as __main__, on `stdin`. `calls`: define, then answer `calls`, each `[entry, encoded args, encoded kwargs]`.
-    `asserts`: `setup` and `tests` (the task's own code) in one jail, against stand-ins for the program's `names` in another.
+    `script`: as __main__, on `stdin`. `calls`: define, then answer `calls`, each `[entry, encoded args, encoded
+    kwargs]`. `asserts`: `setup` and `tests` (the task's own code) in one jail, against stand-ins for the program's
+    `names` in another.
     """
 
     role: Literal["script", "calls", "asserts"]

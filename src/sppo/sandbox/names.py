@@ -1,4 +1,5 @@
-"""Which names assertions take from a program: what they read and it defines, but never what would make it its own judge."""
+"""Which names assertions take from a program: what they read and it defines, but never what would make it its own
+judge."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ KEPT = 512
 
 
 def free_names(tests: Sequence[str], setup: str) -> tuple[set[str], set[str]]:
-    """(names that only a program can bring, standard modules to import) of what tests read and neither they nor the setup make.
+    """(names that only a program can bring, standard modules to import) of what tests read and neither they nor the
+    setup make.
 
     A function of the row alone, so that no program decides what is taken from it.
     """
@@ -84,7 +86,8 @@ def _binds(node: ast.AST) -> set[str]:
 def undefined(
     tests: Sequence[str], setup: str = "", names: Sequence[str] = (), modules: Collection[str] = sys.stdlib_module_names
 ) -> str | None:
-    """A name that code reads although nothing defines it: not it, not the setup, not `names`, not the `modules` that are there."""
+    """A name that code reads although nothing defines it: not it, not the setup, not `names`, not the `modules` that
+    are there."""
     nodes = [node for text in (setup, *tests) for node in ast.walk(_tree(text))]
     if any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" and n.module not in STARRED for n in nodes):
         return None
@@ -94,16 +97,18 @@ def undefined(
 
 
 def ambiguous(tests: Sequence[str], setup: str) -> str | None:
-    """The name that tests call around what another one returns, so that a program which brings both would judge itself; or None.
+    """The name that tests call around what another one returns, so that a program which brings both would judge itself;
+    or None.
 
-    An object inside the arguments is no answer that could be judged (`area(Square(2)) == 4`), unless what is called around it decides
-    alone: `same(F(7), 49)`.
+    An object inside the arguments is no answer that could be judged (`area(Square(2)) == 4`), unless what is called
+    around it decides alone: `same(F(7), 49)`.
     """
     return min(_around(tuple(tests), setup), default=None)
 
 
 def own_judge(tests: Sequence[str], setup: str, names: Sequence[str] | None) -> str | None:
-    """How a program could decide by itself whether these tests hold, or what they ask of its objects that these do not reveal; or None.
+    """How a program could decide by itself whether these tests hold, or what they ask of its objects that these do not
+    reveal; or None.
 
     `names`: those that are taken from the program; None: those that only it can bring.
     """
@@ -163,7 +168,8 @@ def names_taken(code: str, tests: Sequence[str], setup: str) -> tuple[list[str],
 
 
 def parsed(code: str, longest: int = LONGEST) -> ast.Module | None:
-    """The syntax tree, None for what is no Python (in the jail it fails with its own message) or too long to be an answer."""
+    """The syntax tree, None for anything but Python (in the jail it fails with its own message) or too long to be an
+    answer."""
     if len(code) > longest:  # parsing an f-string takes quadratic time
         return None
     try:
@@ -206,7 +212,8 @@ def _is_class(name: str) -> bool:
 
 
 def _holds(nodes: Sequence[ast.AST], names: set[str]) -> dict[str, set[str]]:
-    """Whose answers a name or variable may hold: for each of `names` that is read, and each variable that is assigned from one."""
+    """Whose answers a name or variable may hold: for each of `names` that is read, and each variable that is assigned
+    from one."""
     holds = {n.id: {n.id} for n in nodes if isinstance(n, ast.Name) and n.id in names}
     for _ in range(3):
         for node in nodes:
@@ -221,7 +228,8 @@ def _holds(nodes: Sequence[ast.AST], names: set[str]) -> dict[str, set[str]]:
 
 @functools.lru_cache(maxsize=KEPT)
 def _around(tests: tuple[str, ...], setup: str) -> set[str]:
-    """Those free names that a test calls (or calls a method of) with what another of them returned inside the arguments, directly or by a variable.
+    """Those free names that a test calls (or calls a method of) with what another of them returned inside the
+    arguments, directly or by a variable.
 
     Where that other is a class, only if the call alone decides and is given something else besides (`same(F(7), 49)`).
     """
@@ -244,7 +252,8 @@ def _around(tests: tuple[str, ...], setup: str) -> set[str]:
 
 
 def _verdicts(nodes: Sequence[ast.AST]) -> Iterator[ast.expr]:
-    """Expressions whose truth alone decides a test: of assertions, of conditions, and of `assertTrue`; below `not`, `and`, `all`, `== True`."""
+    """Expressions whose truth alone decides a test: of assertions, of conditions, and of `assertTrue`; below `not`,
+    `and`, `all`, `== True`."""
     pending: list[ast.expr] = []
     for node in nodes:
         if isinstance(node, (ast.Assert, ast.If)):
@@ -296,7 +305,8 @@ def _pairs(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
 
 
 def _made(value: ast.expr, assigned: Mapping[str, list[ast.expr]], free: set[str]) -> bool:
-    """Whether a value is an object of a class of the program's: `P(1, 2)`, or a variable that was assigned nothing else."""
+    """Whether a value is an object of a class of the program's: `P(1, 2)`, or a variable that was assigned nothing
+    else."""
     values = assigned.get(value.id, []) if isinstance(value, ast.Name) else [value]
     return bool(values) and all(
         isinstance(v, ast.Call) and isinstance(v.func, ast.Name) and v.func.id in free and _is_class(v.func.id)
@@ -327,7 +337,8 @@ def _loaded(node: ast.AST | None) -> set[str]:
 
 
 def bound(code: str) -> dict[str, Literal["defined", "module"]]:
-    """Names that a program binds at its top level, as far as its syntax tree shows: by importing (`module`), or otherwise."""
+    """Names that a program binds at its top level, as far as its syntax tree shows: by importing (`module`), or
+    otherwise."""
     names: dict[str, Literal["defined", "module"]] = {}
     pending: list[ast.stmt] = list((parsed(code) or ast.Module([], [])).body)
     while pending:

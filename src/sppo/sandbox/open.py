@@ -28,7 +28,7 @@ def open_sandbox(
         fork: programs may start processes.
 
     Raises:
-        RecipeError: an option out of range. SandboxUnavailable: with the cause and the mend.
+        RecipeError: an option out of range. SandboxUnavailable: with the cause and the remedy.
     """
     for name, value, kind in (
         ("slots", slots, int),

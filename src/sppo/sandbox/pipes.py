@@ -28,7 +28,8 @@ class Pipes:
         self.selector = selectors.DefaultSelector()
 
     def pump(self, deadline: float, cancel: Callable[[], None]) -> dict[str, Any] | None:
-        """The zygote's report, or None where it gives none until `deadline`. Calls `cancel` once when output is truncated.
+        """The zygote's report, or None where it gives none until `deadline`. Calls `cancel` once when output is
+        truncated.
 
         After the report it takes what the pipes still hold, without waiting for their end.
         """

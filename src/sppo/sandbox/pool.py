@@ -19,10 +19,10 @@ from .jail import Jail
 from .job import Job, Limits, Result
 
 BACKENDS = ("bwrap", "landlock", "unsafe-subprocess")
-"""`bwrap` isolates. `landlock` holds files, network and signals back, but shares the machine's process list and disk, and no
-program may fork. `unsafe-subprocess` keeps limits only: for trusted programs, where no jail can be had."""
+"""`bwrap` isolates. `landlock` holds files, network and signals back, but shares the machine's process list and disk,
+and no program may fork. `unsafe-subprocess` keeps limits only: for trusted programs, where no jail can be had."""
 UNSAFE = (
-    "warning: backend=unsafe-subprocess is no sandbox: programs run as you, and can read, change and send whatever you can. "
+    "warning: backend=unsafe-subprocess is not a sandbox: programs run as you, and can read, change and send whatever you can. "
     "Use it for programs that you trust; bwrap and landlock isolate.\n"
 )
 """Printed each time such a backend starts."""

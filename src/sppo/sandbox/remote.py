@@ -4,7 +4,8 @@
 
 The jobs of one request run one after the other in one jail.
 
-`sppo sandbox serve` answers it. The token comes from the environment variable SPPO_SANDBOX_TOKEN: recipes are shared, secrets are not.
+`sppo sandbox serve` answers it. The token comes from the environment variable SPPO_SANDBOX_TOKEN: recipes are shared,
+secrets are not.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ BYTES = ("stdout", "stderr", "channel")
 
 
 class RemoteSandbox:
-    """`slots` programs at a time on a server. Raises SandboxUnavailable at its probe when that does not answer as it should."""
+    """`slots` programs at a time on a server.
+
+    Raises SandboxUnavailable at its probe when that does not answer as it should.
+    """
 
     backend = "remote"
 
@@ -71,7 +75,10 @@ class RemoteSandbox:
         self._probed = True
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
-        """One result for each job, in order. An unreachable server is retried; after that the result is `infra_error`."""
+        """One result for each job, in order.
+
+        An unreachable server is retried; after that the result is `infra_error`.
+        """
         return [result for (result,) in self.run_groups([[job] for job in jobs])]
 
     def run_groups(self, groups: Sequence[Sequence[Job]]) -> list[list[Result]]:

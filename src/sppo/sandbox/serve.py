@@ -4,9 +4,9 @@ POST /run        a job and its limits in, a result out (remote.py is the client)
 POST /run_code   SandboxFusion's form for Python programs: {"code", "language", "stdin", "run_timeout"}
 GET  /health     {"ok": true, "backend": ..., "slots": ...}: the one address without a token
 
-uvicorn speaks HTTP. It does not limit the time of a request, so `Connection` does: a client without a token has a few seconds per
-request, and is dropped first when there are too many connections. Anything but a plain request (an unexpected body, two lengths) is
-refused and its connection closed. Jobs whose client has left are ended.
+uvicorn speaks HTTP. It does not limit the time of a request, so `Connection` does: a client without a token has a few
+seconds per request, and is dropped first when there are too many connections. Anything but a plain request (an
+unexpected body, two lengths) is refused and its connection closed. Jobs whose client has left are ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .remote import job_from, limits_from, result_to
 
 LARGEST_REQUEST, MOST_JOBS = 64 << 20, 4096
 MOST_CONNECTIONS, BACKLOG = 512, 128
-"""Connections open at a time, and accepted at a time: few enough that a new one is read before others can displace it."""
+"""Connections open at a time, and accepted at a time: few enough that a new one is read before others can displace it.
+"""
 HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10.0, 300.0, 30
 """How long a client may take over a request's head and over its body, and how long a connection may lie idle."""
 CALL_OFF_SECONDS = 0.05
@@ -48,7 +49,8 @@ class Places:
         self.open: dict[Connection, None] = {}
 
     def enter(self, newcomer: Connection) -> None:
-        """Keep a new connection, and end the oldest that has shown no token, else the oldest that is idle, if there are too many."""
+        """Keep a new connection, and end the oldest that has shown no token, else the oldest that is idle, if there are
+        too many."""
         self.open[newcomer] = None
         if len(self.open) > self.most:
             strangers = (c for c in self.open if c is not newcomer and not c.known)
@@ -133,7 +135,10 @@ class Refusal(Exception):
 
 
 class Server:
-    """An HTTP server over a sandbox. Raises SandboxUnavailable before it listens when programs cannot be isolated here, OSError when it cannot listen."""
+    """An HTTP server over a sandbox.
+
+    Raises SandboxUnavailable before it listens when programs cannot be isolated here, OSError when it cannot listen.
+    """
 
     def __init__(self, address: tuple[str, int], sandbox: Sandbox, token: str) -> None:
         sandbox.probe()

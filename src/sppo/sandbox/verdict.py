@@ -1,7 +1,7 @@
 """Which of a program's tests hold. Comparison happens here, on plain data; the jail never sees an expected value.
 
-`stdio`: a fresh process per case, its standard output against the expected one. `calls`: one process answers calls with values.
-`asserts`: the task's own test code runs in a second jail.
+`stdio`: a fresh process per case, its standard output against the expected one. `calls`: one process answers calls with
+values. `asserts`: the task's own test code runs in a second jail.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Report:
 class TestCode:
     """The task's own test code. `setup` is trusted and runs in the tests' jail; each test raises when it fails.
 
-    `names`: what the tests take from the program, also in the place of what the setup announces. None: the names that a test
-    reads and the program defines, but never one that the setup made, nor one that is called around another of the program's
-    (`isclose(f(7), 49)`), so that a program cannot bring its own judge.
+    `names`: what the tests take from the program, also in the place of what the setup announces. None: the names that a
+    test reads and the program defines, but never one that the setup made, nor one that is called around another of the
+    program's (`isclose(f(7), 49)`), so that a program cannot bring its own judge.
     """
 
     __test__ = False
@@ -149,8 +149,9 @@ def lines(text: str) -> list[str]:
 def same_output(given: str, expected: str, tolerance: float = TOLERANCE) -> bool:
     """Whether an output is the expected one, line by line, without trailing white space and empty lines at the end.
 
-    Where the expected text has a decimal number (a point or an exponent), a number of at most `tolerance` less or more is as good,
-    relative to it, or absolute where it is below 1, but never one that differs in the first two digits. Whole numbers are exact.
+    Where the expected text has a decimal number (a point or an exponent), a number of at most `tolerance` less or more
+    is as good, relative to it, or absolute where it is below 1, but never one that differs in the first two digits.
+    Whole numbers are exact.
     """
     ours, theirs = lines(given), lines(expected)
     return ours == theirs or (
@@ -223,7 +224,8 @@ def _matches(tree: Any, expected: Any) -> bool:
 
 
 def matches(tree: Any, expected: Any) -> bool:
-    """Whether an answer's tree is the expected value: tuples and lists are alike (JSON has no tuples), floats within 1e-9, True is not 1.
+    """Whether an answer's tree is the expected value: tuples and lists are alike (JSON has no tuples), floats within
+    1e-9, True is not 1.
 
     The tree is compared, not decoded: the work is bounded by the expected value's size, whatever a program sends.
     """

@@ -1,7 +1,8 @@
-"""The socket of a task source, and the split into training and held-out problems. `loading.py` makes one from `task.train`.
+"""The socket of a task source, and the split into training and held-out problems. `loading.py` makes one from
+`task.train`.
 
-A source is a finite sequence, possibly long and computed on demand. `source[i]` is always the same task, so a position in the data is one
-number, and a resumed run sees the tasks that the interrupted one would have seen.
+A source is a finite sequence, possibly long and computed on demand. `source[i]` is always the same task, so a position
+in the data is one number, and a resumed run sees the tasks that the interrupted one would have seen.
 """
 
 from __future__ import annotations

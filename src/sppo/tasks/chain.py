@@ -2,11 +2,12 @@
 
     7+5-3*2?   →   7+5=2;2-3=9;9*2=8;A:8
 
-Operations apply from left to right. The embedded task: no download, every step checkable, hard enough that a small model
-must learn to compute, easy enough to learn within minutes. Train and held-out problems are disjoint by construction.
+Operations apply from left to right. The embedded task: no download, every step checkable, hard enough that a small
+model must learn to compute, easy enough to learn within minutes. Train and held-out problems are disjoint by
+construction.
 
-`chain:steps=4-6`, `chain:steps=3,split=held-out,size=100000`; `chain:steps=4-6,confidence=true`: solutions state a random
-confidence too (`…;9*2=8;C:37;A:8`), a form to which a reward gives meaning (rewards/confidence.py)
+`chain:steps=4-6`, `chain:steps=3,split=held-out,size=100000`; `chain:steps=4-6,confidence=true`: solutions state a
+random confidence too (`…;9*2=8;C:37;A:8`), a form to which a reward gives meaning (rewards/confidence.py)
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""`control:mountain-car`: episodes of a control task (environments/control.py), each from a start of its own; the reward is `control`."""
+"""`control:mountain-car`: episodes of a control task (environments/control.py), each from a start of its own; the
+reward is `control`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from .base import SPLITS
 def build(name: str | None = None, split: str = "train", size: int = 100_000) -> Starts:
     """The source for `control:NAME`."""
     if name not in KINDS:
-        raise RecipeError(f"control: {name!r} is no control task: {nearest(str(name), list(KINDS))}")
+        raise RecipeError(f"control: {name!r} is not a control task: {nearest(str(name), list(KINDS))}")
     if split not in SPLITS:
         raise RecipeError(f"control: split={split} is not one of {', '.join(SPLITS)}")
     return Starts(str(name), split, size)

@@ -1,7 +1,7 @@
 """Each task of a source once per epoch, in an order that depends on the seed and the epoch alone.
 
-The position in the data is one number, so a resumed run goes on with the very next task. Tasks that cannot be used are passed over and
-counted, never cut.
+The position in the data is one number, so a resumed run goes on with the very next task. Tasks that cannot be used are
+passed over and counted, never cut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""`functions`: small Python functions over a list of integers, with visible and hidden tests; the dial is the number of steps.
+"""`functions`: small Python functions over a list of integers, with visible and hidden tests; the dial is the number of
+steps.
 
     f(xs): add 3 to each, keep those above 4, return the sum
 
@@ -7,8 +8,8 @@
         xs = [x for x in xs if x > 4]
         return sum(xs)
 
-Made here, no download. The hidden tests of a problem fail every program that leaves one of its steps out or is off by one in
-one of its numbers. Train and held-out problems are disjoint by construction.
+Made here, no download. The hidden tests of a problem fail every program that leaves one of its steps out or is off by
+one in one of its numbers. Train and held-out problems are disjoint by construction.
 
 `functions:steps=2-4`, `functions:steps=3,split=held-out,visible=2,hidden=6`
 """
@@ -30,7 +31,10 @@ Apply = Callable[[list[int], int], Any]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a function: its phrase in the question, its line of the solution, its effect. `k` is its number, if it has one."""
+    """One step of a function: its phrase in the question, its line of the solution, its effect.
+
+    `k` is its number, if it has one.
+    """
 
     says: str
     code: str

@@ -46,7 +46,8 @@ def make_dataset(family: str, seed: int, size: int, options: dict[str, Any]) -> 
 
 
 class Gym:
-    """Problems `index`, `index + size`, … are tried until one falls into the split: disjoint by the hash of the question."""
+    """Problems `index`, `index + size`, … are tried until one falls into the split: disjoint by the hash of the
+    question."""
 
     def __init__(self, family: str, split: str, size: int, seed: int, options: dict[str, Any]) -> None:
         in_split("", split)

@@ -13,11 +13,7 @@ from .user_source import is_own, own_source
 
 
 def load_tasks(
-    spec: str,
-    *,
-    instruction: str = "",
-    default_split: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    spec: str, *, instruction: str = "", default_split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> TaskSource:
     """The source for a spec or the path of a data file.
 
@@ -30,7 +26,7 @@ def load_tasks(
     """
     if spec == GIVEN:
         raise RecipeError(
-            "this run's problems were given in Python; go on with it there: SPPOConfig(resume_from_checkpoint=True)"
+            "this run's problems were given in Python; continue it there: SPPOConfig(resume_from_checkpoint=True)"
         )
     if is_own(spec):
         return with_instruction(own_source(spec, columns), instruction)
@@ -63,7 +59,10 @@ def record_options(spec: str) -> dict[str, Any]:
 def load_pair(
     train: str, evaluation: str | None, instruction: str, columns: Mapping[str, str] | None = None
 ) -> tuple[TaskSource, TaskSource]:
-    """Training and held-out problems. One spec for both is split by hash; rows that have a file of their own are taken whole."""
+    """Training and held-out problems.
+
+    One spec for both is split by hash; rows that have a file of their own are taken whole.
+    """
     if columns and not any(is_records(s) or is_own(s) for s in (train, evaluation) if s is not None):
         raise RecipeError(f"task.columns renames the columns of rows, and task.train = {train!r} makes its problems")
     both = evaluation is None

@@ -39,7 +39,7 @@ class Labelled:
 
 
 def read_preferences(path: Path) -> list[Pair] | list[Labelled]:
-    """The rows of a file (rows.py). Raises DataError naming the file, the row and the mend."""
+    """The rows of a file (rows.py). Raises DataError naming the file, the row and the remedy."""
     pairs: list[Pair] = []
     labelled: list[Labelled] = []
     for number, row in read_rows(path):

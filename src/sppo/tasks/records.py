@@ -9,9 +9,10 @@ A row needs a prompt, and something to grade responses by:
     {"conversations": [{"from": "human", "value": "2+2?"}, …]}                ShareGPT's
     {"instruction": "Add.", "input": "2+2", "output": "4"}                    Alpaca's
 
-`solution` (text), `output` beside `instruction`, or a conversation in `messages` or `conversations` that ends with the assistant's turn
-are worked solutions for supervised training. A number in `difficulty` (or `level`) is a curriculum's dial. Any other column is
-passed to the rewards by name. Columns of other names are renamed by `task.columns`, e.g. {prompt = "q", answer = "meta.gold"}.
+`solution` (text), `output` beside `instruction`, or a conversation in `messages` or `conversations` that ends with the
+assistant's turn are worked solutions for supervised training. A number in `difficulty` (or `level`) is a curriculum's
+dial. Any other column is passed to the rewards by name. Columns of other names are renamed by `task.columns`, e.g.
+{prompt = "q", answer = "meta.gold"}.
 
 `records:path=problems.jsonl,split=train`, a bare path, or `hub:openai/gsm8k,subset=main,hub_split=train`
 """
@@ -65,7 +66,8 @@ def rows_of(
     hub_split: str = "train",
     broken: list[tuple[int, str]] | None = None,
 ) -> tuple[Iterator[tuple[int, Mapping[str, Any]]], str]:
-    """The numbered rows that a spec's options name, and the name of their source for errors; `broken` as in `read_rows`."""
+    """The numbered rows that a spec's options name, and the name of their source for errors; `broken` as in
+    `read_rows`."""
     if (path is None) == (hub is None):
         raise DataError("records needs a path (records:path=FILE) or a hub dataset (hub:NAME)")
     if path is not None:
@@ -143,7 +145,8 @@ def has_prompt(row: Mapping[str, Any]) -> bool:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> dict[str, Any]:
-    """The row with its columns also under the names that `columns` gives them; `meta.gold` is the key `gold` of the object in `meta`."""
+    """The row with its columns also under the names that `columns` gives them; `meta.gold` is the key `gold` of the
+    object in `meta`."""
     out = dict(row)
     for wanted, source in columns.items():
         value = _inside(row, source)
@@ -205,7 +208,8 @@ def _references(row: dict[str, Any], name: str) -> None:
 
 
 def _tests(truth: Any) -> Any:
-    """Tests that stand where a reference answer is expected (Eurus, PRIME, DeepCoder), in the layout that they have; None for an answer."""
+    """Tests that stand where a reference answer is expected (Eurus, PRIME, DeepCoder), in the layout that they have;
+    None for an answer."""
     value = _decoded(truth)
     if isinstance(value, Mapping):
         if {"inputs", "outputs"} <= value.keys():
@@ -292,7 +296,7 @@ def _parts(parts: Sequence[Any], column: str, name: str) -> str:
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else _said(part)
-            raise DataError(f"{name}: `{column}`: a message holds a part that is no text ({kind}); only text is read")
+            raise DataError(f"{name}: `{column}`: a message holds a part that is not text ({kind}); only text is read")
     return "".join(part["text"] for part in parts)
 
 

@@ -1,7 +1,8 @@
-"""Files of rows: JSON lines, a JSON list, CSV, TSV, parquet, or a folder that `datasets` saved. Errors name file and row.
+"""Files of rows: JSON lines, a JSON list, CSV, TSV, parquet, or a folder that `datasets` saved. Errors name file and
+row.
 
-Text files may be compressed (.gz, .bz2, .xz, .zst), must be UTF-8 (with or without a byte-order mark) and are read line by line.
-A row's number is its line in a text file, and its place from 1 elsewhere.
+Text files may be compressed (.gz, .bz2, .xz, .zst), must be UTF-8 (with or without a byte-order mark) and are read line
+by line. A row's number is its line in a text file, and its place from 1 elsewhere.
 """
 
 from __future__ import annotations
@@ -227,7 +228,10 @@ def _open(path: Path) -> BinaryIO:
 
 
 def parsed(text: str, by_line: bool = False) -> Any:
-    """JSON as Python values. Raises ValueError with a reason: syntax, a key given twice, half a surrogate pair, nesting without end."""
+    """JSON as Python values.
+
+    Raises ValueError with a reason: syntax, a key given twice, half a surrogate pair, nesting without end.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
@@ -241,7 +245,7 @@ def parsed(text: str, by_line: bool = False) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
+            raise ValueError("it holds half of a surrogate pair (\\ud800 to \\udfff), which is not text") from None
     return value
 
 
@@ -259,9 +263,11 @@ def _object(row: Any) -> dict[str, Any]:
 
 
 def _cells(column: Any, mapped: bool) -> list[Any]:
-    """An Arrow column as Python values; where one has none (text that is not UTF-8, a date out of range), it alone is lost.
+    """An Arrow column as Python values; where one has none (text that is not UTF-8, a date out of range), it alone is
+    lost.
 
-    A damaged file on the disk may hold lengths that lead out of its memory: a mapped column is validated first, and lost as a whole.
+    A damaged file on the disk may hold lengths that lead out of its memory: a mapped column is validated first, and
+    lost as a whole.
     """
     try:
         if mapped:

@@ -19,7 +19,7 @@ def is_own(spec: str) -> bool:
 def own_source(spec: str, columns: Mapping[str, str] | None = None) -> OwnSource:
     """The source of `package.module:object,key=value,…`; `columns` as in `load_tasks`.
 
-    Raises RecipeError where the object is no source, and makes none.
+    Raises RecipeError where the object neither is a source nor makes one.
     """
     parsed = parse_spec(spec, "sppo.tasks")
     found = resolve(parsed.name, "sppo.tasks", "build")

@@ -1,7 +1,8 @@
-"""The socket of a tracker, which receives each step's numbers. A tracker that a recipe names must start; later failures only warn.
+"""The socket of a tracker, which receives each step's numbers. A tracker that a recipe names must start; later failures
+only warn.
 
-A tracker is a file here, or `package.module:object` of your own: `build(run, **options)` returns an object with `id`, `log(step, metrics)` and
-`close(summary)`, and raises any exception when it cannot start.
+A tracker is a file here, or `package.module:object` of your own: `build(run, **options)` returns an object with `id`,
+`log(step, metrics)` and `close(summary)`, and raises any exception when it cannot start.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Receives a run's numbers. `id` is its name for the run, kept in the run directory so that a resumed run continues there."""
+    """Receives a run's numbers.
+
+    `id` is its name for the run, kept in the run directory so that a resumed run continues there.
+    """
 
     id: str
 
@@ -92,5 +96,5 @@ class Trackers:
             except Exception as error:
                 del self.running[text]
                 self.say(
-                    f"warning: tracker {text} failed {when} and is left out from now on ({first_line(error)}); the run goes on"
+                    f"warning: tracker {text} failed {when} and is left out from now on ({first_line(error)}); the run continues"
                 )

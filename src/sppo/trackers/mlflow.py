@@ -1,4 +1,8 @@
-"""MLflow. `mlflow`, `mlflow:uri=http://host:5000,experiment=mine`; without uri: MLFLOW_TRACKING_URI, else a database file in the run directory."""
+"""MLflow.
+
+`mlflow`, `mlflow:uri=http://host:5000,experiment=mine`; without uri: MLFLOW_TRACKING_URI, else a database file in the
+run directory.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,10 @@ class MLflow:
                 self.client.log_param(self.id, key, str(value)[:LONGEST])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One batch. Signs that MLflow refuses in names (as in pass@4) become underscores; one would lose the whole batch."""
+        """One batch.
+
+        Signs that MLflow refuses in names (as in pass@4) become underscores; one would lose the whole batch.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from mlflow.entities import Metric

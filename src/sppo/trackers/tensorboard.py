@@ -1,4 +1,7 @@
-"""TensorBoard: event files in the run directory. `tensorboard`, `tensorboard:folder=logs`; look: tensorboard --logdir RUN/tensorboard."""
+"""TensorBoard: event files in the run directory.
+
+`tensorboard`, `tensorboard:folder=logs`; look: tensorboard --logdir RUN/tensorboard.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Trackio, Hugging Face's local tracker. `trackio`, `trackio:project=mine,space=me/board`; look: trackio show --project sppo."""
+"""Trackio, Hugging Face's local tracker.
+
+`trackio`, `trackio:project=mine,space=me/board`; look: trackio show --project sppo.
+"""
 
 from __future__ import annotations
 

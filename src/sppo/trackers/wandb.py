@@ -1,4 +1,7 @@
-"""Weights & Biases. `wandb`, `wandb:project=mine,entity=us,mode=offline`; offline runs go up later with `wandb sync`."""
+"""Weights & Biases.
+
+`wandb`, `wandb:project=mine,entity=us,mode=offline`; offline runs go up later with `wandb sync`.
+"""
 
 from __future__ import annotations
 

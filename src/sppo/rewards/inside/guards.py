@@ -2,13 +2,14 @@
 
 Four kinds of families are treated apart from the rest:
 
-EXPRESSIONS   the scorer hands the answer to SymPy, whose parser evaluates it: names from a fixed list, numbers and operators only, and in a jail only
-LITERALS      the scorer calls `eval` on the answer: it gets `ast.literal_eval` in its place
-JUDGED_HERE   the scorer pays answers that are not the row's: judged here instead
-CORRECTED     the scorer pays some wrong answers: checked here afterwards
+EXPRESSIONS   the scorer hands the answer to SymPy, whose parser evaluates it: names from a fixed list, numbers and
+operators only, and in a jail only LITERALS      the scorer calls `eval` on the answer: it gets `ast.literal_eval` in
+its place JUDGED_HERE   the scorer pays answers that are not the row's: judged here instead CORRECTED     the scorer
+pays some wrong answers: checked here afterwards
 
-For every family: a score that empty answers get as well counts as 0 (`above_floor`), and so does a score outside [0, 1]; repeating the
-question is no answer; a reference inside a longer word or number, or beside its opposite, does not count as found.
+For every family: a score that empty answers get as well counts as 0 (`above_floor`), and so does a score outside [0,
+1]; repeating the question is no answer; a reference inside a longer word or number, or beside its opposite, does not
+count as found.
 """
 
 import ast
@@ -33,7 +34,10 @@ FUNCTIONS = frozenset({
     "sech", "csch", "asinh", "acosh", "atanh", "acoth", "asech", "acsch", "exp", "log", "ln", "sqrt", "cbrt", "root", "Abs", "sign",
     "factorial", "Rational", "Integer", "Float", "Pow", "Add", "Mul", "erf", "erfc", "erfi", "Si", "Ci", "Ei", "li", "Li", "gamma", "pi",
 })  # fmt: skip
-"""Names of SymPy's that an antiderivative or a polynomial may use. Nothing that integrates, parses, or makes functions."""
+"""Names of SymPy's that an antiderivative or a polynomial may use.
+
+Nothing that integrates, parses, or makes functions.
+"""
 NOT_SYMBOLS = frozenset("NOQS")
 """Single letters that are SymPy's own objects."""
 TOKEN = re.compile(
@@ -62,15 +66,18 @@ def expression(answer: str, gold: str | None) -> None:
     while at < len(answer):
         token = TOKEN.match(answer, at)
         if token is None or not answer[at].isascii():
-            raise Refused(f"{answer[at]!r} is no part of an expression")
+            raise Refused(f"{answer[at]!r} is not part of an expression")
         name = token["name"]
         if name and name not in FUNCTIONS and (len(name.rstrip("0123456789_")) != 1 or name in NOT_SYMBOLS):
-            raise Refused(f"{name!r} is no function or symbol that an answer may use")
+            raise Refused(f"{name!r} is not a function or symbol that an answer may use")
         at = token.end()
 
 
 def arithmetic(answer: str) -> tuple[list[int], Fraction]:
-    """The integers in an expression of + - * / and parentheses, and its exact value. Raises Refused for anything else."""
+    """The integers in an expression of + - * / and parentheses, and its exact value.
+
+    Raises Refused for anything else.
+    """
     if len(answer) > LONGEST_ARITHMETIC or not re.fullmatch(r"[0-9+\-*/() \t\r\n]+", answer):
         raise Refused("not an expression of whole numbers, + - * / and parentheses")
     numbers: list[int] = []
@@ -120,7 +127,8 @@ def same_word(answer: str, entry: Entry) -> float:
 
 
 def probability(answer: str, entry: Entry) -> float:
-    """The library pays any prefix of the right number, as `0` is, and everything within 1e-4 where the right value is smaller."""
+    """The library pays any prefix of the right number, as `0` is, and everything within 1e-4 where the right value is
+    smaller."""
     try:
         given, right = number(answer), number(entry["answer"])
     except (ValueError, ZeroDivisionError, OverflowError):

@@ -2,12 +2,12 @@
 
     python scorer.py '{"mode": "bwrap", "path": […], "readable": […]}'
 
-One JSON line in, one JSON line out (rewards/workers.py). Only a child ever looks at an answer. It gives up every
-right that it can, scores, writes one line and ends: nothing that an answer does outlives its verdict. The child's line is a
+One JSON line in, one JSON line out (rewards/workers.py). Only a child ever looks at an answer. It gives up every right
+that it can, scores, writes one line and ends: nothing that an answer does outlives its verdict. The child's line is a
 claim, whose form the trainer checks.
 
-`mode`: `bwrap` (started inside bubblewrap), `landlock`, or `none` (where neither is to be had; only families whose scorers
-never evaluate an answer get here).
+`mode`: `bwrap` (started inside bubblewrap), `landlock`, or `none` (where neither is to be had; only families whose
+scorers never evaluate an answer get here).
 """
 
 import ast
@@ -43,12 +43,14 @@ MEMORY = 2 << 30
 """Bytes that a verdict may take beyond what the zygote has."""
 LONGEST_LINE = 1 << 16
 GRACE, LOOK_MILLISECONDS = 3.0, 500
-"""Seconds beyond its limit of processor time that a verdict may take on a processor of its own, and how often that is looked at."""
+"""Seconds beyond its limit of processor time that a verdict may take on a processor of its own, and how often that is
+looked at."""
 LINUX = sys.platform == "linux"
 
 
 class NoPlots(types.ModuleType):
-    """Stands for the plotting libraries, which cellpylib imports and no scorer uses: seconds of start, and memory that every fork copies."""
+    """Stands for the plotting libraries, which cellpylib imports and no scorer uses: seconds of start, and memory that
+    every fork copies."""
 
     __path__: list[str] = []  # noqa: RUF012
 
@@ -116,7 +118,10 @@ def make_filter() -> ctypes.Structure | None:
 
 
 def only_known_code(own: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook: refuses code that comes from a text (`eval`, SymPy's parser), before it runs. `own`: texts that may."""
+    """An audit hook: refuses code that comes from a text (`eval`, SymPy's parser), before it runs.
+
+    `own`: texts that may.
+    """
     text = ""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -141,7 +146,10 @@ def dataset(family: str, seed: int, size: int, options: str) -> Any:
 
 
 def verdict(job: dict[str, Any], problems: Any) -> dict[str, Any]:
-    """The child's line. The problem comes from the trainer, which made it: some families make another one in another process."""
+    """The child's line.
+
+    The problem comes from the trainer, which made it: some families make another one in another process.
+    """
     family, entry = job["family"], pickle.loads(base64.b64decode(job["entry"]))
     confine()
     most = math.ceil(time.process_time() + job["limit"])

@@ -1,6 +1,7 @@
 """The program's side of `asserts`: answers what the tests' jail asks of a name, or of an object that stayed here.
 
-With a call comes what the test prepared for it: files, a seed, patched functions. With the answer goes what the program printed and wrote.
+With a call comes what the test prepared for it: files, a seed, patched functions. With the answer goes what the program
+printed and wrote.
 """
 
 import builtins
@@ -136,7 +137,10 @@ ASKED = {
 
 
 def truth(root):
-    """Whether a value of the library's is true, such as a match. An object of the program's own is not asked to be a verdict."""
+    """Whether a value of the library's is true, such as a match.
+
+    An object of the program's own is not asked to be a verdict.
+    """
     if type(root).__module__ == "solution":
         raise TypeError("the truth of an object of the program's own class is not asked")
     return bool(root)

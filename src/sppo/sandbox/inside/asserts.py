@@ -1,10 +1,12 @@
 """`asserts`: the program in one jail, the task's own test code in another, which calls it through stand-ins.
 
-A test sees values. What has no plain form (an object of the program's own class, a function, a match) stays in its jail and answers
-there; it never judges: `==`, `in` and `<` are not asked of it. What a test prepares for a call goes along with it: files, a seed,
-standard input, patched functions; what the program printed or wrote to a file comes back, as text and bytes.
+A test sees values. What has no plain form (an object of the program's own class, a function, a match) stays in its jail
+and answers there; it never judges: `==`, `in` and `<` are not asked of it. What a test prepares for a call goes along
+with it: files, a seed, standard input, patched functions; what the program printed or wrote to a file comes back, as
+text and bytes.
 
-A failed `assert` is noted and the test goes on, so that a program cannot tell from the number of its calls which answer was right.
+A failed `assert` is noted and the test continues, so that a program cannot tell from the number of its calls which answer
+was right.
 """
 
 import ast
@@ -19,7 +21,10 @@ NOTE = "__sppo_note__"
 
 
 def tests(request, result_fd, peer_fd, world, say):
-    """Run each test in `world` against stand-ins for the program's names, and say which held. The channel is this jail's alone."""
+    """Run each test in `world` against stand-ins for the program's names, and say which held.
+
+    The channel is this jail's alone.
+    """
     text = "\n".join([request["setup"], *request["tests"]])
     failed = []  # what the running test found wrong, without ending for it
     world[NOTE], world["all"] = lambda *message: failed.append(AssertionError(*message)), every
@@ -95,7 +100,7 @@ def excuses(text):
 
 
 class Onward(ast.NodeTransformer):
-    """`assert a and b, message` becomes: note it if not a; note it if not b; go on."""
+    """`assert a and b, message` becomes: note it if not a; note it if not b; continue."""
 
     def visit_Assert(self, node):
         parts = (
@@ -104,11 +109,7 @@ class Onward(ast.NodeTransformer):
         message = [] if node.msg is None else [node.msg]
         return [
             ast.copy_location(
-                ast.If(
-                    ast.UnaryOp(ast.Not(), part),
-                    [ast.Expr(ast.Call(ast.Name(NOTE, ast.Load()), message, []))],
-                    [],
-                ),
+                ast.If(ast.UnaryOp(ast.Not(), part), [ast.Expr(ast.Call(ast.Name(NOTE, ast.Load()), message, []))], []),
                 node,
             )
             for part in parts
@@ -116,7 +117,8 @@ class Onward(ast.NodeTransformer):
 
 
 def watch_unittest(failed, goes_on):
-    """Note every failure that unittest finds, whoever reads its result, and go on after a failed assertion where that is meant."""
+    """Note every failure that unittest finds, whoever reads its result, and continue after a failed assertion where that
+    is meant."""
     import unittest
 
     def noting(method):

@@ -1,4 +1,5 @@
-"""Plain values as type-tagged JSON. What a program returns is data when it leaves the jail: never an object, never a pickle.
+"""Plain values as type-tagged JSON. What a program returns is data when it leaves the jail: never an object, never a
+pickle.
 
 An integer subclass becomes an integer, an object with an `__eq__` of its own becomes opaque, and an opaque value equals
 nothing. Integers travel as hexadecimal (no 4,300-digit limit), floats as `repr` (bit for bit, NaN and infinities too).
@@ -21,7 +22,10 @@ PREDICATES = {
     name for kind in (str, bytes, set, float) for name in dir(kind)
     if name.startswith("is") or name in ("startswith", "endswith")
 } | {"equals", "all", "any", "allclose"}  # fmt: skip
-"""Methods of values whose answer is a verdict. They are not asked of an object that a function of the program's returned."""
+"""Methods of values whose answer is a verdict.
+
+They are not asked of an object that a function of the program's returned.
+"""
 
 
 class Opaque(Exception):
@@ -36,7 +40,10 @@ class Handle:
 
 
 def encode(value, depth=0, keep=None):
-    """A JSON tree. Subclasses of builtins lose everything but their plain value. `keep` makes the tree of a value without one."""
+    """A JSON tree.
+
+    Subclasses of builtins lose everything but their plain value. `keep` makes the tree of a value without one.
+    """
     if depth > DEPTH:
         raise Opaque("nested deeper than %d" % DEPTH)
     deeper = (depth + 1, keep)
@@ -105,7 +112,8 @@ HOLDING = {"l": list, "t": tuple, "S": set, "F": frozenset, "q": collections.deq
 def decode(tree, depth=0, handle=None, graph=None):
     """The value of a tree; raises Opaque for anything that is not the plain form of a value.
 
-    `handle` makes the local stand-in of a kept object out of its number, `graph` the nodes of a linked structure (nodes.py).
+    `handle` makes the local stand-in of a kept object out of its number, `graph` the nodes of a linked structure
+    (nodes.py).
     """
     if depth > DEPTH:
         raise Opaque("nested deeper than %d" % DEPTH)

@@ -1,4 +1,5 @@
-"""How many instructions a program took, counted by the processor (perf_event_open(2)), where kernel and machine offer it."""
+"""How many instructions a program took, counted by the processor (perf_event_open(2)), where kernel and machine offer
+it."""
 
 import ctypes
 import os

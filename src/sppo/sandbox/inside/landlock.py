@@ -1,4 +1,7 @@
-"""Landlock: a process takes rights over files, TCP ports, abstract sockets and signals away from itself (landlock(7)). Linux 6.12 or newer."""
+"""Landlock: a process takes rights over files, TCP ports, abstract sockets and signals away from itself (landlock(7)).
+
+Linux 6.12 or newer.
+"""
 
 import ctypes
 import os
@@ -42,7 +45,8 @@ def require():
 
 
 def ruleset(held_back, allowed):
-    """A descriptor that holds everything of `held_back` back but for what `allowed` gives: rights by path, on it and below."""
+    """A descriptor that holds everything of `held_back` back but for what `allowed` gives: rights by path, on it and
+    below."""
     rules = Ruleset(held_back, BIND_AND_CONNECT_TCP, ABSTRACT_SOCKETS_AND_SIGNALS)
     made = call(CREATE_RULESET, ctypes.byref(rules), ctypes.c_size_t(ctypes.sizeof(rules)), ctypes.c_uint32(0))
     for path, rights in allowed.items():

@@ -1,7 +1,9 @@
-"""Linked structures (`ListNode`, `TreeNode`, `Node`) as plain data, and the lists by which problem sets write them down.
+"""Linked structures (`ListNode`, `TreeNode`, `Node`) as plain data, and the lists by which problem sets write them
+down.
 
-Between the two jails of `asserts` a structure travels as the attributes of its nodes, cycles and shared nodes included, and becomes
-one of the other side's own class. In `calls` a list becomes a structure where the function's annotation asks for one.
+Between the two jails of `asserts` a structure travels as the attributes of its nodes, cycles and shared nodes included,
+and becomes one of the other side's own class. In `calls` a list becomes a structure where the function's annotation
+asks for one.
 """
 
 from codec import ITEMS, Opaque
@@ -14,7 +16,10 @@ def is_node(value):
 
 
 def encode_graph(root, plain):
-    """The tree of a structure: for each node its kind and attributes; `["n", i]` is a link to node i. `plain` encodes the rest."""
+    """The tree of a structure: for each node its kind and attributes; `["n", i]` is a link to node i.
+
+    `plain` encodes the rest.
+    """
     nodes, at = [root], {id(root): 0}
 
     def part(value):
@@ -67,7 +72,8 @@ def built(value, annotation, names):
 
 
 def written(value, annotation=""):
-    """A value as problem sets write it: nodes as a list, without the absent children at a tree's end; lists of them too."""
+    """A value as problem sets write it: nodes as a list, without the absent children at a tree's end; lists of them
+    too."""
     kind = type(value).__name__
     if value is None and ("ListNode" in str(annotation) or "TreeNode" in str(annotation)):
         return []

@@ -1,7 +1,7 @@
 """The program's own process, after the zygote has dropped its rights. A program may change any code in here.
 
-Roles: `script` (run as __main__ with a standard input), `calls` (define, then answer calls with values), `solution` and `tests` (the
-program and the task's own test code, in two jails: answering.py and asserts.py).
+Roles: `script` (run as __main__ with a standard input), `calls` (define, then answer calls with values), `solution` and
+`tests` (the program and the task's own test code, in two jails: answering.py and asserts.py).
 """
 
 import _sitebuiltins

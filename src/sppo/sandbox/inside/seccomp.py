@@ -105,7 +105,10 @@ def by_argument(argument, actions, otherwise):
 
 
 def program(fork, unix=True):
-    """The filter's bytes. Without `fork`: threads, but no processes and no exec. Without `unix`: no sockets but pairs."""
+    """The filter's bytes.
+
+    Without `fork`: threads, but no processes and no exec. Without `unix`: no sockets but pairs.
+    """
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise OSError("no system-call filter for %s" % machine)
@@ -118,7 +121,8 @@ def program(fork, unix=True):
 
 
 def search(found):
-    """Find the rule of a call by halving: the kernel walks the filter once for each call that there is whenever a program starts."""
+    """Find the rule of a call by halving: the kernel walks the filter once for each call that there is whenever a
+    program starts."""
     if len(found) <= 4:
         out = []
         for number, rule in found:
@@ -130,7 +134,10 @@ def search(found):
 
 
 def rules(fork, unix, column):
-    """What is done about each call that is not simply allowed, by its number: instructions that end in an action. The first that is set counts."""
+    """What is done about each call that is not simply allowed, by its number: instructions that end in an action.
+
+    The first that is set counts.
+    """
     out = {}
 
     def rule(call, instructions):

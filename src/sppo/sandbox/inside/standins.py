@@ -1,4 +1,5 @@
-"""The tests' side of `asserts`: stand-ins for the program's names and objects, and the link over which they ask the other jail.
+"""The tests' side of `asserts`: stand-ins for the program's names and objects, and the link over which they ask the
+other jail.
 
 A stand-in returns what its object holds; it never judges: `==`, `in` and `<` are not asked of it.
 """
@@ -26,7 +27,8 @@ LOADERS = {
     "__import__", "discover",
 }  # fmt: skip
 CODE = (".py", ".pyc", ".so", ".pth", ".zip", ".egg")
-"""What may run what a file holds: into such a test's jail no file of the program's is copied, and no such file into any."""
+"""What may run what a file holds: into such a test's jail no file of the program's is copied, and no such file into
+any."""
 LIBRARY = getattr(sys, "stdlib_module_names", sys.builtin_module_names)  # Python 3.9 knows the built-in ones only
 STREAMS = (("sys", "stdin"), ("sys", "stdout"), ("sys", "stderr"))
 
@@ -133,7 +135,8 @@ class Link:
         return decode(tree, handle=stand_in, graph=lambda tree, part: decode_graph(tree, self.world, part))
 
     def outward(self, value):
-        """An object of the program's goes as its number, a node as its attributes; a function of the tests' own cannot go."""
+        """An object of the program's goes as its number, a node as its attributes; a function of the tests' own cannot
+        go."""
 
         def keep(value):
             if type(value) is StandIn:
@@ -152,7 +155,8 @@ class Link:
         return encode(value, keep=keep)
 
     def called_back(self, reply):
-        """The answer to a call in the other direction: of `input`, of a line of stdin, of what the tests patched; nothing else."""
+        """The answer to a call in the other direction: of `input`, of a line of stdin, of what the tests patched;
+        nothing else."""
         try:
             module, name = reply["back"]
             args, kwargs = decode(reply["args"]), decode(reply["kwargs"])
@@ -181,7 +185,8 @@ class Link:
             return Exception(text)
 
     def taken(self, name):
-        """What stands in the tests' world for a name of the program's: a plain value, an exception class, or a stand-in."""
+        """What stands in the tests' world for a name of the program's: a plain value, an exception class, or a
+        stand-in."""
         where = {"of": name, "root": name}
         try:
             said = self.ask("kind", where)
@@ -218,7 +223,10 @@ def update(before, after):
 
 
 class StandIn:
-    """A name or an object of the program's, which stays in its jail. It returns what it holds and never judges: no `==`, no `in`."""
+    """A name or an object of the program's, which stays in its jail.
+
+    It returns what it holds and never judges: no `==`, no `in`.
+    """
 
     def __init__(self, link, where, name=""):
         self._sppo_link, self._sppo_where, self._sppo_name = link, where, name

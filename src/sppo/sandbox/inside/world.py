@@ -1,8 +1,9 @@
 """Runs first in a jail: finds what the interpreter needs, removes everything else from view, and becomes the zygote.
 
-Two runs that share a file can pass information through it: page cache, name lookups, locks. So a bwrap
-jail gets a file system of its own, in memory, with a copy of the interpreter, its standard library and the libraries of both; the
-machine's files are unmounted before the first program comes. Under Landlock the same files, and no others, stay readable in place.
+Two runs that share a file can pass information through it: page cache, name lookups, locks. So a bwrap jail gets a file
+system of its own, in memory, with a copy of the interpreter, its standard library and the libraries of both; the
+machine's files are unmounted before the first program comes. Under Landlock the same files, and no others, stay
+readable in place.
 
     python world.py CONTROL_FD bwrap         # inside bubblewrap
     python world.py CONTROL_FD landlock      # in a folder of its own
@@ -32,7 +33,8 @@ class Library(ctypes.Structure):
 
 
 def libraries():
-    """Paths of the shared libraries that the interpreter and its extension modules load, by the names that they are looked up with."""
+    """Paths of the shared libraries that the interpreter and its extension modules load, by the names that they are
+    looked up with."""
     for folder in sys.path:
         for name in os.listdir(folder) if os.path.basename(folder) == "lib-dynload" else ():
             if not name.startswith(("_tkinter", "_test")):
@@ -67,7 +69,10 @@ def wanted(name):
 
 
 def copy(source, target):
-    """A file, or a folder with everything below it that is wanted. Links to files become files, links to folders are left out."""
+    """A file, or a folder with everything below it that is wanted.
+
+    Links to files become files, links to folders are left out.
+    """
     if not os.path.isdir(source):
         copy_file(source, target)
         return

@@ -1,7 +1,9 @@
-"""The trusted process inside a jail: it waits with its imports loaded, and forks once per program. Standard library only.
+"""The trusted process inside a jail: it waits with its imports loaded, and forks once per program. Standard library
+only.
 
-It never reads a program and never holds an expected value. Each program gets process, mount and IPC namespaces of its own, an
-empty /tmp and /proc, hard limits, no capabilities and a system-call filter; when its first process ends, all of them do.
+It never reads a program and never holds an expected value. Each program gets process, mount and IPC namespaces of its
+own, an empty /tmp and /proc, hard limits, no capabilities and a system-call filter; when its first process ends, all of
+them do.
 
     python zygote.py CONTROL_FD bwrap              # inside bubblewrap, in the root that world.py made: all of the above
     python zygote.py CONTROL_FD landlock FILES     # no namespaces: a folder of its own, Landlock, limits and the filter; FILES: what
@@ -54,14 +56,17 @@ def make_filter(fork):
 
 
 def address_space(limits):
-    """Bytes of the memory limit that are left for a program's own pages, when the jail, the program's files, its sockets and its pipes
-    (as many again may be on their way inside another) have taken their share."""
+    """Bytes of the memory limit that are left for a program's own pages, when the jail, the program's files, its
+    sockets and its pipes (as many again may be on their way inside another) have taken their share."""
     share = 2 * limits["files"] * SOCKET_BYTES + (limits["disk_bytes"] + JAIL_BYTES if ISOLATED else 0)
     return limits["memory_bytes"] - min(share, limits["memory_bytes"] // 4)
 
 
 def drop_everything(limits, readable):
-    """Limits, then capabilities, then the filter: after this the process is the program's. `readable`: a Landlock ruleset, or None."""
+    """Limits, then capabilities, then the filter: after this the process is the program's.
+
+    `readable`: a Landlock ruleset, or None.
+    """
     for name, soft, hard in (
         ("CPU", limits["cpu_seconds"], limits["cpu_seconds"] + 1),
         ("AS", ADDRESS_SPACE + address_space(limits), None),
@@ -197,7 +202,10 @@ def serve(limits, fds):
 
 
 def keep(limits, fds, report):
-    """Fork the process that makes a program's namespaces and waits for its first process; its id. `report`: both ends of a pipe."""
+    """Fork the process that makes a program's namespaces and waits for its first process; its id.
+
+    `report`: both ends of a pipe.
+    """
     keeper = os.fork()
     if keeper:
         return keeper
@@ -287,7 +295,10 @@ def remove(folder):
 
 
 def reap(seconds):
-    """Wait until every process below this one is gone; False if that takes longer. Orphans come to us (we are their subreaper), and are killed."""
+    """Wait until every process below this one is gone; False if that takes longer.
+
+    Orphans come to us (we are their subreaper), and are killed.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
