@@ -1,4 +1,4 @@
-"""The documentation's form: the README's length, the lines' length, and that every relative link leads somewhere."""
+"""The documentation: the README's length, the lines' length, and that links, files and keys that a page names exist."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from sppo.recipe.config import keys
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+CURRENT = [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")]
+"""Pages that say what is; the others say what was."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -42,3 +46,18 @@ def test_relative_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    rooms = "|".join(folder.name for folder in (ROOT / "src/sppo").iterdir() if folder.is_dir())
+    for name in re.findall(
+        rf"\b(?:(?:{rooms}|recipes|benchmarks|tests|src)/[\w./-]+\.(?:py|c|h|toml))\b", page.read_text()
+    ):
+        assert (ROOT / name).exists() or (ROOT / "src/sppo" / name).exists(), name
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_that_a_page_names_are_keys_of_the_recipe(page):
+    known = {name for name, *_ in keys()}
+    assert set(re.findall(r"--([a-z]+\.[a-z_0-9]+)", page.read_text())) - {"section.key"} <= known
