@@ -54,12 +54,13 @@ check: dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One worker per core, a file's tests together: they share what they train.
 test: check bubblewrap chromium
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # In under 90 seconds: no browser, no jail, no whole runs (tests/conftest.py says which tests are left out).
 test-fast: dev
-	$(BIN)/python -m pytest -m "not (browser or jail or slow)"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not (browser or jail or slow)"
 
 # Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
 fuzz: dev bubblewrap
