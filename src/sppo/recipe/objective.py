@@ -64,7 +64,7 @@ class ObjectiveSection(Section):
     )
     ratio: Literal["auto", "sequence", "geometric", "token", "geometric-token", "family"] = Field(
         "auto",
-        description="of T tokens with log ratio l: sequence: exp(l); geometric: exp(l/T) (GSPO); token: one per token; "
+        description="importance ratio of T tokens with log ratio l: sequence: exp(l); geometric: exp(l/T) (GSPO); token: one per token; "
         "geometric-token: exp(l/T) with each token's own gradient; family: exp(l/T^kappa); auto: sequence with one "
         f"update per step or rollout.max_tokens up to {SHORT}, else {LONG_RATIO['ratio']}",
     )
