@@ -223,7 +223,7 @@ def test_specs_of_own_objects_keep_their_options():
 def test_the_constraints_are_what_is_tested_with_and_say_which_build_an_index_has():
     import torch
 
-    text = (Path(own.__file__).parents[1] / "constraints.txt").read_text()
+    text = (Path(own.__file__).parents[2] / "constraints.txt").read_text()
     pinned = next(line for line in text.splitlines() if line.startswith("torch=="))
     assert pinned == f"torch=={torch.__version__.partition('+')[0]}"
     assert "CUDA build" in text
