@@ -105,7 +105,7 @@ def test_rollouts_are_filtered_and_opened(site, run, tab):
     expect(tab.locator("#total")).to_have_text(str(len(want)))
     tab.fill("input[name=first]", "many")
     tab.click("form.filter button")
-    expect(tab.locator(".problem")).to_contain_text("no number")
+    expect(tab.locator(".problem")).to_contain_text("is not a usable number")
     tab.goto(f"{site}/rollouts?task=no-such-task")
     assert "No rollout matches" in tab.locator("main").inner_text()
     assert not tab.problems

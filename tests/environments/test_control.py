@@ -95,7 +95,7 @@ def test_the_same_start_and_actions_give_the_same_episode():
 
 @pytest.mark.parametrize(
     ("spec", "sentence"),
-    [("control:cartpole", "did you mean 'precision-cartpole'"), ("control:pendulum,split=x", "leaves nothing to hold out"), ("control", "no control task")],
+    [("control:cartpole", "did you mean 'precision-cartpole'"), ("control:pendulum,split=x", "leaves nothing to hold out"), ("control", "not a control task")],
 )  # fmt: skip
 def test_a_wrong_task_is_one_sentence(spec, sentence):
     with pytest.raises(RecipeError, match=sentence):
