@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sppo.errors import RecipeError, RewardError
 from sppo.recipe.config import Config
+from sppo.rewards.loading import load_reward
+from sppo.rollout.collect import collect
 from sppo.run.loop import train
 from sppo.run.run import Run
+from sppo.types import Rollout, Task
 
 from .conftest import small_config
 
@@ -157,19 +162,79 @@ def test_a_trajectory_of_two_turns_trains_on_what_the_policy_wrote_and_nothing_e
     run.close()
 
 
-def test_an_environment_that_raises_masks_its_own_trajectory_alone(recipe: Config, tmp_path: Path) -> None:
+def with_step(tmp_path: Path, line: str) -> None:
+    """Write the environment with one more line in its `step`."""
+    text = FILES["mine_environment"].replace("self.seen.append(reply.text)", f"self.seen.append(reply.text); {line}")
+    text = text.replace("self.turns, self.seen = turns, []", "self.turns, self.seen, self.task = turns, [], None")
     (tmp_path / "mine_environment.py").write_text(
-        FILES["mine_environment"].replace(
-            "self.seen.append(reply.text)", "self.seen.append(reply.text); assert len(reply.text) % 3"
-        )
+        text.replace("def reset(self, task):", "def reset(self, task):\n        self.task = task")
     )
-    from sppo.run.sample import sample
+
+
+def test_an_environment_that_raises_masks_its_own_trajectory_alone(recipe: Config, tmp_path: Path) -> None:
+    with_step(tmp_path, "assert not self.task.id.endswith('/7')")
+    run = Run.new(recipe)
+    tasks = [Task(f"t/{n}", "1+2?", {"answer": "3"}) for n in range(16)]
+    rollouts = play(run, tasks)
+    assert [r.verdict.outcome == "infra_error" for r in rollouts] == [n == 7 for n in range(16)]
+    assert "AssertionError" in rollouts[7].verdict.evidence["reason"]
+    run.close()
+
+
+def test_an_environment_that_often_raises_stops_the_run(recipe: Config, tmp_path: Path) -> None:
+    with_step(tmp_path, "assert len(reply.text) > 10**6")
+    run = Run.new(recipe)
+    with pytest.raises(
+        RewardError, match=r"task\.environment failed in 16 of 16 trajectories; the first time .*AssertionError"
+    ):
+        play(run, [Task(f"t/{n}", "1+2?", {"answer": "3"}) for n in range(16)])
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("return 'again'", r"Again\.step returned str; it must return an Observation"),
+        ("return Observation('again')", r"Again\.step returned the message 'again'; a message is a dict"),
+    ],
+)
+def test_what_an_environment_may_not_return_is_one_sentence(
+    recipe: Config, tmp_path: Path, line: str, sentence: str
+) -> None:
+    with_step(tmp_path, line)
+    run = Run.new(recipe)
+    with pytest.raises(RecipeError, match=sentence):
+        play(run, [Task("t/0", "1+2?", {"answer": "3"})])
+    run.close()
+
+
+def play(run: Run, tasks: list[Task]) -> list[Rollout]:
+    c = run.components
+    # an end of turn, whatever the policy writes, so that the environment is asked
+    sampling = replace(c.sampling, stop=tuple("0123456789+-*=;:A "))
+    return collect(
+        c.engine, c.policy, c.reward, tasks, sampling, seed=(1,), environment=c.environment, truncated="keep"
+    )
+
+
+def test_a_function_reward_reads_all_turns_and_what_the_environment_said(recipe: Config, tmp_path: Path) -> None:
+    seen = []
+
+    def reward(completions, evidence):
+        seen.extend(zip(completions, evidence, strict=True))
+        return [float(e.get("turns", 0) == 2) for e in evidence]
 
     run = Run.new(recipe)
-    run.begin()
-    outcomes = [r.verdict.outcome for r in sample(run.components, 0).rollouts if r.verdict]
-    assert "infra_error" in outcomes
-    assert set(outcomes) != {"infra_error"}
+    c = run.components
+    sampling = replace(c.sampling, stop=tuple("0123456789+-*=;:A "))
+    rollouts = collect(
+        c.engine, c.policy, load_reward(reward), [Task("t/0", "1+2?", {})], sampling, seed=(1,),
+        environment=c.environment, truncated="keep",
+    )  # fmt: skip
+    assert [m["role"] for m in seen[0][0]] == ["assistant", "user", "assistant"]
+    assert seen[0][1]["turns"] == 2
+    assert seen[0][0][-1]["content"] == rollouts[0].text
+    assert rollouts[0].verdict.score == 1.0
     run.close()
 
 

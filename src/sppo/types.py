@@ -101,7 +101,8 @@ class Rollout:
     `logps[t]` is the log-probability of the t-th token that the policy wrote, under the distribution it was sampled from, temperature (and
     any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left. `text` leaves special tokens out. `greedy` is the judged
     greedy response to the same prompt, where the algorithm asks for one. `version` is the number of steps after which the weights that wrote it were taken.
-    `evidence` is what an environment says of the trajectory, for the reward.
+    `evidence` is what an environment says of the trajectory, for the reward; `messages` is the whole conversation after the prompt, where there was
+    more than one turn, and `text` its last turn.
     """
 
     task: Task
@@ -116,6 +117,7 @@ class Rollout:
     greedy: Rollout | None = None
     version: int = 0
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Message] = ()
 
     @classmethod
     def answer(

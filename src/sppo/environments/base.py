@@ -4,21 +4,34 @@ An environment answers what the policy writes, turn by turn, until it says that 
 object per trajectory. A single answer is the trivial case (`single_turn.py`). One of your own is a class in a file of yours,
 `task.environment = "mine:Guess"`:
 
+    from sppo.environments.base import Observation
+
     class Guess:
         \"\"\"Three tries at a number; the policy is told whether it is too low or too high.\"\"\"
 
         def reset(self, task):
             self.secret, self.tries = int(task.columns["answer"]), 3
-            return Observation()
+            return Observation()  # nothing beyond the task's own prompt
 
         def step(self, reply):
-            guess, self.tries = int(reply.text or 0), self.tries - 1
+            self.tries -= 1
+            try:
+                guess = int(reply.text)
+            except ValueError:  # never let what the policy writes raise: that would mask its failures
+                return Observation([{"role": "user", "content": "a number, please"}], done=not self.tries)
             if guess == self.secret or not self.tries:
                 return Observation(done=True, evidence={"found": guess == self.secret})
             return Observation([{"role": "user", "content": "too low" if guess < self.secret else "too high"}])
 
         def close(self):
             pass
+
+    def found(completions, evidence, **columns):  # reward.use = "mine:found"
+        return [float(e.get("found", False)) for e in evidence]
+
+A function reward gets all messages of a trajectory as its completion, and the column `evidence`; an object with `judge` reads
+`Rollout.messages` and `Rollout.evidence`. `rollout.max_tokens` is of all that the policy writes in a trajectory; a turn that is cut there ends it
+without another `step`.
 """
 
 from __future__ import annotations
@@ -53,7 +66,8 @@ class Observation:
 
 
 class Environment(Protocol):
-    """One trajectory's surroundings. Whatever it raises masks the trajectory and is counted: it is never a score of 0."""
+    """One trajectory's surroundings. Whatever it raises masks the trajectory and is counted, never a score
+    of 0; where more than a tenth of a step's trajectories fail, the run stops, saved as it was before the step."""
 
     def reset(self, task: Task) -> Observation:
         """Begin. Messages returned here follow the task's own prompt."""

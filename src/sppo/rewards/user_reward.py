@@ -50,7 +50,8 @@ class CallableReward:
     """A user's `f(prompts, completions, **columns)`: checked at every call, because a silent 0 is the worst answer.
 
     Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat
-    prompts. `options` go with each call, before columns of the same name.
+    prompts. A trajectory of several turns is all its messages, and `evidence` is what its environment said of it
+    (empty where it said nothing). `options` go with each call, before columns of the same name.
     """
 
     def __init__(
@@ -83,8 +84,13 @@ class CallableReward:
             arguments["completion_ids"] = [list(r.response_ids) for r in rollouts]
         prompts = [r.task.prompt for r in rollouts]
         completions = [
-            r.text if isinstance(r.task.prompt, str) else [{"role": "assistant", "content": r.text}] for r in rollouts
+            list(r.messages)
+            or (r.text if isinstance(r.task.prompt, str) else [{"role": "assistant", "content": r.text}])
+            for r in rollouts
         ]
+        told = "evidence" in self.takes or (self.takes_any and any(r.evidence for r in rollouts))
+        if told and "evidence" not in columns:
+            arguments["evidence"] = [dict(r.evidence) for r in rollouts]
         arguments |= {"prompts": prompts, "completions": completions, **self.options}
         if not self.takes_any:
             arguments = {key: value for key, value in arguments.items() if key in self.takes}

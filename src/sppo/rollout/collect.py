@@ -11,9 +11,10 @@ from typing import Any
 
 from ..environments.base import Environment, Maker, Observation, Reply
 from ..environments.single_turn import build as single_turn
-from ..errors import UserError
+from ..errors import RecipeError, RewardError, UserError
 from ..models.policy import Policy
 from ..rewards.base import Reward
+from ..rewards.user_reward import TOLERATED
 from ..types import Message, Rollout, Span, Task, Verdict
 from .engine import Engine, Sample, Sampling
 
@@ -54,6 +55,7 @@ def collect(
         for track in tracks:
             track.begin(policy)
         _play(engine, policy, tracks, sampling, progress)
+        _tolerable(tracks)
     finally:
         for track in tracks:
             track.environment.close()
@@ -81,6 +83,7 @@ class _Trajectory:
     logps: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     evidence: dict[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
     text: str = ""
     version: int = 0
     finish: Any = "stop"
@@ -105,17 +108,19 @@ class _Trajectory:
         self.logps += sample.logps
         self.kept += sample.kept
         self.finish, self.text, self.version = sample.finish, policy.text(sample.ids), sample.version
+        self.messages.append({"role": "assistant", "content": self.text})
         if sample.finish == "length":
             self.done = True
         else:
             seen = self._ask(self.environment.step, Reply(self.text, sample.ids))
             if seen.messages and not self.done:
+                self.messages += seen.messages
                 self.ids = [*self.ids, *policy.continuation_ids(seen.messages)]
 
     def _ask(self, step: Callable[[Any], Observation], what: Task | Reply) -> Observation:
         """Ask the environment; one that fails ends its own trajectory."""
         try:
-            seen = step(what)
+            seen = _checked(step(what), step)
         except UserError:  # of a recipe that cannot work
             raise
         except Exception as error:  # whatever an environment raises is this trajectory's alone
@@ -140,8 +145,33 @@ class _Trajectory:
         turns = self.turns or [(len(self.ids), len(self.ids))]
         return Rollout(
             self.task, self.ids, turns, self.logps, self.finish, self.text, self.sample, kept=self.kept, evidence=self.evidence,
-            version=self.version,
+            version=self.version, messages=self.messages if len(turns) > 1 else (),
         )  # fmt: skip
+
+
+def _checked(seen: Any, step: Callable[[Any], Any]) -> Observation:
+    """What an environment answered. Raises RecipeError where it is nothing that an environment answers."""
+    who = getattr(step, "__qualname__", "the environment")
+    if not isinstance(seen, Observation):
+        raise RecipeError(
+            f"task.environment: {who} returned {type(seen).__name__}; it must return an Observation, e.g. "
+            "Observation([{'role': 'user', 'content': '…'}]) or Observation(done=True)"
+        )
+    for message in [seen.messages] if isinstance(seen.messages, str) else seen.messages:
+        if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
+            raise RecipeError(
+                f"task.environment: {who} returned the message {str(message)[:60]!r}; a message is a dict with `role` and `content`"
+            )
+    return seen
+
+
+def _tolerable(tracks: Sequence[_Trajectory]) -> None:
+    """Raises RewardError where an environment fails more than a tenth of the time, as a reward that does: it is broken."""
+    failed = [t.failure for t in tracks if t.failure is not None]
+    if len(failed) > TOLERATED * len(tracks):
+        raise RewardError(
+            f"task.environment failed in {len(failed)} of {len(tracks)} trajectories; the first time {failed[0].evidence['reason']}"
+        )
 
 
 def _play(
