@@ -40,11 +40,13 @@ APART = {
         "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py",
         "tests/evaluation/test_compare.py::test_the_command", "tests/learning/test_earned.py::test_a_run", "tests/learning/test_hybrid.py::test_a_run",
         "tests/learning/test_peers.py::test_loss_and_gradient_equal_trls", "tests/learning/test_peers.py::test_the_kl_to_the_start_equals_trls",
-        "tests/rewards/test_growth.py", "tests/rewards/test_gym.py",
+        "tests/models/test_unsafe.py", "tests/recipe/test_recipes.py::test_what_explores", "tests/rewards/test_growth.py",
+        "tests/rewards/test_gym.py", "tests/rewards/test_quality.py", "tests/rewards/test_rewards.py::test_an_answer_is_never",
+        "tests/rewards/test_rewards.py::test_one_sample", "tests/rewards/test_rewards.py::test_workers", "tests/test_own.py",
     ],
 }  # fmt: skip
 """What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs,
-compares with TRL or reasoning-gym, or compiles C for every kind of processor."""
+compares with TRL or reasoning-gym, waits for processes of its own, or compiles C for every kind of processor."""
 SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 2
 """Of a test with many cases there, it runs so many."""
 
