@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import RecipeError, RewardError
 from ..spec import nearest
+from ..tasks.rows import columns_found
 from ..types import OUTCOMES, Rollout, Task, Verdict
 
 TOLERATED = 0.1
@@ -236,9 +237,15 @@ def _once(
             f"reward {name} did not come back within {limit:g} s with {len(rollouts)} completions (reward.limit)"
         ) from None
     except (Exception, SystemExit) as error:
+        # what a missing key or argument is looked for among
+        have = (
+            f"; the columns are {columns_found(rollouts[0].task.columns)}"
+            if isinstance(error, KeyError | TypeError)
+            else ""
+        )
         raise Fault(
             f"reward {name} raised {type(error).__name__}: {error} (called with {len(rollouts)} completions); "
-            "a sample that cannot be graded should get None"
+            f"a sample that cannot be graded should get None{have}"
         ) from error
 
 
