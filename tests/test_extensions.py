@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sppo.environments.base import load_environment
 from sppo.errors import RecipeError, RewardError
 from sppo.recipe.config import Config
 from sppo.rewards.loading import load_reward
@@ -16,7 +18,7 @@ from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.types import Rollout, Task
 
-from .conftest import small_config
+from .conftest import SMALL, small_config
 
 FILES = {
     "mine_environment": '''
@@ -191,6 +193,40 @@ def test_an_environment_that_often_raises_stops_the_run(recipe: Config, tmp_path
     run.close()
 
 
+@pytest.mark.parametrize("where", ["reset", "close"])
+@pytest.mark.parametrize("algorithm", ["sppo", "ppo"])
+def test_a_trajectory_without_a_token_or_a_close_that_raises_is_masked_in_a_whole_step(
+    recipe: Config, tmp_path: Path, where: str, algorithm: str
+) -> None:
+    text = FILES["mine_environment"].replace(
+        "class Again:", "import itertools\nmade = itertools.count()\n\nclass Again:"
+    )
+    text = text.replace("        self.turns, self.seen =", "        self.number, self.turns, self.seen = next(made),")
+    bad = "if self.number % 16 == 5: raise OSError('gone')"
+    text = text.replace(
+        f"def {where}(self" + (", task):" if where == "reset" else "):"),
+        f"def {where}(self{', task' if where == 'reset' else ''}):\n        {bad}",
+    )
+    (tmp_path / "mine_environment.py").write_text(text)
+    config = small_config(
+        task__environment="mine_environment:Again", reward__use="mine_reward:Wrote", rollout__max_tokens=24, objective__algorithm=algorithm,
+        critic__model=SMALL, run__out=str(tmp_path / "run"), training__steps=1,
+    )  # fmt: skip
+    run = Run.new(config)
+    train(run)
+    run.close()
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["rollout/masked"] == metrics["outcome/infra_error"] == 1
+    assert math.isfinite(metrics["loss/policy"])
+    assert math.isfinite(metrics["update/grad_norm"])
+
+
+def test_a_name_of_an_environment_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = load_environment("single_turn")
+    monkeypatch.setattr("sppo.spec.resolve", lambda *_: pytest.fail("looked up for each trajectory"))
+    assert made() is not made()
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
@@ -204,6 +240,15 @@ def test_what_an_environment_may_not_return_is_one_sentence(
     with_step(tmp_path, line)
     run = Run.new(recipe)
     with pytest.raises(RecipeError, match=sentence):
+        play(run, [Task("t/0", "1+2?", {"answer": "3"})])
+    run.close()
+
+
+def test_a_reset_that_is_done_is_refused(recipe: Config, tmp_path: Path) -> None:
+    text = FILES["mine_environment"].replace("return Observation()", "return Observation(done=True)")
+    (tmp_path / "mine_environment.py").write_text(text)
+    run = Run.new(recipe)
+    with pytest.raises(RecipeError, match=r"its reset said that task t/0 is done"):
         play(run, [Task("t/0", "1+2?", {"answer": "3"})])
     run.close()
 

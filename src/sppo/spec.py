@@ -16,6 +16,7 @@ import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,14 +242,18 @@ def is_import(text: str, package: str) -> bool:
     return module and rest.partition(",")[0].strip().isidentifier() and name not in modules_in(package)
 
 
-def make(text: str, package: str, what: str, *args: Any) -> Any:
-    """What the spec `text` names in the room `package`, its `build` (or the user's own object) called with `args` and the spec's options.
-
-    Raises RecipeError: no such name or option, an own object that cannot be called, or that raises.
-    """
+def maker(text: str, package: str, what: str, *args: Any) -> Callable[[], Any]:
+    """What makes the object that the spec `text` names in the room `package`: its `build` (or the user's own object), called with `args` and the
+    spec's options each time. The name is looked up once. Raises RecipeError: no such name; what is returned raises it for the rest (`make`)."""
     spec = parse_spec(text, package)
     found = resolve(spec.name, package, "build")
-    return (call_own if ":" in spec.name else call)(found, f"{what} {spec.name}", *args, *spec.words, **spec.options)
+    calls = call_own if ":" in spec.name else call
+    return partial(calls, found, f"{what} {spec.name}", *args, *spec.words, **spec.options)
+
+
+def make(text: str, package: str, what: str, *args: Any) -> Any:
+    """One object of `maker`. Raises RecipeError: no such name or option, an own object that cannot be called, or that raises."""
+    return maker(text, package, what, *args)()
 
 
 def offers(module: str, factory: str) -> bool:

@@ -37,10 +37,10 @@ def without_work(
     """Of right responses with steps before their answer: how many stay right, and how many were tried, by the share
     that was left.
 
-    Empty where no response can be cut: programs, episodes, answers that the verifier's evidence does not show.
+    Empty where no response can be cut: programs, episodes, trajectories of several turns, answers that the verifier's evidence does not show.
     """
     first = {
-        r.task.id: r for r in reversed(rollouts) if cut_at(r) is not None
+        r.task.id: r for r in reversed(rollouts) if len(r.turns) == 1 and cut_at(r) is not None
     }  # one of each problem: its other samples would be cut alike
     whole = [(r, cut) for r in list(first.values())[::-1][:MOST] if (cut := cut_at(r)) is not None]
     if not whole:

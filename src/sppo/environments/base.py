@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import RecipeError
-from ..spec import make
+from ..spec import maker
 from ..types import Message, Task
 
 
@@ -86,10 +86,7 @@ ASKED = ("reset", "step", "close")
 
 def load_environment(use: str) -> Maker:
     """What `task.environment` names. Raises RecipeError, also for an object that lacks what an environment needs."""
-
-    def made() -> Environment:
-        return make(use, "sppo.environments", "task.environment")
-
+    made: Maker = maker(use, "sppo.environments", "task.environment")
     first = made()
     missing = [name for name in ASKED if not callable(getattr(first, name, None))]
     if missing:

@@ -224,6 +224,19 @@ def readers_of_step_scores_have_some(c: Recipe) -> Sentences:
         )
 
 
+def several_turns_are_no_single_answer(c: Recipe) -> Sentences:
+    if c.task.environment == "single_turn":
+        return
+    needs = {
+        "[search]": c.search is not None,
+        "objective.baseline = 'hybrid'": c.objective.baseline == "hybrid",
+        "rollout.engine = 'control'": c.rollout.engine == "control",
+    }
+    for who, there in needs.items():
+        if there:
+            yield f"{who} reads responses of one turn: leave it out, or task.environment = {c.task.environment!r}"
+
+
 RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     stages_belong_to_staged,
     credit_per_token_needs_ratios_per_token,
@@ -244,5 +257,6 @@ RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     predicted_needs_a_critic_of_prompts,
     corrected_weights_stay,
     readers_of_step_scores_have_some,
+    several_turns_are_no_single_answer,
 )
 """Every rule; the first sentence of the first one that a recipe breaks is its error."""

@@ -55,10 +55,10 @@ def collect(
         for track in tracks:
             track.begin(policy)
         _play(engine, policy, tracks, sampling, progress)
-        _tolerable(tracks)
     finally:
         for track in tracks:
-            track.environment.close()
+            track.close()
+    _tolerable(tracks)
     if judging is not None:
         judging(len(tracks))
     rollouts = [track.rollout() for track in tracks]
@@ -96,6 +96,10 @@ class _Trajectory:
     def begin(self, policy: Policy) -> None:
         """Let the environment begin."""
         seen = self._ask(self.environment.reset, self.task)
+        if seen.done and self.failure is None:
+            raise RecipeError(
+                f"task.environment: its reset said that task {self.task.id} is done before the policy wrote anything"
+            )
         if seen.messages and not seen.done:
             own = self.task.prompt
             given: list[Message] = [{"role": "user", "content": own}] if isinstance(own, str) else own
@@ -124,12 +128,22 @@ class _Trajectory:
         except UserError:  # of a recipe that cannot work
             raise
         except Exception as error:  # whatever an environment raises is this trajectory's alone
-            reason = f"the environment raised {type(error).__name__}: {error}"
-            self.failure, self.done = Verdict(0.0, "infra_error", {"reason": reason}), True
+            self._fail(error)
             return Observation(done=True)
         self.evidence |= seen.evidence
         self.done = seen.done
         return seen
+
+    def close(self) -> None:
+        """Let go of the environment."""
+        try:
+            self.environment.close()
+        except Exception as error:  # as in `_ask`; the others must be closed all the same
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        reason = f"the environment raised {type(error).__name__}: {error}"
+        self.failure, self.done = Verdict(0.0, "infra_error", {"reason": reason}), True
 
     def has_room(self, max_tokens: int, context: int | None) -> bool:
         """Whether the policy may write on; where it may not, the trajectory is cut."""
