@@ -37,7 +37,7 @@ def supervised(
         DataError: no problem has a worked solution that fits.
         NonFinite: three updates in a row were not finite.
     """
-    optimiser = MasterAdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01)
     solutions = _Solutions(policy, limit)
     order = Epochs(source, seed, solutions.refusal)
     metrics: dict[str, float] = {}

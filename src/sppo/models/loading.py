@@ -84,12 +84,11 @@ def load_config(name: str, role: str) -> Any:
 
 
 def load_weights(factory: Any, name: str, role: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A float32 model of a folder or hub name by one of transformers' factories, and transformers' report of what it
-    lacked. Raises ModelError."""
+    """A model of a folder or hub name by one of transformers' factories, in the dtype that it was saved in unless
+    `options` say another, and transformers' report of what it lacked. Raises ModelError."""
     with readable(f"{role}: {name} cannot be loaded", ModelError):
-        model, report = factory.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
-        )
+        options = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False} | options
+        model, report = factory.from_pretrained(name, **options)
         return model, report
 
 
@@ -109,13 +108,14 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
-    """The float32 model and its tokenizer for a folder, hub name or `tiny:…` spec.
+def load(name: str, *, role: str, head: bool, seed: int = 0, **options: Any) -> tuple[Any, Any]:
+    """The model, in the dtype that it was saved in, and its tokenizer for a folder, hub name or `tiny:…` spec.
 
     Args:
         role: `policy.model` or `critic.model`, to name the key in errors.
         head: with a language-model head (`AutoModelForCausalLM`), or the backbone alone (`AutoModel`).
         seed: initialises what is made from scratch.
+        options: of transformers' `from_pretrained`.
 
     Raises:
         ModelError: no such folder, no weights in it, no tokenizer, or nothing that can generate.
@@ -128,7 +128,7 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
         raise ModelError(f"{role}: {name} is an encoder-decoder ({config.model_type}); a policy must be a causal LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, report = load_weights(AutoModelForCausalLM if head else AutoModel, name, role)
+        model, report = load_weights(AutoModelForCausalLM if head else AutoModel, name, role, **options)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
     if missing:
         raise ModelError(

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from ..models.policy import Policy
-from ..models.weights import Weights, write
+from ..models.weights import Weights
 from .engine import Sample, Sampling
 from .sequences import Drawn, Forced, Responses, next_inputs
 
@@ -29,7 +29,7 @@ class PlainEngine:
 
     def load(self, weights: Weights, version: int) -> None:
         """Take these weights; the policy's own lie here already, and are not copied."""
-        write(self.policy.model, weights)
+        self.policy.take(weights)
         self.version = version
 
     def holds(self, fingerprint: str) -> bool:

@@ -20,18 +20,22 @@ from ..evaluation.step_quality import step_checker
 from ..learning.learner import Learner
 from ..learning.optimizer import optimiser_class
 from ..memory import give_back, keep_memory
+from ..models.adapter_critic import AdapterCritic
+from ..models.adapters import is_adapter
+from ..models.assembled import given_adapters
 from ..models.critic import Critic
 from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
 from ..models.policy import Policy
 from ..models.weights import parameter_count
 from ..recipe.config import Config
+from ..recipe.recipe import POLICY
 from ..rewards.base import Reward
 from ..rewards.combine import MixedReward, adds
 from ..rewards.loading import load_reward
 from ..rewards.steps import Checker
 from ..rollout.engine import Engine, Sampling, load_engine
-from ..spec import is_import, make
+from ..spec import GIVEN, is_import, make
 from ..tasks.base import TaskSource
 from ..tasks.loading import load_pair
 from ..threads import fitted
@@ -53,6 +57,8 @@ class Parts:
     """What a Python user may bring instead of naming it in the recipe."""
 
     policy: tuple[Any, Any] | None = None
+    adapter: Any = None
+    """peft's config of an adapter, which then counts, not the recipe's."""
     critic: tuple[Any, Any] | None = None
     reward: Reward | None = None
     train: TaskSource | None = None
@@ -105,15 +111,19 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
     must_be_the_same(directory.path, data)
-    policy = load_policy(config, parts.policy, saved, device, note)
+    policy = load_policy(config, parts, saved, device, note)
+    if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
+        policy.save_base(directory.path / "base")
     if config.training.checkpoint_activations:
         policy.checkpoint_activations()
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
-    critic = load_critic(config, parts.critic, saved, device, note)
+    critic = load_critic(config, policy, parts.critic, saved, device, note)
     one_control_task(config, policy, critic)
     config, tight = _planned(config, policy, critic, train_tasks, device, note)
     if saved is None:
-        config = config.with_rates(parameter_count(policy.model), parameter_count(critic) if critic is not None else 0)
+        size, adapted = parameter_count(policy.model), policy.adapters is not None
+        of_critic = size if config.critic.model == POLICY else parameter_count(critic) if critic is not None else 0
+        config = config.with_rates(size, of_critic, adapted=adapted)
     engine = load_engine(config.rollout.engine, policy)
     if engine.stated:
         note(engine.stated)
@@ -195,15 +205,27 @@ def _usable(
     return usable
 
 
-def load_policy(
-    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
-) -> Policy:
+def _is_there(name: str) -> bool:
+    """Whether a base model can be loaded again by its name: a folder, or a hub's."""
+    return name.partition(":")[0] != "tiny" and not is_import(name, "sppo.models") and name != GIVEN
+
+
+def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.device, note: Note) -> Policy:
     """The saved checkpoint's policy, else the given one, else the recipe's. `note` is called with what it is."""
+    given, adapter = parts.policy, parts.adapter or config.adapter
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
-        model, tokenizer = given
-        policy = Policy(model.to(device), tokenizer, chat_template=config.policy.chat_template, name="the given model")
+        model, adapters = given_adapters(given[0].to(device), adapter, config.seed)
+        base = {"name": GIVEN, "dtype": str(model.dtype).removeprefix("torch."), "quantize": ""} if adapters else None
+        policy = Policy(
+            model,
+            given[1],
+            chat_template=config.policy.chat_template,
+            name="the given model",
+            adapters=adapters,
+            base=base,
+        )
         note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
         return policy
     name = str(saved / "policy") if saved else config.policy.model
@@ -213,21 +235,27 @@ def load_policy(
         note("cloning a teacher's episodes for the policy to begin with: from seconds to a minute or two")
     policy, stated = kind.load(
         name,
-        dtype=saved_dtype(name) if saved and kind is Policy else config.policy.dtype,
+        dtype=saved_dtype(name) if saved and kind is Policy and not is_adapter(name) else config.policy.dtype,
         device=device,
         seed=config.seed,
         chat_template=config.policy.chat_template,
+        adapter=None if saved else adapter,
+        quantize=config.policy.quantize,
     )
     note(stated)
     return policy
 
 
 def load_critic(
-    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
+    config: Config, policy: Policy, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
 ) -> Critic | None:
     """The same of the critic; None where the algorithm has none."""
     if config.critic_reads is None:
         return None
+    if config.critic.model == POLICY:
+        beside = AdapterCritic.beside(policy, saved / "critic" if saved else None, seed=config.seed + 1)
+        note(beside.stated + ("the prompt only" if config.critic_reads == "prompt" else "prompt and response"))
+        return beside
     if given is None and saved is None:
         given = _own_model(config.critic.model, "critic.model")
     if given is not None and saved is None:
@@ -277,15 +305,19 @@ def make_learner(c: Components, saved: Path | None) -> Learner:
     if c.tight:
         give_back()
     if c.config.needs_reference:
-        learner.reference = c.policy.as_reference() if saved is None else _load_reference(c)
+        start = c.directory.path / "checkpoints" / "step-000000" / "policy"
+        if saved is None or c.policy.adapters is not None:
+            learner.reference = c.policy.as_reference(None if saved is None else start)
+        else:
+            learner.reference = _load_reference(c, start)
     return learner
 
 
-def _load_reference(c: Components) -> Policy:
+def _load_reference(c: Components, start: Path) -> Policy:
     """π_ref of a run that goes on: the policy of its checkpoint of step 0."""
     policy = c.policy
     reference, _ = type(policy).load(
-        str(c.directory.path / "checkpoints" / "step-000000" / "policy"), dtype=str(policy.dtype).removeprefix("torch."),
+        str(start), dtype=str(policy.dtype).removeprefix("torch."),
         device=policy.device, seed=0, chat_template=c.config.policy.chat_template,
     )  # fmt: skip
     if isinstance(reference, ControlPolicy) and isinstance(policy, ControlPolicy):
