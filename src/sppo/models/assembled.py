@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, RecipeError
+from ..kernels.dequantised import as_if_whole
 from .adapters import Adapters, base_of, is_adapter
 from .loading import choose_dtype, load, outline
 from .weights import cast, counted, parameter_count
@@ -66,7 +67,10 @@ def load_model(
         return Assembled(model, tokenizer, None, {}, stated)
     adapters = Adapters.read(model, Path(name).expanduser()) if saved else Adapters.onto(model, adapter, seed=seed)
     trained = sum(p.numel() for p in adapters.named(adapters.name).values())
-    base |= {"name": _absolute(base["name"]), "dtype": kind, "quantize": quantize}
+    here = {"name": _absolute(base["name"]), "dtype": kind, "quantize": quantize}
+    if any(base.get(key, here[key]) != here[key] for key in ("dtype", "quantize")):
+        base.pop("fingerprint", None)  # of the same weights, rounded otherwise
+    base |= here
     return Assembled(
         model, tokenizer, adapters, base, f"{stated}, frozen, and an adapter of {counted(trained)} parameters"
     )
@@ -91,7 +95,7 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
         name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device},
         quantization_config=_quantization(quantize, chosen),
     )  # fmt: skip
-    return model.requires_grad_(False), tokenizer, why
+    return as_if_whole(model.requires_grad_(False)), tokenizer, why
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
