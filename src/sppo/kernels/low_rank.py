@@ -1,0 +1,86 @@
+"""Linear layers as peft leaves them: with low-rank adapters beside the matrix (LoRA, arXiv 2106.09685), and with a
+matrix that bitsandbytes quantised. What is said here is true at the moment of the call: which adapter is active changes
+between two passes.
+
+peft's layers are known by their names, so that nothing is imported where nothing is adapted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_ADAPTED = {f"peft.tuners.lora.{file}" for file in ("layer", "bnb")}
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
+
+
+class LowRank(NamedTuple):
+    """y = W x + scale · B (A x), for a_RK [R, K] and b_NR [N, R]."""
+
+    a_RK: Tensor
+    b_NR: Tensor
+    scale: float
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether a module is a linear layer with adapters of peft's, active or not."""
+    kind = type(module)
+    return kind.__module__ in _ADAPTED and kind.__name__ in ("Linear", *_QUANTISED)
+
+
+def base_of(module: Any) -> Any:
+    """The layer beside whose product the adapters' are; a layer without adapters itself."""
+    return module.base_layer if is_adapted(module) else module
+
+
+def is_quantised(linear: Any) -> bool:
+    """Whether a layer's matrix is one of bitsandbytes'."""
+    kind = type(linear)
+    return kind.__module__.startswith("bitsandbytes.") and kind.__name__ in _QUANTISED
+
+
+def is_known(module: Any) -> bool:
+    """Whether a layer's product is W x, for a matrix that `dense` gives, with at most one plain low-rank product
+    beside it: no DoRA or other variant, no dropout, no bias of an adapter, nothing merged."""
+    base = base_of(module)
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if not (type(base) is nn.Linear or is_quantised(base)) or getattr(state, "packing_format_for_cpu", False):
+        return False
+    names = active(module)
+    return not names or (
+        len(names) == 1
+        and not module.merged
+        and names[0] not in module.lora_variant
+        and module.lora_B[names[0]].bias is None
+        and not (module.lora_dropout[names[0]].training and type(module.lora_dropout[names[0]]) is not nn.Identity)
+    )
+
+
+def active(module: Any) -> list[str]:
+    """The names of a layer's adapters that take part in its product."""
+    if not is_adapted(module) or module.disable_adapters:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def low_rank(module: Any) -> LowRank | None:
+    """What is beside a layer's product, if `is_known`; None where no adapter is active."""
+    for name in active(module):
+        return LowRank(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+    return None
+
+
+def dense(linear: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix of a layer without adapters, [N, K]; a quantised one as bitsandbytes multiplies with it on a CPU."""
+    weight: Any = linear.weight
+    if not is_quantised(linear):
+        return weight.detach()
+    if type(linear).__name__ == "Linear8bitLt":
+        codes, scale_N = (weight.data, weight.SCB) if linear.state.CB is None else (linear.state.CB, linear.state.SCB)
+        return codes.to(dtype, copy=True).mul_(scale_N[:, None] * (1 / 127))
+    from bitsandbytes.functional import dequantize_4bit
+
+    found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return found.to(dtype)
