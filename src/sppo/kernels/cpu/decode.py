@@ -198,12 +198,12 @@ class Decoder:
         sizes, made = [base_of(layer).out_features for layer in layers], some[0].b_NR.new_zeros
         a_RK = torch.cat([x.a_RK for x in some])
         b_NR = torch.block_diag(*(x.b_NR if x else made(n, 0) for x, n in zip(found, sizes, strict=True)))
-        scales = [torch.full((n,), x.scale if x else 0.0, dtype=torch.float32, device="cpu") for x, n in zip(found, sizes, strict=True)]
-        if in_turns:
-            scale = torch.stack([self._filled(s).view(-1, self._library.lanes()) for s in scales], 1)
-        else:
-            scale = self._filled(torch.cat(scales))
-        b = self._packed(*b_NR.split(sizes) if in_turns else (b_NR,))
+        scale_N = torch.cat(
+            [made(n, dtype=torch.float32) + (x.scale if x else 0) for x, n in zip(found, sizes, strict=True)]
+        )
+        parts = sizes if in_turns else [len(b_NR)]
+        scale = torch.stack([self._filled(part).view(-1, self._library.lanes()) for part in scale_N.split(parts)], 1)
+        b = self._packed(*b_NR.split(parts))
         return _LowRank(self._at(self._packed(a_RK)), self._at(b), self._at(scale), len(a_RK))
 
     def _at(self, tensor: Tensor) -> int:
