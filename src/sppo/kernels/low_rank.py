@@ -7,6 +7,7 @@ peft's layers are known by their names, so that nothing is imported where nothin
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +48,7 @@ def is_known(module: Any) -> bool:
     """Whether a layer's product is W x, for a matrix that `dense` gives, with at most one plain low-rank product
     beside it: no DoRA or other variant, no dropout, no bias of an adapter, nothing merged."""
     base = base_of(module)
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if not (type(base) is nn.Linear or is_quantised(base)) or getattr(state, "packing_format_for_cpu", False):
+    if not (type(base) is nn.Linear or (is_quantised(base) and _is_exact(base))):
         return False
     names = active(module)
     return not names or (
@@ -58,6 +58,13 @@ def is_known(module: Any) -> bool:
         and module.lora_B[names[0]].bias is None
         and not (module.lora_dropout[names[0]].training and type(module.lora_dropout[names[0]]) is not nn.Identity)
     )
+
+
+def _is_exact(quantised: Any) -> bool:
+    """Whether a quantised layer's product is that with `dense`."""
+    if type(quantised).__name__ == "Linear8bitLt":
+        return "forward" in quantised.__dict__  # `widen`
+    return not getattr(quantised.weight.quant_state, "packing_format_for_cpu", False)
 
 
 def active(module: Any) -> list[str]:
@@ -86,6 +93,34 @@ def dense(linear: Any, dtype: torch.dtype) -> Tensor:
 
     found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
     return found.to(dtype)
+
+
+class _Dequantised(torch.autograd.Function):
+    """The product with a frozen quantised matrix, which is dequantised once more for the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: Any) -> Tensor:
+        ctx.linear = linear
+        return functional.linear(x, dense(linear, x.dtype), linear.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] @ dense(ctx.linear, gradients[0].dtype), None
+
+
+def widen(model: Any) -> None:
+    """From now on the int8 layers of a model multiply with their matrix, dequantised, what they are given.
+
+    bitsandbytes rounds that to int8 too, but for the columns in which any token beside it has a large number
+    (arXiv 2208.07339): a token's log-probability would depend on what it is batched with."""
+    for module in model.modules():
+        if is_quantised(module) and type(module).__name__ == "Linear8bitLt":
+            module.forward = partial(_widened, module)
+
+
+def _widened(linear: Any, x: Tensor) -> Tensor:
+    return _Dequantised.apply(x, linear)
 
 
 class _Adapted(torch.autograd.Function):
