@@ -63,7 +63,7 @@ def is_known(module: Any) -> bool:
 def _is_exact(quantised: Any) -> bool:
     """Whether a quantised layer's product is that with `dense`."""
     if type(quantised).__name__ == "Linear8bitLt":
-        return "forward" in quantised.__dict__  # `widen`
+        return "forward" in quantised.__dict__  # `weights_only`
     return not getattr(quantised.weight.quant_state, "packing_format_for_cpu", False)
 
 
@@ -109,14 +109,18 @@ class _Dequantised(torch.autograd.Function):
         return gradients[0] @ dense(ctx.linear, gradients[0].dtype), None
 
 
-def widen(model: Any) -> None:
-    """From now on the int8 layers of a model multiply with their matrix, dequantised, what they are given.
+def weights_only(model: Any) -> None:
+    """From now on the quantised layers of a model multiply what they are given with their matrix, as `dense` has it.
 
-    bitsandbytes rounds that to int8 too, but for the columns in which any token beside it has a large number
-    (arXiv 2208.07339): a token's log-probability would depend on what it is batched with."""
+    bitsandbytes' int8 layers also round to int8 what they are given, but for the columns in which any token beside it
+    has a large number (arXiv 2208.07339): a token's log-probability would depend on what it is batched with. Its 4-bit
+    layers reorder their matrix in place on some CPUs, the first time that nothing asks for a gradient, and have none
+    from then on."""
     for module in model.modules():
         if is_quantised(module) and type(module).__name__ == "Linear8bitLt":
             module.forward = partial(_widened, module)
+        elif is_quantised(module):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _widened(linear: Any, x: Tensor) -> Tensor:
