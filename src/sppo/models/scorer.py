@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.logprobs import token_logps, token_logps_from_logits
+from ..kernels.low_rank import weights_only
 from ..kernels.patch_layers import fusable, fused
 from . import packing
 from .actions import Actions
@@ -43,6 +44,7 @@ class Scorer(nn.Module):
         self.model, self.adapters = model, adapters
         self.adapter = adapters.name if adapters else None  # the one that this scorer's passes use
         self.eval()
+        weights_only(model)
         self.head = Head(model)
         self.unpacked_why = packing.use(model)
         self.packs = not self.unpacked_why
