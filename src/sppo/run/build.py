@@ -107,6 +107,8 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     note(f"processor {processor(device)}")
     config = _settled(config, note)
     optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
+    if config.training.offload and device.type == "cpu":
+        raise RecipeError("training.offload moves the optimiser out of a GPU's memory, and there is none: leave it out")
     environment, reward = load_environment(config.task.environment), _reward(config, parts)
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
