@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from ..errors import ModelError, RecipeError
 from .adapters import Adapters, base_of, is_adapter
-from .loading import choose_dtype, load, outline
+from .loading import choose_dtype, load, load_config, outline
 from .weights import cast, counted, parameter_count
 
 KEY = "policy.model"
@@ -87,10 +88,9 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
             tokenizer.save_pretrained(folder)
             return _base(folder, dtype, quantize, device, seed)
     chosen, why = choose_dtype(dtype, parameter_count(outline(name, role=KEY, head=True)), device)
-    model, tokenizer = load(
-        name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device},
-        quantization_config=_quantization(quantize, chosen),
-    )  # fmt: skip
+    done = hasattr(load_config(name, KEY), "quantization_config")  # a folder that holds them quantised, such as a run's
+    how = {} if done else {"quantization_config": _quantization(quantize, chosen)}
+    model, tokenizer = load(name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device}, **how)
     return model.requires_grad_(False), tokenizer, why
 
 
@@ -99,6 +99,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every product
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

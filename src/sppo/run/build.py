@@ -116,10 +116,12 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     policy = load_policy(config, parts, saved, device, note)
     if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
         policy.save_base(directory.path / "base")
-    if config.training.checkpoint_activations:
-        policy.checkpoint_activations()
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
     critic = load_critic(config, policy, parts.critic, saved, device, note)
+    if config.training.checkpoint_activations:
+        policy.checkpoint_activations()
+        if critic is not None:
+            critic.checkpoint_activations()
     one_control_task(config, policy, critic)
     config, tight = _planned(config, policy, critic, train_tasks, device, note)
     if saved is None:
