@@ -159,7 +159,11 @@ class Adapters:
         for name, tensor in inner.state_dict().items():
             if not any(other in name.split(".") for other in self.peft.peft_config):
                 whole[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-        inner.save_pretrained(str(folder), state_dict=whole)
+        inner.state_dict = lambda: whole  # of a quantised model, save_pretrained ignores one that it is given
+        try:
+            inner.save_pretrained(str(folder))
+        finally:
+            del inner.state_dict
 
     def _settle(self, name: str, dtype: torch.dtype) -> None:
         """Give an adapter the dtype that the model computes in (peft takes float32 beside quantised weights)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, RecipeError
-from ..kernels.dequantised import as_if_whole
+from ..kernels.low_rank import weights_only
 from .adapters import Adapters, base_of, is_adapter
-from .loading import choose_dtype, load, outline
+from .loading import choose_dtype, load, load_config, outline
 from .weights import cast, counted, parameter_count
 
 KEY = "policy.model"
@@ -91,11 +92,11 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
             tokenizer.save_pretrained(folder)
             return _base(folder, dtype, quantize, device, seed)
     chosen, why = choose_dtype(dtype, parameter_count(outline(name, role=KEY, head=True)), device)
-    model, tokenizer = load(
-        name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device},
-        quantization_config=_quantization(quantize, chosen),
-    )  # fmt: skip
-    return as_if_whole(model.requires_grad_(False)), tokenizer, why
+    done = hasattr(load_config(name, KEY), "quantization_config")  # a folder that holds them quantised, such as a run's
+    how = {} if done else {"quantization_config": _quantization(quantize, chosen)}
+    model, tokenizer = load(name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device}, **how)
+    weights_only(model)
+    return model.requires_grad_(False), tokenizer, why
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
@@ -103,6 +104,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every product
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

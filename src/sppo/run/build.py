@@ -107,6 +107,8 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     note(f"processor {processor(device)}")
     config = _settled(config, note)
     optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
+    if config.training.offload and device.type == "cpu":
+        raise RecipeError("training.offload moves the optimiser out of a GPU's memory, and there is none: leave it out")
     environment, reward = load_environment(config.task.environment), _reward(config, parts)
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
@@ -114,10 +116,12 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     policy = load_policy(config, parts, saved, device, note)
     if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
         policy.save_base(directory.path / "base")
-    if config.training.checkpoint_activations:
-        policy.checkpoint_activations()
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
     critic = load_critic(config, policy, parts.critic, saved, device, note)
+    if config.training.checkpoint_activations:
+        policy.checkpoint_activations()
+        if critic is not None:
+            critic.checkpoint_activations()
     one_control_task(config, policy, critic)
     config, tight = _planned(config, policy, critic, train_tasks, device, note)
     if saved is None:
