@@ -261,13 +261,20 @@ def packed_for_decoding(model: Model) -> int:
     return (numbers + (0 if model.adapter is None else model.trained)) * model.size
 
 
-def reward_models(use: str, device: torch.device) -> int:
-    """Bytes of the models behind a recipe's rewards (`model:FOLDER`, `steps:model=FOLDER`). Raises ModelError for one that is not there."""
-    total = 0
+def reward_models(use: str) -> list[tuple[str, str]]:
+    """The models behind a recipe's rewards (`model:FOLDER`, `steps:model=FOLDER`), each with the dtype that it asks for."""
+    found = []
     for spec in (parse_spec(text, "sppo.rewards") for _, _, text in parse_mixture(use)):
         named = spec.options.get("model") or (spec.words[0] if spec.name == "model" and spec.words else None)
         if spec.name in ("model", "steps") and named:
-            found = outline(str(named), role="reward model", head=False)
-            dtype, _ = choose_dtype(str(spec.options.get("dtype", "auto")), parameter_count(found), device)
-            total += parameter_count(found) * dtype.itemsize
+            found.append((str(named), str(spec.options.get("dtype", "auto"))))
+    return found
+
+
+def reward_bytes(use: str, device: torch.device, elsewhere: bool = False) -> int:
+    """Bytes of these models. Raises ModelError for one that is not there."""
+    total = 0
+    for name, requested in reward_models(use):
+        count = parameter_count(outline(name, role="reward model", head=False))
+        total += count * choose_dtype(requested, count, device, elsewhere=elsewhere)[0].itemsize
     return total

@@ -32,7 +32,7 @@ from ..rollout.scheduler import PREFILL
 from ..spec import parse_spec
 from ..tasks.base import TaskSource
 from ..types import Task
-from .footprint import Model, Sizes, activations, head, packed_for_decoding, reward_models
+from .footprint import Model, Sizes, activations, head, packed_for_decoding, reward_bytes
 
 GIB = 2**30
 ACTIVATIONS = GIB
@@ -146,7 +146,7 @@ def plan(
     t, r = config.training, config.rollout
     on_gpu = device.type == "cuda"
     sampling, engine = _sampling(config, policy, device, prompt_tokens, gpu)
-    stays = _stays(config, policy, critic, device) | engine
+    stays = _stays(config, policy, critic, device, gpu) | engine
     host = {}
     if on_gpu and getattr(t, "offload", False):
         host = {"masters and moments": stays.pop("optimiser")}
@@ -180,7 +180,9 @@ def plan(
     return Plan(stays, phases, chosen, capacity, kept, host, on_gpu)
 
 
-def _stays(config: Config, policy: Model, critic: Model | None, device: torch.device) -> dict[str, int]:
+def _stays(
+    config: Config, policy: Model, critic: Model | None, device: torch.device, gpu: int | None
+) -> dict[str, int]:
     """Bytes that are held from the first step to the last, but for an engine's own."""
     on_gpu = device.type == "cuda"
     stays = {"the process": PROCESS_CUDA if on_gpu else PROCESS, "weights": policy.base, "adapter": policy.beside}
@@ -192,7 +194,7 @@ def _stays(config: Config, policy: Model, critic: Model | None, device: torch.de
     if critic is not None:
         own = critic.beside if critic.shared else critic.base + critic.beside
         stays["critic and its optimiser"] = own + critic.optimiser("adamw")
-    if rewards := reward_models(config.reward.use, device):
+    if rewards := reward_bytes(config.reward.use, device, gpu is not None):
         stays["the reward model"] = rewards
     return stays
 
