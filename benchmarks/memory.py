@@ -1,7 +1,7 @@
 """The memory plan against the measured peak: full training, LoRA, LoRA on four bits, 8-bit moments and checkpointed activations, of a Llama
 of 69M random weights and of SmolLM2-135M. `make bench-memory`
 
-Each setting is a process of its own that trains two steps of 32 responses in micro-batches of 1,024 tokens, with `run.memory` so low that
+Each setting is a process of its own that makes two updates on 16 responses in micro-batches of 512 tokens, with `run.memory` so low that
 freed memory goes back to the machine. Both figures are from its summary.json: the plan that is stated at the start, and the peak of the
 resident memory (on a GPU: of PyTorch's tensors). Last line: one JSON object.
 """
@@ -26,9 +26,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"adapter.rank": 16, "policy.quantize": "nf4"},
 }
 COMMON = {
-    "task.train": "chain:steps=4-6", "critic.model": "tiny:hidden=64,layers=2,heads=4", "rollout.prompts": 32, "rollout.batch": 32,
-    "rollout.max_tokens": 64, "training.steps": 2, "training.minibatches": 1, "training.micro_tokens": 1024, "evaluation.n": 2,
-    "evaluation.every": 0, "monitors.action": "off", "run.checkpoint_every": 100,
+    "task.train": "chain:steps=4-6", "critic.model": "tiny:hidden=64,layers=2,heads=4", "rollout.prompts": 16, "rollout.batch": 16,
+    "rollout.max_tokens": 64, "training.steps": 1, "training.epochs": 2, "training.minibatches": 1, "training.micro_tokens": 512,
+    "evaluation.n": 1, "evaluation.every": 0, "monitors.action": "off",
 }  # fmt: skip
 LOW, HIGH = 0.95, 1.10
 """Where planned / measured must lie."""

@@ -184,8 +184,8 @@ def _planned(
     if isinstance(policy, ControlPolicy):  # networks of a few thousand weights
         return config, None
     prompt = typical_prompt(tasks, lambda task: len(policy.prompt_ids(task)), config.task.max_prompt_tokens)
-    reader = None if critic is None else Model(critic.backbone, next(critic.parameters()).dtype)
-    found = plan(config, Model(policy.model, policy.dtype), reader, device, prompt)
+    reader = None if critic is None else Model.of_critic(critic)
+    found = plan(config, Model.of(policy), reader, device, prompt)
     note(found.stated())
     if device.type == "cpu":
         keep_memory(found.capacity)

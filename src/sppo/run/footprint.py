@@ -7,7 +7,7 @@ and after. An adapter (LoRA) trains little, and keeps nearly as much: its own in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,11 @@ from ..kernels.cuda.head import CHUNK_ELEMENTS as CUDA_CHUNK
 from ..kernels.elementwise import compiles
 from ..kernels.logprobs import CHUNK_ELEMENTS
 from ..kernels.patch_layers import fusable_family
-from ..models.head import backbone
+from ..models.adapter_critic import AdapterCritic
+from ..models.adapters import targets_in
+from ..models.critic import Critic
 from ..models.loading import choose_dtype, native_bfloat16, outline
+from ..models.policy import Policy
 from ..models.weights import parameter_count
 from ..rewards.combine import parse_mixture
 from ..spec import parse_spec
@@ -36,26 +39,12 @@ SMALL = 4096
 
 @dataclass(frozen=True)
 class Adapter:
-    """Which low-rank matrices are trained beside a frozen base."""
+    """Low-rank matrices beside some layers of a frozen base."""
 
     rank: int
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | tuple[str, ...]
+    """As a recipe's `adapter.targets`."""
     dora: bool = False
-
-    @classmethod
-    def of(cls, settings: Any) -> Adapter | None:
-        """From a recipe's [adapter], peft's own config, or None."""
-        if settings is None:
-            return None
-        if hasattr(settings, "target_modules"):
-            named = settings.target_modules or "all-linear"
-            return cls(settings.r, named if isinstance(named, str) else tuple(named), settings.use_dora)
-        return cls(settings.rank, settings.targets, settings.dora)
-
-    def reaches(self, name: str) -> bool:
-        """Whether a linear layer of this name gets one."""
-        wanted = (self.targets,) if isinstance(self.targets, str) else self.targets
-        return wanted == ("all-linear",) or any(name == w or name.endswith(f".{w}") for w in wanted)
 
 
 @dataclass(frozen=True)
@@ -96,6 +85,23 @@ class Model:
     shared: bool = False
     """Whether the base is another model's, and counted there."""
 
+    @classmethod
+    def of(cls, policy: Policy) -> Model:
+        """A policy that is there."""
+        adapter = None
+        if policy.adapters is not None:
+            settings = policy.adapters.peft.peft_config[policy.adapters.name]
+            layers = tuple(name for name, m in policy.model.named_modules() if hasattr(m, "lora_A"))
+            adapter = Adapter(getattr(settings, "r", 0), layers, getattr(settings, "use_dora", False))
+        return cls(policy.model, policy.dtype, adapter, policy.base.get("quantize", ""))
+
+    @classmethod
+    def of_critic(cls, critic: Critic) -> Model:
+        """A critic that is there."""
+        if isinstance(critic, AdapterCritic):
+            return replace(cls.of(critic.policy), shared=True)
+        return cls(critic.backbone, next(critic.parameters()).dtype)
+
     @cached_property
     def outline(self) -> Any:
         """The model without adapters and without quantised layers: itself, or its like on the meta device."""
@@ -114,11 +120,11 @@ class Model:
 
     @cached_property
     def adapted(self) -> dict[str, nn.Linear]:
-        """Those of the part that reads text that get low-rank matrices."""
-        if self.adapter is None:
+        """Those that get low-rank matrices. Raises RecipeError for a target that is no layer's name."""
+        if self.adapter is None or not self.adapter.targets:
             return {}
-        text = {id(m) for m in backbone(self.outline).modules()}
-        return {n: m for n, m in self.linears.items() if id(m) in text and self.adapter.reaches(n)}
+        wanted = targets_in(self.outline, self.adapter.targets)
+        return {n: m for n, m in self.linears.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
 
     @property
     def parameters(self) -> int:

@@ -1,7 +1,6 @@
 """What makes a run that does not fit need less memory: changes of the recipe, planned anew, the cheapest first.
 
-A change is cheap if it leaves what is learnt alone and costs little time. Each is tried by itself. Those that make the run fit come
-first; then those that save most.
+A change is cheap if it leaves what is learnt alone and costs little time.
 """
 
 from __future__ import annotations
@@ -44,22 +43,39 @@ class Remedy:
 
 
 def remedies(config: Config, planned: Callable[[Config], Plan], most: int = 3) -> tuple[list[Remedy], Plan]:
-    """Up to `most` changes, and the plan with all of them.
+    """Up to `most` changes, and the plan with them.
+
+    Each makes the run fit by itself (the cheapest first; the plan is with the first one). Where none does, they belong together: one
+    after the other saves most of what the ones before it leave.
 
     Args:
         config: a recipe that does not fit.
         planned: the plan of a recipe; raises RecipeError for one that cannot be obeyed.
     """
-    before = planned(config)
-    found: list[Remedy] = []
+    tried = _tried(config, planned)
+    enough = [remedy for remedy, _, after in tried if after.fits]
+    if enough:
+        return enough[:most], next(after for _, _, after in tried if after.fits)
+    chosen: list[Remedy] = []
+    now = planned(config)
+    while tried and not now.fits and len(chosen) < most:
+        fitting = [found for found in tried if found[2].fits]
+        remedy, config, now = fitting[0] if fitting else max(tried, key=lambda found: found[0].saved)
+        chosen.append(remedy)
+        tried = _tried(config, planned)
+    return chosen, now
+
+
+def _tried(config: Config, planned: Callable[[Config], Plan]) -> list[tuple[Remedy, Config, Plan]]:
+    """Each change that could be made and saves something worth naming, the cheapest first, with what it leads to."""
+    before, found = planned(config), []
     for change in _changes(config, before, planned):
-        after = _tried(config, [change], planned)
-        saved = before.total - after.total if after else 0
-        if after and saved > NOTABLE * before.total:
-            found.append(Remedy(change, saved, after.fits))
-    chosen = sorted(found, key=lambda r: 0 if r.fits else -r.saved)
-    chosen = [r for r in chosen if r.fits][:most] or _apart(chosen)[:most]
-    return chosen, _tried(config, [r.change for r in chosen], planned) or before
+        if (after := _with(config, change, planned)) is None:
+            continue
+        saved = before.total - after[1].total
+        if saved > NOTABLE * before.total:
+            found.append((Remedy(change, saved, after[1].fits), *after))
+    return found
 
 
 def _changes(config: Config, before: Plan, planned: Callable[[Config], Plan]) -> Iterator[Change]:
@@ -89,25 +105,20 @@ def _halved(
     while now // 2 >= least:
         now //= 2
         change = Change({key: now}, cost)
-        after = _tried(config, [change], planned)
-        if (after is not None and after.fits) or now // 2 < least:
+        after = _with(config, change, planned)
+        if (after is not None and after[1].fits) or now // 2 < least:
             yield change
             return
 
 
-def _apart(found: list[Remedy]) -> list[Remedy]:
-    """Without those that a stronger one contains."""
-    return [r for i, r in enumerate(found) if not any(r.change.keys.items() <= s.change.keys.items() for s in found[:i])]
-
-
-def _tried(config: Config, changes: list[Change], planned: Callable[[Config], Plan]) -> Plan | None:
-    """The plan with these changes; None where the recipe cannot be obeyed with them."""
+def _with(config: Config, change: Change, planned: Callable[[Config], Plan]) -> tuple[Config, Plan] | None:
+    """The recipe with a change, and its plan; None where it cannot be obeyed."""
     tree = config.model_dump(mode="json", exclude_none=True)
-    for change in changes:
-        for key, value in change.keys.items():
-            section, _, name = key.partition(".")
-            tree.setdefault(section, {})[name] = value
+    for key, value in change.keys.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
     try:
-        return planned(Config.validated(tree, "the changed recipe"))
+        changed = Config.validated(tree, "the changed recipe")
+        return changed, planned(changed)
     except RecipeError:
         return None
