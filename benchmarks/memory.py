@@ -86,7 +86,9 @@ def main() -> None:
                     flush=True,
                 )
     ratios = [row["ratio"] for row in rows]
-    workload.finish({"settings": rows, "low": min(ratios), "high": max(ratios), "ok": LOW <= min(ratios) and max(ratios) <= HIGH})
+    workload.finish(
+        {"settings": rows, "low": min(ratios), "high": max(ratios), "ok": min(ratios) >= LOW and max(ratios) <= HIGH}
+    )
 
 
 if __name__ == "__main__":

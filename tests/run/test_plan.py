@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,9 +13,9 @@ from sppo.cli.main import main
 from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.recipe.config import Config
-from sppo.run.loop import train
 from sppo.recipe.sections import AdapterSection
 from sppo.run.footprint import EIGHT_BIT, Adapter, Model, activations
+from sppo.run.loop import train
 from sppo.run.outlines import Outlines
 from sppo.run.plan import GIB, LEAST, plan, power_of_two
 from sppo.run.remedies import remedies
@@ -175,8 +176,13 @@ def test_a_run_keeps_what_was_chosen_and_a_resumed_one_uses_it(tmp_path):
 
     config = small_config(run__out=str(tmp_path / "run"), training__steps=1, run__memory=0.001)
     job = Run.new(config, Notes())
-    train(job)
+    memory = train(job)["memory"]
     job.close()
+    planned = job.components.plan
+    assert memory == json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
+    assert memory["planned_bytes"] == planned.parts()["total"] == sum(planned.parts().values()) / 2
+    assert memory["phase"] in planned.phases
+    assert psutil.Process().memory_info().rss * 0.9 < memory["peak_bytes"] < psutil.Process().memory_info().rss + GIB
     assert Config.load(tmp_path / "run" / "recipe.toml").training.micro_tokens == LEAST
     assert any(text.startswith("warning: this run needs about") for text in notes)
     again = Run.resume(tmp_path / "run", Notes(), steps=2)

@@ -72,7 +72,9 @@ def _table(plan: dict[str, Any]) -> list[str]:
         f"  about {needed:.1f} GiB needed at the peak, {free:.1f} GiB can be had: {verdict}",
     ]
     if plan["host_bytes"]:
-        lines.append(f"  and {sum(plan['host_bytes'].values()) / GIB:.1f} GiB of main memory ({', '.join(plan['host_bytes'])})")
+        lines.append(
+            f"  and {sum(plan['host_bytes'].values()) / GIB:.1f} GiB of main memory ({', '.join(plan['host_bytes'])})"
+        )
     if changes := plan["changes"]:
         alone = changes[0]["fits"] and len(changes) > 1 and changes[1]["fits"]
         lines.append("  any of these makes it fit, the cheapest first:" if alone else "  what would help most:")

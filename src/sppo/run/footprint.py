@@ -249,7 +249,9 @@ def head(model: Model, device: torch.device) -> Callable[[int], int]:
     if device.type == "cuda":  # the gradient is summed in float32, and rounded once
         gradient = trains * matrix * (4 + model.narrow * model.size)
         slices = 4 + model.narrow * model.size
-        return lambda tokens: gradient + slices * min(max(CUDA_CHUNK, z.hidden // 4 * z.vocabulary), tokens * z.vocabulary)
+        return lambda tokens: (
+            gradient + slices * min(max(CUDA_CHUNK, z.hidden // 4 * z.vocabulary), tokens * z.vocabulary)
+        )
     if model.size == 2 and native_bfloat16(device) and z.hidden % PANEL == 0:
         # packed and its gradient; logits kept for the backward pass; a slice of the vocabulary
         fixed = matrix * 2 * (1 + trains) + 32 * 2**20

@@ -30,7 +30,7 @@ class Outlines:
 
     def policy(self, config: Config) -> tuple[Model, str]:
         """The policy, and what it is. Raises ModelError, and RecipeError for targets that match nothing."""
-        name, dtype, quantize = config.policy.model, config.policy.dtype, config.policy.quantize
+        name, dtype, quantize = config.policy.model, str(config.policy.dtype), str(config.policy.quantize)
         section = config.adapter
         adapter = None if section is None else Adapter(section.rank, section.targets, section.dora)
         if is_adapter(name):
@@ -53,7 +53,9 @@ class Outlines:
             return None, "none: the algorithm has no critic"
         if config.critic.model == POLICY:
             policy, _ = self.policy(config)
-            return replace(policy, shared=True), f"an adapter of {counted(policy.trained)} parameters on the policy's base"
+            return replace(
+                policy, shared=True
+            ), f"an adapter of {counted(policy.trained)} parameters on the policy's base"
         return self._model(config.critic.model, config.critic.dtype, "critic.model", head=False)
 
     def plan(self, config: Config, prompt_tokens: int) -> Plan:

@@ -19,7 +19,6 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 import torch
@@ -116,12 +115,12 @@ class Plan:
         """Where most of the memory goes, and what to turn."""
         name, size = self.most
         turn = next((what for part, what in TURN.items() if name.startswith(part)), TURN["one micro-batch"])
-        return f"the most goes into {name} ({size / GIB:.1f} GiB): {turn}"
+        return f"the most goes into {name} ({said(size)}): {turn}"
 
     def stated(self) -> str:
         """A sentence for the start of a run; a warning where it does not fit."""
-        need, has = f"{self.total / GIB:.1f} GiB", f"{self.capacity / GIB:.1f} GiB"
-        beside = f", and {sum(self.host.values()) / GIB:.1f} GiB of the host's" if self.host else ""
+        need, has = said(self.total), said(self.capacity)
+        beside = f", and {said(sum(self.host.values()))} of the host's" if self.host else ""
         if self.fits:
             return f"micro-batches of {self.micro_tokens:,} tokens; about {need} of memory needed{beside}, {has} can be had"
         return (
@@ -213,6 +212,11 @@ def _teaching(
         "gradients of the critic": critic.trained * (critic.size + 4 * several),
         "one micro-batch of the critic": read * each,
     }
+
+
+def said(size: int) -> str:
+    """Bytes as people say them: 3.4 GiB, 120 MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
 
 
 def power_of_two(tokens: float) -> int:

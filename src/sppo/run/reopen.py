@@ -52,7 +52,11 @@ class Reopened:
 
 
 def reopen(
-    path: Path, observer: Observer, steps: int | None, data: Mapping[str, Any] | None, memory: Mapping[str, Any] | None = None
+    path: Path,
+    observer: Observer,
+    steps: int | None,
+    data: Mapping[str, Any] | None,
+    memory: Mapping[str, Any] | None = None,
 ) -> Reopened:
     """The run in a folder, locked for this process; `steps`, `data` and `memory` (by recipe key) replace what its recipe says.
 
