@@ -200,12 +200,12 @@ def _lora(model: Any, section: AdapterSection) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=section.rank, lora_alpha=section.alpha, target_modules=_targets(model, section.targets),
+        r=section.rank, lora_alpha=section.alpha, target_modules=targets_in(model, section.targets),
         use_rslora=section.rslora, use_dora=section.dora, task_type="CAUSAL_LM", lora_dropout=0.0, bias="none",
     )  # fmt: skip
 
 
-def _targets(model: Any, given: str | tuple[str, ...]) -> list[str]:
+def targets_in(model: Any, given: str | tuple[str, ...]) -> list[str]:
     """The names of the layers to adapt, as short as they can be: layers of the part that reads text alone.
 
     Raises RecipeError for a name that matches none of them."""

@@ -48,11 +48,14 @@ def native_bfloat16(device: torch.device) -> str | None:
     return next((kind for kind in ("AMX", "AVX512-BF16") if found.get(CLASSES[kind])), None)
 
 
-def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype for `policy.dtype` / `critic.dtype`, and the reason, to be stated at start."""
+def choose_dtype(
+    requested: str, parameters: int, device: torch.device, *, elsewhere: bool = False
+) -> tuple[torch.dtype, str]:
+    """The dtype for `policy.dtype` / `critic.dtype`, and the reason, to be stated at start. `elsewhere`: a GPU that is
+    not here, and not asked."""
     if requested != "auto":
         return getattr(torch, requested), "as the recipe says"
-    hardware = native_bfloat16(device)
+    hardware = "CUDA" if elsewhere else native_bfloat16(device)
     if hardware and parameters >= LARGE:
         return torch.bfloat16, f"{parameters / 1e6:.0f}M parameters, and {hardware} multiplies it natively"
     if parameters < LARGE:
