@@ -41,15 +41,15 @@ class Scorer(nn.Module):
         self.model = model
         self.eval()
         self.head = Head(model)
-        self.unpacked_why = packing.use(model)
+        self.unpacked_why = packing.use(self.head)
         self.packs = not self.unpacked_why
-        self.fusable = fusable(model)  # found now: later a wrapper may hold parts of the weights only
+        self.fusable = fusable(backbone(model))  # found now: later a wrapper may hold parts of the weights only
         self._checkpointed: list[Any] = []
 
     def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
         """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
         vocabulary."""
-        device = next(self.model.parameters()).device
+        device = self.model.get_input_embeddings().weight.device
         # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
         ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
         rows = packing.packed if self.packs else packing.padded
@@ -59,8 +59,8 @@ class Scorer(nn.Module):
         with fused(self.fusable), self._checkpointing():
             if self.head.direct:
                 hidden_ND = backbone(self.model)(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)[state_N]
-                weight, bias = self.head.projection.weight, self.head.bias
-                logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature)
+                weight, bias, scale, cap = self.head.projection.weight, self.head.bias, self.head.scale, self.head.cap
+                logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature, scale, cap)
             else:
                 with self.head.wide():
                     logits_NV = self._logits_at(inputs, state_N)
