@@ -20,6 +20,7 @@ from ..objective.ratio import wide
 from ..types import Message, Task
 from .head import backbone
 from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
+from .multimodal import freeze_rest, place, processor_files, shared, text_config
 from .scorer import ActionLogps, Scorer
 from .turns import continuation_ids
 from .weights import counted, fingerprint, parameter_count, sha256, weights_of
@@ -34,7 +35,9 @@ class Policy:
         self.chat = chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
         self.eos_ids = _eos_ids(model, tokenizer, name)
         self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
+        freeze_rest(model)
         self.scorer: Any = Scorer(model)
+        self._processor_files = processor_files(model)
 
     @classmethod
     def load(
@@ -45,7 +48,7 @@ class Policy:
         parameters = parameter_count(model)
         chosen, why = choose_dtype(dtype, parameters, device)
         with readable(f"policy.model: {name} cannot be used", ModelError):
-            policy = cls(model.to(device=device, dtype=chosen), tokenizer, chat_template=chat_template, name=name)
+            policy = cls(place(model, device, chosen), tokenizer, chat_template=chat_template, name=name)
         style = "chat template" if policy.chat else "plain text (no chat template)"
         head = "" if policy.scorer.head.direct else "; its head is more than a projection, so full logits are held"
         padded = "" if policy.packs else f"; updates are padded, not packed: {policy.scorer.unpacked_why}"
@@ -68,22 +71,22 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        return self.model.get_input_embeddings().weight.device  # of the part that reads text
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return next(self.model.parameters()).dtype
+        return self.model.get_input_embeddings().weight.dtype
 
     @property
     def context(self) -> int | None:
         """The most positions the model can attend to, or None when its config does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(text_config(self.model), "max_position_embeddings", None)
 
     def as_reference(self) -> Policy:
         """A frozen policy of these weights: π_ref."""
         frozen = copy.copy(self)
-        frozen.scorer = copy.deepcopy(self.scorer).requires_grad_(False).eval()
+        frozen.scorer = copy.deepcopy(self.scorer, shared(self.model)).requires_grad_(False).eval()
         frozen.scorer.head.forget()  # the copy's own weight is converted when it is asked for
         frozen.scorer.checkpoint_activations(False)
         return frozen
@@ -217,16 +220,20 @@ class Policy:
         return sha256(self.weights())
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load."""
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load; of a
+        model that reads more than text, all of it, as its own class and `AutoProcessor` load it."""
+        text_config(self.model).dtype = self.dtype
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        for name, content in self._processor_files.items():
+            (folder / name).write_bytes(content)
 
 
 def _eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
     """Every id that ends a response; the tokenizer's own first."""
     found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     generation = getattr(model, "generation_config", None)
-    for ids in (getattr(generation, "eos_token_id", None), model.config.eos_token_id):
+    for ids in (getattr(generation, "eos_token_id", None), getattr(text_config(model), "eos_token_id", None)):
         for i in ids if isinstance(ids, list) else [ids]:
             if i is not None and i not in found:
                 found.append(i)

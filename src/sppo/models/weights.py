@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .multimodal import text_parameters
+
 Weights = Iterable[tuple[str, Tensor]]
 """Names and whole tensors, in the order of `weights_of`."""
 
@@ -18,9 +20,9 @@ LANES = 8 * 4096
 
 
 def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The name and the whole tensor of every weight, in order of name; tied weights come once. The tensors are the
-    model's own, or put together where they are sharded."""
-    for name, p in sorted(model.named_parameters()):
+    """The name and the whole tensor of every weight that may be trained, in order of name; tied weights come once. The
+    tensors are the model's own, or put together where they are sharded."""
+    for name, p in sorted(text_parameters(model)):
         tensor = p.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -29,7 +31,7 @@ def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 def write(model: torch.nn.Module, weights: Weights) -> None:
     """Copy weights into a model's own tensors; what lies there already is not copied. Raises ValueError for names or
     shapes that are not the model's."""
-    missing: dict[str, Any] = dict(model.named_parameters())
+    missing: dict[str, Any] = dict(text_parameters(model))
     for name, tensor in weights:
         own = missing.pop(name, None)
         if own is None or own.shape != tensor.shape:
