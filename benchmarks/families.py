@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from architectures import TABLE, make
 
 from sppo.recipe.config import Config
 from sppo.rollout.engine import Sampling
