@@ -60,7 +60,7 @@ class Adapters:
 
         if isinstance(config, AdapterSection):
             config = _lora(model, config)
-        dtype = next(model.parameters()).dtype
+        dtype = model.get_input_embeddings().weight.dtype
         with _made_from(seed), readable("[adapter] does not fit this model", RecipeError):
             made = cls(get_peft_model(model, config, autocast_adapter_dtype=False))
         made._settle(made.name, dtype)
@@ -72,7 +72,7 @@ class Adapters:
         need_peft(str(folder))
         from peft import PeftModel
 
-        dtype = next(model.parameters()).dtype
+        dtype = model.get_input_embeddings().weight.dtype
         with _made_from(0), _fits(folder):
             made = cls(PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False))
         made._settle(made.name, dtype)
@@ -81,7 +81,7 @@ class Adapters:
     def add(self, name: str, *, seed: int = 0) -> dict[str, nn.Parameter]:
         """Another adapter of the policy's shape; returns its parameters, which are trained."""
         config = self.peft.peft_config[self.name]
-        dtype = next(self.model.parameters()).dtype
+        dtype = self.model.get_input_embeddings().weight.dtype
         trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
         with _made_from(seed):
             self.peft.add_adapter(name, config, autocast_adapter_dtype=False)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, RecipeError
-from ..kernels.low_rank import weights_only
 from .adapters import Adapters, base_of, is_adapter
 from .loading import choose_dtype, load, load_config, outline
-from .weights import cast, counted, parameter_count
+from .multimodal import place
+from .weights import counted, parameter_count
 
 KEY = "policy.model"
 
@@ -60,7 +60,7 @@ def load_model(
     if saved and dtype == "auto":
         dtype = base.get("dtype", "auto")
     model, tokenizer, why = _base(base["name"], dtype, quantize, device, seed)
-    count, kind = parameter_count(model), str(next(model.parameters()).dtype).removeprefix("torch.")
+    count, kind = parameter_count(model), str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     stated = (
         f"{counted(count)} parameters in {f'{quantize}, computed in ' if quantize else ''}{kind} on {device} ({why})"
     )
@@ -82,7 +82,7 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
     if not quantize:
         model, tokenizer = load(name, role=KEY, head=True, seed=seed)
         chosen, why = choose_dtype(dtype, parameter_count(model), device)
-        return cast(model, chosen).to(device), tokenizer, why
+        return place(model, device, chosen), tokenizer, why
     if importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"policy.quantize = {quantize!r} needs bitsandbytes: pip install 'sppo[adapters]'")
     if name.partition(":")[0] == "tiny":  # only what is read from files is quantised on the way
@@ -95,7 +95,6 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
     done = hasattr(load_config(name, KEY), "quantization_config")  # a folder that holds them quantised, such as a run's
     how = {} if done else {"quantization_config": _quantization(quantize, chosen)}
     model, tokenizer = load(name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device}, **how)
-    weights_only(model)
     return model.requires_grad_(False), tokenizer, why
 
 
