@@ -269,7 +269,7 @@ def test_an_engine_of_other_weights_is_not_held(policy):
 
 
 def fingerprint_of(model: torch.nn.Module) -> str:
-    return weights.fingerprint(weights.weights_of(model))
+    return weights.fingerprint(weights.weights_of(dict(model.named_parameters())))
 
 
 def blocks(*rows, dtype=torch.int64):

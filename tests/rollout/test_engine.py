@@ -111,11 +111,11 @@ def test_weights_come_in_one_order_and_tied_ones_once():
 def test_weights_of_another_model_are_refused(policy):
     some = list(policy.weights())
     with pytest.raises(ValueError, match="among the given weights"):
-        write(policy.model, some[1:])
+        write(dict(policy.model.named_parameters()), some[1:])
     with pytest.raises(ValueError, match="has no weight other"):
-        write(policy.model, [("other", some[0][1])])
+        write(dict(policy.model.named_parameters()), [("other", some[0][1])])
     with pytest.raises(ValueError, match="of shape"):
-        write(policy.model, [(some[0][0], some[0][1][:1])])
+        write(dict(policy.model.named_parameters()), [(some[0][0], some[0][1][:1])])
 
 
 def test_an_engine_that_lacks_something_is_named(policy, tmp_path, monkeypatch):

@@ -117,6 +117,7 @@ class Loaded:
     """A model, with the sampling and reward of its run if it has one."""
 
     def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, with_critic: bool = False) -> None:
+        from ..models.adapter_critic import open_critic
         from ..models.critic import Critic
         from ..models.loading import pick_device
         from ..models.mlp import is_control
@@ -133,12 +134,15 @@ class Loaded:
             )
         template = self.recipe.policy.chat_template if self.recipe else "auto"
         device = pick_device()
-        self.policy, self.stated = Policy.load(name, dtype=dtype, device=device, seed=seed, chat_template=template)
+        quantize = self.recipe.policy.quantize if self.recipe else ""
+        self.policy, self.stated = Policy.load(
+            name, dtype=dtype, device=device, seed=seed, chat_template=template, quantize=quantize
+        )
         self.name = name
         self.critic: Critic | None = None
         beside = critic_beside(folder) if folder else None
         if with_critic and beside is not None:
-            self.critic, _ = Critic.load(str(beside), dtype="auto", device=device, seed=seed)
+            self.critic, _ = open_critic(str(beside), dtype="auto", device=device, seed=seed, policy=self.policy)
 
     def sampling(self, *, temperature: float | None, **flags: int | float | None) -> Any:
         """How to sample: by the user's flags (keys of [rollout]), else by the run's recipe, else by a recipe's
@@ -183,7 +187,7 @@ def critic_beside(policy: Path) -> Path | None:
     policy = policy.resolve()
     found = policy.parent / "critic"
     whole = policy.name == "policy" and (policy.parent / "state.pt").exists()
-    return found if whole and (found / "config.json").exists() else None
+    return found if whole and any((found / name).exists() for name in ("config.json", "adapter_config.json")) else None
 
 
 def _recipe_near(path: Path) -> Config | None:

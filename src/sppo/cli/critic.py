@@ -37,7 +37,7 @@ def add(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ..models.critic import Critic
+    from ..models.adapter_critic import open_critic
     from ..models.loading import pick_device
     from ..run.directory import newest_policy, write_atomic
 
@@ -50,7 +50,7 @@ def _export(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; choose another folder for the critic")
     run = source.parent.parent.parent
-    Critic.load(str(source), dtype="auto", device=pick_device(), seed=0)  # an unreadable critic is not exported
+    open_critic(str(source), dtype="auto", device=pick_device(), seed=0)  # an unreadable critic is not exported
     shutil.copytree(source, out, dirs_exist_ok=True)
     write_atomic(out / "README.md", _card(run, source))
     emit(
@@ -104,7 +104,8 @@ hidden state at the prompt's last token, then a sigmoid. `sppo critic score` app
 
 
 def _score(args: argparse.Namespace) -> int:
-    from ..models.critic import HEAD_FILE, Critic
+    from ..models.adapter_critic import open_critic
+    from ..models.critic import HEAD_FILE
     from ..models.loading import pick_device
     from ..run.directory import newest_policy, write_atomic
     from ..tasks.loading import load_tasks
@@ -122,7 +123,7 @@ def _score(args: argparse.Namespace) -> int:
     count = len(source) if args.n is None else min(args.n, len(source))
     if count > 200_000:
         raise UserError(f"--data {args.data} holds {count:,} problems; say how many: --n N")
-    critic, stated = Critic.load(str(folder), dtype="auto", device=pick_device(), seed=0)
+    critic, stated = open_critic(str(folder), dtype="auto", device=pick_device(), seed=0)
     tasks = [source[i] for i in range(count)]
     limit = critic.context
     readable = [t for t in tasks if 0 < len(critic.prompt_ids(t)) <= (limit or 10**9)]

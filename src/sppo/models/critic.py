@@ -26,7 +26,7 @@ from ..types import Task
 from .actions import Actions
 from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 from .policy import Policy
-from .weights import counted, parameter_count
+from .weights import cast, counted, parameter_count
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -65,12 +65,9 @@ class Critic(nn.Module):
         chosen, why = choose_dtype(dtype, parameters, device)
         trained = Path(name).expanduser() / HEAD_FILE
         with readable(f"critic.model: {name} cannot be used", ModelError):
-            critic = cls(backbone.to(dtype=chosen), tokenizer, name=name)
+            critic = cls(cast(backbone, chosen), tokenizer, name=name)
             if trained.exists():
-                critic.head.load_state_dict(load_file(trained))
-                critic.trained = True
-                with safe_open(trained, "pt") as file:
-                    critic.linear = (file.metadata() or {}).get("value") == "linear"
+                critic.load_head(trained.parent)
         return critic.to(device), (
             f"critic {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); reads "
             + ("the prompt only" if reads == "prompt" else "prompt and response: a value for every token")
@@ -138,14 +135,18 @@ class Critic(nn.Module):
             ids_BL: rows of tokens, padded on the right; an action itself is not read where none follows it.
             action_BL: True for the tokens to predict before.
         """
-        device = self.head.weight.device
         actions = Actions.of(action_BL.cpu())
+        readout_N = self.head(wide(self.hidden(ids_BL, actions)))[:, 0]
+        return actions.to(readout_N.device).spread(readout_N)
+
+    def hidden(self, ids_BL: Tensor, actions: Actions) -> Tensor:
+        """The backbone's last hidden states before N action tokens, [N, D]."""
+        device = self.head.weight.device
         width = int(actions.before_B.max())
         ids_BL = ids_BL[:, :width].to(device)
         mask_BL = (torch.arange(width)[None] < actions.before_B[:, None]).long().to(device)
         hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL, **self._no_cache).last_hidden_state
-        at_BT = actions.spread(actions.position_N - 1).to(device)
-        return self.head(wide(hidden_BLD.gather(1, at_BT[..., None].expand(-1, -1, hidden_BLD.size(-1)))))[..., 0]
+        return hidden_BLD[actions.row_N.to(device), actions.position_N.to(device) - 1]
 
     def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """c(x), [B] in float32, for prompts given as ids: the read-out at each one's last token, before whatever is
@@ -187,5 +188,16 @@ class Critic(nn.Module):
         """Backbone and tokenizer as `AutoModel`/`AutoTokenizer` load them; the value head beside them."""
         self.backbone.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        self.save_head(folder)
+
+    def save_head(self, folder: Path) -> None:
+        """Write the read-out beside the rest."""
         weights = {k: v.contiguous() for k, v in self.head.state_dict().items()}
         save_file(weights, folder / HEAD_FILE, metadata={"value": "linear"} if self.linear else None)
+
+    def load_head(self, folder: Path) -> None:
+        """Take a trained read-out from a folder."""
+        self.head.load_state_dict(load_file(folder / HEAD_FILE))
+        self.trained = True
+        with safe_open(folder / HEAD_FILE, "pt") as file:
+            self.linear = (file.metadata() or {}).get("value") == "linear"

@@ -50,11 +50,14 @@ def native_bfloat16(device: torch.device) -> str | None:
     return next((kind for kind in ("AMX", "AVX512-BF16") if found.get(CLASSES[kind])), None)
 
 
-def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype for `policy.dtype` / `critic.dtype`, and the reason, to be stated at start."""
+def choose_dtype(
+    requested: str, parameters: int, device: torch.device, *, elsewhere: bool = False
+) -> tuple[torch.dtype, str]:
+    """The dtype for `policy.dtype` / `critic.dtype`, and the reason, to be stated at start. `elsewhere`: a GPU that is
+    not here, and not asked."""
     if requested != "auto":
         return getattr(torch, requested), "as the recipe says"
-    hardware = native_bfloat16(device)
+    hardware = "CUDA" if elsewhere else native_bfloat16(device)
     if hardware and parameters >= LARGE:
         return torch.bfloat16, f"{parameters / 1e6:.0f}M parameters, and {hardware} multiplies it natively"
     if parameters < LARGE:
@@ -89,12 +92,11 @@ def load_config(name: str, role: str) -> Any:
 
 
 def load_weights(factory: Any, name: str, role: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A float32 model of a folder or hub name by one of transformers' factories, and transformers' report of what it
-    lacked. Raises ModelError."""
+    """A model of a folder or hub name by one of transformers' factories, in the dtype that it was saved in unless
+    `options` say another, and transformers' report of what it lacked. Raises ModelError."""
     with readable(f"{role}: {name} cannot be loaded", ModelError):
-        model, report = factory.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
-        )
+        options = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False} | options
+        model, report = factory.from_pretrained(name, **options)
         return model, report
 
 
@@ -116,14 +118,15 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
-    """The float32 model and its tokenizer for a folder, hub name or `tiny:…` spec.
+def load(name: str, *, role: str, head: bool, seed: int = 0, **options: Any) -> tuple[Any, Any]:
+    """The model, in the dtype that it was saved in, and its tokenizer for a folder, hub name or `tiny:…` spec.
 
     Args:
         role: `policy.model` or `critic.model`, to name the key in errors.
         head: with a language-model head (`AutoModelForCausalLM`, or the class of a checkpoint that reads more than
             text), or the backbone alone (`AutoModel`, or its decoder of text).
         seed: initialises what is made from scratch.
+        options: of transformers' `from_pretrained`.
 
     Raises:
         ModelError: no such folder, no weights in it, no tokenizer, or nothing that can generate.
@@ -136,7 +139,9 @@ def load(name: str, *, role: str, head: bool, seed: int = 0) -> tuple[Any, Any]:
         raise ModelError(f"{role}: {name} is an encoder-decoder ({config.model_type}); a policy must be a causal LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, report = load_weights(causal_class(config) if head else AutoModel, name, role)
+        if head and reads_more_than_text(config):  # so that what is not trained is not rounded either (multimodal.py)
+            options = {"dtype": torch.float32} | options
+        model, report = load_weights(causal_class(config) if head else AutoModel, name, role, **options)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
     if missing:
         raise ModelError(

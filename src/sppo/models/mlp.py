@@ -97,11 +97,14 @@ class ControlPolicy(Policy):
         self.scorer: Any = ControlScorer(net, environment, States(len(environment.scale), environment.size))
         self.tokenizer: Any = None
         self.chat, self.pad_id, self.eos_ids = False, 0, []
+        self.adapters, self.base = None, {}
+        self._divide()
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: str, device: torch.device, seed: int, chat_template: str = "auto"
-    ) -> tuple[ControlPolicy, str]:
+        cls, name: str, *, dtype: str, device: torch.device, seed: int, chat_template: str = "auto",
+        adapter: Any = None, quantize: str = "",
+    ) -> tuple[ControlPolicy, str]:  # fmt: skip
         """From `mlp:TASK,…`, taught, or from a folder; also returns the sentence to state."""
         if (Path(name) / FILE).exists():
             saved = json.loads((Path(name) / FILE).read_text())
@@ -197,8 +200,12 @@ class ControlPolicy(Policy):
         states: States = self.scorer.states
         return states
 
-    def as_reference(self) -> Policy:
+    def as_reference(self, saved: Path | None = None) -> Policy:
         """A frozen policy of these weights: π_ref, over the same table."""
+        return self.copied()
+
+    def copied(self) -> Policy:
+        """A frozen policy with a copy of all weights."""
         frozen = copy.copy(self)
         net = copy.deepcopy(self.model).requires_grad_(False)
         frozen.scorer = ControlScorer(net, self.environment, self.states)

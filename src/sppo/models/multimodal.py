@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.utils import cached_file
 
 from .head import backbone
+from .weights import cast
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """What a processor is made from, beside its tokenizer."""
@@ -60,7 +61,7 @@ def freeze_rest(model: nn.Module) -> None:
 def narrow_rest(model: Any, dtype: Any) -> None:
     """Give what is not trained of a float32 model the dtype of its checkpoint back, where that rounds nothing."""
     for p in _rest(model):
-        if isinstance(dtype, torch.dtype) and torch.equal(p.to(dtype).to(p.dtype), p):
+        if p.dtype == torch.float32 and isinstance(dtype, torch.dtype) and torch.equal(p.to(dtype).float(), p):
             p.data = p.data.to(dtype)
 
 
@@ -68,9 +69,9 @@ def place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Move a model; of one that reads more than text the part for text. The rest, which computes nothing here, stays on
     the CPU as it was loaded."""
     if not reads_more_than_text(model.config):
-        return model.to(device=device, dtype=dtype)
+        return cast(model, dtype).to(device)
     for part in _text_parts(model):
-        part.to(device=device, dtype=dtype)
+        cast(part, dtype).to(device)
     return model
 
 

@@ -7,7 +7,7 @@ written (scorer.py).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +18,82 @@ from ..errors import ModelError
 from ..files import readable
 from ..objective.ratio import wide
 from ..types import Message, Task
+from .adapters import REFERENCE, Adapters
+from .assembled import load_model
 from .head import backbone
-from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
-from .multimodal import freeze_rest, place, processor_files, shared, text_config
+from .loading import embedded, ensure_pad, prompt_ids, render_chat
+from .multimodal import freeze_rest, processor_files, shared, text_config
 from .scorer import ActionLogps, Scorer
 from .turns import continuation_ids
-from .weights import counted, fingerprint, parameter_count, sha256, weights_of
+from .weights import Weights, fingerprint, sha256, weights_of, write
 
 
 class Policy:
-    """A causal LM to train. Public tensors are float32 (float64 models stay float64)."""
+    """A causal LM to train, or one that is frozen and adapters in it. Public tensors are float32 (float64 models stay
+    float64)."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, chat_template: str = "auto", name: str = "policy") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        chat_template: str = "auto",
+        name: str = "policy",
+        adapters: Adapters | None = None,
+        base: Mapping[str, str] | None = None,
+    ) -> None:
+        """`base` says what the adapters stand on: the `name` of a model, and whether it was quantised."""
         self.tokenizer = tokenizer
         self.name = name
+        self.adapters = adapters
+        self.base = dict(base or {})
         self.chat = chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
         self.eos_ids = _eos_ids(model, tokenizer, name)
         self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
         freeze_rest(model)
-        self.scorer: Any = Scorer(model)
+        self.scorer: Any = Scorer(model, adapters)
         self._processor_files = processor_files(model)
+        self._divide()
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: str, device: torch.device, seed: int, chat_template: str = "auto"
+        cls,
+        name: str,
+        *,
+        dtype: str,
+        device: torch.device,
+        seed: int,
+        chat_template: str = "auto",
+        adapter: Any = None,
+        quantize: str = "",
     ) -> tuple[Policy, str]:
-        """Load `policy.model`; also returns the sentence that states size, dtype and why."""
-        model, tokenizer = load(name, role="policy.model", head=True, seed=seed)
-        parameters = parameter_count(model)
-        chosen, why = choose_dtype(dtype, parameters, device)
+        """Load `policy.model`, a model or an adapter of one; also returns the sentence that states size, dtype and why.
+
+        Args:
+            adapter: what to put into a model: a recipe's [adapter], or peft's own config.
+            quantize: a recipe's `policy.quantize`.
+        """
+        found = load_model(name, dtype=dtype, device=device, seed=seed, adapter=adapter, quantize=quantize)
         with readable(f"policy.model: {name} cannot be used", ModelError):
-            policy = cls(place(model, device, chosen), tokenizer, chat_template=chat_template, name=name)
+            policy = cls(
+                found.model, found.tokenizer, chat_template=chat_template, name=name,
+                adapters=found.adapters, base=found.base,
+            )  # fmt: skip
+        if found.base.get("fingerprint", policy.frozen_fingerprint()) != policy.frozen_fingerprint():
+            raise ModelError(
+                f"{name}: its base, {found.base['name']}, has other weights than the adapter was trained on"
+            )
         style = "chat template" if policy.chat else "plain text (no chat template)"
         head = "" if policy.scorer.head.direct else "; its head is more than a projection, so full logits are held"
         padded = "" if policy.packs else f"; updates are padded, not packed: {policy.scorer.unpacked_why}"
-        return policy, (
-            f"policy {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} on {device} "
-            f"({why}); "
-            f"{style}{head}{padded}"
-        )
+        return policy, f"policy {name}: {found.stated}; {style}{head}{padded}"
+
+    def _divide(self) -> None:
+        """Note which parameters are trained, and which are the frozen rest: adapters that come later are neither."""
+        named = dict(self.model.named_parameters())
+        self._trained = [n for n, p in named.items() if p.requires_grad]
+        self._frozen = [n for n, p in named.items() if not p.requires_grad]
+        self._frozen_hash: tuple[Any, str] = (None, "")
 
     @property
     def model(self) -> Any:
@@ -83,10 +120,28 @@ class Policy:
         """The most positions the model can attend to, or None when its config does not say."""
         return getattr(text_config(self.model), "max_position_embeddings", None)
 
-    def as_reference(self) -> Policy:
-        """A frozen policy of these weights: π_ref."""
+    def as_reference(self, saved: Path | None = None) -> Policy:
+        """π_ref, a frozen policy of these weights: a copy; or the adapter switched off, where it does nothing yet, else
+        a copy of it. `saved` is the folder of an adapter to take in its place."""
+        if self.adapters is None:
+            return self.copied()
+        if saved is not None:
+            self.adapters.load(saved, REFERENCE)
+            for p in self.adapters.named(REFERENCE).values():
+                p.requires_grad_(False)
+        elif not self.adapters.fresh(self.adapters.name):
+            self.adapters.copy(REFERENCE)
+        there = bool(self.adapters.named(REFERENCE)) and not self.adapters.fresh(REFERENCE)
+        frozen = copy.copy(self)
+        frozen.scorer = self.scorer.under(REFERENCE if there else None)
+        frozen.scorer.checkpoint_activations(False)
+        return frozen
+
+    def copied(self) -> Policy:
+        """A frozen policy with a copy of all weights."""
         frozen = copy.copy(self)
         frozen.scorer = copy.deepcopy(self.scorer, shared(self.model)).requires_grad_(False).eval()
+        frozen.adapters = frozen.scorer.adapters
         frozen.scorer.head.forget()  # the copy's own weight is converted when it is asked for
         frozen.scorer.checkpoint_activations(False)
         return frozen
@@ -206,27 +261,60 @@ class Policy:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name: all weights, or an adapter's; tied ones once."""
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self._trained}
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The name and the whole tensor of every weight, always in the same order; tied weights come once. Engines
-        load them, and `fingerprint` and `sha256` are of what is yielded here."""
-        return weights_of(self.model)
+        """The name and the whole tensor of every weight that is trained, always in the same order; tied weights come
+        once. Engines load them, and `sha256` is of what is yielded here."""
+        return weights_of(self.trained)
+
+    def take(self, weights: Weights) -> None:
+        """Take over weights that another policy yields (`weights`); its own lie here already, and are not copied.
+        Raises ValueError for others."""
+        write(self.trained, weights)
 
     def fingerprint(self) -> str:
-        """A cheap hash of the weights, bit for bit (weights.py)."""
-        return fingerprint(self.weights())
+        """A cheap hash of the weights, bit for bit, the frozen ones too (weights.py)."""
+        return fingerprint(self.weights(), self.frozen_fingerprint())
+
+    def frozen_fingerprint(self) -> str:
+        """That of the weights that are not trained, '' where all are; taken anew when one has been written to."""
+        if not self._frozen:
+            return ""
+        named = dict(self.model.named_parameters())
+        frozen = {name: named[name] for name in self._frozen}
+        state = [(p.data_ptr(), p._version) for p in frozen.values()]
+        if state != self._frozen_hash[0]:
+            self._frozen_hash = (state, fingerprint(weights_of(frozen)))
+        return self._frozen_hash[1]
 
     def sha256(self) -> str:
-        """The weights' SHA-256, for summaries and audits."""
+        """The trained weights' SHA-256, for summaries and audits."""
         return sha256(self.weights())
 
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load; of a
-        model that reads more than text, all of it, as its own class and `AutoProcessor` load it."""
-        text_config(self.model).dtype = self.dtype
-        self.model.save_pretrained(folder)
+        model that reads more than text, all of it, as its own class and `AutoProcessor` load it; of adapters, one that
+        `PeftModel.from_pretrained` loads."""
+        if self.adapters is not None:
+            self.adapters.save(folder, self.adapters.name, self.base | {"fingerprint": self.frozen_fingerprint()})
+        else:
+            text_config(self.model).dtype = self.dtype
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         for name, content in self._processor_files.items():
             (folder / name).write_bytes(content)
+
+    def save_base(self, folder: Path) -> None:
+        """Write the model below the adapters, and name it as what they stand on: for one that is nowhere else."""
+        assert self.adapters is not None
+        self.adapters.save_base(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.base["name"] = str(folder.resolve())
 
 
 def _eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification
 from ..errors import ModelError
 from ..objective.ratio import wide
 from .loading import choose_dtype, ensure_pad, existing, load_config, load_tokenizer, load_weights
-from .weights import counted, parameter_count
+from .weights import cast, counted, parameter_count
 
 
 class StepModel:
@@ -45,9 +45,7 @@ class StepModel:
             )
         parameters = parameter_count(model)
         chosen, why = choose_dtype(dtype, parameters, device)
-        made = cls(
-            model.to(device=device, dtype=chosen), load_tokenizer(name, "step model"), name=name, separator=separator
-        )
+        made = cls(cast(model, chosen).to(device), load_tokenizer(name, "step model"), name=name, separator=separator)
         return (
             made,
             f"step model {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why})",

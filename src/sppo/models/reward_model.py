@@ -23,7 +23,7 @@ from ..objective.ratio import wide
 from ..types import Prompt, Task
 from . import tiny
 from .loading import choose_dtype, ensure_pad, existing, load, load_config, load_tokenizer, load_weights, render_chat
-from .weights import counted, parameter_count
+from .weights import cast, counted, parameter_count
 
 CENTER_KEY = "sppo_center"
 """In `config.json`: the mean score of the training responses. Preferences fix scores only up to a shift."""
@@ -69,7 +69,7 @@ class RewardModel(nn.Module):
             model, tokenizer = _pretrained(name, seed, fresh)
         parameters = parameter_count(model)
         chosen, why = choose_dtype(dtype, parameters, device)
-        made = cls(model.to(device=device, dtype=chosen), tokenizer, name=name)
+        made = cls(cast(model, chosen).to(device), tokenizer, name=name)
         how = "packed" if made.packs else "in padded batches"
         return made, (
             f"reward model {name}: {counted(parameters)} parameters in {str(chosen).removeprefix('torch.')} ({why}); "

@@ -4,6 +4,7 @@ its hooks here."""
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.logprobs import token_logps, token_logps_from_logits
+from ..kernels.low_rank import weights_only
 from ..kernels.patch_layers import fusable, fused
 from . import packing
 from .actions import Actions
+from .adapters import Adapters
 from .head import Head, backbone
 
 
@@ -36,10 +39,12 @@ class Scorer(nn.Module):
     Rows are packed where the model allows it (`packs`); else `unpacked_why` says why they are padded.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.adapters = model, adapters
+        self.adapter = adapters.name if adapters else None  # the one that this scorer's passes use
         self.eval()
+        weights_only(model)
         self.head = Head(model)
         self.unpacked_why = packing.use(self.head)
         self.packs = not self.unpacked_why
@@ -49,23 +54,33 @@ class Scorer(nn.Module):
     def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
         """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
         vocabulary."""
-        device = self.model.get_input_embeddings().weight.device
         # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
         ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
-        rows = packing.packed if self.packs else packing.padded
-        inputs, state_N = rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
-        target_N = ids_BL[actions.row_N, actions.position_N].to(device)
-        actions = actions.to(device)
-        with fused(self.fusable), self._checkpointing():
-            if self.head.direct:
-                hidden_ND = backbone(self.model)(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)[state_N]
-                weight, bias, scale, cap = self.head.projection.weight, self.head.bias, self.head.scale, self.head.cap
-                logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature, scale, cap)
-            else:
-                with self.head.wide():
-                    logits_NV = self._logits_at(inputs, state_N)
-                logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N, temperature)
+        target_N = ids_BL[actions.row_N, actions.position_N]
+        if self.head.direct:
+            hidden_ND, head = self.states(ids_BL, actions), self.head
+            target_N = target_N.to(hidden_ND.device)
+            weight, bias = head.projection.weight, head.bias
+            logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature, head.scale, head.cap)
+        else:
+            inputs, state_N = self._rows(ids_BL, actions)
+            with self._pass(), self._checkpointing(), self.head.wide():
+                logits_NV = self._logits_at(inputs, state_N)
+            logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N.to(logits_NV.device), temperature)
+        actions = actions.to(logp_N.device)
         return ActionLogps(actions.spread(logp_N), actions.spread(entropy_N), actions.mask_BT)
+
+    def states(self, ids_BL: Tensor, actions: Actions) -> Tensor:
+        """The last hidden states before N action tokens, [N, D]; `ids_BL` is on the CPU."""
+        inputs, state_N = self._rows(ids_BL, actions)
+        with self._pass(), self._checkpointing():
+            hidden: Tensor = backbone(self.model)(use_cache=False, **inputs).last_hidden_state
+        return hidden.flatten(0, 1)[state_N]
+
+    def _rows(self, ids_BL: Tensor, actions: Actions) -> packing.Rows:
+        rows = packing.packed if self.packs else packing.padded
+        device = self.model.get_input_embeddings().weight.device
+        return rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
 
     def _logits_at(self, inputs: dict[str, Any], state_N: Tensor) -> Tensor:
         """Logits of the wanted positions, [N, V]; the head sees no others where the model lets them be chosen."""
@@ -76,6 +91,21 @@ class Scorer(nn.Module):
         else:
             logits_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)
         return logits_NV[state_N]
+
+    def under(self, adapter: str | None) -> Scorer:
+        """This scorer over the same weights, with another adapter, or with none."""
+        other = copy.copy(self)
+        other.adapter = adapter
+        return other
+
+    @contextlib.contextmanager
+    def _pass(self) -> Iterator[None]:
+        """How every pass is computed, those of the backward pass over again too."""
+        with (
+            fused(self.fusable),
+            contextlib.nullcontext() if self.adapters is None else self.adapters.using(self.adapter),
+        ):
+            yield
 
     def checkpoint_activations(self, on: bool = True) -> bool:
         """From now on training passes keep only the layers' inputs, and compute the layers again in the backward
@@ -99,5 +129,5 @@ class Scorer(nn.Module):
 
     def _again(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """A layer as it was computed the first time: by the backward pass the replaced forwards are gone."""
-        with fused(self.fusable):
+        with self._pass():
             return forward(*args, **kwargs)

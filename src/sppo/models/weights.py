@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-from .multimodal import text_parameters
 
 Weights = Iterable[tuple[str, Tensor]]
 """Names and whole tensors, in the order of `weights_of`."""
@@ -19,19 +17,35 @@ LANES = 8 * 4096
 """Bytes that a fingerprint adds up beside each other."""
 
 
-def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The name and the whole tensor of every weight that may be trained, in order of name; tied weights come once. The
-    tensors are the model's own, or put together where they are sharded."""
-    for name, p in sorted(text_parameters(model)):
+def weights_of(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The name and the whole tensor of every parameter, in order of name. The tensors are the model's own, or put
+    together where they are sharded."""
+    for name, p in sorted(parameters.items()):
         tensor = p.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in a dtype, as `from_pretrained(dtype=…)` gives it: what it computes for itself,
+    such as the frequencies of its rotary embedding, keeps its own (in bfloat16 they would turn every position by
+    another angle than in the published model)."""
+    kept = {
+        (module, name): module._buffers[name]
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    }
+    model = model.to(dtype=dtype)
+    for (module, name), buffer in kept.items():
+        module._buffers[name] = buffer
+    return model
+
+
 @torch.no_grad()
-def write(model: torch.nn.Module, weights: Weights) -> None:
-    """Copy weights into a model's own tensors; what lies there already is not copied. Raises ValueError for names or
-    shapes that are not the model's."""
-    missing: dict[str, Any] = dict(text_parameters(model))
+def write(parameters: Mapping[str, Any], weights: Weights) -> None:
+    """Copy weights into tensors of these names; what lies there already is not copied. Raises ValueError for names or
+    shapes that are not theirs."""
+    missing = dict(parameters)
     for name, tensor in weights:
         own = missing.pop(name, None)
         if own is None or own.shape != tensor.shape:
@@ -42,8 +56,9 @@ def write(model: torch.nn.Module, weights: Weights) -> None:
         raise ValueError(f"no {min(missing)} among the given weights")
 
 
-def fingerprint(weights: Weights) -> str:
-    """A hash of all weights at about memory speed, the same on every device: 32 hexadecimal digits.
+def fingerprint(weights: Weights, beside: str = "") -> str:
+    """A hash of all weights at about memory speed, the same on every device: 32 hexadecimal digits. `beside` is the
+    fingerprint of other weights, to be covered too.
 
     Bytes are taken as rows of 4,096 lanes of eight bytes. Each word is multiplied by an odd number of its row's own,
     its upper half is folded into its lower one, and each lane is summed modulo 2⁶⁴; names and lanes go through
@@ -52,7 +67,7 @@ def fingerprint(weights: Weights) -> str:
     The multipliers are public: who wants two policies of one fingerprint can construct them. Files are vouched for by
     SHA-256 (audit/chain.py).
     """
-    total = hashlib.blake2b(digest_size=16)
+    total = hashlib.blake2b(beside.encode(), digest_size=16)
     for name, tensor in weights:
         flat = tensor.reshape(-1)
         if flat.storage_offset() * flat.element_size() % 8:  # eight bytes must be whole

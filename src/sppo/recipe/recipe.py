@@ -11,6 +11,7 @@ from pydantic import Field
 from .objective import PER_TOKEN, ObjectiveSection
 from .presets import LONG_RATIO, SHORT
 from .sections import (
+    AdapterSection,
     BootstrapSection,
     CriticSection,
     CurriculumSection,
@@ -26,12 +27,21 @@ from .sections import (
     TrainingSection,
 )
 
+POLICY = "policy"
+"""`critic.model` where the critic is an adapter on the policy's frozen weights."""
+OF_ADAPTERS = 10.0
+"""Learning rates of adapters, in those of whole models: where their products begin at nothing, ten times is best over
+four orders of model size (Schulman et al., "LoRA Without Regret", 2025)."""
+
 
 class Recipe(Section):
     """All sections, in the order in which data flows."""
 
     seed: int = Field(1, ge=0, lt=2**31, description="every random choice of the run derives from this")
     policy: PolicySection = Field(default_factory=PolicySection, description="the model that is trained")
+    adapter: AdapterSection | None = Field(
+        None, description="low-rank matrices beside frozen weights; leave it out to train all weights"
+    )
     critic: CriticSection = Field(default_factory=CriticSection, description="the prompt-only value model")
     task: TaskSection = Field(default_factory=TaskSection, description="which problems")
     curriculum: CurriculumSection = Field(
@@ -66,16 +76,19 @@ class Recipe(Section):
         """Whether anything in the recipe reads the frozen reference policy."""
         return self.objective.kl > 0 or self.objective.anchor == "reference"
 
-    def with_rates(self, policy_parameters: int, critic_parameters: int) -> Self:
-        """The recipe with defaults for the learning rates that it leaves out, by the sizes of its models."""
+    def with_rates(self, policy_parameters: int, critic_parameters: int, *, adapted: bool = False) -> Self:
+        """The recipe with defaults for the learning rates that it leaves out, by the sizes of its models, and
+        `OF_ADAPTERS` times as much where these are `adapted`."""
         policy, critic = _size_class(policy_parameters), _size_class(critic_parameters)
+        times = OF_ADAPTERS if adapted else 1.0
+        of_critic = times if self.critic.model == POLICY else 1.0
         training = {
-            "lr": self.training.lr or (2e-4, 1e-5, 1e-6)[policy],
-            "critic_lr": self.training.critic_lr or (1e-3, 5e-5, 5e-6)[critic],
+            "lr": self.training.lr or times * (2e-4, 1e-5, 1e-6)[policy],
+            "critic_lr": self.training.critic_lr or of_critic * (1e-3, 5e-5, 5e-6)[critic],
         }
         changes: dict[str, Any] = {"training": self.training.model_copy(update=training)}
         if self.bootstrap is not None:
-            rate = self.bootstrap.lr or bootstrap_rate(policy_parameters)
+            rate = self.bootstrap.lr or times * bootstrap_rate(policy_parameters)
             changes["bootstrap"] = self.bootstrap.model_copy(update={"lr": rate})
         return self.model_copy(update=changes)
 

@@ -35,12 +35,31 @@ class PolicySection(Section):
     chat_template: Literal["auto", "off"] = Field(
         "auto", description="auto: chat messages go through the tokenizer's template if it has one; off: plain text"
     )
+    quantize: Literal["", "nf4", "int8"] = Field(
+        "", description="hold the frozen weights under [adapter] in 4 or 8 bits (bitsandbytes); '': in policy.dtype"
+    )
+
+
+class AdapterSection(Section):
+    """Train low-rank matrices beside frozen weights (LoRA, by peft); without this section all weights are trained."""
+
+    rank: int = Field(16, ge=1, description="rank of each matrix")
+    alpha: int = Field(32, ge=1, description="its product is multiplied by alpha / rank")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="which layers get one: 'all-linear' (all but the head), or names, e.g. ['q_proj', 'v_proj']",
+    )
+    rslora: bool = Field(False, description="multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    dora: bool = Field(False, description="also train the length of each row of the sum (arXiv 2402.09353); slower")
 
 
 class CriticSection(Section):
     """The prompt-only value model V(x): any family, any size, its own tokenizer."""
 
-    model: str = Field("tiny:hidden=64,layers=2,heads=4", description="as policy.model; an encoder or a decoder")
+    model: str = Field(
+        "tiny:hidden=64,layers=2,heads=4",
+        description="as policy.model, an encoder or a decoder; 'policy': a second adapter on the policy's frozen weights",
+    )
     dtype: Dtype = Field("auto", description="as policy.dtype")
 
 
@@ -205,6 +224,9 @@ class TrainingSection(Section):
     )
     checkpoint_activations: bool = Field(
         False, description="recompute each layer in the backward pass: less memory for one more forward pass"
+    )
+    offload: bool = Field(
+        False, description="keep master weights and the optimiser's moments in main memory, not on the GPU; slower"
     )
     measure_noise: bool = Field(
         False, description="measure the policy gradient's variance on a step's first two minibatches (copies it)"

@@ -12,7 +12,7 @@ from ..errors import RecipeError
 from ..models.mlp import ControlPolicy
 from ..models.mlp_episodes import episodes
 from ..models.policy import Policy
-from ..models.weights import Weights, write
+from ..models.weights import Weights
 from .engine import Sample, Sampling
 
 
@@ -69,7 +69,7 @@ class ControlEngine:
 
     def load(self, weights: Weights, version: int) -> None:
         """Take these weights; the policy's own lie here already, and are not copied."""
-        write(self.policy.model, weights)
+        self.policy.take(weights)
         self.version = version
 
     def holds(self, fingerprint: str) -> bool:

@@ -65,7 +65,6 @@ class Engine(Protocol):
 
         import torch
 
-        from sppo.models.weights import write
         from sppo.rollout.engine import Sample
 
 
@@ -73,10 +72,10 @@ class Engine(Protocol):
             stated, context = "", None
 
             def __init__(self, policy):
-                self.policy, self.version = policy.as_reference(), 0  # weights of its own
+                self.policy, self.version = policy.copied(), 0  # weights of its own
 
             def load(self, weights, version):
-                write(self.policy.model, weights)
+                self.policy.take(weights)
                 self.version = version
 
             def holds(self, fingerprint):

@@ -16,7 +16,7 @@ from ..kernels import attention as packed
 from ..kernels.cpu import decode
 from ..kernels.patch_layers import fused
 from ..models.policy import Policy
-from ..models.weights import Weights, write
+from ..models.weights import Weights
 from .cuda_graphs import Captured, next_logits
 from .engine import Sample, Sampling
 from .kv_cache import Prefix, Slots
@@ -53,7 +53,7 @@ class LocalEngine:
 
     def load(self, weights: Weights, version: int) -> None:
         """Take these weights; the policy's own lie here already, and are not copied."""
-        write(self.policy.model, weights)
+        self.policy.take(weights)
         self.version = version
         if self.plain is not None:
             self.plain.version = version

@@ -25,7 +25,7 @@ from ..kernels.attention import TOLERANCE
 from ..kernels.cpu.build import NoCompiler
 from ..models.head import backbone
 from ..models.policy import Policy
-from ..models.weights import Weights, write
+from ..models.weights import Weights
 from .engine import Sample, Sampling
 from .sequences import Drawn, Forced, Responses, next_inputs
 
@@ -47,7 +47,7 @@ class PlainEngine:
 
     def load(self, weights: Weights, version: int) -> None:
         """Take these weights; the policy's own lie here already, and are not copied."""
-        write(self.policy.model, weights)
+        self.policy.take(weights)
         self.version = version
 
     def holds(self, fingerprint: str) -> bool:

@@ -19,19 +19,23 @@ from ..evaluation.evaluate import held_out_tasks
 from ..evaluation.step_quality import step_checker
 from ..learning.learner import Learner
 from ..learning.optimizer import optimiser_class
-from ..memory import give_back, keep_memory
+from ..memory import give_back, keep_memory, measure_peak
+from ..models.adapter_critic import AdapterCritic
+from ..models.adapters import is_adapter
+from ..models.assembled import given_adapters
 from ..models.critic import Critic
 from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
 from ..models.policy import Policy
 from ..models.weights import parameter_count
 from ..recipe.config import Config
+from ..recipe.recipe import POLICY
 from ..rewards.base import Reward
 from ..rewards.combine import MixedReward, adds
 from ..rewards.loading import load_reward
 from ..rewards.steps import Checker
 from ..rollout.engine import Engine, Sampling, load_engine
-from ..spec import is_import, make
+from ..spec import GIVEN, is_import, make
 from ..tasks.base import TaskSource
 from ..tasks.loading import load_pair
 from ..threads import fitted
@@ -39,7 +43,7 @@ from ..types import Task
 from .curriculum import Uniform, curriculum
 from .directory import RunDirectory
 from .observer import Observer
-from .plan import Model, plan, typical_prompt
+from .plan import Model, Plan, plan, typical_prompt
 from .prompts import PromptLimit, shown_prompt
 from .provenance import data_of, must_be_the_same
 from .warnings import Warnings
@@ -53,6 +57,8 @@ class Parts:
     """What a Python user may bring instead of naming it in the recipe."""
 
     policy: tuple[Any, Any] | None = None
+    adapter: Any = None
+    """peft's config of an adapter, which then counts, not the recipe's."""
     critic: tuple[Any, Any] | None = None
     reward: Reward | None = None
     train: TaskSource | None = None
@@ -76,8 +82,8 @@ class Components:
     monitors: Monitors
     policy: Policy
     critic: Critic | None
-    tight: bool
-    """Whether freed memory goes back to the machine at once (plan.py)."""
+    plan: Plan | None
+    """Of memory (plan.py); None for networks of a few thousand weights."""
     engine: Engine
     sampling: Sampling
     warnings: Warnings
@@ -89,6 +95,11 @@ class Components:
     checker: Checker | None
     """Checks the steps of a response, where these tasks or this reward can."""
 
+    @property
+    def tight(self) -> bool:
+        """Whether freed memory goes back to the machine at once."""
+        return self.plan is not None and self.plan.tight
+
 
 def build(config: Config, directory: RunDirectory, observer: Observer, parts: Parts, saved: Path | None) -> Components:
     """The components of a new run, or of one that goes on from the checkpoint `saved`.
@@ -98,22 +109,31 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     keep_memory()
     torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
     note, device = observer.note, pick_device()
+    measure_peak(device)
     note(f"processor {processor(device)}")
     config = _settled(config, note)
     optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
+    if config.training.offload and device.type == "cpu":
+        raise RecipeError("training.offload moves the optimiser out of a GPU's memory, and there is none: leave it out")
     environment, reward = load_environment(config.task.environment), _reward(config, parts)
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
     must_be_the_same(directory.path, data)
-    policy = load_policy(config, parts.policy, saved, device, note)
+    policy = load_policy(config, parts, saved, device, note)
+    if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
+        policy.save_base(directory.path / "base")
+    reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
+    critic = load_critic(config, policy, parts.critic, saved, device, note)
     if config.training.checkpoint_activations:
         policy.checkpoint_activations()
-    reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
-    critic = load_critic(config, parts.critic, saved, device, note)
+        if isinstance(critic, AdapterCritic):
+            critic.checkpoint_activations()
     one_control_task(config, policy, critic)
-    config, tight = _planned(config, policy, critic, train_tasks, device, note)
+    config, planned = _planned(config, policy, critic, train_tasks, device, note)
     if saved is None:
-        config = config.with_rates(parameter_count(policy.model), parameter_count(critic) if critic is not None else 0)
+        size, adapted = parameter_count(policy.model), policy.adapters is not None
+        of_critic = size if config.critic.model == POLICY else parameter_count(critic) if critic is not None else 0
+        config = config.with_rates(size, of_critic, adapted=adapted)
     engine = load_engine(config.rollout.engine, policy)
     if engine.stated:
         note(engine.stated)
@@ -130,7 +150,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     )
     return Components(
         config=config, observer=observer, directory=directory, data=data, environment=environment, reward=reward, verifier=verifier_sha256(reward),
-        monitors=monitors, policy=policy, critic=critic, tight=tight, engine=engine, sampling=sampling, warnings=warnings,
+        monitors=monitors, policy=policy, critic=critic, plan=planned, engine=engine, sampling=sampling, warnings=warnings,
         prompt_limit=limit, train_tasks=train_tasks, held_out=held_out, curriculum=problems,
         checker=step_checker(config.task.eval or config.task.train, held_out[0], reward),
     )  # fmt: skip
@@ -163,18 +183,18 @@ def _tasks(config: Config, parts: Parts) -> tuple[TaskSource, TaskSource]:
 
 def _planned(
     config: Config, policy: Policy, critic: Critic | None, tasks: TaskSource, device: torch.device, note: Note
-) -> tuple[Config, bool]:
-    """The recipe with `training.micro_tokens` chosen where it is open, and whether memory is tight; says what is needed."""
+) -> tuple[Config, Plan | None]:
+    """The recipe with `training.micro_tokens` chosen where it is open, and the plan of its memory, which is said."""
     if isinstance(policy, ControlPolicy):  # networks of a few thousand weights
-        return config, False
+        return config, None
     prompt = typical_prompt(tasks, lambda task: len(policy.prompt_ids(task)), config.task.max_prompt_tokens)
-    reader = None if critic is None else Model(critic.backbone, next(critic.parameters()).dtype)
-    found = plan(config, Model(policy.model, policy.dtype), reader, device, prompt)
+    reader = None if critic is None else Model.of_critic(critic)
+    found = plan(config, Model.of(policy), reader, device, prompt)
     note(found.stated())
     if device.type == "cpu":
         keep_memory(found.capacity)
     training = config.training.model_copy(update={"micro_tokens": found.micro_tokens})
-    return config.model_copy(update={"training": training}), found.tight
+    return config.model_copy(update={"training": training}), found
 
 
 def _usable(
@@ -195,15 +215,27 @@ def _usable(
     return usable
 
 
-def load_policy(
-    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
-) -> Policy:
+def _is_there(name: str) -> bool:
+    """Whether a base model can be loaded again by its name: a folder, or a hub's."""
+    return name.partition(":")[0] != "tiny" and not is_import(name, "sppo.models") and name != GIVEN
+
+
+def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.device, note: Note) -> Policy:
     """The saved checkpoint's policy, else the given one, else the recipe's. `note` is called with what it is."""
+    given, adapter = parts.policy, parts.adapter or config.adapter
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
-        model, tokenizer = given
-        policy = Policy(model.to(device), tokenizer, chat_template=config.policy.chat_template, name="the given model")
+        model, adapters = given_adapters(given[0].to(device), adapter, config.seed)
+        base = {"name": GIVEN, "dtype": str(model.dtype).removeprefix("torch."), "quantize": ""} if adapters else None
+        policy = Policy(
+            model,
+            given[1],
+            chat_template=config.policy.chat_template,
+            name="the given model",
+            adapters=adapters,
+            base=base,
+        )
         note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
         return policy
     name = str(saved / "policy") if saved else config.policy.model
@@ -213,21 +245,27 @@ def load_policy(
         note("cloning a teacher's episodes for the policy to begin with: from seconds to a minute or two")
     policy, stated = kind.load(
         name,
-        dtype=saved_dtype(name) if saved and kind is Policy else config.policy.dtype,
+        dtype=saved_dtype(name) if saved and kind is Policy and not is_adapter(name) else config.policy.dtype,
         device=device,
         seed=config.seed,
         chat_template=config.policy.chat_template,
+        adapter=None if saved else adapter,
+        quantize=config.policy.quantize,
     )
     note(stated)
     return policy
 
 
 def load_critic(
-    config: Config, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
+    config: Config, policy: Policy, given: tuple[Any, Any] | None, saved: Path | None, device: torch.device, note: Note
 ) -> Critic | None:
     """The same of the critic; None where the algorithm has none."""
     if config.critic_reads is None:
         return None
+    if config.critic.model == POLICY:
+        beside = AdapterCritic.beside(policy, saved / "critic" if saved else None, seed=config.seed + 1)
+        note(beside.stated + ("the prompt only" if config.critic_reads == "prompt" else "prompt and response"))
+        return beside
     if given is None and saved is None:
         given = _own_model(config.critic.model, "critic.model")
     if given is not None and saved is None:
@@ -277,15 +315,19 @@ def make_learner(c: Components, saved: Path | None) -> Learner:
     if c.tight:
         give_back()
     if c.config.needs_reference:
-        learner.reference = c.policy.as_reference() if saved is None else _load_reference(c)
+        start = c.directory.path / "checkpoints" / "step-000000" / "policy"
+        if saved is None or c.policy.adapters is not None:
+            learner.reference = c.policy.as_reference(None if saved is None else start)
+        else:
+            learner.reference = _load_reference(c, start)
     return learner
 
 
-def _load_reference(c: Components) -> Policy:
+def _load_reference(c: Components, start: Path) -> Policy:
     """π_ref of a run that goes on: the policy of its checkpoint of step 0."""
     policy = c.policy
     reference, _ = type(policy).load(
-        str(c.directory.path / "checkpoints" / "step-000000" / "policy"), dtype=str(policy.dtype).removeprefix("torch."),
+        str(start), dtype=str(policy.dtype).removeprefix("torch."),
         device=policy.device, seed=0, chat_template=c.config.policy.chat_template,
     )  # fmt: skip
     if isinstance(reference, ControlPolicy) and isinstance(policy, ControlPolicy):

@@ -307,7 +307,8 @@ def newest_policy(path: Path) -> Path:
         if not found:
             raise RecipeError(f"{path} is a run without a checkpoint yet")
         return found[-1] / "policy"
-    return path / "policy" if (path / "policy" / "config.json").exists() else path
+    kinds = ("config.json", "adapter_config.json")
+    return path / "policy" if any((path / "policy" / kind).exists() for kind in kinds) else path
 
 
 @contextlib.contextmanager
