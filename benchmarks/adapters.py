@@ -14,12 +14,7 @@ Last line: one JSON object.
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 from typing import Any
-
-import workload
 
 RANK, ALPHA, LR = 16, 32, 1e-4
 
