@@ -45,10 +45,10 @@ def use(model: Any) -> str:
     row_N, position_N = (torch.arange(9) < length_B[:, None]).nonzero(as_tuple=True)
     try:
         inputs, state_N = padded(ids_BL, length_B, row_N, position_N, weight.device)
-        apart_NV = model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+        apart_NV = _out(model, inputs)[state_N]
         attention.use(model)
         inputs, state_N = packed(ids_BL, length_B, row_N, position_N, weight.device)
-        packed_NV = model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+        packed_NV = _out(model, inputs)[state_N]
         if (packed_NV - apart_NV).abs().max() <= attention.TOLERANCE[weight.dtype] * apart_NV.abs().max():
             return ""
         why = "its packed sequences see each other"
@@ -58,3 +58,9 @@ def use(model: Any) -> str:
         why = first_line(error)
     model.set_attn_implementation(before)
     return why
+
+
+def _out(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Log-probabilities, or the hidden states of a model without a head: [tokens, …]."""
+    out = model(use_cache=False, **inputs)
+    return out.logits.flatten(0, 1).log_softmax(-1) if "logits" in out else out.last_hidden_state.flatten(0, 1)
