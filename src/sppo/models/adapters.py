@@ -60,7 +60,7 @@ class Adapters:
 
         if isinstance(config, AdapterSection):
             config = _lora(model, config)
-        dtype = next(model.parameters()).dtype
+        dtype = model.get_input_embeddings().weight.dtype
         with _made_from(seed), readable("[adapter] does not fit this model", RecipeError):
             made = cls(get_peft_model(model, config, autocast_adapter_dtype=False))
         made._settle(made.name, dtype)
@@ -72,7 +72,7 @@ class Adapters:
         need_peft(str(folder))
         from peft import PeftModel
 
-        dtype = next(model.parameters()).dtype
+        dtype = model.get_input_embeddings().weight.dtype
         with _made_from(0), _fits(folder):
             made = cls(PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False))
         made._settle(made.name, dtype)
@@ -81,7 +81,7 @@ class Adapters:
     def add(self, name: str, *, seed: int = 0) -> dict[str, nn.Parameter]:
         """Another adapter of the policy's shape; returns its parameters, which are trained."""
         config = self.peft.peft_config[self.name]
-        dtype = next(self.model.parameters()).dtype
+        dtype = self.model.get_input_embeddings().weight.dtype
         trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
         with _made_from(seed):
             self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
@@ -159,7 +159,11 @@ class Adapters:
         for name, tensor in inner.state_dict().items():
             if not any(other in name.split(".") for other in self.peft.peft_config):
                 whole[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-        inner.save_pretrained(str(folder), state_dict=whole)
+        inner.state_dict = lambda: whole  # of a quantised model, save_pretrained ignores one that it is given
+        try:
+            inner.save_pretrained(str(folder))
+        finally:
+            del inner.state_dict
 
     def _settle(self, name: str, dtype: torch.dtype) -> None:
         """Give an adapter the dtype that the model computes in (peft takes float32 beside quantised weights)."""
@@ -196,12 +200,12 @@ def _lora(model: Any, section: AdapterSection) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=section.rank, lora_alpha=section.alpha, target_modules=_targets(model, section.targets),
+        r=section.rank, lora_alpha=section.alpha, target_modules=targets_in(model, section.targets),
         use_rslora=section.rslora, use_dora=section.dora, task_type="CAUSAL_LM", lora_dropout=0.0, bias="none",
     )  # fmt: skip
 
 
-def _targets(model: Any, given: str | tuple[str, ...]) -> list[str]:
+def targets_in(model: Any, given: str | tuple[str, ...]) -> list[str]:
     """The names of the layers to adapt, as short as they can be: layers of the part that reads text alone.
 
     Raises RecipeError for a name that matches none of them."""

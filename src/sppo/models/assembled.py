@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 from ..errors import ModelError, RecipeError
 from .adapters import Adapters, base_of, is_adapter
-from .loading import choose_dtype, load, outline
-from .weights import cast, counted, parameter_count
+from .loading import choose_dtype, load, load_config, outline
+from .multimodal import place
+from .weights import counted, parameter_count
 
 KEY = "policy.model"
 
@@ -58,7 +60,7 @@ def load_model(
     if saved and dtype == "auto":
         dtype = base.get("dtype", "auto")
     model, tokenizer, why = _base(base["name"], dtype, quantize, device, seed)
-    count, kind = parameter_count(model), str(next(model.parameters()).dtype).removeprefix("torch.")
+    count, kind = parameter_count(model), str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     stated = (
         f"{counted(count)} parameters in {f'{quantize}, computed in ' if quantize else ''}{kind} on {device} ({why})"
     )
@@ -66,7 +68,10 @@ def load_model(
         return Assembled(model, tokenizer, None, {}, stated)
     adapters = Adapters.read(model, Path(name).expanduser()) if saved else Adapters.onto(model, adapter, seed=seed)
     trained = sum(p.numel() for p in adapters.named(adapters.name).values())
-    base |= {"name": _absolute(base["name"]), "dtype": kind, "quantize": quantize}
+    here = {"name": _absolute(base["name"]), "dtype": kind, "quantize": quantize}
+    if any(base.get(key, here[key]) != here[key] for key in ("dtype", "quantize")):
+        base.pop("fingerprint", None)  # of the same weights, rounded otherwise
+    base |= here
     return Assembled(
         model, tokenizer, adapters, base, f"{stated}, frozen, and an adapter of {counted(trained)} parameters"
     )
@@ -77,7 +82,7 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
     if not quantize:
         model, tokenizer = load(name, role=KEY, head=True, seed=seed)
         chosen, why = choose_dtype(dtype, parameter_count(model), device)
-        return cast(model, chosen).to(device), tokenizer, why
+        return place(model, device, chosen), tokenizer, why
     if importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"policy.quantize = {quantize!r} needs bitsandbytes: pip install 'sppo[adapters]'")
     if name.partition(":")[0] == "tiny":  # only what is read from files is quantised on the way
@@ -87,10 +92,9 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
             tokenizer.save_pretrained(folder)
             return _base(folder, dtype, quantize, device, seed)
     chosen, why = choose_dtype(dtype, parameter_count(outline(name, role=KEY, head=True)), device)
-    model, tokenizer = load(
-        name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device},
-        quantization_config=_quantization(quantize, chosen),
-    )  # fmt: skip
+    done = hasattr(load_config(name, KEY), "quantization_config")  # a folder that holds them quantised, such as a run's
+    how = {} if done else {"quantization_config": _quantization(quantize, chosen)}
+    model, tokenizer = load(name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device}, **how)
     return model.requires_grad_(False), tokenizer, why
 
 
@@ -99,6 +103,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every product
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
