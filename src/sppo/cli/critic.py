@@ -65,7 +65,7 @@ def _export(args: argparse.Namespace) -> int:
             f"`{HEAD_FILE}`: {READ_OUT}\n"
         )
     write_atomic(out / "README.md", card)
-    how = f"an adapter of {base}" if base else "load it with AutoModel"
+    how = f"load it with PeftModel on {base}" if base else "load it with AutoModel"
     emit({"critic": str(out)}, args.json, f"{out}: {how}, or rank prompts: sppo critic score {out} --data FILE")
     return 0
 

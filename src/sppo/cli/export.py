@@ -125,14 +125,14 @@ def _write(
         base = write_merged(source, part)["name"]
     else:
         shutil.copytree(source, part)
-    text = _card(source, evidence, base, found, hub or to.resolve().name)
+    text = _card(source, evidence, base, found, hub or to.resolve().name, bool(hub))
     if evidence is not None or not (part / "README.md").exists():
         (part / "README.md").write_text(text)
     return found
 
 
 def _card(
-    source: Path, evidence: tuple[Path, int] | None, base: str, found: Mapping[str, str] | None, name: str
+    source: Path, evidence: tuple[Path, int] | None, base: str, found: Mapping[str, str] | None, name: str, hub: bool
 ) -> str:
     """The README.md: the run's model card; without a run, what little is known."""
     from ..report.reader import RunReader
@@ -142,7 +142,7 @@ def _card(
     base = base or ("" if reader is None else reader.config.policy.model)
     known = {"base_model": base, "base_model_relation": "adapter" if found else "finetune"} if is_hub_name(base) else {}
     fields = {"library_name": "peft" if found else "transformers", **known, **_licence(base)}
-    use = "\n".join(["## Use it", "", "```python", *_code(name, found), "```"])
+    use = "\n".join(["## Use it", "", "```python", *_code(name, found, hub), "```"])
     if reader is None:
         return "\n".join([*header(fields), f"# {name}", "", "Its training run is not known here.", "", use, ""])
     recipe = f"## The recipe\n\n```toml\n{reader.config.without_places()}```\n"
@@ -160,26 +160,26 @@ def _licence(base: str) -> dict[str, str]:
     return {}
 
 
-def _code(name: str, adapter: Mapping[str, str] | None) -> list[str]:
+def _code(name: str, adapter: Mapping[str, str] | None, hub: bool) -> list[str]:
     """Python that loads it."""
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if adapter is None:
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")')
-    else:
+    imports, made = ["from transformers import AutoModelForCausalLM, AutoTokenizer"], [f'folder = "{name}"']
+    model, options = "folder", 'dtype="auto"'
+    if adapter is not None:
+        imports = ["from peft import PeftModel", *imports]
         own = Path(adapter["name"]).is_absolute() and Path(adapter["name"]).name == "base"
-        base = f'"{name}", subfolder="base"' if own else f'"{adapter["name"]}"'
-        dtype, how = adapter.get("dtype", "auto"), adapter.get("quantize", "")
-        options = f'dtype="{dtype}"'
-        if how and not own:  # one that lies beside it is quantised already
-            lines.insert(1, "from transformers import BitsAndBytesConfig")
-            options += f", quantization_config=BitsAndBytesConfig({_quantisation(how)})"
-        lines = [
-            "from peft import PeftModel",
-            *lines,
-            f"base = AutoModelForCausalLM.from_pretrained({base}, {options})",
-        ]
-        lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
-    return [*lines, f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
+        model, options = (
+            'f"{folder}/base"' if own else f'"{adapter["name"]}"',
+            f'dtype="{adapter.get("dtype", "auto")}"',
+        )
+        if adapter.get("quantize") and not own:  # one that lies beside it is quantised already
+            imports.append("from transformers import BitsAndBytesConfig")
+            options += f", quantization_config=BitsAndBytesConfig({_quantisation(adapter['quantize'])})"
+        if own and hub:
+            imports = ["from huggingface_hub import snapshot_download", *imports]
+            made = [f'folder = snapshot_download("{name}")']
+    loaded = f"AutoModelForCausalLM.from_pretrained({model}, {options})"
+    made.append(f"model = {loaded}" if adapter is None else f"model = PeftModel.from_pretrained({loaded}, folder)")
+    return [*imports, "", *made, "tokenizer = AutoTokenizer.from_pretrained(folder)"]
 
 
 def _quantisation(kind: str) -> str:
@@ -193,7 +193,10 @@ def _loading(to: Path, adapter: Mapping[str, str] | None) -> list[str]:
     from ..files import read_json
 
     path = shlex.quote(str(to.resolve()))
-    lines, served = ["in Python:", *(f"    {line}" for line in _code(str(to), adapter) if line)], f"vllm serve {path}"
+    lines, served = (
+        ["in Python:", *(f"    {line}" for line in _code(str(to), adapter, False) if line)],
+        f"vllm serve {path}",
+    )
     if adapter is not None:
         base, rank = Path(adapter["name"]), read_json(to / "adapter_config.json").get("r", 16)
         options = f" --max-lora-rank {rank}" if isinstance(rank, int) and rank > 16 else ""

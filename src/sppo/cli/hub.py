@@ -37,7 +37,7 @@ def upload(name: str, folder: Path) -> None:
 @contextlib.contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         yield
@@ -45,7 +45,7 @@ def _one_sentence(what: str) -> Iterator[None]:
         status = error.response.status_code
         why = "the token may not write there" if status in (401, 403) else error.server_message or first_line(error)
         raise UserError(f"{what}: {constants.ENDPOINT} refuses it ({status}): {why}") from None
-    except HFValidationError as error:
+    except ValueError as error:  # a name that cannot be, or a card that the hub cannot read
         raise UserError(f"{what}: {first_line(error)}") from None
     except OfflineModeIsEnabled:
         raise UserError(f"{what}: HF_HUB_OFFLINE forbids the network; unset it") from None
