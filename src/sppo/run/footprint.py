@@ -33,6 +33,8 @@ NF4 = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight: four bits, for each block of 64 a constant of eight bits, and for each 256 of these a float32."""
 EIGHT_BIT = 2 * (1 + 4 / 256)
 """Bytes per weight of 8-bit moments: two, each with a float32 constant for each block of 256."""
+REWARD_TOKENS = 8192
+"""Tokens per pass of a reward model that says nothing else (rewards/model.py)."""
 SMALL = 4096
 """bitsandbytes keeps the moments of tensors below so many numbers in float32."""
 
@@ -148,6 +150,11 @@ class Model:
     def trained(self) -> int:
         """Weights with a gradient."""
         return sum(self._shapes())
+
+    @property
+    def largest(self) -> int:
+        """The numbers of the largest trained tensor."""
+        return max(self._shapes(), default=0)
 
     def _shapes(self) -> list[int]:
         """The sizes of the trained tensors: all of the model's, or an adapter's two matrices per layer (DoRA: a magnitude besides)."""
@@ -269,20 +276,21 @@ def packed_for_decoding(model: Model) -> int:
     return (numbers + (0 if model.adapter is None else model.trained)) * model.size
 
 
-def reward_models(use: str) -> list[tuple[str, str]]:
-    """The models behind a recipe's rewards (`model:FOLDER`, `steps:model=FOLDER`), each with the dtype that it asks for."""
+def pass_width(model: Model) -> int:
+    """Bytes for each token of a pass without gradient: what one layer holds."""
+    z = Sizes.of(model.outline)
+    return (2 * z.hidden + 2 * z.queries + 2 * z.keys + 3 * z.inner) * model.size
+
+
+def reward_models(use: str, device: torch.device, elsewhere: bool = False) -> list[tuple[Model, int]]:
+    """The models behind a recipe's rewards (`model:FOLDER`, `steps:model=FOLDER`), each with the tokens of its passes. Raises ModelError for one that is
+    not there."""
     found = []
     for spec in (parse_spec(text, "sppo.rewards") for _, _, text in parse_mixture(use)):
         named = spec.options.get("model") or (spec.words[0] if spec.name == "model" and spec.words else None)
         if spec.name in ("model", "steps") and named:
-            found.append((str(named), str(spec.options.get("dtype", "auto"))))
+            hollow = outline(str(named), role="reward model", head=False)
+            asked = str(spec.options.get("dtype", "auto"))
+            dtype, _ = choose_dtype(asked, parameter_count(hollow), device, elsewhere=elsewhere)
+            found.append((Model(hollow, dtype), int(spec.options.get("tokens", REWARD_TOKENS))))
     return found
-
-
-def reward_bytes(use: str, device: torch.device, elsewhere: bool = False) -> int:
-    """Bytes of these models. Raises ModelError for one that is not there."""
-    total = 0
-    for name, requested in reward_models(use):
-        count = parameter_count(outline(name, role="reward model", head=False))
-        total += count * choose_dtype(requested, count, device, elsewhere=elsewhere)[0].itemsize
-    return total
