@@ -199,7 +199,7 @@ class _Sum:
             phases["critic"] = self._teaching(self.critic, chosen)
         kept = 0 if self.on_gpu else min(MALLOC, update["one micro-batch"])
         phases = {name: parts for name, parts in phases.items() if any(parts.values())}
-        return Plan(stays, phases, chosen, capacity, kept, self._host() if self.offload else {}, self.on_gpu)
+        return Plan(stays, phases, chosen, capacity, kept, self._host(), self.on_gpu)
 
     @property
     def on_gpu(self) -> bool:
@@ -227,7 +227,7 @@ class _Sum:
         config, policy, critic = self.config, self.policy, self.critic
         stays = {
             "the process": PROCESS_CUDA if self.on_gpu else PROCESS + (PEFT if policy.adapter else 0),
-            "weights": policy.base,
+            "weights": policy.base + (0 if self.on_gpu else policy.towers),
             "adapter": policy.beside,
         }
         if not self.offload:
@@ -244,11 +244,15 @@ class _Sum:
         return stays
 
     def _host(self) -> dict[str, int]:
-        """What the host holds of an offloaded optimiser: a float32 master of every weight, its moments, and the sum of its gradients."""
-        trained = self.policy.trained + (0 if self.critic is None else self.critic.trained)
-        moments = self.policy.moments(self.config.training.optimizer)
-        moments += 0 if self.critic is None else self.critic.moments("adamw")
-        return {"masters and moments": 4 * trained + moments, "sums of gradients": 4 * trained}
+        """What lies in main memory instead of the GPU's: towers, and of an offloaded optimiser a float32 master of every weight, its moments and
+        the sum of its gradients."""
+        host = {"towers": self.policy.towers} if self.on_gpu and self.policy.towers else {}
+        if self.offload:
+            trained = self.policy.trained + (0 if self.critic is None else self.critic.trained)
+            moments = self.policy.moments(self.config.training.optimizer)
+            moments += 0 if self.critic is None else self.critic.moments("adamw")
+            host |= {"masters and moments": 4 * trained + moments, "sums of gradients": 4 * trained}
+        return host
 
     def _gradients(self, model: Model) -> tuple[int, int]:
         """Gradients in a model's dtype, and their float32 sums, which narrow ones of several micro-batches go to; offloaded ones leave the GPU one
