@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..files import first_line
 from ..kernels import attention
+from .head import Head, backbone
 
 Rows = tuple[dict[str, Any], Tensor]
 
@@ -34,22 +35,23 @@ def packed(ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor, 
 
 
 @torch.no_grad()
-def use(model: Any) -> str:
+def use(model: Any, head: Head | None) -> str:
     """Let a model take packed rows, if they leave each other alone at every position of three; else returns why not,
-    and leaves it as it was."""
+    and leaves it as it was. `head` is its output projection, if it has one."""
+    model = backbone(model)
     before = model.config._attn_implementation
-    weight = next(model.parameters())
-    vocabulary = model.get_input_embeddings().weight.size(0)
+    weight = model.get_input_embeddings().weight
+    vocabulary = weight.size(0)
     ids_BL = (torch.arange(3)[:, None] * 7 + torch.arange(9) * 3 + 1).remainder(vocabulary)
     length_B = torch.tensor([9, 6, 6])
     row_N, position_N = (torch.arange(9) < length_B[:, None]).nonzero(as_tuple=True)
     try:
         inputs, state_N = padded(ids_BL, length_B, row_N, position_N, weight.device)
-        apart_NV = _out(model, inputs)[state_N]
+        apart = _out(model, head, inputs, state_N)
         attention.use(model)
         inputs, state_N = packed(ids_BL, length_B, row_N, position_N, weight.device)
-        packed_NV = _out(model, inputs)[state_N]
-        if (packed_NV - apart_NV).abs().max() <= attention.TOLERANCE[weight.dtype] * apart_NV.abs().max():
+        together = _out(model, head, inputs, state_N)
+        if (together - apart).abs().max() <= attention.TOLERANCE[weight.dtype] * apart.abs().max():
             return ""
         why = "its packed sequences see each other"
     except torch.OutOfMemoryError:
@@ -60,7 +62,9 @@ def use(model: Any) -> str:
     return why
 
 
-def _out(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Log-probabilities, or the hidden states of a model without a head: [tokens, …]."""
-    out = model(use_cache=False, **inputs)
-    return out.logits.flatten(0, 1).log_softmax(-1) if "logits" in out else out.last_hidden_state.flatten(0, 1)
+def _out(model: Any, head: Head | None, inputs: dict[str, Any], state_N: Tensor) -> Tensor:
+    """Log-probabilities, or the hidden states of a model without a head, [N, …]."""
+    if head is not None:
+        return head.of(inputs, state_N).log_softmax(-1)
+    hidden: Tensor = model(use_cache=False, **inputs).last_hidden_state
+    return hidden.flatten(0, 1)[state_N]

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.logprobs import token_logps, token_logps_from_logits
+from ..kernels.low_rank import weights_only
 from ..kernels.patch_layers import fusable, fused
 from . import packing
 from .actions import Actions
@@ -38,15 +39,20 @@ class Reader(nn.Module):
     Rows are packed where the model allows it (`packs`); else `unpacked_why` says why they are padded.
     """
 
-    def __init__(self, model: Any, adapters: Adapters | None = None, *, fast: bool = True) -> None:
-        """`fast`: packed and with fused layers, which round in another order than transformers' own passes."""
+    def __init__(self, model: Any, adapters: Adapters | None = None, *, head: bool = False, fast: bool = True) -> None:
+        """`head`: its logits are wanted too. `fast`: packed and with fused layers, which round in another order than
+        transformers' own passes."""
         super().__init__()
         self.model, self.adapters = model, adapters
         self.adapter = adapters.name if adapters else None  # the one that these passes use
         self.eval()
-        self.unpacked_why = packing.use(model) if fast else "it is to compute as transformers does"
+        weights_only(model)
+        self.head = Head(model) if head else None
+        self.unpacked_why = packing.use(model, self.head) if fast else "it is to compute as transformers does"
         self.packs = not self.unpacked_why
-        self.fusable = fusable(model) if fast else []  # found now: later a wrapper may hold parts of the weights only
+        self.fusable = (
+            fusable(backbone(model)) if fast else []
+        )  # found now: later a wrapper may hold parts of them only
         self._checkpointed: list[Any] = []
 
     def states(self, ids_BL: Tensor, actions: Actions) -> Tensor:
@@ -57,7 +63,8 @@ class Reader(nn.Module):
         return hidden.flatten(0, 1)[state_N]
 
     def _rows(self, ids_BL: Tensor, actions: Actions) -> packing.Rows:
-        rows, device = packing.packed if self.packs else packing.padded, next(self.model.parameters()).device
+        rows = packing.packed if self.packs else packing.padded
+        device = self.model.get_input_embeddings().weight.device
         return rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
 
     def under(self, adapter: str | None) -> Self:
@@ -111,9 +118,10 @@ class Scorer(Reader):
     """A causal language model, asked for the log-probabilities of given tokens: old and current ones come from the
     same function."""
 
+    head: Head
+
     def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
-        super().__init__(model, adapters)
-        self.head = Head(model)
+        super().__init__(model, adapters, head=True)
 
     def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
         """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
@@ -122,9 +130,10 @@ class Scorer(Reader):
         ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
         target_N = ids_BL[actions.row_N, actions.position_N]
         if self.head.direct:
-            hidden_ND = self.states(ids_BL, actions)
-            weight, bias = self.head.projection.weight, self.head.bias
-            logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N.to(hidden_ND.device), temperature)
+            hidden_ND, head = self.states(ids_BL, actions), self.head
+            target_N = target_N.to(hidden_ND.device)
+            weight, bias = head.projection.weight, head.bias
+            logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature, head.scale, head.cap)
         else:
             inputs, state_N = self._rows(ids_BL, actions)
             with self.computing(), self.head.wide():

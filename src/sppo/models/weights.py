@@ -112,9 +112,9 @@ def sha256(weights: Weights) -> str:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Weights of a model; tied ones count once, and two that share a byte (bitsandbytes' four bits) are two."""
-    packed = (getattr(p, "quant_state", None) for p in model.parameters())
-    return sum(p.numel() if q is None else q.shape.numel() for p, q in zip(model.parameters(), packed, strict=True))
+    """Weights of a model; tied ones count once, and those in four bits one by one."""
+    packed = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in packed)
 
 
 def counted(parameters: int) -> str:

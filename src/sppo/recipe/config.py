@@ -26,6 +26,8 @@ from .sections import RolloutSection, Section
 
 DATA_KEYS = ("task.train", "task.eval", "bootstrap.task")
 """Keys that may name a file of rows."""
+MEMORY_KEYS = ("training.micro_tokens", "training.checkpoint_activations", "rollout.batch")
+"""Keys that decide how much memory a run needs, and nothing that is learnt but rounding: they may change when it is resumed."""
 LARGEST, MOST_NESTED, MOST_DOTS = 2**18, 20, 1000
 """Limits of a recipe: its characters, how deep its lists and tables go, and the dots in one of its lines."""
 
@@ -119,13 +121,17 @@ class Config(Recipe):
     @property
     def sha256(self) -> str:
         """The hash of the resolved recipe without the places of its run and data: the same on every machine."""
+        return hashlib.sha256(self.without_places().encode()).hexdigest()
+
+    def without_places(self) -> str:
+        """The resolved recipe as TOML, without the places of its run and data."""
         tree = self._plain()
         for where in ("out", "anchor"):
             tree["run"].pop(where)
         for key, spec in self.data().items():
             section, _, name = key.partition(".")
             tree[section][name] = with_data_path(spec, Path(data_path(spec) or "").name)
-        return hashlib.sha256(tomli_w.dumps(tree).encode()).hexdigest()
+        return tomli_w.dumps(tree)
 
     def data(self) -> dict[str, str]:
         """The keys that read files or folders of rows, and their specs."""

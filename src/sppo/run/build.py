@@ -19,10 +19,10 @@ from ..evaluation.evaluate import held_out_tasks
 from ..evaluation.step_quality import step_checker
 from ..learning.learner import Learner
 from ..learning.optimizer import optimiser_class
-from ..memory import give_back, keep_memory
+from ..memory import give_back, keep_memory, measure_peak
 from ..models.adapter_critic import AdapterCritic
 from ..models.adapters import is_adapter
-from ..models.assembled import given_adapters
+from ..models.assembled import given_adapters, name_of, on, quantised
 from ..models.critic import Critic
 from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
@@ -43,7 +43,7 @@ from ..types import Task
 from .curriculum import Uniform, curriculum
 from .directory import RunDirectory
 from .observer import Observer
-from .plan import Model, plan, typical_prompt
+from .plan import Model, Plan, plan, typical_prompt
 from .prompts import PromptLimit, shown_prompt
 from .provenance import data_of, must_be_the_same
 from .warnings import Warnings
@@ -82,8 +82,8 @@ class Components:
     monitors: Monitors
     policy: Policy
     critic: Critic | None
-    tight: bool
-    """Whether freed memory goes back to the machine at once (plan.py)."""
+    plan: Plan | None
+    """Of memory (plan.py); None for networks of a few thousand weights."""
     engine: Engine
     sampling: Sampling
     warnings: Warnings
@@ -95,6 +95,11 @@ class Components:
     checker: Checker | None
     """Checks the steps of a response, where these tasks or this reward can."""
 
+    @property
+    def tight(self) -> bool:
+        """Whether freed memory goes back to the machine at once."""
+        return self.plan is not None and self.plan.tight
+
 
 def build(config: Config, directory: RunDirectory, observer: Observer, parts: Parts, saved: Path | None) -> Components:
     """The components of a new run, or of one that goes on from the checkpoint `saved`.
@@ -104,6 +109,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     keep_memory()
     torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
     note, device = observer.note, pick_device()
+    measure_peak(device)
     note(f"processor {processor(device)}")
     config = _settled(config, note)
     optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
@@ -114,16 +120,18 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     data = data_of(config)
     must_be_the_same(directory.path, data)
     policy = load_policy(config, parts, saved, device, note)
+    if policy.adapters is not None and (parts.adapter or parts.policy):
+        config = config.model_copy(update={"adapter": policy.adapters.section})  # as peft has settled it
     if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
         policy.save_base(directory.path / "base")
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
     critic = load_critic(config, policy, parts.critic, saved, device, note)
     if config.training.checkpoint_activations:
         policy.checkpoint_activations()
-        if critic is not None:
+        if isinstance(critic, AdapterCritic):
             critic.checkpoint_activations()
     one_control_task(config, policy, critic)
-    config, tight = _planned(config, policy, critic, train_tasks, device, note)
+    config, planned = _planned(config, policy, critic, train_tasks, device, note)
     if saved is None:
         size, adapted = parameter_count(policy.model), policy.adapters is not None
         of_critic = size if config.critic.model == POLICY else parameter_count(critic) if critic is not None else 0
@@ -144,7 +152,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     )
     return Components(
         config=config, observer=observer, directory=directory, data=data, environment=environment, reward=reward, verifier=verifier_sha256(reward),
-        monitors=monitors, policy=policy, critic=critic, tight=tight, engine=engine, sampling=sampling, warnings=warnings,
+        monitors=monitors, policy=policy, critic=critic, plan=planned, engine=engine, sampling=sampling, warnings=warnings,
         prompt_limit=limit, train_tasks=train_tasks, held_out=held_out, curriculum=problems,
         checker=step_checker(config.task.eval or config.task.train, held_out[0], reward),
     )  # fmt: skip
@@ -177,18 +185,18 @@ def _tasks(config: Config, parts: Parts) -> tuple[TaskSource, TaskSource]:
 
 def _planned(
     config: Config, policy: Policy, critic: Critic | None, tasks: TaskSource, device: torch.device, note: Note
-) -> tuple[Config, bool]:
-    """The recipe with `training.micro_tokens` chosen where it is open, and whether memory is tight; says what is needed."""
+) -> tuple[Config, Plan | None]:
+    """The recipe with `training.micro_tokens` chosen where it is open, and the plan of its memory, which is said."""
     if isinstance(policy, ControlPolicy):  # networks of a few thousand weights
-        return config, False
+        return config, None
     prompt = typical_prompt(tasks, lambda task: len(policy.prompt_ids(task)), config.task.max_prompt_tokens)
-    reader = None if critic is None else Model(critic.backbone, next(critic.parameters()).dtype)
-    found = plan(config, Model(policy.model, policy.dtype), reader, device, prompt)
+    reader = None if critic is None else Model.of_critic(critic)
+    found = plan(config, Model.of(policy), reader, device, prompt)
     note(found.stated())
     if device.type == "cpu":
         keep_memory(found.capacity)
     training = config.training.model_copy(update={"micro_tokens": found.micro_tokens})
-    return config.model_copy(update={"training": training}), found.tight
+    return config.model_copy(update={"training": training}), found
 
 
 def _usable(
@@ -220,8 +228,10 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
-        model, adapters = given_adapters(given[0].to(device), adapter, config.seed)
-        base = {"name": GIVEN, "dtype": str(model.dtype).removeprefix("torch."), "quantize": ""} if adapters else None
+        model, adapters = given_adapters(on(given[0], device), adapter, config.seed)
+        dtype, base = str(model.dtype).removeprefix("torch."), None
+        if adapters is not None:
+            base = {"name": name_of(model) or GIVEN, "dtype": dtype, "quantize": quantised(model.config)}
         policy = Policy(
             model,
             given[1],
@@ -230,9 +240,13 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
             adapters=adapters,
             base=base,
         )
-        note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
-        return policy
+        note(f"policy: the given model, {dtype} on {device}" + (", frozen, and an adapter" if adapters else ""))
+        return _without_dropout(policy, note)
     name = str(saved / "policy") if saved else config.policy.model
+    if config.critic.model == POLICY and config.critic_reads and not adapter and not is_adapter(name):
+        raise RecipeError(
+            "critic.model = 'policy' puts a second adapter on frozen weights: add [adapter], or name another critic"
+        )
     kind = ControlPolicy if is_control(name) else Policy
     if kind is ControlPolicy and not Path(name).exists():
         Taught.parse("policy.model", name)  # a bad option is refused before the wait
@@ -247,6 +261,17 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
         quantize=config.policy.quantize,
     )
     note(stated)
+    if policy.adapters is None and quantised(policy.model.config) and kind is Policy:
+        raise RecipeError(f"policy.model = {name!r} is quantised, so its weights cannot be trained: add [adapter]")
+    return _without_dropout(policy, note)
+
+
+def _without_dropout(policy: Policy, note: Note) -> Policy:
+    if policy.adapters is not None and policy.adapters.dropout:
+        note(
+            f"warning: lora_dropout = {policy.adapters.dropout:g} has no effect: models are trained without dropout, so "
+            "that a token has the same probability when it is sampled and when it is learnt from"
+        )
     return policy
 
 
