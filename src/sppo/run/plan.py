@@ -10,7 +10,7 @@ unknown beforehand: every response counts at its limit, every prompt at the mean
     update    gradients, their float32 sums where there are several micro-batches, one micro-batch's activations, the head
     step      gradients, and the same in float32
 
-With `training.offload` masters and moments are the host's (`Plan.host`). Left out: what other processes take (jails, verifiers).
+With `training.offload` masters, moments and gradients are the host's (`Plan.host`). Left out: what other processes take (jails, verifiers).
 """
 
 from __future__ import annotations
@@ -146,13 +146,17 @@ def plan(
     on_gpu = device.type == "cuda"
     sampling, engine = _sampling(config, policy, device, prompt_tokens, gpu)
     stays = _stays(config, policy, critic, device, gpu) | engine
-    host = {}
-    if on_gpu and getattr(t, "offload", False):
-        host = {"masters and moments": stays.pop("optimiser")}
+    offload, host = on_gpu and t.offload, {}
+    if offload:  # a master and a sum of gradients for each weight that is trained, whatever its dtype
+        trained = [policy] if critic is None else [policy, critic]
+        of_weights = 8 * sum(model.trained for model in trained)
+        moments = policy.moments(t.optimizer) + (0 if critic is None else critic.moments("adamw"))
+        host = {"masters, moments and gradients": of_weights + moments}
     longest = prompt_tokens + r.max_tokens
     rows = -(-r.prompts * r.samples // t.minibatches)
-    gradients = {"gradients": policy.trained * policy.size}
-    wide = policy.trained * 4 if policy.narrow else 0  # gradients of several micro-batches add up in float32
+    at_once = on_gpu and (policy.narrow or offload)  # each goes into its sum as it is made (learning/optimizer.py)
+    gradients = {"gradients": 0 if at_once else policy.trained * policy.size}
+    wide = policy.trained * 4 if policy.narrow and not offload else 0  # where several micro-batches add up, in float32
     each, output = activations(policy, device, t.checkpoint_activations, gpu is not None), head(policy, device)
     capacity = _capacity(config, device, gpu)
     chosen = t.micro_tokens
@@ -167,7 +171,7 @@ def plan(
 
     # the gradients of the first micro-batch come as its activations go; they stay beside those of the next
     following = min(tokens, rows * longest - tokens) if config.search is None else tokens
-    updates = [micro_batch(tokens, 0.5, 0), micro_batch(following, 1.0, wide)]
+    updates = [micro_batch(tokens, 0.5, wide // 2 if at_once else 0), micro_batch(following, 1.0, wide)]
     phases = {
         "sampling": sampling,
         "update": max(updates[: 1 + (following > 0)], key=lambda parts: sum(parts.values())),
@@ -185,14 +189,15 @@ def _stays(
     """Bytes that are held from the first step to the last, but for an engine's own."""
     on_gpu = device.type == "cuda"
     stays = {"the process": PROCESS_CUDA if on_gpu else PROCESS, "weights": policy.base, "adapter": policy.beside}
-    stays["optimiser"] = policy.optimiser(config.training.optimizer)
+    offload = on_gpu and config.training.offload
+    stays["optimiser"] = 0 if offload else policy.optimiser(config.training.optimizer)
     if policy.narrow and not on_gpu:
         stays["head in float32"] = (sizes := Sizes.of(policy.outline)).vocabulary * sizes.hidden * 4
     if config.needs_reference and policy.adapter is None:
         stays["reference"] = policy.base
     if critic is not None:
         own = critic.beside if critic.shared else critic.base + critic.beside
-        stays["critic and its optimiser"] = own + critic.optimiser("adamw")
+        stays["critic and its optimiser"] = own + (0 if offload else critic.optimiser("adamw"))
     if rewards := reward_bytes(config.reward.use, device, gpu is not None):
         stays["the reward model"] = rewards
     return stays
@@ -207,9 +212,13 @@ def _teaching(
     rows = -(-r.prompts * r.samples // t.minibatches)
     read = min(max(micro_tokens, length), rows * length)
     several = critic.narrow and read < rows * length
-    each = activations(critic, device, critic.shared and t.checkpoint_activations, gpu is not None)
+    each = activations(critic, device, t.checkpoint_activations, gpu is not None)
+    on_gpu = device.type == "cuda"
+    gradient = critic.size + 4 * several
+    if on_gpu and (critic.narrow or t.offload):  # as the policy's
+        gradient = 0 if t.offload else 4
     return {
-        "gradients of the critic": critic.trained * (critic.size + 4 * several),
+        "gradients of the critic": critic.trained * gradient,
         "one micro-batch of the critic": read * each,
     }
 
