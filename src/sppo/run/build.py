@@ -128,7 +128,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     critic = load_critic(config, policy, parts.critic, saved, device, note)
     if config.training.checkpoint_activations:
         policy.checkpoint_activations()
-        if isinstance(critic, AdapterCritic):
+        if critic is not None:
             critic.checkpoint_activations()
     one_control_task(config, policy, critic)
     config, planned = _planned(config, policy, critic, train_tasks, device, note)
