@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from sppo.memory import free_memory, free_ram, give_back, keep_memory
+from sppo.memory import free_memory, free_ram, give_back, keep_memory, measure_peak, peak_memory
 
 
 def group(folder, **files):
@@ -49,3 +49,15 @@ def test_what_was_freed_between_what_is_in_use_goes_back():
     give_back()
     assert before - psutil.Process().memory_info().rss > 100 * 2**20
     assert all(float(block.sum()) == 2**18 for block in kept)
+
+
+def test_the_peak_is_of_what_was_held_since_it_is_measured():
+    cpu = torch.device("cpu")
+    torch.ones(2**28 // 4)  # 256 MiB, held and freed before
+    give_back()
+    measure_peak(cpu)
+    before = peak_memory(cpu)
+    assert before < psutil.Process().memory_info().rss + 64 * 2**20
+    torch.ones(2**29 // 4)
+    give_back()
+    assert before + 400 * 2**20 < peak_memory(cpu) < before + 700 * 2**20

@@ -9,6 +9,7 @@
     │   └── SandboxUnavailable   programs cannot be run safely on this machine
     └── RunFailure               exit 1: the run itself went wrong; what it had is saved
         ├── NonFinite            a loss or gradient was not a number, again and again
+        ├── OutOfMemory          memory ran out during a step
         ├── StaleWeights         the engine does not hold the learner's weights
         └── EngineMismatch       engine and learner disagree about the probability of the same tokens
 
@@ -22,6 +23,7 @@ __all__ = [
     "EngineMismatch",
     "ModelError",
     "NonFinite",
+    "OutOfMemory",
     "RecipeError",
     "RewardError",
     "RunFailure",
@@ -66,6 +68,10 @@ class RunFailure(SPPOError):
 
 class NonFinite(RunFailure):
     """Losses or gradients were not finite several updates in a row."""
+
+
+class OutOfMemory(RunFailure):
+    """Memory ran out; the sentence says what takes most, what to turn, and how to go on."""
 
 
 class StaleWeights(RunFailure):

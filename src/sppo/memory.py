@@ -1,4 +1,4 @@
-"""Memory: how much is free here, and what the process's heap keeps. PyTorch on a CPU asks malloc for every tensor, and glibc answers large
+"""Memory: how much is free here, how much was taken, and what the process's heap keeps. PyTorch on a CPU asks malloc for every tensor, and glibc answers large
 requests with fresh pages."""
 
 from __future__ import annotations
@@ -7,11 +7,14 @@ import contextlib
 import ctypes
 import math
 import mmap
+import resource
+import sys
 from pathlib import Path
 
 import psutil
 import torch
 
+from .files import OUT_OF_MEMORY
 from .threads import CGROUPS, MEMBERSHIP, folders
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -69,6 +72,28 @@ def free_memory(device: torch.device) -> int:
         return free_ram()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def measure_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the kernel lets it: a process may have held more before its run."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were held since `measure_peak`: of PyTorch's tensors on a GPU, else resident in main memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sppo.learning.batch import pack
 from sppo.learning.learner import Learner
@@ -126,3 +127,75 @@ def check(optimiser, passes):
         assert found.dtype == torch.float32
         wanted = sum(parts)
         assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()) + 1e-12)
+
+
+# -- offloading --------------------------------------------------------------------------------------------------------
+
+
+def trained(dtype, tmp_path, *, kind="adamw", offload=(False, False), steps=8):
+    """The weights and the state after some steps of three micro-batches each; `offload` is that of the first half, and
+    of the second, which goes on from what was saved."""
+    layers = torch.nn.Sequential(a_layer(dtype), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    made = dict(betas=(0.9, 0.95), weight_decay=0.1, kind=kind)
+    optimiser = MasterAdamW(layers.parameters(), offload=offload[0], **made)
+    for step in range(steps):
+        if step == steps // 2:
+            torch.save({"optimiser": optimiser.state_dict(), "model": layers.state_dict()}, tmp_path / "state")
+            saved = torch.load(tmp_path / "state", weights_only=True)
+            layers.load_state_dict(saved["model"])
+            optimiser = MasterAdamW(layers.parameters(), offload=offload[1], **made)
+            optimiser.load_state_dict(saved["optimiser"])
+        for part in range(3):
+            x = torch.randn(16, 64, generator=torch.Generator().manual_seed(3 * step + part))
+            hidden = layers[1](layers[0](x.to(dtype)).float())
+            optimiser.backward((layers[2](hidden)[:, 0] - x.sum(1)).square().mean())
+        norm = optimiser.step(1e-2, 1.0)
+        assert norm > 0
+    return [p.detach() for p in layers.parameters()], optimiser
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("offload", [(True, True), (True, False), (False, True)])
+def test_offloaded_or_not_the_weights_are_the_same_bits_and_each_resumes_the_other(dtype, kind, offload, tmp_path):
+    plain, of_plain = trained(dtype, tmp_path, kind=kind)
+    found, of_found = trained(dtype, tmp_path, kind=kind, offload=offload)
+    for mine, theirs in zip(found, plain, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+    mine, theirs = of_found.state_dict(), of_plain.state_dict()
+    assert len(mine["masters"]) == len(theirs["masters"]) == (dtype == torch.bfloat16)
+    assert all(map(torch.equal, mine["masters"], theirs["masters"]))
+    for key, state in theirs["inner"]["state"].items():
+        for one, other in zip(tree_leaves(state), tree_leaves(mine["inner"]["state"][key]), strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_an_offloaded_gradient_leaves_its_parameter_while_the_backward_pass_still_runs():
+    layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(5)))
+    optimiser = MasterAdamW(layers.parameters(), betas=(0.9, 0.95), weight_decay=0.0, offload=True)
+    held: list[int] = []
+    for layer in layers:  # called once its own gradient is there, after the optimiser's hook
+        layer.register_full_backward_hook(lambda *_: held.append(sum(x.weight.grad is not None for x in layers)))
+    for _ in range(2):
+        optimiser.backward(layers(torch.ones(2, 8).requires_grad_()).sum())
+    assert len(held) == 10
+    assert max(held) <= 1
+    assert all(master.grad is not None and master is not p for p, master in optimiser._apart)
+    assert not any(layer.weight._post_accumulate_grad_hooks for layer in layers)  # another optimiser may follow
+
+
+def test_a_policy_and_its_critic_learn_the_same_bits_offloaded():
+    """The embedding's gradient goes around autograd, and its weights are tied to the head's: two parts of one sum."""
+    found = []
+    for offload in (False, True):
+        policy, critic = small_policy(), small_critic()
+        settings = {"training__micro_tokens": 60, "training__offload": offload}
+        learner = Learner(policy, critic, None, small_config(**settings).with_rates(1, 1))
+        critic.start_at(0.3)  # once the optimiser has its copies, as in a run
+        assert learner.policy_optimiser.offload == learner.credit.optimiser.offload == offload
+        for step in range(2):
+            batch = a_batch(policy)
+            learner.update(batch, learner.advantage(batch)[0], step)
+        found.append([p.detach().clone() for p in (*policy.model.parameters(), *critic.parameters())])
+    assert all(map(torch.equal, *found))

@@ -18,6 +18,7 @@ STEPS = "answer + 0 * steps:check=chain,split=lines"
 TOKEN = {"objective.ratio": "token"}
 STAGED = {"curriculum.kind": "staged", "curriculum.stages": [1, 2]}
 SEARCH = {"search.value": "outcomes"}
+ADAPTER = {"adapter.rank": 8}
 PREDICTED = {"curriculum.kind": "predicted"}
 
 BROKEN = [  # rule, a recipe that keeps it, what breaks it, words of the sentence
@@ -69,6 +70,13 @@ BROKEN = [  # rule, a recipe that keeps it, what breaks it, words of the sentenc
      {"reward.use": "answer"}, "names none"),
     (checks.readers_of_step_scores_have_some, {"search.value": "steps", "reward.use": STEPS},
      {"reward.use": "answer + 0 * steps:check=chain"}, "name a split"),
+    (checks.adapters_stand_on_frozen_weights, CONTROL, ADAPTER, r"\[adapter\] is for language models"),
+    (checks.adapters_stand_on_frozen_weights, {"policy.model": "a", **ADAPTER, "policy.quantize": "nf4"},
+     {"adapter": None}, r"freezes the weights: add \[adapter\]"),
+    (checks.adapters_stand_on_frozen_weights, {"policy.quantize": "int8", **ADAPTER}, {"policy.model": GIVEN},
+     "load the given model quantised"),
+    (checks.what_is_offloaded_is_not_paged, {"training.offload": True, "training.optimizer": "adamw-8bit"},
+     {"training.optimizer": "paged-adamw-8bit"}, "so none are paged"),
 ]  # fmt: skip
 
 

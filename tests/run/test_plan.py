@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,8 +13,12 @@ from sppo.cli.main import main
 from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.recipe.config import Config
+from sppo.recipe.sections import AdapterSection
+from sppo.run.footprint import EIGHT_BIT, Adapter, Model, activations
 from sppo.run.loop import train
-from sppo.run.plan import GIB, LEAST, Model, activations, plan, power_of_two
+from sppo.run.outlines import Outlines
+from sppo.run.plan import GIB, LEAST, plan, power_of_two
+from sppo.run.remedies import remedies
 from sppo.run.run import Run
 
 from ..conftest import logps_of, small_config
@@ -47,6 +52,48 @@ def kept_by(policy, tokens=64, rows=4):
         out = logps_of(policy, ids_BL, length_B, length_B, 1.0)
     out.logp_BT.sum().backward()
     return sum(seen.values())
+
+
+ADAPTERS = {
+    "all": {"rank": 4},
+    "some": {"rank": 8, "targets": ("q_proj", "v_proj")},
+    "dora": {"rank": 4, "dora": True},
+}
+
+
+def adapted(quantize="", hidden=128, layers=3, **settings):
+    spec = f"tiny:hidden={hidden},layers={layers},heads=4"
+    return Policy.load(
+        spec, dtype="float32", device=CPU, seed=0, adapter=AdapterSection(**settings), quantize=quantize
+    )[0]
+
+
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_and_its_base_are_counted_as_they_are_made(settings, quantize):
+    """Of the policy that is there, and of the outline that a recipe gives: the same numbers, and the real ones."""
+    policy = adapted(quantize, **settings)
+    held = 0
+    for name, p in policy.model.named_parameters():
+        held += 0 if "lora_" in name else p.nbytes
+        if (state := getattr(p, "quant_state", None)) is not None:
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    outline, _ = tiny.build(hidden=128, layers=3, heads=4)
+    section = AdapterSection(**settings)
+    found = Model(outline, torch.float32, Adapter(section.rank, section.targets, section.dora), quantize)
+    for model in (Model.of(policy), found):
+        assert model.trained == sum(p.numel() for p in policy.trained.values())
+        assert model.base == held
+
+
+@pytest.mark.parametrize("hidden", [128, 96])
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_activations_beside_frozen_weights_are_what_pytorch_keeps(settings, hidden):
+    policy = adapted(hidden=hidden, layers=6, **settings)
+    model = Model.of(policy)
+    backward = (3 * 3 * hidden + 4 * hidden) * 4  # of one layer, which is no saved tensor
+    found = kept_by(policy) / (4 * 63)
+    assert activations(model, CPU, False) - backward == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize("hidden", [128, 96])  # with compiled layers, and with a head size that they do not take
@@ -88,7 +135,8 @@ def test_what_the_plan_counts():
         return plan(Config.load(None, given), model, None, CPU, 40)
 
     plain = parts()
-    assert parts(training__optimizer="adamw-8bit").stays["optimiser"] == plain.stays["optimiser"] - 6 * model.parameters
+    saved = plain.stays["optimiser"] - parts(training__optimizer="adamw-8bit").stays["optimiser"]
+    assert saved == pytest.approx((8 - EIGHT_BIT) * model.parameters, rel=1e-3)  # norms stay in float32
     update = parts(training__checkpoint_activations=True).phases["update"]["one micro-batch"]
     assert update < plain.phases["update"]["one micro-batch"] / 5
     assert parts(objective__kl=0.1, objective__kl_form="k3").stays["reference"] == 2 * model.parameters
@@ -128,8 +176,13 @@ def test_a_run_keeps_what_was_chosen_and_a_resumed_one_uses_it(tmp_path):
 
     config = small_config(run__out=str(tmp_path / "run"), training__steps=1, run__memory=0.001)
     job = Run.new(config, Notes())
-    train(job)
+    memory = train(job)["memory"]
     job.close()
+    planned = job.components.plan
+    assert memory == json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
+    assert memory["planned_bytes"] == planned.parts()["total"] == sum(planned.parts().values()) / 2
+    assert memory["phase"] in planned.phases
+    assert psutil.Process().memory_info().rss * 0.9 < memory["peak_bytes"] < psutil.Process().memory_info().rss + GIB
     assert Config.load(tmp_path / "run" / "recipe.toml").training.micro_tokens == LEAST
     assert any(text.startswith("warning: this run needs about") for text in notes)
     again = Run.resume(tmp_path / "run", Notes(), steps=2)
@@ -154,3 +207,71 @@ def test_doctor_plans_from_a_config_alone_without_data_and_never_runs_a_model_s_
     (model / "evil.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\nclass Strange: ...\n")
     assert main(["doctor", "--model", str(model), "--data", "none.jsonl"]) == 2
     assert not (tmp_path / "RAN").exists()
+
+
+def outlined(gpu=None, prompt=40, **changes):
+    """The plan of a recipe for a Llama of SmolLM2's shape, by its config alone."""
+    given = {"run.memory": 8, "training.micro_tokens": 1024} | {k.replace("__", "."): v for k, v in changes.items()}
+    return Outlines(gpu).plan(Config.load(None, given), prompt)
+
+
+@pytest.fixture
+def shape(tmp_path):
+    """A folder with a config alone."""
+    smollm().config.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_an_adapter_takes_the_optimiser_the_gradients_and_the_reference_away(shape):
+    kl = {"objective__kl": 0.1, "objective__kl_form": "k3", "policy__dtype": "bfloat16"}
+    full, lora = outlined(policy__model=shape, **kl), outlined(policy__model=shape, adapter__rank=16, **kl)
+    trained = 16 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))  # q and o, k and v, the unit's three
+    assert full.stays["reference"] == full.stays["weights"]
+    assert "reference" not in lora.stays
+    assert lora.stays["adapter"] == 2 * trained
+    assert lora.stays["optimiser"] == 12 * trained
+    assert lora.phases["update"]["gradients"] <= 2 * trained
+    packed = outlined(policy__model=shape, adapter__rank=16, policy__quantize="nf4", **kl)
+    assert packed.stays["weights"] < 0.55 * lora.stays["weights"]
+
+
+def test_a_critic_on_the_policys_base_is_an_adapter(shape):
+    own = outlined(policy__model=shape, adapter__rank=16, critic__model=shape)
+    shared = outlined(policy__model=shape, adapter__rank=16, critic__model="policy")
+    assert shared.stays["critic and its optimiser"] == 3 * shared.stays["adapter"]  # float32: itself and two moments
+    assert own.stays["critic and its optimiser"] > 20 * shared.stays["critic and its optimiser"]
+
+
+def test_offloaded_masters_and_moments_are_the_hosts(shape):
+    here = outlined(24 * GIB, policy__model=shape)
+    there = outlined(24 * GIB, policy__model=shape, training__offload=True)
+    assert there.host == {"masters and moments": here.stays["optimiser"]}
+    assert there.total == here.total - here.stays["optimiser"]
+    assert "of the host's" in there.stated()
+
+
+def test_a_reward_model_is_held_too(shape, tmp_path):
+    plain = outlined(policy__model=shape)
+    judged = outlined(policy__model=shape, reward__use=f"answer + 0.2 * model:{shape}")
+    assert judged.stays["the reward model"] == 4 * (Model(smollm(), torch.float32).parameters)
+    assert judged.total == plain.total + judged.stays["the reward model"]
+
+
+def test_changes_that_make_a_recipe_fit_do(shape):
+    outlines = Outlines(24 * GIB)
+
+    def planned(config):
+        return outlines.plan(config, 40)
+
+    for memory in (0.9, 1.4, 2.5, 4):
+        given = {"policy.model": shape, "run.memory": memory, "rollout.batch": 64}
+        before = planned(Config.load(None, given))
+        assert not before.fits
+        found, after = remedies(Config.load(None, given), planned)
+        assert 1 <= len(found) <= 3
+        alternatives = [remedy for remedy in found if remedy.fits] if found[0].fits else found[:1]
+        for remedy in alternatives:
+            changed = planned(Config.load(None, given | dict(remedy.change.keys)))
+            assert before.total - changed.total == remedy.saved > 0
+            assert changed.fits == remedy.fits
+        assert after.fits == (memory > 1)

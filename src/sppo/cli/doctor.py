@@ -1,12 +1,15 @@
-"""`sppo doctor`: what this machine offers, and what a recipe needs."""
+"""`sppo doctor`: what this machine offers, and what a recipe needs, here or on a GPU of a given size. It asks no network."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import DataError, ModelError, UserError
@@ -14,33 +17,89 @@ from ..recipe.config import Config
 from ..types import Task
 from ._shared import add_recipe_options, emit, overrides
 
-PACKAGES = ("torch", "transformers", "datasets", "reasoning-gym", "gguf")
+PACKAGES = ("torch", "transformers", "datasets", "reasoning-gym", "peft", "bitsandbytes", "gguf")
+EXTRAS = {"reasoning-gym": "gym", "gguf": "gguf", "peft": "adapters", "bitsandbytes": "adapters"}
+USABLE = 0.98
+"""Of the memory that a GPU is named after: a card of 24 GB offers 23.5 GiB, one of 80 GB 79."""
+GIB = 2**30
 
 
 def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser("doctor", help="what this machine has and a recipe needs", description=__doc__)
     add_recipe_options(parser)
+    parser.add_argument(
+        "--gpu", type=_gpu, metavar="SIZE", help="plan for a GPU of this memory, e.g. 24GB; it need not be here"
+    )
     parser.set_defaults(run=run)
+
+
+def _gpu(text: str) -> int:
+    """Usable bytes of a GPU that is said to have `24GB`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", text.strip(), re.IGNORECASE)
+    if found is None or not 0 < float(found[1]) < 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of a GPU; write it as 24GB")
+    return int(float(found[1]) * USABLE * GIB)
 
 
 def run(args: argparse.Namespace) -> int:
     """Report; with a recipe (or --model), also load its names and plan its memory."""
+    changes = overrides(args)
+    if args.recipe is None and "policy.model" not in changes and args.gpu:
+        raise UserError("--gpu plans a recipe: give one, or --model")
     machine = _machine()
     lines = [f"{name:<14}{value}" for name, value in machine.items()]
     result: dict[str, Any] = {"machine": machine}
-    changes = overrides(args)
     if args.recipe or "policy.model" in changes:
-        plan = _plan(Config.load(args.recipe, changes))
+        with _offline():
+            plan = _plan(Config.load(args.recipe, changes), args.gpu)
         result["recipe"] = plan
-        lines += ["", *(f"{name:<14}{value}" for name, value in plan.items() if isinstance(value, str))]
-        lines += [f"  {name:<30}{size / 2**30:7.2f} GiB" for name, size in plan["memory_bytes"].items() if size]
-        if "capacity_bytes" in plan:
-            needed, free = plan["memory_bytes"]["total"] / 2**30, plan["capacity_bytes"] / 2**30
-            verdict = "fits" if plan["fits"] else "does NOT fit"
-            lines.append(f"  about {needed:.1f} GiB needed at the peak, {free:.1f} GiB can be had: {verdict}")
+        lines += ["", *(f"{name:<14}{value}" for name, value in plan.items() if isinstance(value, str)), *_table(plan)]
     emit(result, args.json, "\n".join(lines))
     return 0
+
+
+def _table(plan: dict[str, Any]) -> list[str]:
+    """The plan for people: parts of the peak, phases, the verdict, and what would help."""
+    lines = [f"  {name:<30}{size / GIB:7.2f} GiB" for name, size in plan["memory_bytes"].items() if size]
+    if "capacity_bytes" not in plan:
+        return lines
+    needed, free = plan["memory_bytes"]["total"] / GIB, plan["capacity_bytes"] / GIB
+    verdict = "fits" if plan["fits"] else "does NOT fit"
+    phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan["phases"].items())
+    lines += [
+        f"  by phase: {phases} GiB",
+        f"  about {needed:.1f} GiB needed at the peak, {free:.1f} GiB can be had: {verdict}",
+    ]
+    if plan["host_bytes"]:
+        lines.append(
+            f"  and {sum(plan['host_bytes'].values()) / GIB:.1f} GiB of main memory ({', '.join(plan['host_bytes'])})"
+        )
+    if changes := plan["changes"]:
+        alone = changes[0]["fits"] and len(changes) > 1 and changes[1]["fits"]
+        lines.append("  any of these makes it fit, the cheapest first:" if alone else "  what would help most:")
+        width = max(len(change["keys"]) for change in changes)
+        lines += [
+            f"    {change['keys']:<{width}}  saves {change['saved_bytes'] / GIB:.1f} GiB; {change['cost']}"
+            for change in changes
+        ]
+        verdict = "fits" if plan["fits_with_changes"] else "still does NOT fit"
+        if not alone:
+            lines.append(f"    with this: about {plan['bytes_with_changes'] / GIB:.1f} GiB: {verdict}")
+    return lines
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let the hub's client read its cache alone: a plan waits for nothing, and says what is not there."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _machine() -> dict[str, str]:
@@ -57,8 +116,8 @@ def _machine() -> dict[str, str]:
         "python": platform.python_version(),
         "device": f"{device}: {processor(device)}; {os.cpu_count()} CPU cores ({allowed} allowed)",
         "bfloat16": native_bfloat16(device) or "not native here: float32 is used",
-        "memory": f"{free_ram() / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
-        "disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
+        "memory": f"{free_ram() / GIB:.1f} GiB free of {memory.total / GIB:.1f}",
+        "disk": f"{shutil.disk_usage('.').free / GIB:.0f} GiB free here",
         "engines": f"local ({_decoding()})",
         "sandbox": _sandbox(),
     }
@@ -66,7 +125,7 @@ def _machine() -> dict[str, str]:
         try:
             out[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            extra = {"reasoning-gym": "gym", "gguf": "gguf"}.get(package)
+            extra = EXTRAS.get(package)
             out[package] = f"not installed (pip install 'sppo[{extra}]')" if extra else "not installed"
     return out
 
@@ -95,15 +154,15 @@ def _sandbox() -> str:
         return f"not available for the reward `code`: {error}"
 
 
-def _plan(config: Config) -> dict[str, Any]:
+def _plan(config: Config, gpu: int | None) -> dict[str, Any]:
     """Resolve the recipe's names and plan memory as `train` does (run/plan.py).
 
-    Missing data or network is reported, not raised.
+    Missing data is reported, not raised.
     """
-    from ..models.loading import choose_dtype, outline, pick_device
-    from ..run.plan import Model, plan
+    from ..run.outlines import Outlines
+    from ..run.remedies import remedies
 
-    name, device = config.policy.model, pick_device()
+    name = config.policy.model
     tasks, problems = _problems(config)
     said = {
         "problems": problems,
@@ -118,39 +177,37 @@ def _plan(config: Config) -> dict[str, Any]:
             if text.startswith(SPEC):
                 shape.parse(key, text)
         return {"policy": name, "critic": config.critic.model, **said, "memory_bytes": {"total": 0}, "fits": True}
-
-    def planned(name: str, dtype: str, head: bool) -> tuple[Model, str]:
-        model = outline(name, role="policy.model" if head else "critic.model", head=head)
-        count = Model(model, torch.float32).parameters
-        chosen, why = choose_dtype(dtype, count, device)
-        text = f"{name}: {count / 1e6:.3g}M parameters in {str(chosen).removeprefix('torch.')} ({why})"
-        return Model(model, chosen), text
-
-    import torch
-
-    policy, said_policy = planned(name, config.policy.dtype, True)
-    critic, said_critic = None, "none: the algorithm has no critic"
-    if config.critic_reads is not None:
-        critic, said_critic = planned(config.critic.model, config.critic.dtype, False)
-    found = plan(config, policy, critic, device, _prompt_tokens(config, tasks))
+    outlines = Outlines(gpu)
+    _, said_policy = outlines.policy(config)
+    _, said_critic = outlines.critic(config)
+    prompt = _prompt_tokens(config, tasks)
+    found = outlines.plan(config, prompt)
+    changes, after = ([], found) if found.fits else remedies(config, lambda c: outlines.plan(c, prompt))
     return {
         "critic": said_critic,
         "policy": said_policy,
         **said,
         "micro-batches": f"{found.micro_tokens:,} tokens"
-        + ("" if config.training.micro_tokens else ", by the memory that is free here"),
+        + ("" if config.training.micro_tokens else ", by the memory that can be had"),
         "memory_bytes": found.parts(),
+        "host_bytes": found.host,
         "phases": {phase: sum(found.stays.values()) + sum(parts.values()) for phase, parts in found.phases.items()},
         "largest phase": found.largest,
         "micro_tokens": found.micro_tokens,
         "capacity_bytes": found.capacity,
         "fits": found.fits,
+        "changes": [
+            {"keys": str(r.change), "saved_bytes": r.saved, "fits": r.fits, "cost": r.change.cost} for r in changes
+        ],
+        "bytes_with_changes": after.total,
+        "fits_with_changes": after.fits,
     }
 
 
 def _problems(config: Config) -> tuple[Any, str]:
     """The training problems, and what is said of them. Raises UserError where the reward cannot grade the first one."""
     from ..rewards.loading import load_reward
+    from ..run.footprint import reward_models
     from ..tasks.loading import load_tasks
 
     source = config.task.train
@@ -161,6 +218,8 @@ def _problems(config: Config) -> tuple[Any, str]:
         first = tasks[0]
     except DataError as error:
         return None, f"{source}: not to be had here ({error}); prompts are counted at task.max_prompt_tokens"
+    if reward_models(config.reward.use):  # they are counted, not loaded
+        return tasks, f"{source}: {len(tasks):,}, e.g. {first.text[:60]!r}"
     reward = load_reward(config.reward.use)
     unfit = reward.check(first)
     reward.close()

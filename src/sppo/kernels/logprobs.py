@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,12 +50,32 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+class _After(NamedTuple):
+    """What follows the projection: z/τ, or (c/τ)·tanh(s·z/c) under a soft cap c of logits scaled by s."""
+
+    temperature: float
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """In place."""
+        if self.cap:
+            return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap / self.temperature)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+    def slope(self, logits: Tensor, room: Tensor) -> Tensor:
+        """A cap's derivative at what `apply_` gave, times the temperature; written into `room`."""
+        assert self.cap is not None
+        tanh = torch.mul(logits, self.temperature / self.cap, out=room[: len(logits)])
+        return tanh.square_().neg_().add_(1).mul_(self.scale)
+
+
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(h·Wᵀ + b)/τ at given targets, and the entropy (a diagnostic: no gradient)."""
+    """log softmax(f(h·Wᵀ + b)) at given targets, and the entropy (a diagnostic: no gradient). `after` is f."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, temperature: float
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, after: _After
     ) -> tuple[Tensor, Tensor]:
         weight, bias = wide(weight_VD), None if bias_V is None else wide(bias_V)
         logps, entropies, normalisers = [], [], []
@@ -63,7 +83,7 @@ class _TokenLogProbs(torch.autograd.Function):
         logits_CV, weights_CV = _chunks(hidden_ND, weight, size, 2)
         for h, target in zip(hidden_ND.split(size), target_N.split(size), strict=True):
             with exact_products(weight_VD.dtype):
-                logits = _logits(h, weight, bias, temperature, logits_CV)
+                logits = after.apply_(_logits(h, weight, bias, logits_CV))
             # log Z and the entropy log Z − Σ p·logit without a temporary of the logits' size (logsumexp and vecdot
             # make one each)
             top = logits.amax(-1)
@@ -75,7 +95,7 @@ class _TokenLogProbs(torch.autograd.Function):
             normalisers.append(normaliser)
         normaliser_N = torch.cat(normalisers)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, normaliser_N)
-        ctx.temperature = temperature
+        ctx.after = after
         entropy_N = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy_N)
         return torch.cat(logps), entropy_N
@@ -83,22 +103,26 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         hidden_ND, weight_VD, bias_V, target_N, normaliser_N = ctx.saved_tensors
-        grad_N, temperature = gradients[0], ctx.temperature
+        grad_N, after = gradients[0], ctx.after
         weight, bias = wide(weight_VD), None if bias_V is None else wide(bias_V)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         size = chunk_size(weight.size(0))
-        (logits_CV,) = _chunks(hidden_ND, weight, size, 1)
+        logits_CV, *rest = _chunks(hidden_ND, weight, size, 2 if after.cap else 1)
         for start in range(0, hidden_ND.size(0), size):
             part = slice(start, start + size)
             h, g = wide(hidden_ND[part]), grad_N[part]
             with exact_products(weight_VD.dtype):
-                softmax = _logits(h, weight, bias, temperature, logits_CV).sub_(normaliser_N[part, None]).exp_()
+                logits = after.apply_(_logits(h, weight, bias, logits_CV))
+            slopes = [after.slope(logits, room) for room in rest]
+            softmax = logits.sub_(normaliser_N[part, None]).exp_()
             # d logp / d logit = onehot − softmax
             grad_logits = softmax.mul_(-g[:, None])
             grad_logits.scatter_add_(1, target_N[part, None], g[:, None])
-            grad_logits.div_(temperature)
+            grad_logits.div_(after.temperature)
+            for slope in slopes:
+                grad_logits.mul_(slope)
             with exact_products(weight_VD.dtype):
                 # rounded once, to what the product multiplies anyway: twice as fast as a float32 product
                 grad_hidden[part] = grad_logits.to(hidden_ND.dtype) @ weight_VD.to(hidden_ND.dtype)
@@ -150,15 +174,21 @@ def _chunks(hidden_ND: Tensor, weight_VD: Tensor, size: int, count: int) -> Tens
     return weight_VD.new_empty(count, min(size, len(hidden_ND)), weight_VD.size(0))
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, room_CV: Tensor) -> Tensor:
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, room_CV: Tensor) -> Tensor:
     logits = torch.mm(wide(hidden_ND), weight_VD.t(), out=room_CV[: len(hidden_ND)])
     if bias_V is not None:
         logits += bias_V
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    return logits
 
 
 def token_logps(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, temperature: float
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    temperature: float,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log π(target | hidden) at a sampling temperature, and the entropy of each distribution (nats, no gradient).
 
@@ -167,6 +197,7 @@ def token_logps(
         weight_VD, bias_V: the output projection.
         target_N: [N] token ids.
         temperature: divides the logits, exactly as in the rollout.
+        scale, cap: of a model whose logits are scale·z, or cap·tanh(scale·z / cap), of the projection z.
 
     Returns:
         logp_N and entropy_N, float32 (float64 for float64 input).
@@ -174,12 +205,15 @@ def token_logps(
     if hidden_ND.size(0) == 0:
         empty = wide(hidden_ND).sum(1)
         return empty, empty.detach()
+    if cap:
+        return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, _After(temperature, scale, cap))
+    temperature /= scale
     if head.fits(hidden_ND, weight_VD, bias_V):
         keep = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
         return _CompiledTokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature, keep)
     if head_cuda.fits(hidden_ND, weight_VD, bias_V):
         return head_cuda.TokenLogProbs.apply(hidden_ND, weight_VD, target_N, temperature)
-    return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, temperature)
+    return _TokenLogProbs.apply(hidden_ND, weight_VD, bias_V, target_N, _After(temperature))
 
 
 def token_logps_from_logits(logits_NV: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
-"""Temporarily replaces Llama-family layer forwards with faster equivalents (elementwise.py), and on a CPU the
-embedding with one whose gradient is only as large as what was looked up.
+"""Temporarily replaces Llama-family layer forwards with faster equivalents (elementwise.py), linear layers with
+adapters likewise (low_rank.py), and on a CPU the embedding with one whose gradient is only as large as what was looked
+up.
 
 `with fused(fusable(model)):` replaces them until the block ends. `fusable` compares each replacement with the layer's
 own forward first.
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from .attention import NAME
 from .elementwise import REGISTER, compiles, gated_unit, rms_norm, turned
+from .low_rank import active, adapted_forward, is_adapted
 
 
 class _Embedded(torch.autograd.Function):
@@ -113,19 +116,23 @@ def fusable_family(model: Any) -> bool:
 
 
 def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
-    """Returns the norms, gated units, attentions and the embedding of a model that can be replaced, each with its new
-    forward.
+    """Returns the norms, gated units, attentions, adapted linear layers and the embedding of a model that can be
+    replaced, each with its new forward.
 
-    Empty unless all weights are on one device and in one dtype, for which there is compiled code."""
-    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    Empty unless all weights are on one device and in one dtype, for which there is compiled code; what is quantised
+    aside."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    kinds = {(p.device.type, p.dtype) for p in weights}
     if len(kinds) != 1 or not compiles(*next(iter(kinds))):
         return []
     found: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
         kind, forward = type(module), _FORWARDS.get(type(module).__name__)
-        if forward is None or not kind.__module__.startswith("transformers.models."):
+        if is_adapted(module):
+            forward = adapted_forward
+        elif forward is None or not kind.__module__.startswith("transformers.models."):
             continue
-        if _whole_registers(module, forward) and _same(module, forward):
+        if _whole_registers(module, forward) and _same(module, forward, weights[0]):
             found.append((module, forward))
     embedding = model.get_input_embeddings()
     if next(iter(kinds))[0] != "cpu":  # a GPU adds a matrix of the vocabulary's size in no time
@@ -136,6 +143,8 @@ def fusable(model: Any) -> list[tuple[nn.Module, Any]]:
 
 
 def _whole_registers(module: Any, forward: Any) -> bool:
+    if forward is adapted_forward:
+        return True
     if forward is _norm_forward:
         return module.weight.numel() % REGISTER == 0
     if forward is _mlp_forward:
@@ -144,26 +153,36 @@ def _whole_registers(module: Any, forward: Any) -> bool:
     return module.head_dim % (2 * REGISTER) == 0 and window is None and module.config._attn_implementation == NAME
 
 
+def _width(module: Any, forward: Any) -> int:
+    """The numbers of a token that a module reads."""
+    if forward is _norm_forward:
+        return module.weight.numel()
+    first = {_mlp_forward: "up_proj", _attention_forward: "q_proj"}.get(forward)
+    return (getattr(module, first) if first else module).in_features
+
+
 @torch.no_grad()
-def _same(module: Any, forward: Any) -> bool:
+def _same(module: Any, forward: Any, like: Tensor) -> bool:
     """Whether a module's own forward gives the same for small and for large numbers: a name says little about what
-    another version of transformers computes."""
-    first = next(module.parameters(), None)
-    if first is None:
-        return False
+    another version of transformers or peft computes. A fresh adapter adds 0, so it is shown with weights that do not.
+    """
     made = torch.Generator().manual_seed(0)
     rest: tuple[Any, ...] = ()
     if forward is _attention_forward:
         angle = torch.randn(1, 4, module.head_dim // 2, generator=made).repeat(1, 1, 2)
-        rest = ((angle.cos().to(first), angle.sin().to(first)), None)
-    x = torch.randn(1, 4, first.size(-1), generator=made)
+        rest = ((angle.cos().to(like), angle.sin().to(like)), None)
+    x = torch.randn(1, 4, _width(module, forward), generator=made)
+    shown = {f"lora_B.{name}.weight": module.lora_B[name].weight for name in active(module)}
+    shown = {name: (torch.randn(b.shape, generator=made) / 8).to(b) for name, b in shown.items()}
     for scale in (1.0, 100.0):
-        given = (scale * x).to(first)
-        mine, own = (f(module, given, *rest) for f in (forward, type(module).forward))
+        given = ((scale * x).to(like), *rest)
+        own = functional_call(module, shown, given)
+        with fused([(module, forward)]):
+            mine = functional_call(module, shown, given)
         if rest:
             mine, own = mine[0], own[0]
         error = float((mine.float() - own.float()).norm())
-        if not error < (1e-5 if first.dtype == torch.float32 else 2**-7) * float(own.float().norm()):
+        if not error < (1e-5 if like.dtype == torch.float32 else 2**-7) * float(own.float().norm()):
             return False
     return True
 

@@ -54,7 +54,11 @@ class Learner:
         self.credit = load_credit(config, policy, critic)
         t = config.training
         self.policy_optimiser = MasterAdamW(
-            policy.trained.values(), betas=t.betas, weight_decay=t.weight_decay, kind=t.optimizer
+            policy.trained.values(),
+            betas=t.betas,
+            weight_decay=t.weight_decay,
+            kind=t.optimizer,
+            offload=t.offload,
         )
         self.bad_in_a_row = 0
         self.bad_total = 0

@@ -20,11 +20,15 @@ TOGETHER = 32
 class MasterAdamW:
     """AdamW whose state and weights are float32 whatever the model's dtype.
 
-    A bfloat16 weight near 1 moves in steps of 0.008, so updates of 1e-6 would vanish: they accumulate in the float32 master
-    copy, and the model gets its rounding. For a float32 model the master *is* the model's parameter, and nothing is copied.
+    A bfloat16 weight near 1 moves in steps of 0.008, so updates of 1e-6 would vanish: they accumulate in the float32
+    master copy, and the model gets its rounding. For a float32 model the master *is* the model's parameter, and nothing
+    is copied.
 
-    `kind` is a recipe's `training.optimizer`: the moments of `adamw-8bit` (bitsandbytes, block-wise, arXiv 2110.02861) take 2 bytes a
-    weight instead of 8; the `paged` one may move them to the host's memory.
+    `kind` is a recipe's `training.optimizer`: the moments of `adamw-8bit` (bitsandbytes, block-wise, arXiv 2110.02861)
+    take 2 bytes a weight instead of 8; the `paged` one may move them to the host's memory.
+
+    `offload` is `training.offload`: masters, sums of gradients and moments are in main memory, and the CPU computes the
+    step. Each gradient goes there as the backward pass makes it, so the device never holds more than one of them.
     """
 
     def __init__(
@@ -34,15 +38,32 @@ class MasterAdamW:
         betas: tuple[float, float],
         weight_decay: float,
         kind: str = "adamw",
+        offload: bool = False,
     ) -> None:
+        self.offload = offload
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.masters = [
-            p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
-            for p in self.parameters
-        ]
+        self.masters = [self._master(p) for p in self.parameters]
         self._apart = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        self._copied = self._versions()
         made = optimiser_class(kind, self.masters[0].device)
         self.inner = made(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
+
+    def _master(self, p: nn.Parameter) -> nn.Parameter:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if self.offload:
+            return nn.Parameter(p.detach().to("cpu", wide, copy=True))
+        return p if p.dtype == wide else nn.Parameter(p.detach().to(wide))
+
+    def _take(self) -> None:
+        """Take over what else was written to weights that are as exact as their masters, such as a critic's base
+        rate."""
+        with torch.no_grad():
+            for (p, master), now, copied in zip(self._apart, self._versions(), self._copied, strict=True):
+                if p.dtype == master.dtype and now != copied:
+                    master.copy_(p)
+
+    def _versions(self) -> list[int]:
+        return [p._version for p, _ in self._apart]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -50,11 +71,18 @@ class MasterAdamW:
             p.grad = None
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's loss to what is there. Sums are float32 whatever the model's dtype: a bfloat16 `grad` has 8 bits,
-        and each further micro-batch would be rounded to the size of the sum so far. One micro-batch alone costs nothing more.
+        """Add the gradient of one micro-batch's loss to what is there. Sums are float32 whatever the model's dtype: a
+        bfloat16 `grad` has 8 bits, and each further micro-batch would be rounded to the size of the sum so far. One
+        micro-batch alone costs nothing more.
         """
         self._set_aside()
-        loss.backward()
+        pairs = self._apart if self.offload else []
+        hooks = [p.register_post_accumulate_grad_hook(partial(_bring, master)) for p, master in pairs]
+        try:
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def gradients(self) -> list[Tensor]:
         """All that was added up since the last step, one for each trained parameter that has any; float32 (float64 for such a model)."""
@@ -62,13 +90,11 @@ class MasterAdamW:
         return [m.grad for m in self.masters if m.grad is not None]
 
     def _set_aside(self) -> None:
-        """Move what the model's narrow parameters hold to their masters' sums."""
+        """Move what the model's parameters hold to the sums of their masters, where these are other tensors."""
         given = [(p, m) for p, m in self._apart if p.grad is not None]
         for p, master in given:
-            if master.grad is not None:
-                assert p.grad is not None
-                master.grad.add_(p.grad)  # converted as it is read
-                p.grad = None
+            if self.offload or master.grad is not None:
+                _bring(master, p)
         fresh = [(p, m) for p, m in given if p.grad is not None]
         for start in range(0, len(fresh), TOGETHER):
             some = fresh[start : start + TOGETHER]
@@ -82,25 +108,54 @@ class MasterAdamW:
         self._set_aside()
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
         if math.isfinite(norm):
+            self._take()
             for group in self.inner.param_groups:
                 group["lr"] = lr
             self.inner.step()
-            if self._apart:
-                with torch.no_grad():
-                    torch._foreach_copy_([p for p, _ in self._apart], [m for _, m in self._apart])
+            self._give_back()
         self.zero_grad()
         return norm
 
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        """Round the masters to the model's weights."""
+        if self.offload:
+            for p, master in self._apart:
+                p.copy_(_staged(master, p.dtype, pinned=p.is_cuda), non_blocking=True)
+        elif self._apart:
+            torch._foreach_copy_([p for p, _ in self._apart], [m for _, m in self._apart])
+        self._copied = self._versions()
+
     def state_dict(self) -> dict[str, Any]:
-        """Moments, and the masters where they are not the model's own weights."""
-        return {"inner": self.inner.state_dict(), "masters": [m.detach() for _, m in self._apart]}
+        """Moments, and the masters that are more exact than the model's own weights: the same with `offload` and
+        without."""
+        return {"inner": self.inner.state_dict(), "masters": [m.detach() for p, m in self._apart if p.dtype != m.dtype]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a saved state back, bit for bit."""
+        """Take a saved state back, bit for bit; the model has its saved weights already."""
         self.inner.load_state_dict(state["inner"])
+        saved = iter(state["masters"])
         with torch.no_grad():
-            for (_, master), saved in zip(self._apart, state["masters"], strict=True):
-                master.copy_(saved)
+            for p, master in self._apart:
+                master.copy_(p if p.dtype == master.dtype else next(saved))
+
+
+@torch.no_grad()
+def _bring(master: nn.Parameter, p: Tensor) -> None:
+    """Add a parameter's gradient to its master's sum, and free it."""
+    assert p.grad is not None
+    grad = p.grad if p.device == master.device else _staged(p.grad, p.dtype, pinned=p.is_cuda)
+    if master.grad is None:
+        master.grad = grad.to(master.dtype, copy=True)
+    else:
+        master.grad.add_(grad)  # converted as it is read
+    p.grad = None
+
+
+def _staged(x: Tensor, dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """A copy in main memory to be transferred: pinned, at several times the speed. (What stays there is not: pinned
+    memory comes in powers of two.)"""
+    return torch.empty(x.shape, dtype=dtype, pin_memory=pinned).copy_(x)
 
 
 def optimiser_class(kind: str, device: torch.device) -> Any:

@@ -26,18 +26,20 @@ def supervised(
     micro_tokens: int,
     limit: int | None,
     on_step: Callable[[int, dict[str, float]], bool],
+    offload: bool = False,
 ) -> dict[str, float]:
     """Train on `solution`s by mean token log-likelihood; returns the last metrics.
 
     Args:
         limit: solutions longer than this many tokens, prompt included, are left out (never cut).
+        offload: as `training.offload`.
         on_step: called with the number of steps done and the last one's metrics; training stops early when it returns False.
 
     Raises:
         DataError: no problem has a worked solution that fits.
         NonFinite: three updates in a row were not finite.
     """
-    optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01, offload=offload)
     solutions = _Solutions(policy, limit)
     order = Epochs(source, seed, solutions.refusal)
     metrics: dict[str, float] = {}

@@ -66,8 +66,8 @@ class Adapters:
             config = copy.deepcopy(config)  # peft writes into it
             config.task_type = config.task_type or "CAUSAL_LM"
             if getattr(config, "target_modules", None) == "all-linear":  # peft would adapt a vision tower as well
-                config.target_modules = _targets(model, "all-linear")
-        dtype = next(model.parameters()).dtype
+                config.target_modules = targets_in(model, "all-linear")
+        dtype = model.get_input_embeddings().weight.dtype
         with _made_from(seed), readable("[adapter] does not fit this model", RecipeError):
             made = cls(get_peft_model(model, config, autocast_adapter_dtype=False))
         made._settle(made.name, dtype)
@@ -79,7 +79,7 @@ class Adapters:
         need_peft(str(folder))
         from peft import PeftModel
 
-        dtype = next(model.parameters()).dtype
+        dtype = model.get_input_embeddings().weight.dtype
         with _made_from(0), _fits(folder):
             made = cls(PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False))
         made._settle(made.name, dtype)
@@ -89,7 +89,7 @@ class Adapters:
     def given(cls, peft: Any) -> Adapters:
         """The adapter of a PeftModel that Python code brings, trained from now on, in the dtype of the model."""
         made = cls(peft)
-        made._settle(made.name, next(made.model.parameters()).dtype)
+        made._settle(made.name, made.model.get_input_embeddings().weight.dtype)
         for n, p in made.model.named_parameters():  # one that was loaded for inference is frozen
             p.requires_grad_(_is_of(n, made.name))
         return made
@@ -107,7 +107,7 @@ class Adapters:
     def add(self, name: str, *, seed: int = 0) -> dict[str, nn.Parameter]:
         """Another adapter of the policy's shape; returns its parameters, which are trained."""
         config = self.peft.peft_config[self.name]
-        dtype = next(self.model.parameters()).dtype
+        dtype = self.model.get_input_embeddings().weight.dtype
         trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
         with _made_from(seed):
             self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
@@ -277,12 +277,12 @@ def _lora(model: Any, section: AdapterSection) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=section.rank, lora_alpha=section.alpha, target_modules=_targets(model, section.targets),
+        r=section.rank, lora_alpha=section.alpha, target_modules=targets_in(model, section.targets),
         use_rslora=section.rslora, use_dora=section.dora, task_type="CAUSAL_LM", lora_dropout=0.0, bias="none",
     )  # fmt: skip
 
 
-def _targets(model: Any, given: str | tuple[str, ...]) -> list[str]:
+def targets_in(model: Any, given: str | tuple[str, ...]) -> list[str]:
     """The names of the layers to adapt, as short as they can be: layers of the part that reads text alone.
 
     Raises RecipeError for a name that matches none of them."""

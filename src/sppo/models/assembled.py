@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,8 @@ from ..errors import ModelError, RecipeError
 from ..files import read_json
 from .adapters import Adapters, base_of, is_adapter
 from .loading import choose_dtype, existing, load, load_config, outline
-from .weights import cast, counted, parameter_count
+from .multimodal import place
+from .weights import counted, parameter_count
 
 KEY = "policy.model"
 KINDS = ("nf4", "fp4", "int8")
@@ -66,7 +68,7 @@ def load_model(
         dtype = base.get("dtype", "auto")
     model, tokenizer, why = _base(base["name"], dtype, quantize, device, seed)
     quantize = quantised(model.config)
-    count, kind = parameter_count(model), str(next(model.parameters()).dtype).removeprefix("torch.")
+    count, kind = parameter_count(model), str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     stated = (
         f"{counted(count)} parameters in {f'{quantize}, computed in ' if quantize else ''}{kind} on {device} ({why})"
     )
@@ -74,7 +76,10 @@ def load_model(
         return Assembled(model, tokenizer, None, {}, stated)
     adapters = Adapters.read(model, Path(name).expanduser()) if saved else Adapters.onto(model, adapter, seed=seed)
     trained = sum(p.numel() for p in adapters.named(adapters.name).values())
-    base |= {"name": _absolute(base["name"]), "dtype": kind, "quantize": quantize}
+    here = {"name": _absolute(base["name"]), "dtype": kind, "quantize": quantize}
+    if any(base.get(key, here[key]) != here[key] for key in ("dtype", "quantize")):
+        base.pop("fingerprint", None)  # of the same weights, rounded otherwise
+    base |= here
     return Assembled(
         model, tokenizer, adapters, base, f"{stated}, frozen, and an adapter of {counted(trained)} parameters"
     )
@@ -89,7 +94,7 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
     if not quantize and not there:
         model, tokenizer = load(name, role=KEY, head=True, seed=seed)
         chosen, why = choose_dtype(dtype, parameter_count(model), device)
-        return cast(model, chosen).to(device), tokenizer, why
+        return place(model, device, chosen), tokenizer, why
     if (quantize or there) in KINDS and importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"policy.quantize = {quantize or there!r} needs bitsandbytes: pip install 'sppo[adapters]'")
     if is_tiny:  # only what is read from files is quantised on the way
@@ -120,6 +125,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every product
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -170,8 +176,10 @@ def _weight_files(name: str) -> list[str]:
 def given_adapters(model: Any, adapter: Any, seed: int) -> tuple[Any, Adapters | None]:
     """The transformers model of one that Python code brings, and its adapters: a PeftModel's own, or a new one.
 
-    Raises ModelError where a quantised model gets none."""
+    Raises ModelError where a PeftModel is to get a second one, or a quantised model none."""
     if hasattr(model, "active_peft_config"):
+        if adapter is not None:
+            raise ModelError("the given model has an adapter already, which is trained; leave peft_config out")
         adapters = Adapters.given(model)
         return adapters.model, adapters
     if quantised(model.config) and adapter is None:

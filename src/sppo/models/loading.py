@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..errors import ModelError
 from ..files import first_line, read_json, readable
 from ..spec import call, parse_spec
 from ..types import Task
 from . import tiny
+from .head import backbone
+from .multimodal import causal_class, reads_more_than_text
 from .pull import SOURCES
 
 transformers.utils.logging.disable_progress_bar()
@@ -48,11 +50,14 @@ def native_bfloat16(device: torch.device) -> str | None:
     return next((kind for kind in ("AMX", "AVX512-BF16") if found.get(CLASSES[kind])), None)
 
 
-def choose_dtype(requested: str, parameters: int, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype for `policy.dtype` / `critic.dtype`, and the reason, to be stated at start."""
+def choose_dtype(
+    requested: str, parameters: int, device: torch.device, *, elsewhere: bool = False
+) -> tuple[torch.dtype, str]:
+    """The dtype for `policy.dtype` / `critic.dtype`, and the reason, to be stated at start. `elsewhere`: a GPU that is
+    not here, and not asked."""
     if requested != "auto":
         return getattr(torch, requested), "as the recipe says"
-    hardware = native_bfloat16(device)
+    hardware = "CUDA" if elsewhere else native_bfloat16(device)
     if hardware and parameters >= LARGE:
         return torch.bfloat16, f"{parameters / 1e6:.0f}M parameters, and {hardware} multiplies it natively"
     if parameters < LARGE:
@@ -69,8 +74,11 @@ def outline(name: str, *, role: str, head: bool) -> Any:
         return load(name, role=role, head=head)[0]
     name = existing(name, role, weights=False)
     with readable(f"{role}: {name} cannot be loaded", ModelError), torch.device("meta"):
-        factory = AutoModelForCausalLM if head else AutoModel
-        return factory.from_config(load_config(name, role), trust_remote_code=False)
+        config = load_config(name, role)
+        factory = causal_class(config) if head else AutoModel
+        if hasattr(factory, "from_config"):
+            return factory.from_config(config, trust_remote_code=False)
+        return factory(config)
 
 
 def load_config(name: str, role: str) -> Any:
@@ -97,7 +105,9 @@ def saved_dtype(folder: str) -> str:
     choose. Raises ModelError."""
     path = Path(folder) / "config.json"
     with readable(f"{path} cannot be read", ModelError):
-        dtype = read_json(path).get("dtype", "float32")
+        config = read_json(path)
+        text = config.get("text_config")  # of a model that reads more, the part that is trained
+        dtype = (text if isinstance(text, dict) and "dtype" in text else config).get("dtype", "float32")
         if dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ValueError(f"its dtype is {dtype!r}")
         return str(dtype)
@@ -113,7 +123,8 @@ def load(name: str, *, role: str, head: bool, seed: int = 0, **options: Any) -> 
 
     Args:
         role: `policy.model` or `critic.model`, to name the key in errors.
-        head: with a language-model head (`AutoModelForCausalLM`), or the backbone alone (`AutoModel`).
+        head: with a language-model head (`AutoModelForCausalLM`, or the class of a checkpoint that reads more than
+            text), or the backbone alone (`AutoModel`, or its decoder of text).
         seed: initialises what is made from scratch.
         options: of transformers' `from_pretrained`.
 
@@ -128,13 +139,17 @@ def load(name: str, *, role: str, head: bool, seed: int = 0, **options: Any) -> 
         raise ModelError(f"{role}: {name} is an encoder-decoder ({config.model_type}); a policy must be a causal LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, report = load_weights(AutoModelForCausalLM if head else AutoModel, name, role, **options)
+        if head and reads_more_than_text(config):  # so that what is not trained is not rounded either (multimodal.py)
+            options = {"dtype": torch.float32} | options
+        model, report = load_weights(causal_class(config) if head else AutoModel, name, role, **options)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # a critic reads no pooler
     if missing:
         raise ModelError(
             f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a whole "
             f"{'causal LM' if head else 'model'}?"
         )
+    if not head and reads_more_than_text(config):
+        model = backbone(model)
     return model, load_tokenizer(name, role)
 
 

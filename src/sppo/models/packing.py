@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..files import first_line
 from ..kernels import attention
+from .head import Head, backbone
 
 Rows = tuple[dict[str, Any], Tensor]
 
@@ -34,21 +35,22 @@ def packed(ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor, 
 
 
 @torch.no_grad()
-def use(model: Any) -> str:
-    """Let a model take packed rows, if they leave each other alone at every position of three; else returns why not,
-    and leaves it as it was."""
+def use(head: Head) -> str:
+    """Let a head's model take packed rows, if they leave each other alone at every position of three; else returns
+    why not, and leaves it as it was."""
+    model = backbone(head.model)
     before = model.config._attn_implementation
-    weight = next(model.parameters())
-    vocabulary = model.get_input_embeddings().weight.size(0)
+    weight = model.get_input_embeddings().weight
+    vocabulary = weight.size(0)
     ids_BL = (torch.arange(3)[:, None] * 7 + torch.arange(9) * 3 + 1).remainder(vocabulary)
     length_B = torch.tensor([9, 6, 6])
     row_N, position_N = (torch.arange(9) < length_B[:, None]).nonzero(as_tuple=True)
     try:
         inputs, state_N = padded(ids_BL, length_B, row_N, position_N, weight.device)
-        apart_NV = model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+        apart_NV = head.of(inputs, state_N).log_softmax(-1)
         attention.use(model)
         inputs, state_N = packed(ids_BL, length_B, row_N, position_N, weight.device)
-        packed_NV = model(use_cache=False, **inputs).logits.flatten(0, 1)[state_N].log_softmax(-1)
+        packed_NV = head.of(inputs, state_N).log_softmax(-1)
         if (packed_NV - apart_NV).abs().max() <= attention.TOLERANCE[weight.dtype] * apart_NV.abs().max():
             return ""
         why = "its packed sequences see each other"

@@ -22,6 +22,7 @@ from .adapters import REFERENCE, Adapters
 from .assembled import load_model
 from .head import backbone
 from .loading import embedded, ensure_pad, prompt_ids, render_chat
+from .multimodal import freeze_rest, processor_files, shared, text_config
 from .scorer import ActionLogps, Scorer
 from .turns import continuation_ids
 from .weights import Weights, fingerprint, sha256, weights_of, write
@@ -49,7 +50,9 @@ class Policy:
         self.chat = chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
         self.eos_ids = _eos_ids(model, tokenizer, name)
         self.pad_id: int = ensure_pad(tokenizer, f"policy.model: {name}")
+        freeze_rest(model)
         self.scorer: Any = Scorer(model, adapters)
+        self._processor_files = processor_files(model)
         self._divide()
 
     @classmethod
@@ -105,17 +108,17 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        return self.model.get_input_embeddings().weight.device  # of the part that reads text
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return next(self.model.parameters()).dtype
+        return self.model.get_input_embeddings().weight.dtype
 
     @property
     def context(self) -> int | None:
         """The most positions the model can attend to, or None when its config does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(text_config(self.model), "max_position_embeddings", None)
 
     def as_reference(self, saved: Path | None = None) -> Policy:
         """π_ref, a frozen policy of these weights: a copy; or the adapter switched off, where it does nothing yet, else
@@ -137,7 +140,7 @@ class Policy:
     def copied(self) -> Policy:
         """A frozen policy with a copy of all weights."""
         frozen = copy.copy(self)
-        frozen.scorer = copy.deepcopy(self.scorer).requires_grad_(False).eval()
+        frozen.scorer = copy.deepcopy(self.scorer, shared(self.model)).requires_grad_(False).eval()
         frozen.adapters = frozen.scorer.adapters
         frozen.scorer.head.forget()  # the copy's own weight is converted when it is asked for
         frozen.scorer.checkpoint_activations(False)
@@ -294,13 +297,17 @@ class Policy:
         return sha256(self.weights())
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load; of
-        adapters, one that `PeftModel.from_pretrained` loads."""
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load; of a
+        model that reads more than text, all of it, as its own class and `AutoProcessor` load it; of adapters, one that
+        `PeftModel.from_pretrained` loads."""
         if self.adapters is not None:
             self.adapters.save(folder, self.adapters.name, self.base | {"fingerprint": self.frozen_fingerprint()})
         else:
+            text_config(self.model).dtype = self.dtype
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        for name, content in self._processor_files.items():
+            (folder / name).write_bytes(content)
 
     def merge(self) -> None:
         """Add the adapter to the weights (`Adapters.merge`); from then on this is a policy of whole weights."""
@@ -315,6 +322,8 @@ class Policy:
         assert self.adapters is not None
         self.adapters.save_base(folder)
         self.tokenizer.save_pretrained(folder)
+        for name, content in self._processor_files.items():
+            (folder / name).write_bytes(content)
         self.base["name"] = str(folder.resolve())
 
 
@@ -322,7 +331,7 @@ def _eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
     """Every id that ends a response; the tokenizer's own first."""
     found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     generation = getattr(model, "generation_config", None)
-    for ids in (getattr(generation, "eos_token_id", None), model.config.eos_token_id):
+    for ids in (getattr(generation, "eos_token_id", None), getattr(text_config(model), "eos_token_id", None)):
         for i in ids if isinstance(ids, list) else [ids]:
             if i is not None and i not in found:
                 found.append(i)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.logprobs import token_logps, token_logps_from_logits
+from ..kernels.low_rank import weights_only
 from ..kernels.patch_layers import fusable, fused
 from . import packing
 from .actions import Actions
@@ -43,10 +44,11 @@ class Scorer(nn.Module):
         self.model, self.adapters = model, adapters
         self.adapter = adapters.name if adapters else None  # the one that this scorer's passes use
         self.eval()
+        weights_only(model)
         self.head = Head(model)
-        self.unpacked_why = packing.use(model)
+        self.unpacked_why = packing.use(self.head)
         self.packs = not self.unpacked_why
-        self.fusable = fusable(model)  # found now: later a wrapper may hold parts of the weights only
+        self.fusable = fusable(backbone(model))  # found now: later a wrapper may hold parts of the weights only
         self._checkpointed: list[Any] = []
 
     def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
@@ -56,9 +58,10 @@ class Scorer(nn.Module):
         ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
         target_N = ids_BL[actions.row_N, actions.position_N]
         if self.head.direct:
-            hidden_ND = self.states(ids_BL, actions)
-            weight, bias = self.head.projection.weight, self.head.bias
-            logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N.to(hidden_ND.device), temperature)
+            hidden_ND, head = self.states(ids_BL, actions), self.head
+            target_N = target_N.to(hidden_ND.device)
+            weight, bias = head.projection.weight, head.bias
+            logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature, head.scale, head.cap)
         else:
             inputs, state_N = self._rows(ids_BL, actions)
             with self._pass(), self._checkpointing(), self.head.wide():
@@ -75,7 +78,8 @@ class Scorer(nn.Module):
         return hidden.flatten(0, 1)[state_N]
 
     def _rows(self, ids_BL: Tensor, actions: Actions) -> packing.Rows:
-        rows, device = packing.packed if self.packs else packing.padded, next(self.model.parameters()).device
+        rows = packing.packed if self.packs else packing.padded
+        device = self.model.get_input_embeddings().weight.device
         return rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
 
     def _logits_at(self, inputs: dict[str, Any], state_N: Tensor) -> Tensor:

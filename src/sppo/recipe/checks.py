@@ -246,6 +246,14 @@ def adapters_stand_on_frozen_weights(c: Recipe) -> Sentences:
         yield "policy.quantize is for models that are named: load the given model quantised instead"
 
 
+def what_is_offloaded_is_not_paged(c: Recipe) -> Sentences:
+    if c.training.offload and c.training.optimizer == "paged-adamw-8bit":
+        yield (
+            "training.offload keeps all moments in main memory, so none are paged: set optimizer = 'adamw-8bit', or "
+            "leave offload out"
+        )
+
+
 RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     stages_belong_to_staged,
     credit_per_token_needs_ratios_per_token,
@@ -268,5 +276,6 @@ RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     readers_of_step_scores_have_some,
     several_turns_are_no_single_answer,
     adapters_stand_on_frozen_weights,
+    what_is_offloaded_is_not_paged,
 )
 """Every rule; the first sentence of the first one that a recipe breaks is its error."""

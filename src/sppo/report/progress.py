@@ -192,6 +192,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def _peak(memory: Mapping[str, Any]) -> str:
+    """`3.62 GiB (planned: 3.71)`: of a GPU's memory, where there is one."""
+    planned = memory["planned_bytes"]
+    return f"{memory['peak_bytes'] / 2**30:.2f} GiB" + (f" (planned: {planned / 2**30:.2f})" if planned else "")
+
+
 def print_summary(summary: dict[str, Any], out: str) -> None:
     """Print the end of a run: what changed, what it cost, what to do next."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -217,7 +223,7 @@ def print_summary(summary: dict[str, Any], out: str) -> None:
         )
     if summary["alerts"]:
         table.add_row("alerts", f"{', '.join(summary['alerts'])}: read them before you believe the accuracy")
-    table.add_row("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    table.add_row("peak memory", _peak(summary["memory"]))
     table.add_row("policy", str(summary["policy"]))
     console = Console(file=sys.stdout, highlight=False)
     console.print(table)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import attention as packed
+from ..kernels.low_rank import active
 from ..models.policy import Policy
 from .kv_cache import FIRST, Slots
 
@@ -69,7 +70,7 @@ class Captured:
     def __init__(self) -> None:
         self.slots: Slots | None = None
         self._policy: Policy | None = None
-        self._lie: tuple[int, ...] = ()
+        self._lie: tuple[Any, ...] = ()
         self._most = (0, 0)
         self._reached = 0
         self._steps: dict[tuple[int, int], _Step] = {}
@@ -80,7 +81,8 @@ class Captured:
     def slots_for(self, policy: Policy, count: int, longest: int) -> Slots:
         """Returns a cache of at least this size, reusing the current one. What is computed in it depends on these two
         numbers alone, not on what was there."""
-        lie = tuple(p.data_ptr() for p in policy.model.parameters())
+        weights, layers = policy.model.parameters(), policy.model.modules()
+        lie = *(p.data_ptr() for p in weights), *(name for layer in layers for name in active(layer))
         self._most = (count, -(-longest // FIRST) * FIRST)
         rows, columns = self._most
         enough = self.slots is not None and self.slots.count >= rows and self.slots.longest >= columns

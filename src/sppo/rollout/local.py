@@ -7,7 +7,6 @@ values, or cannot be packed, is sampled by the plain loop (rollout/reference.py)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,15 +14,13 @@ from torch import Tensor
 
 from ..kernels import attention as packed
 from ..kernels.cpu import decode
-from ..kernels.cpu.build import NoCompiler
 from ..kernels.patch_layers import fused
-from ..models.loading import first_line
 from ..models.policy import Policy
 from ..models.weights import Weights
 from .cuda_graphs import Captured, next_logits
 from .engine import Sample, Sampling
 from .kv_cache import Prefix, Slots
-from .reference import PlainEngine
+from .reference import PlainEngine, trouble
 from .scheduler import Admitted, Key, Scheduler
 from .sequences import Drawn, Forced, Responses
 
@@ -45,6 +42,8 @@ class LocalEngine:
         self.compiled = not slow and decode.fits(policy.model)
         self.captured = Captured() if not slow and policy.device.type == "cuda" else None
         self.stated = f"engine local: the plain loop, several times slower: {slow}" if slow else ""
+        if self.plain is not None and self.plain.stated:
+            self.stated = f"engine local: {self.plain.stated}"
         if self.compiled and (why := _trouble(policy, compiled=True)):
             self.compiled = False
             self.stated = f"engine local: decoding is not compiled, about half as fast: {why}"
@@ -192,25 +191,8 @@ class _Forward:
 
 
 def _trouble(policy: Policy, compiled: bool = False, captured: Captured | None = None) -> str:
-    """Why sampling through slots (and by the compiled or captured step) does not find what the policy itself finds of a few short sequences; empty
-    when it does."""
-    vocabulary = policy.model.get_input_embeddings().weight.size(0)
+    """Why sampling through slots (and by the compiled or captured step) does not find what the policy itself finds; empty when it does."""
     rows, longest = (13, 40) if compiled else (3, 5)  # enough for every loop of decode.c to run, whole and in part
-    longest = min(longest, (policy.context or longest) - 4)
-    lengths = [max(1, longest - 2 * (b % 2) - b // 3) for b in range(rows)]
-    prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate(lengths)]
-    responses = [[(5 * b + 2 * t + 2) % vocabulary for t in range(2 + b % 3)] for b in range(rows)]
-    given = Forced(responses)
-    try:
-        _decode(policy, prompts, given, rows - 1, compiled, captured)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NoCompiler) as error:
-        return first_line(error)
-    theirs = policy.given_logps(prompts, responses)
-    mine_N, theirs_N = (torch.tensor([x for row in found for x in row]) for found in (given.logps, theirs))
-    gaps, scale = (mine_N - theirs_N).abs(), float(theirs_N.abs().max())
-    if not math.isfinite(scale) or bool((gaps <= packed.TOLERANCE[policy.dtype] * scale).all()):
-        return ""  # what is not a number is the policy's trouble, and said when it is sampled from
-    way = "decode.c" if compiled else "captured steps" if captured else "slots"
-    return f"its log-probabilities through {way} are off by {float(gaps.max()):.2g}"
+    return trouble(
+        policy, lambda prompts, given: _decode(policy, prompts, given, rows - 1, compiled, captured), rows, longest
+    )

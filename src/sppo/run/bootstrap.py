@@ -51,7 +51,7 @@ def bootstrap(c: Components, state: State, sync: Callable[[int], None], interrup
 
     supervised(
         c.policy, source, section, seed=c.config.seed, micro_tokens=c.config.training.micro_budget,
-        limit=c.policy.context, on_step=on_step,
+        limit=c.policy.context, on_step=on_step, offload=c.config.training.offload,
     )  # fmt: skip
     state.seconds_bootstrap = time.monotonic() - began - state.seconds_evaluating
     state.seconds += state.seconds_bootstrap

@@ -19,7 +19,7 @@ from ..evaluation.evaluate import held_out_tasks
 from ..evaluation.step_quality import step_checker
 from ..learning.learner import Learner
 from ..learning.optimizer import optimiser_class
-from ..memory import give_back, keep_memory
+from ..memory import give_back, keep_memory, measure_peak
 from ..models.adapter_critic import AdapterCritic
 from ..models.adapters import is_adapter
 from ..models.assembled import given_adapters, name_of, on, quantised
@@ -43,7 +43,7 @@ from ..types import Task
 from .curriculum import Uniform, curriculum
 from .directory import RunDirectory
 from .observer import Observer
-from .plan import Model, plan, typical_prompt
+from .plan import Model, Plan, plan, typical_prompt
 from .prompts import PromptLimit, shown_prompt
 from .provenance import data_of, must_be_the_same
 from .warnings import Warnings
@@ -82,8 +82,8 @@ class Components:
     monitors: Monitors
     policy: Policy
     critic: Critic | None
-    tight: bool
-    """Whether freed memory goes back to the machine at once (plan.py)."""
+    plan: Plan | None
+    """Of memory (plan.py); None for networks of a few thousand weights."""
     engine: Engine
     sampling: Sampling
     warnings: Warnings
@@ -95,6 +95,11 @@ class Components:
     checker: Checker | None
     """Checks the steps of a response, where these tasks or this reward can."""
 
+    @property
+    def tight(self) -> bool:
+        """Whether freed memory goes back to the machine at once."""
+        return self.plan is not None and self.plan.tight
+
 
 def build(config: Config, directory: RunDirectory, observer: Observer, parts: Parts, saved: Path | None) -> Components:
     """The components of a new run, or of one that goes on from the checkpoint `saved`.
@@ -104,9 +109,12 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     keep_memory()
     torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
     note, device = observer.note, pick_device()
+    measure_peak(device)
     note(f"processor {processor(device)}")
     config = _settled(config, note)
     optimiser_class(config.training.optimizer, device)  # refused now, and not after a bootstrap
+    if config.training.offload and device.type == "cpu":
+        raise RecipeError("training.offload moves the optimiser out of a GPU's memory, and there is none: leave it out")
     environment, reward = load_environment(config.task.environment), _reward(config, parts)
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
@@ -116,12 +124,14 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
         config = config.model_copy(update={"adapter": policy.adapters.section})  # as peft has settled it
     if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
         policy.save_base(directory.path / "base")
-    if config.training.checkpoint_activations:
-        policy.checkpoint_activations()
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
     critic = load_critic(config, policy, parts.critic, saved, device, note)
+    if config.training.checkpoint_activations:
+        policy.checkpoint_activations()
+        if isinstance(critic, AdapterCritic):
+            critic.checkpoint_activations()
     one_control_task(config, policy, critic)
-    config, tight = _planned(config, policy, critic, train_tasks, device, note)
+    config, planned = _planned(config, policy, critic, train_tasks, device, note)
     if saved is None:
         size, adapted = parameter_count(policy.model), policy.adapters is not None
         of_critic = size if config.critic.model == POLICY else parameter_count(critic) if critic is not None else 0
@@ -142,7 +152,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     )
     return Components(
         config=config, observer=observer, directory=directory, data=data, environment=environment, reward=reward, verifier=verifier_sha256(reward),
-        monitors=monitors, policy=policy, critic=critic, tight=tight, engine=engine, sampling=sampling, warnings=warnings,
+        monitors=monitors, policy=policy, critic=critic, plan=planned, engine=engine, sampling=sampling, warnings=warnings,
         prompt_limit=limit, train_tasks=train_tasks, held_out=held_out, curriculum=problems,
         checker=step_checker(config.task.eval or config.task.train, held_out[0], reward),
     )  # fmt: skip
@@ -175,18 +185,18 @@ def _tasks(config: Config, parts: Parts) -> tuple[TaskSource, TaskSource]:
 
 def _planned(
     config: Config, policy: Policy, critic: Critic | None, tasks: TaskSource, device: torch.device, note: Note
-) -> tuple[Config, bool]:
-    """The recipe with `training.micro_tokens` chosen where it is open, and whether memory is tight; says what is needed."""
+) -> tuple[Config, Plan | None]:
+    """The recipe with `training.micro_tokens` chosen where it is open, and the plan of its memory, which is said."""
     if isinstance(policy, ControlPolicy):  # networks of a few thousand weights
-        return config, False
+        return config, None
     prompt = typical_prompt(tasks, lambda task: len(policy.prompt_ids(task)), config.task.max_prompt_tokens)
-    reader = None if critic is None else Model(critic.backbone, next(critic.parameters()).dtype)
-    found = plan(config, Model(policy.model, policy.dtype), reader, device, prompt)
+    reader = None if critic is None else Model.of_critic(critic)
+    found = plan(config, Model.of(policy), reader, device, prompt)
     note(found.stated())
     if device.type == "cpu":
         keep_memory(found.capacity)
     training = config.training.model_copy(update={"micro_tokens": found.micro_tokens})
-    return config.model_copy(update={"training": training}), found.tight
+    return config.model_copy(update={"training": training}), found
 
 
 def _usable(
@@ -218,6 +228,8 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
+        if hasattr(given[0], "active_peft_config"):  # then the recipe's [adapter] only says what is there
+            adapter = parts.adapter
         model, adapters = given_adapters(on(given[0], device), adapter, config.seed)
         dtype, base = str(model.dtype).removeprefix("torch."), None
         if adapters is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..learning.batch import pack
+from .out_of_memory import explained
 from .run import Run
 from .sample import inspect, judging, sample
 
@@ -10,8 +11,13 @@ from .sample import inspect, judging, sample
 def train(run: Run) -> dict[str, object]:
     """Run from where the state is to the last step (or an interruption); returns the summary it also writes.
 
-    Raises RunFailure (non-finite updates, stale weights, engine mismatch): whatever was recorded until then stays.
+    Raises RunFailure (non-finite updates, stale weights, engine mismatch): whatever was recorded until then stays. OutOfMemory says what to turn.
     """
+    with explained(run):
+        return _train(run)
+
+
+def _train(run: Run) -> dict[str, object]:
     c = run.components
     run.begin()
     for step in range(run.state.step, c.config.training.steps):

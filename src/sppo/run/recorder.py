@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..evaluation.evaluate import Evaluation, mean_measures
 from ..learning.batch import Batch
 from ..learning.update_stats import Trace
+from ..memory import peak_memory
 from ..objective.diagnostics import explained_variance_ceiling
 from ..recipe.config import flattened
 from ..rollout.collect import overruled
@@ -247,7 +247,8 @@ class Recorder:
             "overruled": state.overruled / max(state.responses, 1),
             "alerts": sorted(c.monitors.raised, key=c.monitors.raised.__getitem__),
             "passed_over": c.curriculum.passed_over,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_memory(torch.device("cpu")),
+            "memory": _memory(c),
             "seed": c.config.seed,
             "recipe_sha256": c.config.sha256,
             "policy_sha256": c.policy.sha256(),
@@ -257,6 +258,21 @@ class Recorder:
         c.directory.summary(summary)
         self.trackers.close(summary)
         return summary
+
+
+def _memory(c: Components) -> dict[str, Any]:
+    """The peak that was planned, and the one that was measured since the run began: of a GPU, the tensors alone."""
+    device = c.policy.device
+    planned = None if c.plan is None else c.plan.parts()
+    if planned is not None and device.type == "cuda":
+        planned["total"] -= planned.pop("the process")
+    return {
+        "device": device.type,
+        "planned_bytes": planned and planned["total"],
+        "peak_bytes": peak_memory(device),
+        "planned": planned,
+        "phase": c.plan and c.plan.largest,
+    }
 
 
 def _count(state: State, step: Step, metrics: dict[str, Any], seconds: float) -> None:

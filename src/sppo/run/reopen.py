@@ -23,7 +23,7 @@ class Reopened:
     recorded: Config
     """The recipe in its folder."""
     config: Config
-    """The recipe that it goes on with: more steps, or its data elsewhere."""
+    """The recipe that it goes on with: more steps, its data elsewhere, or what needs less memory."""
     saved: Path | None
     """The newest complete checkpoint; None for a run that never got that far."""
 
@@ -51,8 +51,14 @@ class Reopened:
         self.directory.seal_beginning(c.config, c.verifier, c.data, after=self.done)
 
 
-def reopen(path: Path, observer: Observer, steps: int | None, data: Mapping[str, Any] | None) -> Reopened:
-    """The run in a folder, locked for this process; `steps` and `data` (by recipe key) replace what its recipe says.
+def reopen(
+    path: Path,
+    observer: Observer,
+    steps: int | None,
+    data: Mapping[str, Any] | None,
+    memory: Mapping[str, Any] | None = None,
+) -> Reopened:
+    """The run in a folder, locked for this process; `steps`, `data` and `memory` (by recipe key) replace what its recipe says.
 
     Raises a UserError where it cannot be resumed: files missing or changed, a damaged chain, fewer steps than it has done.
     """
@@ -66,7 +72,9 @@ def reopen(path: Path, observer: Observer, steps: int | None, data: Mapping[str,
         found = directory.checkpoints()
         saved = found[-1] if found else None
         if steps is not None:
-            config = _with_steps(config, steps)
+            config = _changed(config, "training.steps", steps, "--steps")
+        for key, value in (memory or {}).items():
+            config = _changed(config, key, value, f"--{key}")
         out = Reopened(directory, recorded, _in_folder(config, path), saved)
         if steps is not None and steps < out.done:
             raise RecipeError(f"--steps {steps}: {path} has already done {out.done}; give more, or leave --steps out")
@@ -82,10 +90,11 @@ def reopen(path: Path, observer: Observer, steps: int | None, data: Mapping[str,
         raise
 
 
-def _with_steps(config: Config, steps: int) -> Config:
+def _changed(config: Config, dotted: str, value: Any, option: str) -> Config:
     tree = config.model_dump()
-    tree["training"]["steps"] = steps
-    return Config.validated(tree, "--steps")
+    section, _, key = dotted.partition(".")
+    tree[section][key] = value
+    return Config.validated(tree, option)
 
 
 def _in_folder(config: Config, path: Path) -> Config:

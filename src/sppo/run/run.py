@@ -69,11 +69,12 @@ class Run:
     @classmethod
     def resume(
         cls, path: Path, observer: Observer | None = None, parts: Parts | None = None, steps: int | None = None,
-        data: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None, memory: Mapping[str, Any] | None = None,
     ) -> Run:  # fmt: skip
-        """A run from its newest complete checkpoint, or its beginning; `steps` replaces its number of steps, `data` the places of its files by key.
+        """A run from its newest complete checkpoint, or its beginning; `steps` replaces its number of steps, `data` the places of its files by key,
+        `memory` what else decides how much it needs (`MEMORY_KEYS`).
         Raises a UserError, and changes nothing in the folder, where it cannot be resumed."""
-        found, run = reopen(path, observer or Silent(), steps, data), None
+        found, run = reopen(path, observer or Silent(), steps, data, memory), None
         try:
             c = build(found.config, found.directory, observer or Silent(), parts or Parts(), found.saved)
             run = cls(c, found.saved)

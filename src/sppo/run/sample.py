@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..audit.work import without_work
 from ..errors import RewardError
 from ..learning.lessons import Lessons
-from ..memory import give_back
+from ..memory import give_back, ran_out
 from ..rewards.combine import MixedReward
 from ..rollout.collect import collect
 from ..spec import GIVEN
@@ -133,7 +133,7 @@ def inspect(c: Components, step: int, sampled: Sampled) -> Sampled:
 
 @contextlib.contextmanager
 def judging(c: Components, state: State, save: Callable[[], None]) -> Iterator[None]:
-    """When the reward fails for good, the run is saved as it was before this step: mended, it goes on from there."""
+    """When the reward fails for good, or memory runs out, the run is saved as it was before this step: mended, it goes on from there."""
     before = c.curriculum.state_dict()
     try:
         yield
@@ -145,3 +145,9 @@ def judging(c: Components, state: State, save: Callable[[], None]) -> Iterator[N
         if c.config.reward.use == GIVEN:
             how = "train again with resume_from_checkpoint=True"
         raise RewardError(f"{error}; step {state.step} is saved: mend the reward, then {how}") from error
+    except (MemoryError, RuntimeError) as error:
+        if state.step and ran_out(error):
+            c.curriculum.load_state_dict(before)
+            with contextlib.suppress(MemoryError, RuntimeError):  # then the last checkpoint has to do
+                save()
+        raise

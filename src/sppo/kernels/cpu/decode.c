@@ -31,21 +31,34 @@ INLINE void totals(const vf x[4], float out[4]) {
 #endif
 }
 
-/* Where the results of a product go: rounded to `out`, which keeps its own value besides if `add`; or in float32 to `logits`.
- * Rows are `width` apart; `bias` may be null. */
-typedef struct { T *out; float *logits; const T *bias; long width; int add; } Target;
+/* An adapter beside a product: scale . (x . a^T) . b^T, a scale for each column; a is null where there is none. */
+typedef struct { const T *a, *b; const float *scale; long rank; } LowRank;
 
-INLINE void finish(vf sum, const Target *to, long row, long column) {
+/* Where the results of a product go: rounded to `out`, which keeps its own value besides if `add`; or in float32 to `logits`.
+ * Rows are `width` apart; `bias` may be null. `beside`, null for none: an adapter, and `low` = x . a^T, rows filled(rank) apart. */
+typedef struct { T *out; float *logits; const T *bias; long width; int add; const LowRank *beside; const T *low; } Target;
+
+/* Rounded between the two as the learner's layer is (patch_layers.py). */
+INLINE void finish(vf sum, vf low, const Target *to, long row, long column) {
     long at = row * to->width + column;
     if (to->bias) sum += load(to->bias + column);
+    if (to->beside) sum = rounded(sum) + loadf(to->beside->scale + column) * low;
     if (to->logits) { *(vfu *)(to->logits + at) = sum; return; }
     store(to->out + at, to->add ? load(to->out + at) + rounded(sum) : sum);
 }
 
 static void tiled(int rows, int many, Rows x, const T *w, long steps, Ahead ahead, const Target *to, long row, long column) {
-    vf sum[TALL][WIDE];
+    vf sum[TALL][WIDE], low[TALL][WIDE] = {};
+    if (to->beside) {
+        long row_low = filled(to->beside->rank), some = pairs(to->beside->rank);
+        Rows h = {to->low + row * row_low, row_low, PAIR};
+        const T *b = to->beside->b + column / L * some * STEP;
+#define TILE(height, width) summed(height, width, h, b, some * STEP, some, (Ahead){0}, low);
+        EVERY_TILE(rows, many)
+#undef TILE
+    }
 #define TILE(height, width) summed(height, width, x, w, steps * STEP, steps, ahead, sum); \
-        for (int r = 0; r < height; r++) for (int c = 0; c < width; c++) finish(sum[r][c], to, row + r, column + c * L);
+        for (int r = 0; r < height; r++) for (int c = 0; c < width; c++) finish(sum[r][c], low[r][c], to, row + r, column + c * L);
     EVERY_TILE(rows, many)
 #undef TILE
 }
@@ -166,16 +179,17 @@ static void mixed(long heads, const float *weight, long stride, const T *values,
 typedef struct { /* decode.py fills it; absent tensors are null */
     const T *norm, *qkv, *o, *qkv_bias, *o_bias, *q_norm, *k_norm, *mlp_norm, *gate_up, *down;
     T *keys, *values; /* [slots, groups, columns, size] */
+    LowRank qkv_beside, o_beside, gate_up_beside, down_beside;
 } Layer;
 
 typedef struct {
-    long layers, hidden, heads, groups, size, inner, vocabulary;
+    long layers, hidden, heads, groups, size, inner, vocabulary, rank; /* the largest rank of an adapter */
     float epsilon, scale;
     const T *embedding, *norm, *head;
     const Layer *layer;
 } Model;
 
-typedef struct { T *h, *x, *qkv, *seen, *gate_up, *gated; float *score; } Room;
+typedef struct { T *h, *x, *qkv, *seen, *gate_up, *gated, *low; float *score; } Room;
 
 /* Where things lie in a pass's scratch memory; returns its size in bytes. */
 static long laid(const Model *m, long N, long columns, long threads, char *base, Room *room) {
@@ -187,6 +201,7 @@ static long laid(const Model *m, long N, long columns, long threads, char *base,
     PLACE(seen, N * filled(m->heads * m->size))
     PLACE(gate_up, N * 2 * filled(m->inner))
     PLACE(gated, N * filled(m->inner))
+    PLACE(low, N * filled(m->rank))
     PLACE(score, threads * a_group * columns)
 #undef PLACE
     return at + LINE;
@@ -251,6 +266,17 @@ INLINE void meet(Share by) {
     }
 }
 
+/* A product of x [N, k] and what is beside it: all of its panels for `to`, those [from, end) by this thread. */
+static void adapted(long N, const T *x, const T *w, long k, long from, long end, Target to, const LowRank *beside, T *low, Share by) {
+    if (beside->a) {
+        SHARE(beside->rank, r0, r1)
+        product(N, x, beside->a, k, r0, r1, (Target){.out = low, .width = filled(beside->rank)});
+        meet(by);
+        to.beside = beside, to.low = low;
+    }
+    product(N, x, w, k, from, end, to);
+}
+
 /* All layers, over N tokens; room.h holds what comes out. */
 static void read_layers(const Model *m, const Tokens *tokens, const Room *room, long N, Share by) {
     long q = m->heads * m->size, qkv = q + 2 * m->groups * m->size, hidden = m->hidden;
@@ -261,7 +287,7 @@ static void read_layers(const Model *m, const Tokens *tokens, const Room *room, 
         const Layer *l = m->layer + i;
         for (long n = by.me; n < N; n += by.all) normed(room->h + n * h_row, l->norm, hidden, m->epsilon, room->x + n * h_row);
         meet(by);
-        product(N, room->x, l->qkv, hidden, q0, q1, (Target){room->qkv, 0, l->qkv_bias, filled(qkv), 0});
+        adapted(N, room->x, l->qkv, hidden, q0, q1, (Target){.out = room->qkv, .bias = l->qkv_bias, .width = filled(qkv)}, &l->qkv_beside, room->low, by);
         meet(by);
         for (long u = units * by.me / by.all; u < units * (by.me + 1) / by.all; u++)
             placed(m, l, unit_at(m, l, room, tokens, u / m->groups, u % m->groups));
@@ -275,14 +301,14 @@ static void read_layers(const Model *m, const Tokens *tokens, const Room *room, 
             for (long u = 0; u < units; u++) ATTEND(u);
         }
 #undef ATTEND
-        product(N, room->seen, l->o, q, d0, d1, (Target){room->h, 0, l->o_bias, h_row, 1});
+        adapted(N, room->seen, l->o, q, d0, d1, (Target){.out = room->h, .bias = l->o_bias, .width = h_row, .add = 1}, &l->o_beside, room->low, by);
         meet(by);
         for (long n = by.me; n < N; n += by.all) normed(room->h + n * h_row, l->mlp_norm, hidden, m->epsilon, room->x + n * h_row);
         meet(by);
-        product(N, room->x, l->gate_up, hidden, 2 * i0, 2 * i1, (Target){room->gate_up, 0, 0, 2 * i_row, 0});
+        adapted(N, room->x, l->gate_up, hidden, 2 * i0, 2 * i1, (Target){.out = room->gate_up, .width = 2 * i_row}, &l->gate_up_beside, room->low, by);
         for (long n = 0; n < N; n++) gated(room->gate_up + n * 2 * i_row, room->gated + n * i_row, i0, i1);
         meet(by);
-        product(N, room->gated, l->down, m->inner, d0, d1, (Target){room->h, 0, 0, h_row, 1});
+        adapted(N, room->gated, l->down, m->inner, d0, d1, (Target){.out = room->h, .width = h_row, .add = 1}, &l->down_beside, room->low, by);
         meet(by);
     }
 }
@@ -293,7 +319,7 @@ static void read_logits(const Model *m, const T *h, T *x, const int64_t *wanted,
     SHARE(m->vocabulary, v0, v1)
     for (long n = by.me; n < W; n += by.all) normed(h + wanted[n] * h_row, m->norm, m->hidden, m->epsilon, x + n * h_row);
     meet(by);
-    product(W, x, m->head, m->hidden, v0, v1, (Target){0, logits, 0, filled(m->vocabulary), 0});
+    product(W, x, m->head, m->hidden, v0, v1, (Target){.logits = logits, .width = filled(m->vocabulary)});
 }
 
 enum { SMALL = 4 << 20, PIECES = 64 }; /* bytes of weights that every core's cache holds, about; pieces that a pass is cut into, at most */
@@ -338,7 +364,7 @@ void read_tokens(const Model *m, const Tokens *tokens, long N, const int64_t *wa
                 long n = starts[i];
                 Tokens mine = *tokens;
                 Room its = {room.h + n * h_row, room.x + n * h_row, room.qkv + n * filled(qkv), room.seen + n * filled(q),
-                            room.gate_up + n * 2 * filled(m->inner), room.gated + n * filled(m->inner), 0};
+                            room.gate_up + n * 2 * filled(m->inner), room.gated + n * filled(m->inner), room.low + n * filled(m->rank), 0};
                 mine.ids += n, mine.slots += n, mine.positions += n;
                 read_layers(m, &mine, &its, starts[i + 1] - n, alone);
             }

@@ -5,8 +5,12 @@ the matrix products and in attention made for many queries (docs/performance.md)
 matrices are copied anew into the order in which the products read them: nothing can go stale. Where there is no
 compiler, sampling goes through the model's own layers, and says so.
 
-Left out: AMX tiles, for want of a machine to see them right on; sliding windows; any architecture whose layers are
-not Llama's.
+The product of an adapter (LoRA) is computed beside the matrix's, and rounded where the learner rounds it: added to a
+bfloat16 matrix, most of an update would be rounded away (docs/performance.md). A quantised matrix is dequantised when
+it is copied.
+
+Left out: AMX tiles, for want of a machine to see them right on; sliding windows; DoRA; any architecture whose layers
+are not Llama's.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..low_rank import base_of, dense, is_adapted, is_known, is_quantised, low_rank
 from .build import library
 
 KINDS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -24,39 +29,44 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def fits(model: Any) -> bool:
-    """Whether a model is one that `decode.c` knows: transformers' own class with its own layers (no adapters, no
-    wrapped weights, no hooks), ordinary options, and weights on the CPU in float32 or bfloat16."""
+    """Whether a model is one that `decode.c` knows: transformers' own class with its own layers (no wrapped weights, no
+    hooks; `low_rank.is_known` says which adapters and quantised matrices), ordinary options, and the other weights on
+    the CPU in float32 or bfloat16."""
     kind = type(model)
     if kind.__name__ not in KINDS or not kind.__module__.startswith("transformers.models."):
         return False
-    config, head = model.config, model.get_output_embeddings()
+    config, head, embedding = model.config, model.get_output_embeddings(), model.get_input_embeddings()
     ordinary = config.hidden_act in ("silu", "swish") and getattr(config, "sliding_window", None) is None
     linear = [m for name, m in model.named_modules() if name.rpartition(".")[2] in _PROJECTIONS]
-    plain = (
-        all(type(m) is nn.Linear for m in (*linear, head))
-        and len(linear) == len(_PROJECTIONS) * config.num_hidden_layers
-    )
+    known = all(map(is_known, linear)) and len(linear) == len(_PROJECTIONS) * config.num_hidden_layers
     if (
-        not (ordinary and plain)
+        not (ordinary and known and type(head) is nn.Linear and type(embedding) is nn.Embedding)
         or head.bias is not None
-        or any(layer.mlp.down_proj.bias is not None for layer in model.model.layers)
+        or any(base_of(layer.mlp.down_proj).bias is not None for layer in model.model.layers)
+        or any(type(m).__module__.startswith("peft.") and not is_adapted(m) for m in model.modules())
     ):
         return False
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
-    weights = {(type(p), p.dtype, p.device.type, p.is_contiguous()) for p in model.parameters()}
-    known = [{(nn.Parameter, dtype, "cpu", True)} for dtype in (torch.float32, torch.bfloat16)]
-    return weights in known and len(model.get_input_embeddings().weight) >= len(head.weight)
+    packed = {m.weight for m in map(base_of, linear) if is_quantised(m)}
+    rest = {(type(p), p.dtype, p.device.type, p.is_contiguous()) for p in model.parameters() if p not in packed}
+    plain = [{(nn.Parameter, dtype, "cpu", True)} for dtype in (torch.float32, torch.bfloat16)]
+    return rest in plain and all(w.device.type == "cpu" for w in packed) and len(embedding.weight) >= len(head.weight)
 
 
 _TENSORS = (
     "norm", "qkv", "o", "qkv_bias", "o_bias", "q_norm", "k_norm", "mlp_norm", "gate_up", "down", "keys", "values",
 )  # fmt: skip
-_SIZES = ("layers", "hidden", "heads", "groups", "size", "inner", "vocabulary")
+_BESIDE = ("qkv_beside", "o_beside", "gate_up_beside", "down_beside")
+_SIZES = ("layers", "hidden", "heads", "groups", "size", "inner", "vocabulary", "rank")
+
+
+class _LowRank(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "b", "scale")), ("rank", ctypes.c_long)]
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in _TENSORS]
+    _fields_ = [*((name, ctypes.c_void_p) for name in _TENSORS), *((name, _LowRank) for name in _BESIDE)]
 
 
 class _Model(ctypes.Structure):
@@ -95,7 +105,7 @@ class Decoder:
         if not fits(model):
             raise ValueError("it is not a model that decode.c knows")
         self._library = _declared(library("decode", model.dtype))
-        self._slots, self.threads = slots, torch.get_num_threads()
+        self._slots, self.threads, self._dtype = slots, torch.get_num_threads(), model.dtype
         config, layers = model.config, model.model.layers
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -109,7 +119,8 @@ class Decoder:
         head = model.get_output_embeddings().weight
         self._model = _Model(
             len(layers), config.hidden_size, heads, config.num_key_value_heads, size, config.intermediate_size,
-            len(head), config.rms_norm_eps, layers[0].self_attn.scaling, self._at(model.get_input_embeddings().weight),
+            len(head), max(getattr(layer, name).rank for layer in self._layers for name in _BESIDE),
+            config.rms_norm_eps, layers[0].self_attn.scaling, self._at(model.get_input_embeddings().weight),
             self._at(model.model.norm.weight), self._at(self._packed(head)), self._layers,
         )  # fmt: skip
         self._rows = len(model.get_input_embeddings().weight)
@@ -154,21 +165,46 @@ class Decoder:
     def _layer(self, layer: Any) -> _Layer:
         """A layer's tensors; absent ones stay null."""
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        qkv, gate_up = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
         tensors = {
             "norm": layer.input_layernorm.weight, "mlp_norm": layer.post_attention_layernorm.weight,
-            "qkv": self._packed(torch.cat([x.weight for x in qkv])), "o": self._packed(attention.o_proj.weight),
-            "gate_up": self._packed(mlp.gate_proj.weight, mlp.up_proj.weight),
-            "down": self._packed(mlp.down_proj.weight),
+            "qkv": self._packed(torch.cat([self._matrix(x) for x in qkv])),
+            "o": self._packed(self._matrix(attention.o_proj)), "down": self._packed(self._matrix(mlp.down_proj)),
+            "gate_up": self._packed(*(self._matrix(x) for x in gate_up)),
         }  # fmt: skip
-        if qkv[0].bias is not None:
-            tensors["qkv_bias"] = self._filled(torch.cat([x.bias for x in qkv]))
-        if attention.o_proj.bias is not None:
-            tensors["o_bias"] = self._filled(attention.o_proj.bias)
+        if base_of(qkv[0]).bias is not None:
+            tensors["qkv_bias"] = self._filled(torch.cat([base_of(x).bias for x in qkv]))
+        if base_of(attention.o_proj).bias is not None:
+            tensors["o_bias"] = self._filled(base_of(attention.o_proj).bias)
         for name in ("q_norm", "k_norm"):
             if (norm := getattr(attention, name, None)) is not None:
                 tensors[name] = norm.weight
-        return _Layer(**{name: self._at(tensor) for name, tensor in tensors.items()})
+        beside = {
+            "qkv_beside": self._beside(*qkv), "o_beside": self._beside(attention.o_proj),
+            "gate_up_beside": self._beside(*gate_up, in_turns=True), "down_beside": self._beside(mlp.down_proj),
+        }  # fmt: skip
+        return _Layer(**{name: self._at(tensor) for name, tensor in tensors.items()}, **beside)
+
+    def _matrix(self, layer: Any) -> Tensor:
+        return dense(base_of(layer), self._dtype)
+
+    def _beside(self, *layers: Any, in_turns: bool = False) -> _LowRank:
+        """The active adapters of layers that read the same: A's one below the other, B's along a diagonal. in_turns: a
+        register of one layer's results, then one of the next's."""
+        found = [low_rank(layer) for layer in layers]
+        some = [x for x in found if x is not None]
+        if not some:
+            return _LowRank()
+        sizes, made = [base_of(layer).out_features for layer in layers], some[0].b_NR.new_zeros
+        a_RK = torch.cat([x.a_RK for x in some])
+        b_NR = torch.block_diag(*(x.b_NR if x else made(n, 0) for x, n in zip(found, sizes, strict=True)))
+        scale_N = torch.cat(
+            [made(n, dtype=torch.float32) + (x.scale if x else 0) for x, n in zip(found, sizes, strict=True)]
+        )
+        parts = sizes if in_turns else [len(b_NR)]
+        scale = torch.stack([self._filled(part).view(-1, self._library.lanes()) for part in scale_N.split(parts)], 1)
+        b = self._packed(*b_NR.split(parts))
+        return _LowRank(self._at(self._packed(a_RK)), self._at(b), self._at(scale), len(a_RK))
 
     def _at(self, tensor: Tensor) -> int:
         self._tensors.append(tensor)

@@ -97,7 +97,7 @@ void head_forward(const Head *h, Seen *room) {
 }
 
 /* The gradient of a tile of logits (divided by `scale`), of `rows` tokens from n on: d logp / d logit = onehot - softmax, rounded as it is multiplied
- * later. To `by_token`, whose rows are a token's, and to `by_column`, whose panels are `apart`.
+ * later. To `by_token`, whose rows are a token's, and, where the weights' gradient is wanted, to `by_column`, whose panels are `apart`.
  *
  * Not inlined: the exponential's constants would take the registers that the product's sums need. */
 static __attribute__((noinline)) void graded(const Head *h, int rows, int many, vf (*x)[WIDE], float scale, long n, long column, T *by_token, long row, T *by_column, long apart) {
@@ -111,7 +111,7 @@ static __attribute__((noinline)) void graded(const Head *h, int rows, int many, 
             store(by_token + r * row + c * L, x[r][c]);
         }
     }
-    for (int r = 0; r < rows; r += PAIR)
+    for (int r = 0; r < rows && h->grad_weight; r += PAIR)
         for (int c = 0; c < many; c++) {
             vf pair[2] = {x[r][c], r + 1 < rows ? x[r + 1][c] : (vf){}};
             store_pairs(by_column + c * apart + r / PAIR * STEP, pair);
@@ -126,14 +126,14 @@ enum { BY_TOKEN = SLICE * L + LINE, BY_ROW = SLICE * L * L + STEP };
 typedef struct {
     T *hidden_by_row, *weight_by_row; /* the right sides of the last two products; the second of a slice */
     T *by_token, *by_column; /* the gradient of the logits, left side of either: [TOKENS, BY_TOKEN], and [SLICE, TOKENS / PAIR, L, PAIR] */
-    float *weight_sum; /* [SLICE x L, D] */
+    float *weight_sum; /* [SLICE x L, D]; hidden_by_row, by_column and this only where grad_weight is wanted */
 } Room;
 
 static long laid(const Head *h, char *base, Room *room) {
     long at = 0, tokens = h->N < TOKENS ? h->N + PAIR : TOKENS;
 #define PLACE(field, count) room->field = (void *)(base + at); at += ((count) * (long)sizeof(*room->field) + LINE - 1) / LINE * LINE;
-    PLACE(hidden_by_row, (h->N + PAIR) * h->D) PLACE(weight_by_row, BY_ROW * (h->D / L))
-    PLACE(by_token, tokens * BY_TOKEN) PLACE(by_column, tokens * SLICE * L)
+    PLACE(hidden_by_row, h->grad_weight ? (h->N + PAIR) * h->D : 0) PLACE(weight_by_row, BY_ROW * (h->D / L))
+    PLACE(by_token, tokens * BY_TOKEN) PLACE(by_column, h->grad_weight ? tokens * SLICE * L : 0)
     PLACE(weight_sum, h->grad_weight ? SLICE * L * h->D : 0)
 #undef PLACE
     return at + LINE;
@@ -156,7 +156,7 @@ void head_backward(const Head *h, char *memory) {
 #define SHARE(count, unit) (((count) + (unit) - 1) / (unit) * me / all * (unit))
 #define UNTIL(count, unit) (me + 1 == all ? (count) : ((count) + (unit) - 1) / (unit) * (me + 1) / all * (unit))
         long own = SHARE(N, PAIR), rest = UNTIL(N, PAIR) - own;
-        by_row(h->hidden + own * D, D, rest, pairs(rest), apart, D, room.hidden_by_row + own / PAIR * STEP);
+        if (h->grad_weight) by_row(h->hidden + own * D, D, rest, pairs(rest), apart, D, room.hidden_by_row + own / PAIR * STEP);
 #pragma omp barrier
         for (long s = 0; s < panels; s += SLICE) {
             long slice = panels - s < SLICE ? panels - s : SLICE, from = s + SHARE(slice, 1), end = s + UNTIL(slice, 1);

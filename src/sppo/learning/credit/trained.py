@@ -29,7 +29,7 @@ class TrainedCritic:
         self.critic: Critic | None = critic
         self.model, self.policy, self.config = critic, policy, config
         critic.reads_out(linear=config.objective.value_loss == "squared")
-        self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay)
+        self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay, offload=t.offload)
         self.running_ev: float | None = None
         self.earned = Earned()
 

@@ -1,0 +1,288 @@
+"""What a model takes of memory: its weights, what is trained of them, and what a token costs in a training pass.
+
+Everything is counted by an outline, the model's modules without their weights, so that a plan is the same before a model is loaded
+and after. An adapter (LoRA) trains little, and keeps nearly as much: its own inputs are the layers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.cpu import decode
+from ..kernels.cpu.head import KEPT, PANEL
+from ..kernels.cuda.head import CHUNK_ELEMENTS as CUDA_CHUNK
+from ..kernels.elementwise import compiles
+from ..kernels.logprobs import CHUNK_ELEMENTS
+from ..kernels.patch_layers import fusable_family
+from ..models.adapter_critic import AdapterCritic
+from ..models.adapters import targets_in
+from ..models.critic import Critic
+from ..models.loading import choose_dtype, native_bfloat16, outline
+from ..models.policy import Policy
+from ..models.weights import parameter_count
+from ..rewards.combine import parse_mixture
+from ..spec import parse_spec
+
+NF4 = 0.5 + (1 + 4 / 256) / 64
+"""Bytes per weight: four bits, for each block of 64 a constant of eight bits, and for each 256 of these a float32."""
+EIGHT_BIT = 2 * (1 + 4 / 256)
+"""Bytes per weight of 8-bit moments: two, each with a float32 constant for each block of 256."""
+SMALL = 4096
+"""bitsandbytes keeps the moments of tensors below so many numbers in float32."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank matrices beside some layers of a frozen base."""
+
+    rank: int
+    targets: str | tuple[str, ...]
+    """As a recipe's `adapter.targets`."""
+    dora: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A transformer's sizes; one that its config does not name gets a usual value."""
+
+    layers: int
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any) -> Sizes:
+        """By the config of a model, or of its part that reads text."""
+        config = getattr(model.config, "get_text_config", lambda: model.config)()
+
+        def number(name: str, usual: int) -> int:
+            found = getattr(config, name, None)
+            return found if isinstance(found, int) and found > 0 else usual
+
+        hidden = number("hidden_size", 1024)
+        heads = number("num_attention_heads", 1)
+        size = number("head_dim", hidden // heads)
+        inner, keys = number("intermediate_size", 4 * hidden), number("num_key_value_heads", heads) * size
+        return cls(number("num_hidden_layers", 24), hidden, inner, heads * size, keys, number("vocab_size", 32_000))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the plan reads it; its weights may be on the meta device."""
+
+    model: Any
+    dtype: torch.dtype
+    adapter: Adapter | None = None
+    quantize: str = ""
+    shared: bool = False
+    """Whether the base is another model's, and counted there."""
+
+    @classmethod
+    def of(cls, policy: Policy) -> Model:
+        """A policy that is there."""
+        adapter = None
+        if policy.adapters is not None:
+            settings = policy.adapters.peft.peft_config[policy.adapters.name]
+            layers = tuple(name for name, m in policy.model.named_modules() if hasattr(m, "lora_A"))
+            adapter = Adapter(getattr(settings, "r", 0), layers, getattr(settings, "use_dora", False))
+        return cls(policy.model, policy.dtype, adapter, policy.base.get("quantize", ""))
+
+    @classmethod
+    def of_critic(cls, critic: Critic) -> Model:
+        """A critic that is there."""
+        if isinstance(critic, AdapterCritic):
+            return replace(cls.of(critic.policy), shared=True)
+        return cls(critic.backbone, next(critic.parameters()).dtype)
+
+    @cached_property
+    def outline(self) -> Any:
+        """The model without adapters and without quantised layers: itself, or its like on the meta device."""
+        if self.adapter is None and not self.quantize:
+            return self.model
+        if next(self.model.parameters()).is_meta:
+            return self.model
+        with torch.device("meta"):
+            return type(self.model)(self.model.config)
+
+    @cached_property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linear layers by name, without the head: what is quantised."""
+        head = getattr(self.outline, "get_output_embeddings", lambda: None)()
+        return {n: m for n, m in self.outline.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+    @cached_property
+    def adapted(self) -> dict[str, nn.Linear]:
+        """Those that get low-rank matrices. Raises RecipeError for a target that is no layer's name."""
+        if self.adapter is None or not self.adapter.targets:
+            return {}
+        wanted = targets_in(self.outline, self.adapter.targets)
+        return {n: m for n, m in self.linears.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the base; tied ones once."""
+        return parameter_count(self.outline)
+
+    @property
+    def size(self) -> int:
+        """Bytes per number."""
+        return self.dtype.itemsize
+
+    @property
+    def base(self) -> int:
+        """Bytes of the base: all of it in the dtype, or its linear layers quantised."""
+        packed = sum(m.weight.numel() for m in self.linears.values())
+        constants = 4 * sum(m.out_features for m in self.linears.values())
+        taken = {"nf4": int(NF4 * packed), "int8": packed + constants}.get(self.quantize, packed * self.size)
+        return (self.parameters - packed) * self.size + taken
+
+    @cached_property
+    def trained(self) -> int:
+        """Weights with a gradient."""
+        return sum(self._shapes())
+
+    def _shapes(self) -> list[int]:
+        """The sizes of the trained tensors: all of the model's, or an adapter's two matrices per layer (DoRA: a magnitude besides)."""
+        if self.adapter is None:
+            return [p.numel() for p in self.model.parameters() if p.requires_grad]
+        rank, dora = self.adapter.rank, self.adapter.dora
+        each = [(rank * m.in_features, rank * m.out_features, dora * m.out_features) for m in self.adapted.values()]
+        return [n for shapes in each for n in shapes if n]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the optimiser keeps float32 masters beside the weights."""
+        return self.size < 4
+
+    def moments(self, kind: str) -> int:
+        """Bytes of an optimiser's two moments."""
+        if "8bit" not in kind:
+            return 8 * self.trained
+        return int(sum(n * (EIGHT_BIT if n >= SMALL else 8) for n in self._shapes()))
+
+    def optimiser(self, kind: str) -> int:
+        """Bytes of the moments, and of the float32 masters that are kept for narrower weights."""
+        return self.moments(kind) + (4 * self.trained if self.narrow else 0)
+
+    @property
+    def beside(self) -> int:
+        """Bytes of the adapter's own weights."""
+        return 0 if self.adapter is None else self.trained * self.size
+
+
+def activations(model: Model, device: torch.device, checkpointing: bool, elsewhere: bool = False) -> int:
+    """Bytes that a training pass keeps for each token, with what its backward pass holds of one layer beside them.
+
+    `elsewhere`: the device is not here; it has compiled layers if its kind can.
+    """
+    z = Sizes.of(model.outline)
+    if fusable_family(model.outline) and (elsewhere or compiles(device.type, model.dtype)):
+        layer = _kept_by_fused(model, z)
+    else:
+        layer = _kept_by_autograd(model, z.layers) or 24 * z.hidden * model.size
+    backward = (3 * z.inner + 4 * z.hidden) * model.size
+    return z.layers * z.hidden * model.size + layer + backward if checkpointing else z.layers * layer + backward
+
+
+def _kept_by_fused(model: Model, z: Sizes) -> int:
+    """Bytes for each token and layer of compiled layers: what each norm reads and gives, queries and what they saw, keys and values, the
+    gate, what it lets through, their product. What a frozen matrix reads is not kept, unless an adapter beside it reads it too (or
+    bitsandbytes holds it: int8)."""
+
+    def kept(*projections: str) -> bool:
+        return model.adapter is None or model.quantize == "int8" or any(n.endswith(projections) for n in model.adapted)
+
+    numbers = 2 * z.hidden + 2 * z.queries + 2 * z.keys + 2 * z.inner
+    numbers += z.hidden * (kept("q_proj", "k_proj", "v_proj") + kept("gate_proj", "up_proj"))
+    numbers += z.inner * kept("down_proj")
+    if model.adapter is not None:
+        rank, dora = model.adapter.rank, model.adapter.dora  # DoRA keeps both products, whose sum it scales
+        numbers += sum(rank + dora * 2 * m.out_features for m in model.adapted.values()) // z.layers
+    return numbers * model.size
+
+
+def _kept_by_autograd(model: Model, layers: int, tokens: int = 16) -> int:
+    """Bytes for each token and layer that PyTorch keeps of a training pass, counted on the meta device; 0 where that cannot be."""
+    seen: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    try:
+        with torch.device("meta"):
+            hollow = type(model.outline)(model.outline.config).to(model.dtype).eval()
+            if model.adapter is not None:
+                _adapt(hollow, model)
+            weights = {p.untyped_storage()._cdata for p in hollow.parameters()}
+            inner = hollow.base_model if hasattr(hollow, "base_model") else hollow
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                out = inner(input_ids=torch.ones(1, tokens, dtype=torch.long))
+        return sum(n for key, n in seen.items() if key not in weights) // (tokens * layers) if out is not None else 0
+    except Exception:  # a model that does more than read ids: it is planned by its size
+        return 0
+
+
+def _adapt(hollow: Any, model: Model) -> None:
+    """Put the adapter into an outline, the base frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    assert model.adapter is not None
+    hollow.requires_grad_(False)
+    settings = LoraConfig(r=model.adapter.rank, target_modules=list(model.adapted), use_dora=model.adapter.dora)
+    inject_adapter_in_model(settings, hollow, low_cpu_mem_usage=True)
+
+
+def head(model: Model, device: torch.device) -> Callable[[int], int]:
+    """Bytes of the output projection's passes, as a function of the tokens of a micro-batch: the matrix as the products read it and its
+    gradient, and slices of the logits."""
+    z, trains = Sizes.of(model.outline), model.adapter is None
+    matrix = z.vocabulary * z.hidden
+    if device.type == "cuda":  # the gradient is summed in float32, and rounded once
+        gradient = trains * matrix * (4 + model.narrow * model.size)
+        slices = 4 + model.narrow * model.size
+        return lambda tokens: (
+            gradient + slices * min(max(CUDA_CHUNK, z.hidden // 4 * z.vocabulary), tokens * z.vocabulary)
+        )
+    if model.size == 2 and native_bfloat16(device) and z.hidden % PANEL == 0:
+        # packed and its gradient; logits kept for the backward pass; a slice of the vocabulary
+        fixed = matrix * 2 * (1 + trains) + 32 * 2**20
+        return lambda tokens: fixed + min(KEPT, tokens * z.vocabulary * 2)
+    fixed = matrix * (4 * model.narrow + trains * (4 + model.narrow * model.size))
+    return lambda tokens: fixed + 2 * 4 * min(CHUNK_ELEMENTS, tokens * z.vocabulary)
+
+
+def packed_for_decoding(model: Model) -> int:
+    """Bytes of the copy of all matrices, and of the adapters beside them, that compiled decoding on a CPU reads; 0 where it is not compiled."""
+    if type(model.outline).__name__ not in decode.KINDS:
+        return 0
+    z = Sizes.of(model.outline)
+    numbers = sum(m.weight.numel() for m in model.linears.values()) + z.vocabulary * z.hidden
+    return (numbers + (0 if model.adapter is None else model.trained)) * model.size
+
+
+def reward_models(use: str) -> list[tuple[str, str]]:
+    """The models behind a recipe's rewards (`model:FOLDER`, `steps:model=FOLDER`), each with the dtype that it asks for."""
+    found = []
+    for spec in (parse_spec(text, "sppo.rewards") for _, _, text in parse_mixture(use)):
+        named = spec.options.get("model") or (spec.words[0] if spec.name == "model" and spec.words else None)
+        if spec.name in ("model", "steps") and named:
+            found.append((str(named), str(spec.options.get("dtype", "auto"))))
+    return found
+
+
+def reward_bytes(use: str, device: torch.device, elsewhere: bool = False) -> int:
+    """Bytes of these models. Raises ModelError for one that is not there."""
+    total = 0
+    for name, requested in reward_models(use):
+        count = parameter_count(outline(name, role="reward model", head=False))
+        total += count * choose_dtype(requested, count, device, elsewhere=elsewhere)[0].itemsize
+    return total
