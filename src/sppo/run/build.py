@@ -228,6 +228,8 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
+        if hasattr(given[0], "active_peft_config"):  # then the recipe's [adapter] only says what is there
+            adapter = parts.adapter
         model, adapters = given_adapters(on(given[0], device), adapter, config.seed)
         dtype, base = str(model.dtype).removeprefix("torch."), None
         if adapters is not None:
