@@ -225,11 +225,11 @@ def targets_in(model: Any, given: str | tuple[str, ...]) -> list[str]:
             if not any(n == name or n.endswith("." + name) for n in text):
                 raise RecipeError(f"adapter.targets: no layer of this model is called {name!r}; {nearest(name, last)}")
 
-    def matched(names: list[str]) -> list[str]:
-        return [n for n in linear if any(n == w or n.endswith("." + w) for w in names)]
+    def matched(name: str) -> bool:
+        return any(name == w or name.endswith("." + w) for w in wanted)
 
-    beyond = set(matched(wanted)) - set(text)
-    return [n for n in matched(wanted) if n not in beyond] if beyond else wanted
+    beyond = any(matched(n) for n, _ in model.named_modules() if n not in text)  # peft goes by names alone
+    return [n for n in text if matched(n)] if beyond else wanted
 
 
 def _is_linear(module: Any) -> bool:
