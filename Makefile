@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
-.PHONY: bench-busy bench-pretrained bench-memory
+.PHONY: bench-busy bench-pretrained bench-memory families
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise
 
@@ -21,6 +21,7 @@ help:
 	@echo "make $(SPEED)   sampling, updates, whole steps against peers"
 	@echo "make bench-pretrained   baselines and ratios on SmolLM2-135M: with a GPU, --jobs 12"
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
+	@echo "make families     every model family, small: trains, saves, loads in its own class, resumes; up to 15 minutes"
 	@echo "make bench-elementwise   norms, gated units and rotations on a GPU, against Liger's and PyTorch's"
 	@echo "make bench-memory  the memory plan against the measured peak, ten settings"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
@@ -135,6 +136,10 @@ bench-trl: dev
 
 bench-stability: dev
 	$(BIN)/python benchmarks/stability.py --figure docs/evidence/stability.svg
+
+# Some hundred architectures, small and with random weights, through two steps of the real loop; the last line is JSON. Under 15 minutes on two cores.
+families: dev
+	$(BIN)/python benchmarks/families.py
 
 bench-head: dev
 	$(BIN)/python benchmarks/head.py

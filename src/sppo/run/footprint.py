@@ -50,6 +50,8 @@ class Adapter:
     targets: str | tuple[str, ...]
     """As a recipe's `adapter.targets`."""
     dora: bool = False
+    experts: tuple[int, ...] = ()
+    """Sizes of the matrices that peft puts beside experts, which are no layers."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,11 @@ class Model:
         adapter = None
         if policy.adapters is not None:
             settings = policy.adapters.peft.peft_config[policy.adapters.name]
-            layers = tuple(name for name, m in policy.model.named_modules() if hasattr(m, "lora_A"))
-            adapter = Adapter(getattr(settings, "r", 0), layers, getattr(settings, "use_dora", False))
+            low = {name: m for name, m in policy.model.named_modules() if hasattr(m, "lora_A")}
+            layers = tuple(name for name, m in low.items() if not hasattr(m, "parameter_name"))
+            beside = [x for name, m in low.items() if name not in layers for x in (m.lora_A, m.lora_B)]
+            experts = tuple(x[policy.adapters.name].weight.numel() for x in beside)
+            adapter = Adapter(getattr(settings, "r", 0), layers, getattr(settings, "use_dora", False), experts)
         return cls(policy.model, policy.dtype, adapter, policy.base.get("quantize", ""))
 
     @classmethod
@@ -178,7 +183,7 @@ class Model:
             return [p.numel() for _, p in text_parameters(self.model) if p.requires_grad]
         rank, dora = self.adapter.rank, self.adapter.dora
         each = [(rank * reads, rank * gives, dora * gives) for reads, gives in self.adapted.values()]
-        return [n for shapes in each for n in shapes if n]
+        return [n for shapes in each for n in shapes if n] + list(self.adapter.experts)
 
     @property
     def narrow(self) -> bool:
