@@ -41,8 +41,8 @@ LEAST = 256
 """The smallest micro-batch that is chosen, in tokens."""
 PROCESS = 470 * 2**20
 """Python, PyTorch, transformers and datasets by themselves, with the workspace of matrix products, about."""
-PEFT = 40 * 2**20
-"""peft, and what it imports."""
+PEFT = 60 * 2**20
+"""peft and bitsandbytes, with what they import."""
 FRAGMENTS = 1.15
 """Bytes of a CPU's heap per byte that a micro-batch holds: tensors of changing sizes leave holes."""
 MALLOC = 2 * GIB
@@ -194,7 +194,14 @@ class _Sum:
         own, wide = self._gradients(policy)
         update = self._update(chosen, each)
         step = {"gradients": own, "gradients in float32": wide}
-        phases = {"sampling": sampling, "judging": self._judging(), "update": update, "optimiser step": step}
+        loading = self._loading(sum(stays.values()) - stays["the process"])
+        phases = {
+            "loading": loading,
+            "sampling": sampling,
+            "judging": self._judging(),
+            "update": update,
+            "optimiser step": step,
+        }
         if self.critic is not None:
             phases["critic"] = self._teaching(self.critic, chosen)
         kept = 0 if self.on_gpu else min(MALLOC, update["one micro-batch"])
@@ -242,6 +249,15 @@ class _Sum:
         if rewards := sum(model.base for model, _ in self._rewards):
             stays["the reward model"] = rewards
         return stays
+
+    def _loading(self, stays: int) -> dict[str, int]:
+        """Weights as they are read, beyond what later stays: a file that is mapped, and its copy in another dtype or quantised."""
+        policy = self.policy
+        saved = getattr(policy.outline.config, "dtype", None)
+        if self.on_gpu or not isinstance(saved, torch.dtype):
+            return {}
+        copied = policy.parameters * policy.size if saved != policy.dtype else policy.base if policy.quantize else 0
+        return {"weights as they are read": max(0, policy.parameters * saved.itemsize + copied - stays)}
 
     def _host(self) -> dict[str, int]:
         """What lies in main memory instead of the GPU's: towers, and of an offloaded optimiser a float32 master of every weight, its moments and
