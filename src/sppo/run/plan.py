@@ -5,6 +5,7 @@ unknown beforehand: every response counts at its limit, every prompt at the mean
 
     stays     the process, weights (quantised ones packed), an adapter, float32 masters, the optimiser's moments, the reference (none under an
               adapter: it is switched off), the critic with its own (only an adapter where it is the policy's), a reward model, an engine's copy
+    loading   a checkpoint's file and its copy in another dtype (on a CPU)
     sampling  weights packed for the compiled decoder, keys and values, logits, a pass over prompts
     judging   the reward model's pass
     update    gradients, their float32 sums where there are several micro-batches, one micro-batch's activations, the head
@@ -50,8 +51,7 @@ MALLOC = 2 * GIB
 PROCESS_CUDA = 600 * 2**20
 """What a CUDA context takes of a GPU."""
 TURN = {
-    "weights": 'quantise the base (policy.quantize = "nf4" under [adapter])',
-    "weights packed for decoding": 'train an [adapter] on a smaller model, or sample with rollout.engine = "vllm"',
+    "weights": 'quantise the base (policy.quantize = "nf4" under [adapter]), or take a smaller model',
     "optimiser": 'set training.optimizer = "adamw-8bit", or train an [adapter]',
     "reference": "train an [adapter], whose reference is its own base",
     "critic and its optimiser": 'take a smaller critic, or critic.model = "policy" under [adapter]',
@@ -117,7 +117,7 @@ class Plan:
     def advice(self) -> str:
         """Where most of the memory goes, and what to turn."""
         name, size = self.most
-        turn = next((what for part, what in TURN.items() if name.startswith(part)), TURN["one micro-batch"])
+        turn = TURN[max((part for part in TURN if name.startswith(part)), key=len, default="one micro-batch")]
         return f"the most goes into {name} ({said(size)}): {turn}"
 
     def stated(self) -> str:
