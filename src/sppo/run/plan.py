@@ -286,7 +286,7 @@ class _Sum:
         following = tokens if self.config.search is not None else min(tokens, whole - tokens)
 
         def micro_batch(tokens: int, own: int, wide: int) -> dict[str, int]:
-            kept = int(tokens * each * (1 if self.on_gpu else FRAGMENTS))
+            kept = int(tokens * each * (1 if self.on_gpu else FRAGMENTS)) + self.policy.unpacked
             return {"gradients": own, "gradients in float32": wide, "one micro-batch": kept, "head": output(tokens)}
 
         first = micro_batch(tokens, own if self.offload else own // 2, 0)
