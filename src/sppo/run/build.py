@@ -42,8 +42,9 @@ from ..threads import fitted
 from ..types import Task
 from .curriculum import Uniform, curriculum
 from .directory import RunDirectory
+from .footprint import Model
 from .observer import Observer
-from .plan import Model, Plan, plan, typical_prompt
+from .plan import Plan, plan, typical_prompt
 from .prompts import PromptLimit, shown_prompt
 from .provenance import data_of, must_be_the_same
 from .warnings import Warnings

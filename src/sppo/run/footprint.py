@@ -161,6 +161,11 @@ class Model:
         return (parameter_count(self.outline) - packed) * self.size + taken
 
     @property
+    def unpacked(self) -> int:
+        """Bytes of the largest quantised matrix, as a product reads it."""
+        return max((n * m for n, m in self.linears.values()), default=0) * self.size if self.quantize else 0
+
+    @property
     def towers(self) -> int:
         """Bytes of what reads more than text (models/multimodal.py): in main memory, in the checkpoint's dtype."""
         narrow = getattr(self.outline.config, "dtype", None)

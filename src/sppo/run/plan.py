@@ -5,6 +5,7 @@ unknown beforehand: every response counts at its limit, every prompt at the mean
 
     stays     the process, weights (quantised ones packed), an adapter, float32 masters, the optimiser's moments, the reference (none under an
               adapter: it is switched off), the critic with its own (only an adapter where it is the policy's), a reward model, an engine's copy
+    loading   a checkpoint's file and its copy in another dtype (on a CPU)
     sampling  weights packed for the compiled decoder, keys and values, logits, a pass over prompts
     judging   the reward model's pass
     update    gradients, their float32 sums where there are several micro-batches, one micro-batch's activations, the head
@@ -41,8 +42,8 @@ LEAST = 256
 """The smallest micro-batch that is chosen, in tokens."""
 PROCESS = 470 * 2**20
 """Python, PyTorch, transformers and datasets by themselves, with the workspace of matrix products, about."""
-PEFT = 40 * 2**20
-"""peft, and what it imports."""
+PEFT = 60 * 2**20
+"""peft and bitsandbytes, with what they import."""
 FRAGMENTS = 1.15
 """Bytes of a CPU's heap per byte that a micro-batch holds: tensors of changing sizes leave holes."""
 MALLOC = 2 * GIB
@@ -50,8 +51,7 @@ MALLOC = 2 * GIB
 PROCESS_CUDA = 600 * 2**20
 """What a CUDA context takes of a GPU."""
 TURN = {
-    "weights": 'quantise the base (policy.quantize = "nf4" under [adapter])',
-    "weights packed for decoding": 'train an [adapter] on a smaller model, or sample with rollout.engine = "vllm"',
+    "weights": 'quantise the base (policy.quantize = "nf4" under [adapter]), or take a smaller model',
     "optimiser": 'set training.optimizer = "adamw-8bit", or train an [adapter]',
     "reference": "train an [adapter], whose reference is its own base",
     "critic and its optimiser": 'take a smaller critic, or critic.model = "policy" under [adapter]',
@@ -117,7 +117,7 @@ class Plan:
     def advice(self) -> str:
         """Where most of the memory goes, and what to turn."""
         name, size = self.most
-        turn = next((what for part, what in TURN.items() if name.startswith(part)), TURN["one micro-batch"])
+        turn = TURN[max((part for part in TURN if name.startswith(part)), key=len, default="one micro-batch")]
         return f"the most goes into {name} ({said(size)}): {turn}"
 
     def stated(self) -> str:
@@ -194,7 +194,14 @@ class _Sum:
         own, wide = self._gradients(policy)
         update = self._update(chosen, each)
         step = {"gradients": own, "gradients in float32": wide}
-        phases = {"sampling": sampling, "judging": self._judging(), "update": update, "optimiser step": step}
+        loading = self._loading(sum(stays.values()) - stays["the process"])
+        phases = {
+            "loading": loading,
+            "sampling": sampling,
+            "judging": self._judging(),
+            "update": update,
+            "optimiser step": step,
+        }
         if self.critic is not None:
             phases["critic"] = self._teaching(self.critic, chosen)
         kept = 0 if self.on_gpu else min(MALLOC, update["one micro-batch"])
@@ -243,6 +250,15 @@ class _Sum:
             stays["the reward model"] = rewards
         return stays
 
+    def _loading(self, stays: int) -> dict[str, int]:
+        """Weights as they are read, beyond what later stays: a file that is mapped, and its copy in another dtype or quantised."""
+        policy = self.policy
+        saved = getattr(policy.outline.config, "dtype", None)
+        if self.on_gpu or not isinstance(saved, torch.dtype):
+            return {}
+        copied = policy.parameters * policy.size if saved != policy.dtype else policy.base if policy.quantize else 0
+        return {"weights as they are read": max(0, policy.parameters * saved.itemsize + copied - stays)}
+
     def _host(self) -> dict[str, int]:
         """What lies in main memory instead of the GPU's: towers, and of an offloaded optimiser a float32 master of every weight, its moments and
         the sum of its gradients."""
@@ -270,7 +286,7 @@ class _Sum:
         following = tokens if self.config.search is not None else min(tokens, whole - tokens)
 
         def micro_batch(tokens: int, own: int, wide: int) -> dict[str, int]:
-            kept = int(tokens * each * (1 if self.on_gpu else FRAGMENTS))
+            kept = int(tokens * each * (1 if self.on_gpu else FRAGMENTS)) + self.policy.unpacked
             return {"gradients": own, "gradients in float32": wide, "one micro-batch": kept, "head": output(tokens)}
 
         first = micro_batch(tokens, own if self.offload else own // 2, 0)
