@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
+SPEED  := bench-rollout bench-update bench-step bench-critic bench-length bench-adapters
 
 .PHONY: bench-busy bench-pretrained bench-memory families
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
