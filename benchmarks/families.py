@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import transformers
-from architectures import TABLE, make
 
+from architectures import TABLE, make
 from sppo.recipe.config import Config
 from sppo.rollout.engine import Sampling
 from sppo.rollout.local import LocalEngine
@@ -81,9 +81,16 @@ def check(name: str, work: Path) -> dict[str, Any]:
         "class": type(loaded).__name__, "trained": f"{len(trained)} of {len(moved)}",
         "update": "packed" if policy.packs else f"padded: {policy.scorer.unpacked_why}",
         "sampling": engine.stated.removeprefix("engine local: ") or ("compiled" if engine.compiled else "batched"),
-        "head": "direct" if policy.scorer.head.direct else "whole logits",
+        "head": head(policy.scorer.head),
         "gap": gap(policy, engine), "tokens_per_s": speed(policy),
     }  # fmt: skip
+
+
+def head(found: Any) -> str:
+    """How log-probabilities are computed of a hidden state."""
+    if not found.direct:
+        return "whole logits"
+    return "capped" if found.cap else "direct" if found.scale == 1 else "scaled"
 
 
 def gap(policy: Any, engine: Any) -> float:
@@ -117,20 +124,25 @@ def main() -> None:
     names = args.only or list(TABLE)
     if unknown := [name for name in names if name not in TABLE]:
         sys.exit(f"no family {unknown[0]!r}; there are {', '.join(TABLE)}")
-    rows, failed = {}, {}
+    print(json.dumps(report(names, trace=args.trace)))
+
+
+def report(names: list[str], trace: bool = False) -> dict[str, Any]:
+    """Check families, a line for each; returns what the last line says."""
+    rows, failed = {}, []
     for name in names:
         work, began = Path(tempfile.mkdtemp()), time.perf_counter()
         try:
             rows[name] = check(name, work)
             print(f"{name:28} {json.dumps(rows[name])} {time.perf_counter() - began:.1f} s", flush=True)
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {error}"
-            print(f"{name:28} FAILED {failed[name][:300]}", flush=True)
-            if args.trace:
+            failed.append(name)
+            print(f"{name:28} FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)
+            if trace:
                 traceback.print_exc()
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    print(json.dumps({"families": len(names), "failed": sorted(failed), "rows": rows}))
+    return {"families": len(names), "failed": failed, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def _next_token(
     grouped = query.reshape(rows, key.size(1), -1, size)
     scale = size**-0.5 if scaling is None else scaling
     seen = attended(grouped, key, value, lots(boundaries.diff().tolist(), mask_B11S), scale)
-    return seen.view(rows, 1, heads, size)
+    return seen.view(rows, 1, heads, -1)  # values may be narrower than keys (DeepSeek)
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -39,14 +39,15 @@ def attended(query: Tensor, key: Tensor, value: Tensor, among: Sequence[Lot], sc
 
     Args:
         query: [B, groups, heads per group, D].
-        key, value: [B, groups, columns, D].
+        key: [B, groups, columns, D].
+        value: [B, groups, columns, E].
         among: from `lots`.
 
     Returns:
-        Like the query, contiguous.
+        [B, groups, heads per group, E], contiguous.
     """
     query = query.contiguous()  # the fused kernel wants it
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:-1], value.size(-1))
     for start, end, width, mask in among:
         q, k, v = query[start:end], key[start:end, :, :width], value[start:end, :, :width]
         if q.device.type != "cpu" or q.dtype != torch.float32:

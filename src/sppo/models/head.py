@@ -147,8 +147,7 @@ def _asked(head: Head) -> tuple[float, float | None] | None:
     else:
         read = _ratio(given[0], hidden)
         rounding = 1e-2 if shown.dtype in HALF else 1e-5
-        linear_at, capped_at, small_at = shown[0, 0, :3].double().tolist()
-        scale, cap = _curve(linear_at, capped_at, small_at, rounding)
+        scale, cap = _curve(shown[0, 0, :3].double().tolist(), rounding)
         if not scale > 0 or not _near(_after(z.clone(), scale, cap), shown, max(rounding, 1e-3)):
             return None
     if read <= 0 or (read != 1.0 and head.bias is not None):
@@ -177,8 +176,9 @@ def _ratio(read: Tensor, hidden: Tensor) -> float:
     return _snapped(ratio, 1e-5) if _near(read, ratio * hidden.double(), 1e-2) else 0.0
 
 
-def _curve(linear: float, capped: float, small: float, rounding: float) -> tuple[float, float | None]:
+def _curve(shown: list[float], rounding: float) -> tuple[float, float | None]:
     """Scale and cap, from logits of the projections LINEAR, CAPPED and SMALL."""
+    linear, capped, small = shown
     scale = _snapped(small / SMALL, rounding)
     if abs(capped - scale * CAPPED) < max(rounding, 1e-3) * abs(scale) * CAPPED:
         return _snapped(linear / LINEAR, rounding), None

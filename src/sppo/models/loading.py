@@ -16,7 +16,7 @@ from ..spec import call, parse_spec
 from ..types import Task
 from . import tiny
 from .head import backbone
-from .multimodal import causal_class, reads_more_than_text
+from .multimodal import causal_class, narrow_rest, reads_more_than_text
 from .pull import SOURCES
 
 transformers.utils.logging.disable_progress_bar()
@@ -148,7 +148,9 @@ def load(name: str, *, role: str, head: bool, seed: int = 0, **options: Any) -> 
             f"{role}: {name} lacks weights for {missing[0]} ({len(missing)} in all); is it a whole "
             f"{'causal LM' if head else 'model'}?"
         )
-    if not head and reads_more_than_text(config):
+    if head:
+        narrow_rest(model, config.dtype)
+    elif reads_more_than_text(config):
         model = backbone(model)
     return model, load_tokenizer(name, role)
 

@@ -58,17 +58,20 @@ def freeze_rest(model: nn.Module) -> None:
         p.requires_grad_(False)
 
 
+def narrow_rest(model: Any, dtype: Any) -> None:
+    """Give what is not trained of a float32 model the dtype of its checkpoint back, where that rounds nothing."""
+    for p in _rest(model):
+        if p.dtype == torch.float32 and isinstance(dtype, torch.dtype) and torch.equal(p.to(dtype).float(), p):
+            p.data = p.data.to(dtype)
+
+
 def place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move a model as it was loaded; of one that reads more than text (in float32) the part for text. The rest, which
-    computes nothing here, stays on the CPU, in the checkpoint's dtype where that holds it without rounding."""
+    """Move a model; of one that reads more than text the part for text. The rest, which computes nothing here, stays on
+    the CPU as it was loaded."""
     if not reads_more_than_text(model.config):
         return cast(model, dtype).to(device)
     for part in _text_parts(model):
         cast(part, dtype).to(device)
-    narrow = getattr(model.config, "dtype", None)
-    for p in _rest(model):
-        if isinstance(narrow, torch.dtype) and torch.equal(p.to(narrow).to(p.dtype), p):
-            p.data = p.data.to(narrow)
     return model
 
 

@@ -33,6 +33,8 @@ from .rows import columns_found, parsed, read_rows
 
 PROMPTS = ("prompt", "question", "problem", "messages", "conversations", "instruction")
 """Columns that a prompt is read from, in this order (and `text` of MBPP's rows)."""
+IMAGES = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of what is not text in published sets."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SHAREGPT = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool",
@@ -102,6 +104,12 @@ def task_from(
         DataError: the row has no usable prompt, or a column of the wrong type.
     """
     row = {key: _present(value) for key, value in renamed(row, columns or {}, name).items()}
+    for key in IMAGES:
+        if _holds(row.get(key)):
+            raise DataError(
+                f"{name}: the row has an image (`{key}`), and models read text alone here: leave such rows out, or the "
+                "column, where the problem can be solved without it"
+            )
     found = {k: v for k, v in row.items() if k != "prompt"}
     prompt, solution = row.get("prompt"), row.get("solution")
     if prompt is not None and (not isinstance(prompt, str) or _is_messages(prompt)):
@@ -180,6 +188,13 @@ def _inside(row: Any, source: str) -> Any:
 def _present(value: Any) -> Any:
     """A cell, or None for a missing value, which tables of numbers write as NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _holds(value: Any) -> bool:
+    """Whether a cell holds anything, or a list of which a member does."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds, value))
+    return value is not None and value != "" and value != {}
 
 
 def _references(row: dict[str, Any], name: str) -> None:
@@ -296,7 +311,9 @@ def _parts(parts: Sequence[Any], column: str, name: str) -> str:
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else _said(part)
-            raise DataError(f"{name}: `{column}`: a message holds a part that is not text ({kind}); only text is read")
+            raise DataError(
+                f"{name}: `{column}`: a message holds a part that is not text ({kind}); only text is read: leave the row out"
+            )
     return "".join(part["text"] for part in parts)
 
 
