@@ -91,7 +91,7 @@ def test_an_adapter_goes_with_its_base_and_the_runs_evidence(run, tmp_path, caps
     assert torch.equal(logits(loaded(tmp_path / "moved").model), expected)
     export(capsys, tmp_path / "moved", "--to", tmp_path / "again")
     assert torch.equal(logits(loaded(tmp_path / "again").model), expected)
-    assert (tmp_path / "again/README.md").read_text() == card.content
+    assert (tmp_path / "again/README.md").read_text() == (tmp_path / "moved/README.md").read_text()
     (tmp_path / "moved/README.md").unlink()
     export(capsys, tmp_path / "moved", "--to", tmp_path / "bare")
     assert "Its training run is not known here." in (tmp_path / "bare/README.md").read_text()
@@ -237,7 +237,7 @@ class Hub(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     repos[name]["files"][line["value"]["path"]] = content
-            return self.answer(200, {"commitUrl": f"http://x/{name}/commit/1", "commitOid": "1"})
+            return self.answer(200, {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/1", "commitOid": "1"})
         return self.answer(404, {"error": self.path})
 
     def do_GET(self):

@@ -11,7 +11,6 @@ import copy
 import importlib.util
 import json
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,26 +190,6 @@ class Adapters:
         finally:
             for parent, name, layer, _ in places:
                 setattr(parent, name, layer)
-
-    def merge(self) -> None:
-        """Add the policy's adapter to the weights, each in float32 and rounded once, and take all adapters out: the
-        model is of its class again. One layer at a time, so that no second copy of the weights is held.
-
-        Raises ModelError where the weights are quantised, or where one is of a layer without an adapter as well."""
-        if getattr(self.model, "quantization_method", None) is not None:
-            raise ModelError("its base is quantised, and a sum would be rounded to few bits")
-        shared = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
-        for parent, name, layer, inner in self._places():
-            if any(shared[id(p)] > 1 for p in inner.parameters()):
-                raise ModelError(f"its {name} is the head's weight too, which has no adapter")
-            dtype = next(inner.parameters()).dtype
-            layer.to(torch.promote_types(dtype, torch.float32))
-            if hasattr(layer, "unload_and_optionally_merge_module"):
-                inner = layer.unload_and_optionally_merge_module(True, safe_merge=False, adapter_names=[self.name])
-            else:
-                layer.merge(adapter_names=[self.name])
-            setattr(parent, name, inner.to(dtype))
-        del self.model.peft_config  # by which transformers would know that peft's layers are in it
 
     def _places(self) -> list[tuple[nn.Module, str, Any, Any]]:
         """Where peft's layers are: the module that holds one, its name there, the layer, and the model's own in it."""

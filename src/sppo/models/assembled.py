@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from ..errors import ModelError, RecipeError
 from ..files import read_json
+from ..spec import GIVEN, is_import
 from .adapters import Adapters, base_of, is_adapter
 from .loading import choose_dtype, existing, load, load_config, outline
 from .multimodal import place
@@ -139,6 +140,11 @@ def _absolute(name: str) -> str:
     """A folder's whole path: who loads the adapter may stand elsewhere."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name
+
+
+def can_be_named(name: str) -> bool:
+    """Whether a base model can be loaded again by its name: a folder's, or a hub's."""
+    return name.partition(":")[0] != "tiny" and not is_import(name, "sppo.models") and name != GIVEN
 
 
 def on(model: Any, device: torch.device) -> Any:

@@ -15,7 +15,8 @@ from ..errors import ModelError
 from ..files import read_json
 from .adapters import ADAPTER_FILE, BASE_FILE, base_of
 from .loading import load_config
-from .multimodal import place
+from .merging import merge
+from .multimodal import place, text_config
 from .policy import Policy
 
 BASE = "base"
@@ -53,13 +54,14 @@ def write_merged(source: Path, part: Path) -> dict[str, str]:
         )
     policy, _ = Policy.load(str(source), dtype="auto", device=torch.device("cpu"), seed=0)
     own = _published(load_config(base["name"], "policy.model"), policy.dtype)
+    assert policy.adapters is not None
     place(policy.model, policy.device, torch.promote_types(own, policy.dtype))
     try:
-        policy.merge()
+        merge(policy.adapters)
     except ModelError as error:
         raise ModelError(f"--merged: {source} cannot be merged: {error}; leave --merged out") from None
-    place(policy.model, policy.device, own)
-    policy.save(part)
+    text_config(place(policy.model, policy.device, own)).dtype = own
+    policy.save_base(part)
     return base
 
 

@@ -52,6 +52,22 @@ def merged_weights(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
             yield _own_name(name), base
 
 
+@torch.no_grad()
+def merge(adapters: Adapters) -> None:
+    """Write `merged_weights` in the place of the weights below, one at a time, so that no second copy is held;
+    `Adapters.save_base` then writes the sum. Raises ModelError where a weight is of a layer without an adapter too."""
+    named = list(adapters.model.named_parameters(remove_duplicate=False))
+    times = Counter(id(p) for _, p in named)
+    for name, p in named:
+        if ".base_layer." in name and times[id(p)] > 1:
+            raise ModelError(
+                f"the weight of {_own_name(name).removesuffix('.weight')} is the head's too, which has no adapter"
+            )
+    own = {_own_name(name): p for name, p in named if not _is_adapters(adapters, name)}
+    for name, tensor in merged_weights(adapters):
+        own[name].copy_(tensor)
+
+
 def save_whole(adapters: Adapters, weights: Weights, folder: Path) -> None:
     """Write a model folder of these weights, in which nothing is quantised and no adapter is left."""
     model = adapters.model

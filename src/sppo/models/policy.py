@@ -315,14 +315,6 @@ class Policy:
         for name, content in self._processor_files.items():
             (folder / name).write_bytes(content)
 
-    def merge(self) -> None:
-        """Add the adapter to the weights (`Adapters.merge`); from then on this is a policy of whole weights."""
-        assert self.adapters is not None
-        self.adapters.merge()
-        self.adapters, self.base = None, {}
-        self.scorer = Scorer(self.model)
-        self._divide()
-
     def save_base(self, folder: Path) -> None:
         """Write the model below the adapters, and name it as what they stand on: for one that is nowhere else."""
         assert self.adapters is not None

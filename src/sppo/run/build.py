@@ -22,7 +22,7 @@ from ..learning.optimizer import optimiser_class
 from ..memory import give_back, keep_memory, measure_peak
 from ..models.adapter_critic import AdapterCritic
 from ..models.adapters import is_adapter
-from ..models.assembled import given_adapters, name_of, on, quantised
+from ..models.assembled import can_be_named, given_adapters, name_of, on, quantised
 from ..models.critic import Critic
 from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
@@ -123,7 +123,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     policy = load_policy(config, parts, saved, device, note)
     if policy.adapters is not None and (parts.adapter or parts.policy):
         config = config.model_copy(update={"adapter": policy.adapters.section})  # as peft has settled it
-    if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
+    if policy.adapters is not None and saved is None and not can_be_named(policy.base["name"]):
         policy.save_base(directory.path / "base")
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
     critic = load_critic(config, policy, parts.critic, saved, device, note)
@@ -216,11 +216,6 @@ def _usable(
         left_out = len(chosen) - len(usable)
         note(f"{left_out} of {len(chosen)} held-out prompts are over the limit or refused, and left out")
     return usable
-
-
-def _is_there(name: str) -> bool:
-    """Whether a base model can be loaded again by its name: a folder, or a hub's."""
-    return name.partition(":")[0] != "tiny" and not is_import(name, "sppo.models") and name != GIVEN
 
 
 def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.device, note: Note) -> Policy:
