@@ -228,7 +228,8 @@ class TrainingSection(Section):
         False, description="recompute each layer in the backward pass: less memory for one more forward pass"
     )
     offload: bool = Field(
-        False, description="keep master weights and the optimiser's moments in main memory, not on the GPU; slower"
+        False,
+        description="keep master weights, gradients and the optimiser's moments in main memory, not on the GPU; slower",
     )
     measure_noise: bool = Field(
         False, description="measure the policy gradient's variance on a step's first two minibatches (copies it)"
