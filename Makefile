@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
 
-.PHONY: bench-busy bench-pretrained
+.PHONY: bench-busy bench-pretrained bench-memory
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise bench-gpu
 
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
 	@echo "make bench-elementwise   norms, gated units and rotations on a GPU, against Liger's and PyTorch's"
 	@echo "make bench-gpu    on one GPU of 80 GB or more, in at most 8 minutes: LoRA and full steps of 4B and 8B models"
+	@echo "make bench-memory  the memory plan against the measured peak, ten settings"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
 	@echo "make mutants      faults made on purpose in what computes gradients: does a test fail for each? about 15 minutes"
@@ -150,6 +151,9 @@ bench-reward-model: dev
 
 bench-pretrained: dev | models/smollm2-135m
 	$(BIN)/python benchmarks/pretrained.py
+
+bench-memory: dev | models/smollm2-135m
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -75,8 +75,6 @@ BROKEN = [  # rule, a recipe that keeps it, what breaks it, words of the sentenc
      {"adapter": None}, r"freezes the weights: add \[adapter\]"),
     (checks.adapters_stand_on_frozen_weights, {"policy.quantize": "int8", **ADAPTER}, {"policy.model": GIVEN},
      "load the given model quantised"),
-    (checks.adapters_stand_on_frozen_weights, {"critic.model": "policy", **ADAPTER}, {"adapter": None},
-     r"second adapter on frozen weights: add \[adapter\]"),
     (checks.what_is_offloaded_is_not_paged, {"training.offload": True, "training.optimizer": "adamw-8bit"},
      {"training.optimizer": "paged-adamw-8bit"}, "so none are paged"),
 ]  # fmt: skip

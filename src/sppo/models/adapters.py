@@ -89,7 +89,7 @@ class Adapters:
     def given(cls, peft: Any) -> Adapters:
         """The adapter of a PeftModel that Python code brings, trained from now on, in the dtype of the model."""
         made = cls(peft)
-        made._settle(made.name, next(made.model.parameters()).dtype)
+        made._settle(made.name, made.model.get_input_embeddings().weight.dtype)
         for n, p in made.model.named_parameters():  # one that was loaded for inference is frozen
             p.requires_grad_(_is_of(n, made.name))
         return made

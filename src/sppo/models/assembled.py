@@ -176,8 +176,10 @@ def _weight_files(name: str) -> list[str]:
 def given_adapters(model: Any, adapter: Any, seed: int) -> tuple[Any, Adapters | None]:
     """The transformers model of one that Python code brings, and its adapters: a PeftModel's own, or a new one.
 
-    Raises ModelError where a quantised model gets none."""
+    Raises ModelError where a PeftModel is to get a second one, or a quantised model none."""
     if hasattr(model, "active_peft_config"):
+        if adapter is not None:
+            raise ModelError("the given model has an adapter already, which is trained; leave peft_config out")
         adapters = Adapters.given(model)
         return adapters.model, adapters
     if quantised(model.config) and adapter is None:

@@ -15,8 +15,8 @@ from ..errors import ModelError
 from ..files import read_json
 from .adapters import ADAPTER_FILE, BASE_FILE, base_of
 from .loading import load_config
+from .multimodal import place
 from .policy import Policy
-from .weights import cast
 
 BASE = "base"
 """The folder of a base model that is nowhere else, in a run or in an export."""
@@ -53,17 +53,17 @@ def write_merged(source: Path, part: Path) -> dict[str, str]:
         )
     policy, _ = Policy.load(str(source), dtype="auto", device=torch.device("cpu"), seed=0)
     own = _published(load_config(base["name"], "policy.model"), policy.dtype)
-    cast(policy.model, torch.promote_types(own, policy.dtype))
+    place(policy.model, policy.device, torch.promote_types(own, policy.dtype))
     try:
         policy.merge()
     except ModelError as error:
         raise ModelError(f"--merged: {source} cannot be merged: {error}; leave --merged out") from None
-    cast(policy.model, own)
+    place(policy.model, policy.device, own)
     policy.save(part)
     return base
 
 
 def _published(config: Any, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of a published model's weights."""
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or otherwise
+    """The dtype of a published model's weights for text."""
+    found = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or otherwise
     return getattr(torch, found) if isinstance(found, str) else found

@@ -128,7 +128,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     critic = load_critic(config, policy, parts.critic, saved, device, note)
     if config.training.checkpoint_activations:
         policy.checkpoint_activations()
-        if isinstance(critic, AdapterCritic):
+        if critic is not None:
             critic.checkpoint_activations()
     one_control_task(config, policy, critic)
     config, planned = _planned(config, policy, critic, train_tasks, device, note)
@@ -228,6 +228,8 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
+        if hasattr(given[0], "active_peft_config"):  # then the recipe's [adapter] only says what is there
+            adapter = parts.adapter
         model, adapters = given_adapters(on(given[0], device), adapter, config.seed)
         dtype, base = str(model.dtype).removeprefix("torch."), None
         if adapters is not None:
