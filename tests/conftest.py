@@ -40,7 +40,7 @@ APART = {
         "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py",
         "tests/evaluation/test_compare.py::test_the_command", "tests/learning/test_earned.py::test_a_run", "tests/learning/test_hybrid.py::test_a_run",
         "tests/learning/test_peers.py::test_loss_and_gradient_equal_trls", "tests/learning/test_peers.py::test_the_kl_to_the_start_equals_trls",
-        "tests/models/test_unsafe.py", "tests/recipe/test_recipes.py::test_what_explores", "tests/rewards/test_growth.py",
+        "tests/models/test_unsafe.py", "tests/recipe/test_recipes.py::test_what_explores", "tests/recipe/test_recipes_of_large_models.py", "tests/rewards/test_growth.py",
         "tests/rewards/test_gym.py", "tests/rewards/test_quality.py", "tests/rewards/test_rewards.py::test_an_answer_is_never",
         "tests/rewards/test_rewards.py::test_one_sample", "tests/rewards/test_rewards.py::test_workers", "tests/test_own.py",
     ],
