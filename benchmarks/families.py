@@ -1,10 +1,10 @@
 """Every model family that a user may bring, built small with random weights and trained by the real loop. `make families`
 
 For each: a folder with the model and a character tokenizer, two steps of a run, the same two steps with a stop and a
-resume between them, and the saved policy loaded in its own class. A family passes where both runs end in the same bits,
-the loaded model computes what the policy does, all of its text part has moved, and the rest (a vision tower) has not by
-a bit. Tokens per second are of these toys, 32 sequences at once: they tell a batched path from a slow one, no more.
-The last line is JSON.
+resume between them, and the saved policy loaded in its own class; then two steps of an adapter, which peft loads onto
+that class. A family passes where both runs end in the same bits, what is loaded holds or computes what the policy
+does, the text part has moved, and the rest (a vision tower) has not by a bit. Tokens per second are of these toys, 32
+sequences at once: they tell a batched path from a slow one, no more. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 
 from architectures import TABLE, make
 from sppo.recipe.config import Config
@@ -31,24 +32,25 @@ from sppo.run.loop import train
 from sppo.run.run import Run
 
 SEQUENCES, TOKENS = 32, 24
+SAVED = "checkpoints/step-000002/policy"
 
 
-def recipe(folder: Path, out: Path, steps: int) -> Config:
-    """Two steps of 16 responses to sums."""
+def recipe(folder: Path, out: Path, steps: int, rank: int = 0) -> Config:
+    """Steps of 16 responses to sums; of an adapter, if it has a rank."""
     return Config.load(None, {
         "policy.model": str(folder), "critic.model": "tiny:hidden=32,layers=1,heads=2", "task.train": "chain:steps=1-2",
         "rollout.prompts": 16, "rollout.max_tokens": 12, "training.lr": 1e-3, "training.critic_lr": 1e-3,
         "training.steps": steps, "evaluation.n": 8, "evaluation.every": 0, "run.checkpoint_every": 1, "run.threads": 1,
-        "run.out": str(out), "monitors.action": "off",
+        "run.out": str(out), "monitors.action": "off", **({"adapter.rank": rank} if rank else {}),
     })  # fmt: skip
 
 
-def run(config: Config | None = None, resume: Path | None = None, steps: int = 2) -> tuple[Any, str]:
-    """The policy as it is trained, and the SHA-256 of its weights."""
+def run(config: Config | None = None, resume: Path | None = None, steps: int = 2) -> Any:
+    """What a run was made of, as it has become."""
     job = Run.new(config) if config is not None else Run.resume(resume, steps=steps)
     try:
         train(job)
-        return job.components, job.components.policy.sha256()
+        return job.components
     finally:
         job.close()
 
@@ -57,33 +59,52 @@ def check(name: str, work: Path) -> dict[str, Any]:
     """The row of a family. Raises whatever fails."""
     folder = work / "model"
     before = make(name, folder)
-    components, sha = run(recipe(folder, work / "whole", 2))
+    components = run(recipe(folder, work / "whole", 2))
     policy, engine = components.policy, components.engine
     run(recipe(folder, work / "broken", 1))
-    _, again = run(resume=work / "broken")
-    assert again == sha, "a resumed run ends in other weights"
-    saved = work / "whole" / "checkpoints" / "step-000002" / "policy"
+    again = run(resume=work / "broken").policy
+    assert again.fingerprint() == policy.fingerprint(), "a resumed run ends in other weights"
+    saved = work / "whole" / SAVED
     loaded, report = type(before).from_pretrained(saved, output_loading_info=True, dtype=torch.float32)
     lost = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
     assert not lost, f"{lost[0]} is lost in the saved checkpoint"
-    moved = {
-        n: not torch.equal(p, q)
-        for (n, p), (_, q) in zip(before.named_parameters(), loaded.named_parameters(), strict=True)
-    }
-    trained = {n for n, _ in policy.weights()}
-    assert not [n for n in moved if moved[n] and n not in trained], "a frozen weight has moved"
-    assert sum(moved[n] for n in trained) > len(trained) / 2, "most weights have not moved"
-    for n, p in loaded.named_parameters():
+    names = {n for n, _ in policy.weights()}
+    whole = dict(loaded.named_parameters())
+    moved = {n for n, p in before.named_parameters() if not torch.equal(p, whole[n])}
+    assert moved <= names, "a frozen weight has moved"
+    assert len(moved) > len(names) / 2, "most weights have not moved"
+    for n, p in whole.items():
         assert torch.equal(p, policy.model.get_parameter(n)), f"{n} is saved as something else"
-    if len(trained) < len(moved):
+    if len(names) < len(whole):
         assert (saved / "preprocessor_config.json").exists(), "the processor's files are lost"
-    return {
-        "class": type(loaded).__name__, "trained": f"{len(trained)} of {len(moved)}",
-        "update": "packed" if policy.packs else f"padded: {policy.scorer.unpacked_why}",
-        "sampling": engine.stated.removeprefix("engine local: ") or ("compiled" if engine.compiled else "batched"),
-        "head": head(policy.scorer.head),
+    row = {
+        "class": type(loaded).__name__, "trained": f"{len(names)} of {len(whole)}",
+        "update": f"padded: {policy.scorer.unpacked_why}" if policy.scorer.unpacked_why else "packed",
+        "sampling": sampling(engine), "head": head(policy.scorer.head),
         "gap": gap(policy, engine), "tokens_per_s": speed(policy),
     }  # fmt: skip
+    check_adapter(type(before), folder, work / "adapter")
+    return row
+
+
+def check_adapter(kind: Any, folder: Path, work: Path) -> None:
+    """Train an adapter, and load it with peft. Raises whatever fails."""
+    policy = run(recipe(folder, work, 2, rank=4)).policy
+    saved = PeftModel.from_pretrained(kind.from_pretrained(folder, dtype=torch.float32).eval(), work / SAVED)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        theirs, mine = (model(input_ids=ids, use_cache=False).logits for model in (saved, policy.model))
+        with saved.disable_adapter():
+            without = saved(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(theirs, mine, atol=1e-4), "peft's model of the saved adapter computes something else"
+    assert not torch.equal(without, theirs), "the adapter does nothing"
+
+
+def sampling(engine: Any) -> str:
+    """How responses are sampled."""
+    if engine.plain is None:
+        return "compiled" if engine.compiled else "batched"
+    return "plain loop" if engine.plain.cached else "without a cache"
 
 
 def head(found: Any) -> str:
@@ -134,7 +155,11 @@ def report(names: list[str], trace: bool = False) -> dict[str, Any]:
         work, began = Path(tempfile.mkdtemp()), time.perf_counter()
         try:
             rows[name] = check(name, work)
-            print(f"{name:28} {json.dumps(rows[name])} {time.perf_counter() - began:.1f} s", flush=True)
+            row, seconds = rows[name], time.perf_counter() - began
+            print(
+                f"{name:28}{row['sampling']:16}{row['head']:13}{row['tokens_per_s']:6} tokens/s {seconds:5.1f} s  {row['update']}",
+                flush=True,
+            )
         except Exception as error:
             failed.append(name)
             print(f"{name:28} FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)

@@ -15,6 +15,7 @@ from sppo.kernels import elementwise
 from sppo.kernels.cuda import attention as attention_cuda
 from sppo.kernels.cuda import head as head_cuda
 from sppo.kernels.logprobs import token_logps, token_logps_from_logits
+from sppo.learning.optimizer import MasterAdamW
 from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
@@ -244,3 +245,34 @@ def test_grouped_queries_are_sampled_as_by_the_plain_loop():
     assert [s.ids for s in LocalEngine(policy).generate(*asked)] == [
         s.ids for s in PlainEngine(policy).generate(*asked)
     ]
+
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 32}
+
+
+def trained(**made) -> tuple[float, dict[str, torch.Tensor]]:
+    """What three steps of two micro-batches each take of the GPU at their peak, as a multiple of the weights, and the
+    weights that they lead to."""
+    policy = llama(**WIDE)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.0, **made)
+    for step in range(3):
+        for part in range(2):
+            ids_BL = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(2 * step + part))
+            optimiser.backward(logps_of(policy, ids_BL, torch.tensor([4]), torch.tensor([8]), 1.0).logp_BT.sum())
+        optimiser.step(1e-2, 1.0)
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    taken = (torch.cuda.max_memory_allocated() - before) / weights
+    return taken, {name: p.detach().float().cpu() for name, p in policy.trained.items()}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_an_offloaded_optimiser_takes_nothing_of_the_gpu_and_trains_the_same(kind):
+    """Of bfloat16 weights master, moments and sum of gradients take 8 times as much again, with 8-bit moments 5."""
+    (here, stayed), (there, moved) = (trained(kind=kind, offload=offload) for offload in (False, True))
+    assert there < 0.5
+    assert here > 4
+    start = {name: p.detach().float().cpu() for name, p in llama(**WIDE).trained.items()}
+    for name, p in stayed.items():
+        assert off(moved[name] - start[name], p - start[name]) < 0.2, name  # a rounding to bfloat16 may fall either way

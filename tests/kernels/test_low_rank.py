@@ -144,13 +144,13 @@ def test_an_adapter_that_is_not_active_changes_no_bit(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_is_the_same_bits_whoever_is_beside_it(shape, dtype):
-    """Alone, with others, by several threads, and with so many others that threads take sequences."""
+    """With one other or many, by several threads, and with so many others that threads take sequences."""
     model = with_adapters(model_of(shape, dtype=dtype), **KINDS["some, of several ranks"]).base_model.model
     together = stepped(model, list(range(90)))
     for threads in (1, 2, 3):
         assert torch.equal(stepped(model, list(range(90)), threads), together)
     for row in (0, 5, 17, 89):
-        assert torch.equal(stepped(model, [row], 3)[0], together[row])
+        assert torch.equal(stepped(model, [row, 3], 3)[0], together[row])
 
 
 def test_new_weights_of_an_adapter_are_sampled_from_at_once():

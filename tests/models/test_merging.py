@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("peft")
 
 from sppo.errors import ModelError
+from sppo.models import tiny
+from sppo.models.adapters import Adapters
 from sppo.models.merging import base_folder, base_weights, merged_weights, save_whole
 from sppo.models.policy import Policy
 from sppo.recipe.sections import AdapterSection
@@ -91,3 +93,14 @@ def test_a_base_that_lies_in_a_folder_is_not_written_again(tmp_path, monkeypatch
     policy.base["name"] = "some/model"
     assert base_folder(policy, tmp_path / "new") == str(fetched)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's, of what is refused here
+def test_a_matrix_that_the_head_shares_is_not_merged():
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = tiny.build(hidden=64, layers=2, heads=2)
+    adapters = Adapters(get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens"])))
+    assert Policy(model, tokenizer, adapters=adapters, base={"name": SMALL}).trained
+    with pytest.raises(ModelError, match="the head's weight too"):
+        list(merged_weights(adapters))

@@ -101,3 +101,15 @@ def test_every_rule_is_tried():
 @pytest.mark.parametrize("use", [GIVEN, "mine:score", "answer + 0.5 * mine:score"])
 def test_a_reward_of_the_users_own_may_measure_steps(use):
     Config.load(None, {"objective.algorithm": "sppo-hybrid", "reward.use": use})
+
+
+@pytest.mark.parametrize(
+    ("size", "critic", "rates"),
+    [(10**6, "policy", (2e-3, 1e-3)), (10**8, "policy", (1e-4, 5e-4)), (10**8, "tiny", (1e-4, 5e-5)),
+     (10**10, "policy", (1e-5, 5e-5))],
+)  # fmt: skip
+def test_adapters_learn_ten_times_as_fast_and_a_critic_among_them_no_faster_than_it_can(size, critic, rates):
+    config = Config.load(None, {"adapter.rank": 8, "critic.model": critic})
+    assert config.critic_reads is not None
+    training = config.with_rates(size, size, adapted=True).training
+    assert (training.lr, training.critic_lr) == pytest.approx(rates)

@@ -26,6 +26,8 @@ from .head import backbone
 
 POLICY, CRITIC, REFERENCE = "default", "critic", "reference"
 """Names of adapters in one model; the first is peft's own, so that other tools find it."""
+STATES = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d"))
+"""Layers that peft refuses, by type of model: kernels read their weight past any adapter."""
 ADAPTER_FILE, BASE_FILE = "adapter_config.json", "base.json"
 """In a saved folder: what makes it peft's, and which weights the adapter was trained on."""
 
@@ -271,23 +273,27 @@ def targets_in(model: Any, given: str | tuple[str, ...]) -> list[str]:
     text = [n for n, m in linear.items() if id(m) in inside]
     last = sorted({n.rpartition(".")[2] for n in text})
     if given == "all-linear":
-        wanted = last
+        refused = STATES.get(getattr(model.config, "model_type", ""), ())
+        wanted = [name for name in last if name not in refused]
     else:
         wanted = [given] if isinstance(given, str) else list(given)
         for name in wanted:
             if not any(n == name or n.endswith("." + name) for n in text):
                 raise RecipeError(f"adapter.targets: no layer of this model is called {name!r}; {nearest(name, last)}")
 
-    def matched(names: list[str]) -> list[str]:
-        return [n for n in linear if any(n == w or n.endswith("." + w) for w in names)]
+    def matched(name: str) -> bool:
+        return any(name == w or name.endswith("." + w) for w in wanted)
 
-    beyond = set(matched(wanted)) - set(text)
-    return [n for n in matched(wanted) if n not in beyond] if beyond else wanted
+    beyond = any(matched(n) for n, _ in model.named_modules() if n not in text)  # peft goes by names alone
+    return [n for n in text if matched(n)] if beyond else wanted
 
 
 def _is_linear(module: Any) -> bool:
-    """Whether peft can put a low-rank product beside it; quantised layers too, and GPT-2's."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether peft can put a low-rank product beside it; quantised layers too, and GPT-2's. Llama 4's router, a linear
+    layer that returns two tensors, is none."""
+    kind = type(module)
+    quantised = isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes.")
+    return quantised or kind is nn.Linear or kind.__name__ == "Conv1D"
 
 
 @contextlib.contextmanager

@@ -107,6 +107,9 @@ def _base(name: str, dtype: str, quantize: str, device: torch.device, seed: int)
     chosen, why = choose_dtype(dtype, parameter_count(outline(name, role=KEY, head=True)), device)
     how = {} if there else {"quantization_config": _quantization(quantize, chosen)}
     model, tokenizer = load(name, role=KEY, head=True, seed=seed, dtype=chosen, device_map={"": device}, **how)
+    for p in model.parameters():
+        if p.is_floating_point() and p.device.type == "cpu":
+            p.data = p.data.clone()  # what is not quantised would keep the whole file mapped
     return model.requires_grad_(False), tokenizer, why
 
 

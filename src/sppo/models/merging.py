@@ -35,10 +35,13 @@ def merged_weights(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
 
     model, adapter = adapters.model, adapters.name
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, base in _base(adapters):
         owner, _, leaf = name.rpartition(".")
         layer = modules.get(owner.removesuffix(".base_layer"))
         if owner.endswith(".base_layer") and isinstance(layer, BaseTunerLayer):
+            if shared[id(parameters[name])] > 1:
+                raise ModelError(f"{_own_name(name)} is the head's weight too, which has no adapter")
             yield _own_name(name), _merged(layer, adapter, leaf, base).to(base.dtype)
         elif ".original_module." in name:
             yield (

@@ -66,13 +66,11 @@ def narrow_rest(model: Any, dtype: Any) -> None:
 
 
 def place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move a model; of one that reads more than text the part for text. The rest, which computes nothing here, stays on
-    the CPU as it was loaded."""
-    if not reads_more_than_text(model.config):
-        return cast(model, dtype).to(device)
-    for part in _text_parts(model):
-        cast(part, dtype).to(device)
-    return model
+    """Move a model; of one that reads more than text, the rest keeps its dtype. (It goes along to the device: some
+    models take the first weight's device for their own.)"""
+    for part in _text_parts(model) if reads_more_than_text(model.config) else [model]:
+        cast(part, dtype)
+    return model.to(device)
 
 
 def shared(model: nn.Module) -> dict[int, Any]:

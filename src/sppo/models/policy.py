@@ -120,6 +120,12 @@ class Policy:
         """The most positions the model can attend to, or None when its config does not say."""
         return getattr(text_config(self.model), "max_position_embeddings", None)
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids that can be read and written: Llama 3.2 Vision reads more, of images."""
+        matrices = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return min(m.weight.size(0) for m in matrices if hasattr(m, "weight"))
+
     def as_reference(self, saved: Path | None = None) -> Policy:
         """π_ref, a frozen policy of these weights: a copy; or the adapter switched off, where it does nothing yet, else
         a copy of it. `saved` is the folder of an adapter to take in its place."""
@@ -190,7 +196,7 @@ class Policy:
     def probe(self, prompt: int, response: int) -> tuple[list[int], list[int]]:
         """Pseudo-random ids for the engine's canary, the same for every model of a vocabulary: a prompt and a
         response of these lengths."""
-        vocabulary = self.model.get_input_embeddings().weight.size(0)
+        vocabulary = self.vocabulary
         ids = torch.randint(vocabulary, (prompt + response,), generator=torch.Generator().manual_seed(0)).tolist()
         room = max(1, min(prompt, (self.context or 10**9) - response))
         return ids[:room], ids[prompt:]

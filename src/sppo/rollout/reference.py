@@ -181,7 +181,7 @@ def _next_logits(policy: Policy, cache: Any, ids_BS: Tensor, mask_BS: Tensor, po
 
 def trouble(policy: Policy, decode: Decode, rows: int = 4, longest: int = 5) -> str:
     """Why a way of decoding does not find what the policy itself finds of a few short sequences; empty when it does."""
-    vocabulary = policy.model.get_input_embeddings().weight.size(0)
+    vocabulary = policy.vocabulary
     longest = min(longest, (policy.context or longest) - 4)
     lengths = [max(1, longest - 2 * (b % 2) - b // 3) for b in range(rows)]
     prompts = [[(7 * b + 3 * t + 1) % vocabulary for t in range(n)] for b, n in enumerate(lengths)]

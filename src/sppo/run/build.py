@@ -42,8 +42,9 @@ from ..threads import fitted
 from ..types import Task
 from .curriculum import Uniform, curriculum
 from .directory import RunDirectory
+from .footprint import Model
 from .observer import Observer
-from .plan import Model, Plan, plan, typical_prompt
+from .plan import Plan, plan, typical_prompt
 from .prompts import PromptLimit, shown_prompt
 from .provenance import data_of, must_be_the_same
 from .warnings import Warnings
@@ -128,7 +129,7 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     critic = load_critic(config, policy, parts.critic, saved, device, note)
     if config.training.checkpoint_activations:
         policy.checkpoint_activations()
-        if isinstance(critic, AdapterCritic):
+        if critic is not None:
             critic.checkpoint_activations()
     one_control_task(config, policy, critic)
     config, planned = _planned(config, policy, critic, train_tasks, device, note)
