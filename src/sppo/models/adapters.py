@@ -310,7 +310,10 @@ def _fits(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        raise ModelError(f"{folder} is not an adapter of this base model: {first_line(error)}") from error
+        why = first_line(error)
+        if why.startswith("Error(s) in loading state_dict"):  # which they are is on the lines after it
+            why = str(error).splitlines()[1].strip().rstrip(".")
+        raise ModelError(f"{folder} is not an adapter of this base model: {why}") from error
 
 
 def _is_of(parameter: str, name: str) -> bool:
