@@ -223,7 +223,7 @@ def test_gradients_equal_those_of_the_product_written_out(adapters):
     """In float64: dL/dA = scale · Bᵀ dL/dW and dL/dB = scale · dL/dW Aᵀ, for dL/dW of the matrix W + scale · B A."""
     model = with_adapters(model_of("whole registers", dtype=torch.float64), **KINDS[adapters]).base_model.model
     ids = (torch.arange(24).view(2, 12) * 7) % 100
-    plain = gradients(written_out(model), ids)
+    plain = gradients(written_out(model).requires_grad_(True), ids)
     layers = [(name, m) for name, m in model.named_modules() if is_adapted(m)]
     assert len(layers) == 2 * (7 if adapters != "some, of several ranks" else 4)
     for now in ([], [(m, adapted_forward) for _, m in layers]):
@@ -235,8 +235,8 @@ def test_gradients_equal_those_of_the_product_written_out(adapters):
             grad_NK = plain[f"{name}.weight"]
             wanted = {"A": scale * b.T @ grad_NK, "B": scale * grad_NK @ a.T}
             for part, grad in wanted.items():
-                error = found[f"{name}.lora_{part}.default.weight"] - grad
-                assert float(error.norm() / grad.norm()) < 1e-8
+                error = found[f"{name}.lora_{part}.default.weight"] - grad.detach()
+                assert float(error.norm() / grad.detach().norm()) < 1e-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
