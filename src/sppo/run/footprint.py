@@ -161,9 +161,10 @@ class Model:
         return (parameter_count(self.outline) - packed) * self.size + taken
 
     @property
-    def unpacked(self) -> int:
-        """Bytes of the largest quantised matrix, as a product reads it."""
-        return max((n * m for n, m in self.linears.values()), default=0) * self.size if self.quantize else 0
+    def unpacked(self) -> tuple[int, int]:
+        """Bytes of the largest quantised matrix, as a product reads it, and of all."""
+        numbers = [n * m for n, m in self.linears.values()] if self.quantize else []
+        return max(numbers, default=0) * self.size, sum(numbers) * self.size
 
     @property
     def towers(self) -> int:

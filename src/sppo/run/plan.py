@@ -46,6 +46,8 @@ PEFT = 60 * 2**20
 """peft and bitsandbytes, with what they import."""
 FRAGMENTS = 1.15
 """Bytes of a CPU's heap per byte that a micro-batch holds: tensors of changing sizes leave holes."""
+HOLES = 0.25
+"""Of quantised matrices, unpacked one after the other: the share that stays as holes between what is kept of a CPU's heap; measured."""
 MALLOC = 2 * GIB
 """The most that malloc keeps (memory.py)."""
 PROCESS_CUDA = 600 * 2**20
@@ -281,12 +283,15 @@ class _Sum:
         """A micro-batch and the gradients beside it. Those of the first one come as its activations go: half of them, on average, are there
         at its peak. Beside the next ones are all."""
         (own, wide), output = self._gradients(self.policy), head(self.policy, self.device)
+        unpacked, every = self.policy.unpacked
         whole = self.rows * self.longest
         tokens = min(max(micro_tokens, self.longest), whole)
         following = tokens if self.config.search is not None else min(tokens, whole - tokens)
 
         def micro_batch(tokens: int, own: int, wide: int) -> dict[str, int]:
-            kept = int(tokens * each * (1 if self.on_gpu else FRAGMENTS)) + self.policy.unpacked
+            kept = (
+                tokens * each + unpacked if self.on_gpu else int(tokens * each * FRAGMENTS + unpacked + HOLES * every)
+            )
             return {"gradients": own, "gradients in float32": wide, "one micro-batch": kept, "head": output(tokens)}
 
         first = micro_batch(tokens, own if self.offload else own // 2, 0)
