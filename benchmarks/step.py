@@ -52,8 +52,8 @@ def texts(count: int) -> list[str]:
     return [" ".join(WORDS[(i * 7 + 3 * k) % len(WORDS)] for k in range(PROMPT)) for i in range(count)]
 
 
-def serve_sppo() -> None:
-    """Our side: a run whose loop waits for a word before each step."""
+def serve_sppo(changes: dict[str, Any]) -> None:
+    """Our side: a run whose loop waits for a word before each step; `changes` to its recipe."""
     import torch
 
     from sppo.learning.batch import pack
@@ -74,7 +74,7 @@ def serve_sppo() -> None:
             "task.train": data, "rollout.prompts": RESPONSES, "rollout.batch": RESPONSES, "rollout.max_tokens": TOKENS,
             "training.lr": 1e-6, "training.minibatches": 1, "training.micro_tokens": 16384 if torch.cuda.is_available() else 2048,
             "evaluation.n": 1, "run.out": f"{folder}/run",
-        })  # fmt: skip
+        } | changes)  # fmt: skip
         run = Run.new(config, parts=Parts(reward=load_reward("workload:digits")))
         c = run.components
         c.policy.eos_ids = [c.policy.model.config.vocab_size - 1]  # an id that is never likely
@@ -152,12 +152,12 @@ def serve_trl() -> None:
 
 
 class Side:
-    """A process that makes one step when told to."""
+    """A process of a script that makes one step when told to."""
 
-    def __init__(self, python: str, name: str, environment: dict[str, str]) -> None:
+    def __init__(self, python: str, name: str, environment: dict[str, str], script: str = __file__) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python, __file__, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            [python, script, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env=os.environ | environment,
         )  # fmt: skip
         self.told: list[dict[str, Any]] = []
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--serve", choices=["sppo", "trl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        {"sppo": serve_sppo, "trl": serve_trl}[args.serve]()
+        serve_sppo({}) if args.serve == "sppo" else serve_trl()
         return
     import torch
 

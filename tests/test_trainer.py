@@ -16,6 +16,7 @@ from sppo.errors import DataError, ModelError, RecipeError, UserError
 from sppo.models import tiny
 from sppo.recipe.config import Config
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's use of transformers
 ROOT = Path(__file__).parents[1]
 SMALL = "tiny:hidden=32,layers=1,heads=2"
 
@@ -247,3 +248,155 @@ def test_the_package_lists_its_public_names():
 
     assert {*sppo.__all__} <= {*dir(sppo)}
     assert all(getattr(sppo, name) is not None for name in sppo.__all__)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "base"
+    model, tokenizer = tiny.build(hidden=32, layers=1, heads=2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapted(tmp_path, steps=2, **given):
+    args = settings(tmp_path, resume_from_checkpoint=steps > 2)
+    args.max_steps, args.recipe = steps, {"evaluation.n": 8, "objective.kl": 0.01}
+    return SPPOTrainer(**{"critic": "policy", **given}, reward_funcs=length_reward, train_dataset=rows(), args=args)
+
+
+def recorded(tmp_path):
+    """What the run says of its adapter, and the base that its checkpoint names."""
+    run = tmp_path / "run"
+    found = json.loads((run / "checkpoints/step-000002/policy/base.json").read_text())
+    return Config.load(run / "recipe.toml").adapter, found["name"]
+
+
+def test_a_lora_config_trains_an_adapter_that_peft_loads(tmp_path, base, capsys):
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(**ADAPTER, lora_dropout=0.1)
+    trainer = adapted(tmp_path, model=str(base), peft_config=config)
+    trainer.args.disable_progress = False
+    trainer.train()
+    assert "lora_dropout = 0.1 has no effect" in capsys.readouterr().err
+    section, name = recorded(tmp_path)
+    assert (section.rank, section.alpha, section.targets, name) == (4, 8, ("q_proj", "v_proj"), str(base))
+    assert not (tmp_path / "run/base").exists()
+    assert isinstance(trainer.policy, PeftModel)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "saved").state_dict()
+    mine = {n: p for n, p in trainer.policy.state_dict().items() if ".critic." not in n}
+    assert again.keys() == mine.keys()
+    assert all((again[n] == p).all() for n, p in mine.items())
+    assert config.base_model_name_or_path is None  # the user's own is not written into
+    assert 0 <= trainer.predicted_chance(["1+1?"])[0] <= 1
+
+
+def test_a_peft_model_is_trained_itself_and_its_run_resumes_to_the_same_bits(tmp_path, base):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def given():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(**ADAPTER))
+        return {"model": model, "processing_class": AutoTokenizer.from_pretrained(base)}
+
+    first = given()
+    trainer = adapted(tmp_path, **first)
+    trainer.train()
+    assert trainer.policy is first["model"]
+    section, name = recorded(tmp_path)
+    assert (section.rank, section.targets, name) == (4, ("q_proj", "v_proj"), str(base))
+    assert not (tmp_path / "run/base").exists()
+    resumed = adapted(tmp_path, steps=4, **given())
+    resumed.train()
+    (tmp_path / "whole").mkdir()
+    whole = adapted(tmp_path / "whole", steps=4, **given())
+    assert whole.train()["policy_sha256"] == resumed.summary["policy_sha256"] != trainer.summary["policy_sha256"]
+
+
+def test_a_model_that_is_nowhere_else_is_kept_with_the_run(tmp_path, base):
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.5)  # not the folder's any more
+    expected = {n: p.clone() for n, p in model.state_dict().items()}
+    given = {"model": model, "processing_class": AutoTokenizer.from_pretrained(base)}
+    adapted(tmp_path, **given, peft_config=LoraConfig(**ADAPTER)).train()
+    _, name = recorded(tmp_path)
+    assert name == str(tmp_path / "run/base")
+    kept = AutoModelForCausalLM.from_pretrained(name).state_dict()
+    assert all(torch.equal(kept[n], p) for n, p in expected.items())
+
+
+def test_an_adapter_that_was_loaded_to_infer_is_trained_on(tmp_path, base):
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    first = adapted(tmp_path, model=str(base), peft_config=LoraConfig(**ADAPTER))
+    first.train()
+    first.save_model(str(tmp_path / "saved"))
+    (tmp_path / "object").mkdir()
+    (tmp_path / "folder").mkdir()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "saved")
+    of_object = adapted(tmp_path / "object", model=model, processing_class=AutoTokenizer.from_pretrained(base))
+    of_folder = adapted(tmp_path / "folder", model=str(tmp_path / "saved"))
+    assert of_object.train()["policy_sha256"] == of_folder.train()["policy_sha256"] != first.summary["policy_sha256"]
+
+
+def test_a_quantised_model_by_trls_argument_and_as_an_object(tmp_path, base):
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    lora = LoraConfig(**ADAPTER)
+    how = BitsAndBytesConfig(**nf4, bnb_4bit_use_double_quant=True)
+    trainer = adapted(tmp_path, model=str(base), peft_config=lora, quantization_config=how)
+    assert trainer.config.policy.quantize == "nf4"
+    (tmp_path / "object").mkdir()
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**nf4), device_map="cpu")
+    given = {"model": model, "processing_class": AutoTokenizer.from_pretrained(base), "peft_config": lora}
+    adapted(tmp_path / "object", **given).train()
+    kept = tmp_path / "object/run/base"  # quantised in a way of its own
+    assert json.loads((kept / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+    assert adapted(tmp_path / "object", steps=3, **given).train()["steps"] == 3
+    for wrong, words in (
+        ({"quantization_config": BitsAndBytesConfig(**nf4)}, "bnb_4bit_use_double_quant"),
+        ({**given, "quantization_config": how}, "for models that are named"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            adapted(tmp_path, **{"model": str(base), "peft_config": lora, **wrong})
+    with pytest.raises(ModelError, match="is quantised, so its weights cannot be trained"):
+        adapted(tmp_path, **given | {"peft_config": None}, critic=SMALL).train()
+
+
+def test_adapters_that_cannot_be_trained_are_one_sentence(tmp_path, base):
+    from peft import IA3Config, LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**ADAPTER))
+    given = {"model": model, "processing_class": AutoTokenizer.from_pretrained(base)}
+    for wrong, words in (
+        ({**given, "peft_config": LoraConfig(**ADAPTER)}, "model is a PeftModel, whose own adapter is trained"),
+        ({"peft_config": IA3Config()}, "IA3Config: only adapters of a fixed rank"),
+        ({"peft_config": {"r": 4}}, "peft_config is a dict; give peft's LoraConfig"),
+        ({"peft_config": LoraConfig(**ADAPTER, bias="all")}, "bias = 'all' trains biases of the base"),
+        ({"peft_config": LoraConfig(r=4, target_modules=["attn"])}, "attn"),
+        ({"critic": "policy"}, r"add \[adapter\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            adapted(tmp_path, **{"model": str(base), **wrong}).train()
+        assert not (tmp_path / "run").exists()

@@ -129,15 +129,20 @@ class SPPOTrainer:
     """Sequence-level PPO on a model, problems and a verifier.
 
     Args:
-        model: a folder, a hub name, `tiny:…`, or a loaded causal LM (then `processing_class` is its tokenizer).
+        model: a folder, a hub name, `tiny:…`, or a loaded causal LM (then `processing_class` is its tokenizer). A folder may
+            hold an adapter, and a loaded model may be a PeftModel: its adapter is trained, in the model's dtype.
         reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]`, an object with
             `judge(rollouts)`, the name of a built-in (`answer`, `math`, `gym`) or of your own (`package.module:object`), or a list of
             these (their mean, weighted by `SPPOConfig(reward_weights=[…])`; the first is the critic's target).
         train_dataset: a `datasets.Dataset`, any iterable of rows, a file or a task spec such as `chain:steps=3`.
         eval_dataset: the same, held out; by default a tenth of the training rows, chosen by the hash of the prompt.
-        critic: a folder, a hub name, `tiny:…`, or a (backbone, tokenizer) pair; a tiny one by default.
+        critic: a folder, a hub name, `tiny:…`, or a (backbone, tokenizer) pair; a tiny one by default. "policy": a second
+            adapter on the policy's frozen weights.
         args: settings.
         processing_class: the tokenizer of a loaded model.
+        peft_config: a LoraConfig: train such an adapter, and leave the model's own weights as they are.
+        quantization_config: a BitsAndBytesConfig for a model that is named: `load_in_8bit`, or four bits as QLoRA has
+            them (`nf4`, double quantisation); needs `peft_config`.
     """
 
     def __init__(
@@ -149,6 +154,8 @@ class SPPOTrainer:
         critic: Any = None,
         args: SPPOConfig | None = None,
         processing_class: Any = None,
+        peft_config: Any = None,
+        quantization_config: Any = None,
     ) -> None:
         self.args = args or SPPOConfig()
         changes = self.args.overrides()
@@ -165,6 +172,7 @@ class SPPOTrainer:
             changes["critic.model"] = critic
         elif critic is not None:
             changes["critic.model"], self.parts.critic = GIVEN, critic
+        changes |= self._adapter(model, changes, peft_config, quantization_config)
         changes["task.train"] = train_dataset if isinstance(train_dataset, str) else GIVEN
         if eval_dataset is not None:
             changes["task.eval"] = eval_dataset if isinstance(eval_dataset, str) else GIVEN
@@ -172,6 +180,27 @@ class SPPOTrainer:
         self.parts.train, self.parts.evaluation = self._sources(train_dataset, eval_dataset)
         self.run: Run | None = None
         self.summary: dict[str, Any] | None = None
+
+    def _adapter(
+        self, model: Any, changes: Mapping[str, Any], peft_config: Any, quantization_config: Any
+    ) -> dict[str, Any]:
+        """The keys of a recipe for what peft and bitsandbytes are to do. Raises ModelError where they cannot."""
+        from .models.adapters import need_peft, section_of
+
+        given = getattr(model, "active_peft_config", None)  # of a PeftModel
+        if given is not None and (peft_config is not None or any(key.startswith("adapter.") for key in changes)):
+            raise ModelError(
+                "model is a PeftModel, whose own adapter is trained: leave peft_config (and recipe's 'adapter.…') out, or "
+                "give model.merge_and_unload()"
+            )
+        out = {} if quantization_config is None else {"policy.quantize": _quantize(model, quantization_config)}
+        if peft_config is not None:
+            need_peft("peft_config")
+            if not hasattr(peft_config, "peft_type"):
+                raise ModelError(f"peft_config is a {type(peft_config).__name__}; give peft's LoraConfig")
+            self.parts.adapter, given = peft_config, peft_config
+        section = {} if given is None else section_of(given).model_dump()
+        return out | {f"adapter.{key}": value for key, value in section.items()}
 
     def train(self) -> dict[str, Any]:
         """Train; returns the summary (`accuracy_before`, `accuracy_after`, …). `policy`, `tokenizer` then hold the result."""
@@ -194,8 +223,9 @@ class SPPOTrainer:
 
     @property
     def policy(self) -> Any:
-        """The trained transformers model."""
-        return self._trained().policy.model
+        """The trained transformers model; with an adapter the PeftModel around it."""
+        policy = self._trained().policy
+        return policy.model if policy.adapters is None else policy.adapters.peft
 
     @property
     def tokenizer(self) -> Any:
@@ -225,7 +255,8 @@ class SPPOTrainer:
         return critic.logits(asked).sigmoid().tolist()
 
     def save_model(self, folder: str) -> None:
-        """Write policy and tokenizer as an ordinary model folder."""
+        """Write policy and tokenizer as an ordinary model folder; an adapter as one that `PeftModel.from_pretrained`
+        loads (`sppo export --merged` writes its sum with the model's weights)."""
         self._trained().policy.save(Path(folder))
 
     def _trained(self) -> Components:
@@ -248,6 +279,20 @@ class SPPOTrainer:
                 f"train_dataset has {len(tasks)} rows, too few to hold {HELD_OUT:.0%} out; pass eval_dataset"
             )
         return with_instruction(ListSource(train), instruction), with_instruction(ListSource(rest), instruction)
+
+
+def _quantize(model: Any, config: Any) -> str:
+    """`policy.quantize` for a BitsAndBytesConfig. Raises ModelError where the recipe has no equal."""
+    if not isinstance(model, str):
+        raise ModelError("quantization_config is for models that are named; load the given model quantised instead")
+    if getattr(config, "load_in_8bit", False):
+        return "int8"
+    if getattr(config, "bnb_4bit_quant_type", "") == "nf4" and config.load_in_4bit and config.bnb_4bit_use_double_quant:
+        return "nf4"
+    raise ModelError(
+        "quantization_config must be BitsAndBytesConfig(load_in_8bit=True), or load_in_4bit=True, bnb_4bit_quant_type="
+        "'nf4', bnb_4bit_use_double_quant=True; for another, load the model with it and pass model=…"
+    )
 
 
 def _as_row(problem: Any) -> Any:

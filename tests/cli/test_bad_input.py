@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
+import sppo
 from sppo.cli.main import main
 from sppo.models import tiny
 
@@ -440,3 +444,99 @@ def test_a_critic_that_cannot_be_read_is_not_exported(tmp_path, capsys):
 
 def test_a_module_of_ones_own_that_is_not_found_says_where_to_stand(train):
     assert "PYTHONPATH" in train("--reward.use", "no_such_module_here:reward")
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"adapter.rank": "0"}, "adapter.rank: input should be greater than or equal to 1 (got 0)"),
+        ({"adapter.targets": '["q_prj"]'}, "no layer of this model is called 'q_prj'; did you mean 'q_proj'?"),
+        ({"policy.quantize": "nf4"}, "policy.quantize = 'nf4' freezes the weights: add [adapter]"),
+        ({"policy.quantize": "nf3", "adapter.rank": "4"}, "policy.quantize: input should be '', 'nf4' or 'int8'"),
+        ({"critic.model": "policy"}, "critic.model = 'policy' puts a second adapter on frozen weights: add [adapter]"),
+    ],
+)
+def test_adapters_that_cannot_be(train, tmp_path, keys, why):
+    assert why in train(*(piece for key, value in keys.items() for piece in (f"--{key}", value)))
+    assert not (tmp_path / "run").exists()
+
+
+def model_folder(folder, **size):
+    model, tokenizer = tiny.build(**{"hidden": 32, "layers": 1, "heads": 2, **size})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_of_another_base_and_an_adapter_on_an_adapter(tmp_path, capsys, train):
+    base = model_folder(tmp_path / "base")
+    out = tmp_path / "first"
+    assert (
+        main(
+            [
+                "train",
+                *QUICK,
+                "--policy.model",
+                str(base),
+                "--adapter.rank",
+                "2",
+                "--data",
+                "chain:steps=1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    adapter = out / "checkpoints/step-000001/policy"
+    assert "holds an adapter, which is trained on: leave [adapter] out" in train(
+        "--policy.model", adapter, "--adapter.rank", "2"
+    )
+    model_folder(base, seed=1)
+    for arguments in (("eval", adapter, "--tasks", "chain:steps=1"), ("train", "--resume", out, "--steps", "2")):
+        assert f"its base, {base}, has other weights than the adapter was trained on" in fails(capsys, *arguments)
+    model_folder(base, hidden=64)
+    message = fails(capsys, "eval", adapter, "--tasks", "chain:steps=1")
+    assert "is not an adapter of this base model: size mismatch for base_model" in message
+
+
+def test_a_quantised_model_is_not_trained_whole_or_quantised_again(tmp_path, train):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain, packed = model_folder(tmp_path / "plain"), model_folder(tmp_path / "packed")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=how, device_map="cpu").save_pretrained(packed)
+    assert "is quantised, so its weights cannot be trained: add [adapter]" in train("--policy.model", packed)
+    again = train("--policy.model", packed, "--adapter.rank", "2", "--policy.quantize", "int8")
+    assert "was saved in nf4; leave policy.quantize out" in again
+
+
+@pytest.mark.parametrize(
+    ("package", "keys", "why"),
+    [
+        ("peft", ["--adapter.rank", "2"], "[adapter] needs peft: pip install 'sppo[adapters]'"),
+        (
+            "bitsandbytes",
+            ["--adapter.rank", "2", "--policy.quantize", "nf4"],
+            "policy.quantize = 'nf4' needs bitsandbytes: pip install 'sppo[adapters]'",
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(tmp_path, package, keys, why):
+    """With all the packages that are here but one."""
+    there = tmp_path / "packages"
+    there.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith((package, "__")) and entry.suffix != ".pth":
+            (there / entry.name).symlink_to(entry)
+    arguments = ["train", *QUICK, *keys, "--data", "chain:steps=1", "--out", str(tmp_path / "run")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sppo.__file__).parents[1]), str(there)])}
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "sppo", *arguments], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == f"error: {why}"

@@ -76,7 +76,7 @@ def test_a_gpu_that_is_not_here_is_not_asked(eight_billion, capsys, monkeypatch)
 def test_offloaded_state_is_said_to_be_the_hosts(eight_billion, capsys):
     plan, said = doctor(capsys, "--model", eight_billion, "--gpu", "80GB", "--training.offload", "true")
     assert plan["host_bytes"]["masters and moments"] == pytest.approx(12 * 8.03e9, rel=0.01)
-    assert "of main memory (masters and moments)" in said
+    assert "of main memory (masters and moments, sums of gradients)" in said
 
 
 @pytest.mark.parametrize("size", ["24XB", "-3GB", "0", "much"])

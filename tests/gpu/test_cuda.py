@@ -3,6 +3,7 @@ tests/gpu` on a machine that has one."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -14,6 +15,7 @@ from sppo.kernels import elementwise
 from sppo.kernels.cuda import attention as attention_cuda
 from sppo.kernels.cuda import head as head_cuda
 from sppo.kernels.logprobs import token_logps, token_logps_from_logits
+from sppo.learning.optimizer import MasterAdamW
 from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
@@ -178,6 +180,55 @@ def test_captured_steps_follow_the_weights_and_longer_sequences(dtype):
     assert engine.captured.slots is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_go_through_the_active_adapter(dtype):
+    """One adapter, another, none: graphs of one are not replayed for the next. And an update in between."""
+    from tests.kernels.test_low_rank import apart, with_adapters
+
+    tuned = with_adapters(llama(dtype).model, "critic", r=6, lora_alpha=9)
+    policy = Policy(tuned.base_model.model, tiny.character_tokenizer(), name="llama")
+    engine = LocalEngine(policy)
+    assert engine.captured is not None, engine.stated
+    responses = [[(5 * b + 3 * t) % 97 for t in range(60 - 5 * b)] for b in range(7)]
+    prompts = [[b + 1, 2, 3] for b in range(7)]
+    tolerance, seen = 0.1 if dtype == torch.bfloat16 else 1e-4, []
+    for adapter in ("default", "critic", None, "default"):
+        tuned.set_adapter(adapter or "default")
+        with tuned.disable_adapter() if adapter is None else contextlib.nullcontext():
+            found, theirs = engine.score(prompts, responses), policy.given_logps(prompts, responses)
+        assert apart(found, theirs) < tolerance, adapter
+        assert all(apart(found, other) > 3 * tolerance for other in seen), adapter
+        seen.append(found)
+        with torch.no_grad():  # in place, as the optimiser does it
+            for name, p in policy.model.named_parameters():
+                if ".lora_B.default." in name:
+                    p.add_(torch.randn_like(p) * 0.3)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_a_layer_with_an_adapter(dtype):
+    from peft.tuners import lora
+
+    from sppo.kernels.low_rank import adapted_forward
+    from tests.kernels.test_low_rank import replaced_in, with_adapters
+
+    model = with_adapters(llama(dtype).model, r=6, lora_alpha=9).base_model.model
+    assert len(replaced_in(model)) == 21
+    layer = model.model.layers[1].mlp.down_proj
+    assert isinstance(layer, lora.Linear)
+    x = torch.randn(2, 37, 256, device="cuda").to(dtype).requires_grad_()
+    a, b, w = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight
+    found = adapted_forward(layer, x)
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    xd, ad, bd = (t.detach().double().requires_grad_() for t in (x, a, b))
+    true = xd @ (w.double() + 1.5 * bd @ ad).t()
+    true.backward(grad.double())
+    assert off(found, true) < CLOSE[dtype]
+    for mine, theirs in ((x, xd), (a, ad), (b, bd)):
+        assert off(mine.grad, theirs.grad) < CLOSE[dtype]
+
+
 def test_what_was_sampled_before_changes_no_bit():
     policy = llama()
     used, fresh = LocalEngine(policy), LocalEngine(policy)
@@ -194,3 +245,34 @@ def test_grouped_queries_are_sampled_as_by_the_plain_loop():
     assert [s.ids for s in LocalEngine(policy).generate(*asked)] == [
         s.ids for s in PlainEngine(policy).generate(*asked)
     ]
+
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 32}
+
+
+def trained(**made) -> tuple[float, dict[str, torch.Tensor]]:
+    """What three steps of two micro-batches each take of the GPU at their peak, as a multiple of the weights, and the
+    weights that they lead to."""
+    policy = llama(**WIDE)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.0, **made)
+    for step in range(3):
+        for part in range(2):
+            ids_BL = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(2 * step + part))
+            optimiser.backward(logps_of(policy, ids_BL, torch.tensor([4]), torch.tensor([8]), 1.0).logp_BT.sum())
+        optimiser.step(1e-2, 1.0)
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    taken = (torch.cuda.max_memory_allocated() - before) / weights
+    return taken, {name: p.detach().float().cpu() for name, p in policy.trained.items()}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_an_offloaded_optimiser_takes_nothing_of_the_gpu_and_trains_the_same(kind):
+    """Of bfloat16 weights master, moments and sum of gradients take 8 times as much again, with 8-bit moments 5."""
+    (here, stayed), (there, moved) = (trained(kind=kind, offload=offload) for offload in (False, True))
+    assert there < 0.5
+    assert here > 4
+    start = {name: p.detach().float().cpu() for name, p in llama(**WIDE).trained.items()}
+    for name, p in stayed.items():
+        assert off(moved[name] - start[name], p - start[name]) < 0.2, name  # a rounding to bfloat16 may fall either way

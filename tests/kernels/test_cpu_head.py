@@ -55,6 +55,17 @@ def test_it_is_the_log_softmax_and_its_gradient(compiled_head, count, width, voc
     assert torch.equal(mine.backward(hidden, target, normaliser, scale, with_weight=False)[0], gradients[0])
 
 
+def test_a_frozen_head_takes_no_room_for_its_gradient():
+    hidden, weight, target, scale = case(29, 64, 1040)
+    mine, room = head.Head(weight, 1.0), {}
+    outputs = {"grad_hidden": torch.empty(29, 64), "grad_weight": torch.empty_like(weight)}
+    for names in (("grad_hidden",), ("grad_hidden", "grad_weight")):
+        job = mine._job(hidden, target, normaliser=scale, grad=scale, **{name: outputs[name] for name in names})
+        room[len(names)] = mine._library.head_bytes(job)
+    sums, sides = 1040 * 64 * 4, 29 * (1040 + 64) * 2  # of the gradient, and of what it is multiplied from
+    assert room[2] - room[1] >= sums + sides
+
+
 def test_a_token_is_the_same_bits_whoever_is_beside_it(compiled_head):
     hidden, weight, target, _ = case(23, 128, 333)
     mine = head.Head(weight, 1.0)

@@ -144,7 +144,7 @@ def test_an_adapter_that_is_not_active_changes_no_bit(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_is_the_same_bits_whoever_is_beside_it(shape, dtype):
-    """Alone, with others, by several threads, and with so many others that threads take sequences."""
+    """With one other or many, by several threads, and with so many others that threads take sequences."""
     model = with_adapters(model_of(shape, dtype=dtype), **KINDS["some, of several ranks"]).base_model.model
     together = stepped(model, list(range(90)))
     for threads in (1, 2, 3):

@@ -136,7 +136,7 @@ def trained(dtype, tmp_path, *, kind="adamw", offload=(False, False), steps=8):
     """The weights and the state after some steps of three micro-batches each; `offload` is that of the first half, and
     of the second, which goes on from what was saved."""
     layers = torch.nn.Sequential(a_layer(dtype), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-    made = dict(betas=(0.9, 0.95), weight_decay=0.1, kind=kind)
+    made = {"betas": (0.9, 0.95), "weight_decay": 0.1, "kind": kind}
     optimiser = MasterAdamW(layers.parameters(), offload=offload[0], **made)
     for step in range(steps):
         if step == steps // 2:

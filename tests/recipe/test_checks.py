@@ -75,8 +75,6 @@ BROKEN = [  # rule, a recipe that keeps it, what breaks it, words of the sentenc
      {"adapter": None}, r"freezes the weights: add \[adapter\]"),
     (checks.adapters_stand_on_frozen_weights, {"policy.quantize": "int8", **ADAPTER}, {"policy.model": GIVEN},
      "load the given model quantised"),
-    (checks.adapters_stand_on_frozen_weights, {"critic.model": "policy", **ADAPTER}, {"adapter": None},
-     r"second adapter on frozen weights: add \[adapter\]"),
     (checks.what_is_offloaded_is_not_paged, {"training.offload": True, "training.optimizer": "adamw-8bit"},
      {"training.optimizer": "paged-adamw-8bit"}, "so none are paged"),
 ]  # fmt: skip
@@ -103,3 +101,15 @@ def test_every_rule_is_tried():
 @pytest.mark.parametrize("use", [GIVEN, "mine:score", "answer + 0.5 * mine:score"])
 def test_a_reward_of_the_users_own_may_measure_steps(use):
     Config.load(None, {"objective.algorithm": "sppo-hybrid", "reward.use": use})
+
+
+@pytest.mark.parametrize(
+    ("size", "critic", "rates"),
+    [(10**6, "policy", (2e-3, 1e-3)), (10**8, "policy", (1e-4, 5e-4)), (10**8, "tiny", (1e-4, 5e-5)),
+     (10**10, "policy", (1e-5, 5e-5))],
+)  # fmt: skip
+def test_adapters_learn_ten_times_as_fast_and_a_critic_among_them_no_faster_than_it_can(size, critic, rates):
+    config = Config.load(None, {"adapter.rank": 8, "critic.model": critic})
+    assert config.critic_reads is not None
+    training = config.with_rates(size, size, adapted=True).training
+    assert (training.lr, training.critic_lr) == pytest.approx(rates)

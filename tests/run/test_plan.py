@@ -7,7 +7,14 @@ import json
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from sppo.cli.main import main
 from sppo.models import tiny
@@ -245,9 +252,49 @@ def test_a_critic_on_the_policys_base_is_an_adapter(shape):
 def test_offloaded_masters_and_moments_are_the_hosts(shape):
     here = outlined(24 * GIB, policy__model=shape)
     there = outlined(24 * GIB, policy__model=shape, training__offload=True)
-    assert there.host == {"masters and moments": here.stays["optimiser"]}
-    assert there.total == here.total - here.stays["optimiser"]
+    trained = Model(smollm(), torch.float32).parameters + 112_576  # the critic's beside the policy's
+    assert there.host["masters and moments"] == pytest.approx(12 * trained, rel=0.001)
+    assert there.host["sums of gradients"] == pytest.approx(4 * trained, rel=0.001)
+    assert there.phases["update"]["gradients"] == 2 * 49152 * 576  # the largest one, until it has gone
+    assert there.total < here.total - here.stays["optimiser"]
     assert "of the host's" in there.stated()
+
+
+def test_what_reads_more_than_text_is_frozen_and_in_main_memory():
+    text = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    seen = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    with torch.device("meta"):
+        made = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=seen, mm_tokens_per_image=4))
+    model = Model(made, torch.bfloat16)
+    decoder = sum(p.numel() for p in made.get_decoder().parameters())
+    assert model.trained == model.parameters == decoder
+    assert model.base == 2 * decoder
+    assert model.towers == 4 * (sum(p.numel() for p in made.parameters()) - decoder) > 0
+    config = Config.load(None, {"training.micro_tokens": 1024})
+    here, there = (
+        plan(config, model, None, torch.device(kind), 40, gpu) for kind, gpu in (("cpu", None), ("cuda", GIB))
+    )
+    assert here.stays["weights"] == model.base + model.towers
+    assert (there.stays["weights"], there.host) == (model.base, {"towers": model.towers})
+    assert len(Model(made, torch.bfloat16, Adapter(4, "all-linear")).adapted) == 2 * 7
+
+
+def test_a_matrix_that_lies_the_other_way_round_is_adapted_too():
+    with torch.device("meta"):
+        model = Model(
+            GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2)), torch.float32, Adapter(4, "all-linear")
+        )
+    assert model.trained == 2 * 4 * ((64 + 192) + (64 + 64) + 2 * (64 + 256))
 
 
 def test_a_reward_model_is_held_too(shape, tmp_path):

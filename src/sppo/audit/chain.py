@@ -178,8 +178,8 @@ class AuditChain:
             self.anchor.parent.mkdir(parents=True, exist_ok=True)
             _append(self.anchor, json.dumps({"chain": self.first, "line": self.count, "sha256": self.head}))
 
-    def vouches_for(self, checkpoint: Path) -> str:
-        """Why the chain does not vouch for a checkpoint, or nothing.
+    def vouches_for(self, checkpoint: Path, part: str = "") -> str:
+        """Why the chain does not vouch for a checkpoint (or a folder in it), or nothing.
 
         A chain of an older version says nothing against any.
         """
@@ -188,7 +188,9 @@ class AuditChain:
         ]
         if not known:
             return f"{CHAIN} has no line about it" if self.record.begun else ""
-        return difference(known, files_of(checkpoint))
+        inside = f"{part}/" if part else ""
+        known = [{n: sha256 for n, sha256 in files.items() if n.startswith(inside)} for files in known]
+        return difference(known, {inside + n: sha256 for n, sha256 in files_of(checkpoint / part).items()})
 
 
 def _append(path: Path, line: str) -> None:

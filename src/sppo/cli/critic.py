@@ -38,6 +38,9 @@ def add(subparsers: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from ..models.adapter_critic import open_critic
+    from ..models.adapters import is_adapter
+    from ..models.critic import HEAD_FILE
+    from ..models.export import copy_adapter
     from ..models.loading import pick_device
     from ..run.directory import newest_policy, write_atomic
 
@@ -51,24 +54,44 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(f"--out: {out} is not empty; choose another folder for the critic")
     run = source.parent.parent.parent
     open_critic(str(source), dtype="auto", device=pick_device(), seed=0)  # an unreadable critic is not exported
-    shutil.copytree(source, out, dirs_exist_ok=True)
-    write_atomic(out / "README.md", _card(run, source))
-    emit(
-        {"critic": str(out)},
-        args.json,
-        f"{out}: load it with AutoModel, or rank prompts: sppo critic score {out} --data FILE",
-    )
+    card, base = _card(run, source), ""
+    if is_adapter(str(source)):
+        base = copy_adapter(source, out, out)["name"]
+        card += _of_adapter(base, out)
+    else:
+        shutil.copytree(source, out, dirs_exist_ok=True)
+        card += (
+            f"The folder holds a transformers backbone (`AutoModel.from_pretrained`), its tokenizer, and the read-out "
+            f"`{HEAD_FILE}`: {READ_OUT}\n"
+        )
+    write_atomic(out / "README.md", card)
+    how = f"load it with PeftModel on {base}" if base else "load it with AutoModel"
+    emit({"critic": str(out)}, args.json, f"{out}: {how}, or rank prompts: sppo critic score {out} --data FILE")
     return 0
 
 
-def _card(run: Path, source: Path) -> str:
-    """What the folder is, in words and numbers of the run that it comes from."""
+READ_OUT = "one linear map of the last hidden state at the prompt's last token, then a sigmoid. `sppo critic score` applies it."
+
+
+def _of_adapter(base: str, out: Path) -> str:
+    """What a critic's folder holds that is an adapter."""
     from ..models.critic import HEAD_FILE
+
+    beside = Path(base).is_absolute() and Path(base).parent == out.resolve()
+    where = "in its folder `base`" if beside else f"`{base}`"
+    return (
+        f"The folder holds an adapter (`PeftModel.from_pretrained`) for the policy's frozen base, which is {where}, the "
+        f"tokenizer, and the read-out `{HEAD_FILE}`: {READ_OUT}\n"
+    )
+
+
+def _card(run: Path, source: Path) -> str:
+    """What it predicts, in words and numbers of the run that it comes from."""
     from ..recipe.config import Config
     from ..report.reader import RunReader
 
     if not (run / "recipe.toml").exists():
-        return f"# A prompt-only critic\n\nFrom {source}; its run is not known here.\n"
+        return f"# A prompt-only critic\n\nFrom {source}; its run is not known here.\n\n"
     config = Config.load(run / "recipe.toml")
     if config.critic_reads != "prompt":
         raise UserError(
@@ -98,8 +121,6 @@ Predicts, from the prompt alone, the chance that the policy it was trained besid
 Measured on training problems, before the critic had seen their outcomes. It says nothing of other problems, of another policy, or of this policy
 after more training.
 
-The folder holds a transformers backbone (`AutoModel.from_pretrained`), its tokenizer, and the read-out `{HEAD_FILE}`: one linear map of the last
-hidden state at the prompt's last token, then a sigmoid. `sppo critic score` applies it.
 """
 
 

@@ -206,6 +206,8 @@ def _plan(config: Config, gpu: int | None) -> dict[str, Any]:
 
 def _problems(config: Config) -> tuple[Any, str]:
     """The training problems, and what is said of them. Raises UserError where the reward cannot grade the first one."""
+    import torch
+
     from ..rewards.loading import load_reward
     from ..run.footprint import reward_models
     from ..tasks.loading import load_tasks
@@ -218,7 +220,7 @@ def _problems(config: Config) -> tuple[Any, str]:
         first = tasks[0]
     except DataError as error:
         return None, f"{source}: not to be had here ({error}); prompts are counted at task.max_prompt_tokens"
-    if reward_models(config.reward.use):  # they are counted, not loaded
+    if reward_models(config.reward.use, torch.device("cpu")):  # they are counted, not loaded
         return tasks, f"{source}: {len(tasks):,}, e.g. {first.text[:60]!r}"
     reward = load_reward(config.reward.use)
     unfit = reward.check(first)

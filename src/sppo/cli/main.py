@@ -18,6 +18,7 @@ from . import (
     data,
     doctor,
     evaluate,
+    export,
     pull,
     report,
     reward_model,
@@ -30,7 +31,7 @@ from . import (
 )
 
 COMMANDS = (
-    train, sft, evaluate, compare, verify, solve, view, report, audit, critic, reward_model, sandbox, pull, data, doctor,
+    train, sft, evaluate, compare, verify, solve, view, report, audit, export, critic, reward_model, sandbox, pull, data, doctor,
 )  # fmt: skip
 
 

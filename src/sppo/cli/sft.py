@@ -26,6 +26,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and write a model folder at --out."""
+    from ..models.assembled import can_be_named
     from ..report.progress import ProgressDisplay
     from ..run.directory import no_space
 
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         display.stop()
     with no_space(out):
+        if policy.adapters is not None and not can_be_named(policy.base["name"]):
+            policy.save_base(out / "base")
         policy.save(out)
     result = {"out": str(out), "steps": steps, "loss": loss, "policy_sha256": policy.sha256()}
     emit(result, args.json, f"loss {loss:.4f} after {steps} steps; the model is in {out}")
@@ -63,7 +66,7 @@ def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, i
     from ..models.loading import pick_device
     from ..models.policy import Policy
     from ..models.weights import parameter_count
-    from ..recipe.recipe import bootstrap_rate
+    from ..recipe.recipe import OF_ADAPTERS, bootstrap_rate
     from ..recipe.sections import BootstrapSection
     from ..tasks.loading import load_tasks
 
@@ -80,10 +83,13 @@ def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, i
         device=pick_device(),
         seed=config.seed,
         chat_template=config.policy.chat_template,
+        adapter=config.adapter,
+        quantize=config.policy.quantize,
     )
     display.note(stated)
     if section.lr is None:
-        section = section.model_copy(update={"lr": bootstrap_rate(parameter_count(policy.model))})
+        times = 1.0 if policy.adapters is None else OF_ADAPTERS
+        section = section.model_copy(update={"lr": times * bootstrap_rate(parameter_count(policy.model))})
     display.stage("bootstrap", section.steps)
 
     def on_step(done: int, metrics: dict[str, float]) -> bool:

@@ -72,11 +72,14 @@ class MasterAdamW:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's loss to what is there. Sums are float32 whatever the model's dtype: a
-        bfloat16 `grad` has 8 bits, and each further micro-batch would be rounded to the size of the sum so far. One
-        micro-batch alone costs nothing more.
+        bfloat16 `grad` has 8 bits, and each further micro-batch would be rounded to the size of the sum so far.
+
+        On a GPU each gradient goes into its sum as soon as it is made, so that all of them are never held beside the
+        sums. On a CPU the next micro-batch, or the step, moves them: an embedding's gradient comes in two parts there
+        (kernels/patch_layers.py), and one micro-batch alone needs no sums.
         """
         self._set_aside()
-        pairs = self._apart if self.offload else []
+        pairs = self._apart if self.offload else [(p, m) for p, m in self._apart if p.is_cuda]
         hooks = [p.register_post_accumulate_grad_hook(partial(_bring, master)) for p, master in pairs]
         try:
             loss.backward()
@@ -170,7 +173,7 @@ def optimiser_class(kind: str, device: torch.device) -> Any:
         from bitsandbytes import optim
     except ImportError as error:
         raise RecipeError(
-            f"training.optimizer = {kind!r} needs bitsandbytes ({first_line(error)}): pip install 'sppo[low-memory]'"
+            f"training.optimizer = {kind!r} needs bitsandbytes ({first_line(error)}): pip install 'sppo[adapters]'"
         ) from None
     return optim.PagedAdamW8bit if kind.startswith("paged") else optim.AdamW8bit
 

@@ -4,6 +4,7 @@ linear map. The policy's adapter is off while the critic reads, so neither moves
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .actions import Actions
 from .adapters import CRITIC, base_of, is_adapter
 from .critic import Critic
 from .policy import Policy
-from .scorer import Scorer
+from .scorer import Reader
 from .weights import counted
 
 
@@ -29,12 +30,11 @@ class AdapterCritic(Critic):
         """`adapter` is the name of one in the policy's model."""
         nn.Module.__init__(self)
         assert policy.adapters is not None
-        self.name, self.tokenizer, self.policy, self.adapters = adapter, policy.tokenizer, policy, policy.adapters
+        self.name, self.tokenizer, self.policy, self.adapter = "policy", policy.tokenizer, policy, adapter
         self.own = nn.ParameterList(policy.adapters.named(adapter).values())
         self.head = nn.Linear(policy.model.get_output_embeddings().weight.size(-1), 1).to(policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self._reader = (policy.scorer.under(adapter),)  # no module of this one: it belongs to the policy
         self.trained = False
         self.stated = (
             f"critic: an adapter of {counted(sum(p.numel() for p in self.own))} parameters on the policy's frozen "
@@ -58,10 +58,10 @@ class AdapterCritic(Critic):
                 critic.load_head(saved)
         return critic
 
-    @property
-    def scorer(self) -> Scorer:
-        """What reads for it."""
-        return self._reader[0]
+    @cached_property
+    def reader(self) -> Reader:
+        """The policy's own, with this adapter."""
+        return self.policy.scorer.under(self.adapter)
 
     @property
     def backbone(self) -> Any:
@@ -78,16 +78,13 @@ class AdapterCritic(Critic):
 
     def hidden(self, ids_BL: Tensor, actions: Actions) -> Tensor:
         """See `Critic`."""
-        return self.scorer.states(ids_BL.cpu(), actions)
-
-    def checkpoint_activations(self) -> None:
-        """As the policy does."""
-        self.scorer.checkpoint_activations()
+        return self.reader.states(ids_BL.cpu(), actions)
 
     def save(self, folder: Path) -> None:
         """A peft folder, its tokenizer, and the head beside it."""
         base = self.policy.base | {"fingerprint": self.policy.frozen_fingerprint()}
-        self.adapters.save(folder, self.name, base)
+        assert self.policy.adapters is not None
+        self.policy.adapters.save(folder, self.adapter, base)
         self.tokenizer.save_pretrained(folder)
         self.save_head(folder)
 

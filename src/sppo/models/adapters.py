@@ -7,6 +7,7 @@ adapter a pass uses is a matter of `using`: the policy's own at rest, the critic
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
 import warnings
@@ -35,16 +36,16 @@ class Adapters:
     """The adapters of one transformers model (`model`), which are inside it."""
 
     def __init__(self, peft: Any) -> None:
-        """`peft` is a PeftModel with the policy's adapter. Raises ModelError for a kind that is no layer beside
-        another, such as prompts."""
+        """`peft` is a PeftModel with the policy's adapter. Raises ModelError for a kind without a rank, such as
+        prompts, and for one that trains biases of the base."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        self.peft, self.name = peft, peft.active_adapter
+        self.peft, self.name, config = peft, peft.active_adapter, peft.active_peft_config
         self.layers = [m for m in peft.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        if peft.active_peft_config.is_prompt_learning or not self.layers:
-            kind = str(getattr(peft.active_peft_config.peft_type, "value", ""))
-            raise ModelError(f"peft's {kind} changes what the model reads; give an adapter of its layers, such as LoRA")
+        section_of(config)
+        if getattr(config, "bias", "none") != "none":
+            raise ModelError(f"the adapter's bias = {config.bias!r} trains biases of the base; set bias='none'")
 
     @property
     def model(self) -> Any:
@@ -62,6 +63,11 @@ class Adapters:
 
         if isinstance(config, AdapterSection):
             config = _lora(model, config)
+        else:
+            config = copy.deepcopy(config)  # peft writes into it
+            config.task_type = config.task_type or "CAUSAL_LM"
+            if getattr(config, "target_modules", None) == "all-linear":  # peft would adapt a vision tower as well
+                config.target_modules = targets_in(model, "all-linear")
         dtype = model.get_input_embeddings().weight.dtype
         with _made_from(seed), readable("[adapter] does not fit this model", RecipeError):
             made = cls(get_peft_model(model, config, autocast_adapter_dtype=False))
@@ -79,6 +85,25 @@ class Adapters:
             made = cls(PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False))
         made._settle(made.name, dtype)
         return made
+
+    @classmethod
+    def given(cls, peft: Any) -> Adapters:
+        """The adapter of a PeftModel that Python code brings, trained from now on, in the dtype of the model."""
+        made = cls(peft)
+        made._settle(made.name, made.model.get_input_embeddings().weight.dtype)
+        for n, p in made.model.named_parameters():  # one that was loaded for inference is frozen
+            p.requires_grad_(_is_of(n, made.name))
+        return made
+
+    @property
+    def section(self) -> AdapterSection:
+        """What a recipe says of the policy's adapter."""
+        return section_of(self.peft.peft_config[self.name])
+
+    @property
+    def dropout(self) -> float:
+        """peft's `lora_dropout`."""
+        return float(getattr(self.peft.peft_config[self.name], "lora_dropout", 0.0))
 
     def add(self, name: str, *, seed: int = 0) -> dict[str, nn.Parameter]:
         """Another adapter of the policy's shape; returns its parameters, which are trained."""
@@ -157,15 +182,30 @@ class Adapters:
 
     def save_base(self, folder: Path) -> None:
         """Write the model as it is without adapters, as its class would."""
-        inner, whole = self.model, {}
-        for name, tensor in inner.state_dict().items():
-            if not any(other in name.split(".") for other in self.peft.peft_config):
-                whole[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-        inner.state_dict = lambda: whole  # of a quantised model, save_pretrained ignores one that it is given
+        places = [(*place, inner) for *place, inner in self._places()]
         try:
-            inner.save_pretrained(str(folder))
+            for parent, name, _, inner in places:
+                setattr(parent, name, inner)
+            self.model.save_pretrained(str(folder))
         finally:
-            del inner.state_dict
+            for parent, name, layer, _ in places:
+                setattr(parent, name, layer)
+
+    def _places(self) -> list[tuple[nn.Module, str, Any, Any]]:
+        """Where peft's layers are: the module that holds one, its name there, the layer, and the model's own in it."""
+        ours, found = {id(m) for m in self.layers}, []
+
+        def search(module: nn.Module) -> None:
+            for name, child in module.named_children():
+                layer: Any = child
+                if id(layer) not in ours:
+                    search(layer)
+                    continue
+                inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+                found.append((module, name, layer, inner))
+
+        search(self.model)
+        return found
 
     def _settle(self, name: str, dtype: torch.dtype) -> None:
         """Give an adapter the dtype that the model computes in (peft takes float32 beside quantised weights)."""
@@ -192,9 +232,25 @@ def base_of(folder: Path) -> dict[str, str]:
         name = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path") or known.get("name")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{folder} is an adapter that names no base model (base_model_name_or_path)")
-    if name.startswith("/") and not Path(name).exists():  # a run that was moved has its base beside its checkpoints
-        name = next((str(p / "base") for p in folder.resolve().parents if (p / "base" / "config.json").exists()), name)
+    if name.startswith("/") and not Path(name).exists():  # moved: it is in an export, or beside a run's checkpoints
+        here = folder.resolve()
+        near = [p / "base" for p in (here, *here.parents)]
+        name = next((str(base) for base in near if (base / "config.json").exists()), name)
     return {**known, "name": name}
+
+
+def section_of(config: Any) -> AdapterSection:
+    """What a recipe says of an adapter that peft's own config describes, as far as it can. Raises ModelError for a kind
+    without a rank."""
+    rank, kind = getattr(config, "r", None), str(getattr(config.peft_type, "value", config.peft_type))
+    if not isinstance(rank, int) or kind == "ADALORA":  # AdaLoRA is told of every update by its trainer
+        raise ModelError(f"{type(config).__name__}: only adapters of a fixed rank are trained; use peft's LoraConfig")
+    targets = getattr(config, "target_modules", None) or "all-linear"
+    return AdapterSection(
+        rank=rank, alpha=max(1, round(getattr(config, "lora_alpha", getattr(config, "alpha", rank)))),
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        rslora=bool(getattr(config, "use_rslora", False)), dora=bool(getattr(config, "use_dora", False)),
+    )  # fmt: skip
 
 
 def _lora(model: Any, section: AdapterSection) -> Any:
@@ -256,7 +312,10 @@ def _fits(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        raise ModelError(f"{folder} is not an adapter of this base model: {first_line(error)}") from error
+        why = first_line(error)
+        if why.startswith("Error(s) in loading state_dict"):  # which they are is on the lines after it
+            why = str(error).splitlines()[1].strip().rstrip(".")
+        raise ModelError(f"{folder} is not an adapter of this base model: {why}") from error
 
 
 def _is_of(parameter: str, name: str) -> bool:

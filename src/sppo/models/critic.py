@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from ..files import readable
 from ..objective.ratio import wide
 from ..types import Task
 from .actions import Actions
-from .loading import choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
+from .loading import LARGE, choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 from .policy import Policy
+from .scorer import Reader
 from .weights import cast, counted, parameter_count
 
 HEAD_FILE = "value_head.safetensors"
@@ -99,6 +101,23 @@ class Critic(nn.Module):
         self.head.weight.zero_()
         self.head.bias.fill_(rate if self.linear else math.log(rate / (1 - rate)))
 
+    @cached_property
+    def reader(self) -> Reader:
+        """What its passes are computed by: packed and fused from `LARGE` on, where that saves something."""
+        return Reader(
+            self.backbone, fast=parameter_count(self.backbone) >= LARGE
+        )  # cached, and so no part of this module
+
+    @property
+    def packs(self) -> bool:
+        """Whether no padding is computed."""
+        return bool(self.reader.packs)
+
+    def checkpoint_activations(self) -> None:
+        """From now on training passes keep only the layers' inputs, and compute the layers again in the backward pass,
+        where the backbone has layers for it."""
+        self.reader.checkpoint_activations()
+
     @property
     def _no_cache(self) -> dict[str, bool]:
         """Decoders would keep keys and values that nobody reads."""
@@ -141,11 +160,14 @@ class Critic(nn.Module):
 
     def hidden(self, ids_BL: Tensor, actions: Actions) -> Tensor:
         """The backbone's last hidden states before N action tokens, [N, D]."""
+        if self.packs:
+            return self.reader.states(ids_BL.cpu(), actions)
         device = self.head.weight.device
         width = int(actions.before_B.max())
         ids_BL = ids_BL[:, :width].to(device)
         mask_BL = (torch.arange(width)[None] < actions.before_B[:, None]).long().to(device)
-        hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL, **self._no_cache).last_hidden_state
+        with self.reader.computing():
+            hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL, **self._no_cache).last_hidden_state
         return hidden_BLD[actions.row_N.to(device), actions.position_N.to(device) - 1]
 
     def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -230,6 +230,8 @@ class ControlPolicy(Policy):
 class ControlCritic(Critic):
     """V of the first observation; of every one, as a token critic."""
 
+    packs = False
+
     def __init__(self, task: str, hidden: int, layers: int, seed: int, name: str) -> None:
         nn.Module.__init__(self)
         self.environment, self.shape, self.name = ControlTask(task), {"hidden": hidden, "layers": layers}, name

@@ -35,10 +35,10 @@ def packed(ids_BL: Tensor, length_B: Tensor, row_N: Tensor, position_N: Tensor, 
 
 
 @torch.no_grad()
-def use(head: Head) -> str:
-    """Let a head's model take packed rows, if they leave each other alone at every position of three; else returns
-    why not, and leaves it as it was."""
-    model = backbone(head.model)
+def use(model: Any, head: Head | None) -> str:
+    """Let a model take packed rows, if they leave each other alone at every position of three; else returns why not,
+    and leaves it as it was. `head` is its output projection, if it has one."""
+    model = backbone(model)
     before = model.config._attn_implementation
     weight = model.get_input_embeddings().weight
     vocabulary = weight.size(0)
@@ -47,11 +47,11 @@ def use(head: Head) -> str:
     row_N, position_N = (torch.arange(9) < length_B[:, None]).nonzero(as_tuple=True)
     try:
         inputs, state_N = padded(ids_BL, length_B, row_N, position_N, weight.device)
-        apart_NV = head.of(inputs, state_N).log_softmax(-1)
+        apart = _out(model, head, inputs, state_N)
         attention.use(model)
         inputs, state_N = packed(ids_BL, length_B, row_N, position_N, weight.device)
-        packed_NV = head.of(inputs, state_N).log_softmax(-1)
-        if (packed_NV - apart_NV).abs().max() <= attention.TOLERANCE[weight.dtype] * apart_NV.abs().max():
+        together = _out(model, head, inputs, state_N)
+        if (together - apart).abs().max() <= attention.TOLERANCE[weight.dtype] * apart.abs().max():
             return ""
         why = "its packed sequences see each other"
     except torch.OutOfMemoryError:
@@ -60,3 +60,11 @@ def use(head: Head) -> str:
         why = first_line(error)
     model.set_attn_implementation(before)
     return why
+
+
+def _out(model: Any, head: Head | None, inputs: dict[str, Any], state_N: Tensor) -> Tensor:
+    """Log-probabilities, or the hidden states of a model without a head, [N, …]."""
+    if head is not None:
+        return head.of(inputs, state_N).log_softmax(-1)
+    hidden: Tensor = model(use_cache=False, **inputs).last_hidden_state
+    return hidden.flatten(0, 1)[state_N]

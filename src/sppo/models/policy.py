@@ -320,6 +320,8 @@ class Policy:
         assert self.adapters is not None
         self.adapters.save_base(folder)
         self.tokenizer.save_pretrained(folder)
+        for name, content in self._processor_files.items():
+            (folder / name).write_bytes(content)
         self.base["name"] = str(folder.resolve())
 
 

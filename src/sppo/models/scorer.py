@@ -1,5 +1,5 @@
-"""The module whose forward pass is all of `Policy.logps`, the head's product included: whatever wraps a module finds
-its hooks here."""
+"""Modules that read rows of tokens: for hidden states, and for log-probabilities. The scorer's forward pass is all of
+`Policy.logps`, the head's product included: whatever wraps a module finds its hooks here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,48 +32,33 @@ class ActionLogps(NamedTuple):
     mask_BT: Tensor
 
 
-class Scorer(nn.Module):
-    """A causal language model, asked for the log-probabilities of given tokens. Dropout is off in every pass: old and
-    current log-probabilities come from the same function.
+class Reader(nn.Module):
+    """A transformer that is asked for its last hidden states. Dropout is off in every pass, so that the same weights
+    always give the same numbers.
 
     Rows are packed where the model allows it (`packs`); else `unpacked_why` says why they are padded.
     """
 
-    def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
+    def __init__(self, model: Any, adapters: Adapters | None = None, *, head: bool = False, fast: bool = True) -> None:
+        """`head`: its logits are wanted too. `fast`: packed and with fused layers, which round in another order than
+        transformers' own passes."""
         super().__init__()
         self.model, self.adapters = model, adapters
-        self.adapter = adapters.name if adapters else None  # the one that this scorer's passes use
+        self.adapter = adapters.name if adapters else None  # the one that these passes use
         self.eval()
         weights_only(model)
-        self.head = Head(model)
-        self.unpacked_why = packing.use(self.head)
+        self.head = Head(model) if head else None
+        self.unpacked_why = packing.use(model, self.head) if fast else "it is to compute as transformers does"
         self.packs = not self.unpacked_why
-        self.fusable = fusable(backbone(model))  # found now: later a wrapper may hold parts of the weights only
+        self.fusable = (
+            fusable(backbone(model)) if fast else []
+        )  # found now: later a wrapper may hold parts of them only
         self._checkpointed: list[Any] = []
-
-    def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
-        """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
-        vocabulary."""
-        # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
-        ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
-        target_N = ids_BL[actions.row_N, actions.position_N]
-        if self.head.direct:
-            hidden_ND, head = self.states(ids_BL, actions), self.head
-            target_N = target_N.to(hidden_ND.device)
-            weight, bias = head.projection.weight, head.bias
-            logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature, head.scale, head.cap)
-        else:
-            inputs, state_N = self._rows(ids_BL, actions)
-            with self._pass(), self._checkpointing(), self.head.wide():
-                logits_NV = self._logits_at(inputs, state_N)
-            logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N.to(logits_NV.device), temperature)
-        actions = actions.to(logp_N.device)
-        return ActionLogps(actions.spread(logp_N), actions.spread(entropy_N), actions.mask_BT)
 
     def states(self, ids_BL: Tensor, actions: Actions) -> Tensor:
         """The last hidden states before N action tokens, [N, D]; `ids_BL` is on the CPU."""
         inputs, state_N = self._rows(ids_BL, actions)
-        with self._pass(), self._checkpointing():
+        with self.computing():
             hidden: Tensor = backbone(self.model)(use_cache=False, **inputs).last_hidden_state
         return hidden.flatten(0, 1)[state_N]
 
@@ -82,21 +67,17 @@ class Scorer(nn.Module):
         device = self.model.get_input_embeddings().weight.device
         return rows(ids_BL, actions.before_B, actions.row_N, actions.position_N - 1, device)
 
-    def _logits_at(self, inputs: dict[str, Any], state_N: Tensor) -> Tensor:
-        """Logits of the wanted positions, [N, V]; the head sees no others where the model lets them be chosen."""
-        if self.packs:
-            logits_NV = self.model(use_cache=False, logits_to_keep=state_N, **inputs).logits[0]
-            if len(logits_NV) == len(state_N):
-                return logits_NV
-        else:
-            logits_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)
-        return logits_NV[state_N]
-
-    def under(self, adapter: str | None) -> Scorer:
-        """This scorer over the same weights, with another adapter, or with none."""
+    def under(self, adapter: str | None) -> Self:
+        """The same over the same weights, with another adapter, or with none."""
         other = copy.copy(self)
         other.adapter = adapter
         return other
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Until the block ends the model computes as it does for this reader."""
+        with self._pass(), self._checkpointing():
+            yield
 
     @contextlib.contextmanager
     def _pass(self) -> Iterator[None]:
@@ -131,3 +112,42 @@ class Scorer(nn.Module):
         """A layer as it was computed the first time: by the backward pass the replaced forwards are gone."""
         with self._pass():
             return forward(*args, **kwargs)
+
+
+class Scorer(Reader):
+    """A causal language model, asked for the log-probabilities of given tokens: old and current ones come from the
+    same function."""
+
+    head: Head
+
+    def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
+        super().__init__(model, adapters, head=True)
+
+    def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
+        """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
+        vocabulary."""
+        # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
+        ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
+        target_N = ids_BL[actions.row_N, actions.position_N]
+        if self.head.direct:
+            hidden_ND, head = self.states(ids_BL, actions), self.head
+            target_N = target_N.to(hidden_ND.device)
+            weight, bias = head.projection.weight, head.bias
+            logp_N, entropy_N = token_logps(hidden_ND, weight, bias, target_N, temperature, head.scale, head.cap)
+        else:
+            inputs, state_N = self._rows(ids_BL, actions)
+            with self.computing(), self.head.wide():
+                logits_NV = self._logits_at(inputs, state_N)
+            logp_N, entropy_N = token_logps_from_logits(logits_NV, target_N.to(logits_NV.device), temperature)
+        actions = actions.to(logp_N.device)
+        return ActionLogps(actions.spread(logp_N), actions.spread(entropy_N), actions.mask_BT)
+
+    def _logits_at(self, inputs: dict[str, Any], state_N: Tensor) -> Tensor:
+        """Logits of the wanted positions, [N, V]; the head sees no others where the model lets them be chosen."""
+        if self.packs:
+            logits_NV = self.model(use_cache=False, logits_to_keep=state_N, **inputs).logits[0]
+            if len(logits_NV) == len(state_N):
+                return logits_NV
+        else:
+            logits_NV = self.model(use_cache=False, **inputs).logits.flatten(0, 1)
+        return logits_NV[state_N]

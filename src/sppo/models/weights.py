@@ -112,8 +112,9 @@ def sha256(weights: Weights) -> str:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Weights of a model; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
+    """Weights of a model; tied ones count once, and those in four bits one by one."""
+    packed = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in packed)
 
 
 def counted(parameters: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..spec import GIVEN, is_import
 from .objective import PER_TOKEN
 from .presets import CHANCES
-from .recipe import POLICY, Recipe
+from .recipe import Recipe
 
 Sentences = Iterator[str]
 
@@ -244,8 +244,6 @@ def adapters_stand_on_frozen_weights(c: Recipe) -> Sentences:
         yield f"policy.quantize = {c.policy.quantize!r} freezes the weights: add [adapter], which is trained beside them"
     if c.policy.quantize and c.policy.model == GIVEN:
         yield "policy.quantize is for models that are named: load the given model quantised instead"
-    if c.adapter is None and c.critic.model == POLICY and c.policy.model != GIVEN and c.critic_reads is not None:
-        yield "critic.model = 'policy' puts a second adapter on frozen weights: add [adapter], or name another critic"
 
 
 def what_is_offloaded_is_not_paged(c: Recipe) -> Sentences:

@@ -121,13 +121,17 @@ class Config(Recipe):
     @property
     def sha256(self) -> str:
         """The hash of the resolved recipe without the places of its run and data: the same on every machine."""
+        return hashlib.sha256(self.without_places().encode()).hexdigest()
+
+    def without_places(self) -> str:
+        """The resolved recipe as TOML, without the places of its run and data."""
         tree = self._plain()
         for where in ("out", "anchor"):
             tree["run"].pop(where)
         for key, spec in self.data().items():
             section, _, name = key.partition(".")
             tree[section][name] = with_data_path(spec, Path(data_path(spec) or "").name)
-        return hashlib.sha256(tomli_w.dumps(tree).encode()).hexdigest()
+        return tomli_w.dumps(tree)
 
     def data(self) -> dict[str, str]:
         """The keys that read files or folders of rows, and their specs."""

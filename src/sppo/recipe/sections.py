@@ -200,12 +200,14 @@ class TrainingSection(Section):
     lr: float | None = Field(
         None,
         gt=0,
-        description="learning rate; default: 2e-4 below 10M parameters, 1e-5 below 1B, the paper's 1e-6 above",
+        description="learning rate; default: 2e-4 below 10M parameters, 1e-5 below 1B, the paper's 1e-6 above; ten "
+        "times that with [adapter]",
     )
     critic_lr: float | None = Field(
         None,
         gt=0,
-        description="of the critic; default: 1e-3 below 10M parameters, 5e-5 below 1B, the paper's 5e-6 above",
+        description="of the critic; default: 1e-3 below 10M parameters, 5e-5 below 1B, the paper's 5e-6 above; ten "
+        "times that with critic.model = 'policy', up to 1e-3",
     )
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Schedule = Field("constant", description="after the warm-up, to zero at the last step")
@@ -226,7 +228,8 @@ class TrainingSection(Section):
         False, description="recompute each layer in the backward pass: less memory for one more forward pass"
     )
     offload: bool = Field(
-        False, description="keep master weights and the optimiser's moments in main memory, not on the GPU; slower"
+        False,
+        description="keep master weights, gradients and the optimiser's moments in main memory, not on the GPU; slower",
     )
     measure_noise: bool = Field(
         False, description="measure the policy gradient's variance on a step's first two minibatches (copies it)"

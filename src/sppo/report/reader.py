@@ -33,11 +33,11 @@ UNFINISHED = 5
 class RunReader:
     """One run. Every method may be called while the run is in progress, and from any thread."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError where there is no run."""
+    def __init__(self, path: Path, until: int | None = None) -> None:
+        """`until` reads its first steps only, as many. Raises UserError where there is no run."""
         if not is_folder(path / "rollouts") or not (path / "recipe.toml").is_file():
             raise UserError(f"{path} is not a run directory (it has no recipe.toml and rollouts/)")
-        self.path, self.name = path, path.resolve().name
+        self.path, self.name, self.until = path, path.resolve().name, until
         self._recipe = (0, Config.recalled(path / "recipe.toml"))  # raises now if it cannot be read
         self.rollouts = Rollouts(path / "rollouts")
         self._following = threading.Lock()
@@ -96,7 +96,8 @@ class RunReader:
 
     def _follow(self, name: str) -> list[dict[str, Any]]:
         with self._following:
-            return self._followed[name].read(self.path / name)
+            lines = self._followed[name].read(self.path / name)
+        return lines if self.until is None else [line for line in lines if line["step"] < self.until]
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 

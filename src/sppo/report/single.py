@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from markupsafe import Markup
 
 from .. import __version__
-from ..files import write_atomic
+from ..audit.chain import HEAD
+from ..files import read_json_or_nothing, write_atomic
+from ..recipe.recipe import POLICY
 from . import panels
 from .live import plotly_script
 from .pages import STATIC, environment, rollout_view, visible
@@ -75,11 +78,18 @@ def _facts(run: RunReader) -> list[tuple[str, str]]:
     facts = [
         ("policy", c.policy.model), ("algorithm", c.objective.algorithm), ("problems", c.task.train),
         ("held-out problems", c.task.eval or "the held-out share of these"), ("judged by", c.reward.use),
+        ("steps", f"{len(run.metrics())} of {c.training.steps}"),
         ("prompts × samples per step", f"{c.rollout.prompts} × {c.rollout.samples}"), ("seed", str(c.seed)),
         ("recipe (sha256)", str(s.get("recipe_sha256", c.sha256))[:16]),
     ]  # fmt: skip
+    if c.adapter is not None:
+        held = f" on weights in {c.policy.quantize}" if c.policy.quantize else ""
+        facts.insert(
+            1, ("adapter", f"rank {c.adapter.rank}, alpha {c.adapter.alpha}, {_listed(c.adapter.targets)}{held}")
+        )
     if c.critic_reads:
-        facts.insert(1, ("critic", c.critic.model))
+        own = "a second adapter on the policy's weights" if c.critic.model == POLICY else c.critic.model
+        facts.insert(1 + (c.adapter is not None), ("critic", own))
     if s:
         facts += [
             ("generated tokens", f"{s['generated_tokens']:,}"), ("training time, supervised start included", clock(s["seconds"])),
@@ -89,13 +99,30 @@ def _facts(run: RunReader) -> list[tuple[str, str]]:
     return facts
 
 
-def card(run: RunReader) -> str:
-    """The model card: what was trained, on what, how well it does, what was checked and what is unknown."""
+def header(fields: Mapping[str, Any]) -> list[str]:
+    """The YAML at the top of a model card, by which a hub finds the model."""
+    given = {"pipeline_tag": "text-generation", "tags": ["sppo", "reinforcement-learning", "reasoning"], **fields}
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in given.items()), "---", ""]
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether a model's name is one of a hub, and not of a folder."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+
+
+def card(run: RunReader, fields: Mapping[str, Any] | None = None, use: str = "") -> str:
+    """The model card: what was trained, on what, how well it does, what was checked and what is unknown.
+
+    `fields` are those of the YAML header, by default what the recipe tells; `use` is Markdown that says how to load it."""
     c, s = run.config, run.summary()
+    if fields is None:
+        base = {"base_model": c.policy.model} if is_hub_name(c.policy.model) else {}
+        fields = {"library_name": "transformers" if c.adapter is None else "peft", **base}
     summary = summarise(run)
     metrics = run.metrics()
     now: dict[str, Any] = next((m for m in reversed(metrics) if m.get("eval/accuracy") is not None), {})
-    rows = [("held-out accuracy", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
+    later = f", after step {now['step'] + 1}" if now and now["step"] + 1 != len(metrics) else ""
+    rows = [(f"held-out accuracy{later}", _share(now, "eval/accuracy", "eval/low", "eval/high"))]
     start = run.start()
     rows.append(("… before training", _share(start, "accuracy", "low", "high")))
     measured = [
@@ -107,13 +134,15 @@ def card(run: RunReader) -> str:
     rows += [(name, f"{m:.3f}") for key, name in IN_TRAINING.items() if (m := recent_mean(metrics, key)) is not None]
     none = "Nothing." if watched(run) else "They were off, or the run is older than they are."
     quarantined = int(sum(m.get("monitor/quarantined", 0) for m in metrics))
-    path = shlex.quote(visible(run.path.resolve().name if str(run.path) == "." else run.path))
+    here = not use and str(run.path) != "."  # a card that goes elsewhere tells no path of this machine
+    path = shlex.quote(visible(run.path if here else run.path.resolve().name))
+    head = read_json_or_nothing(run.path / HEAD).get("sha256", "")
     lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sppo, reinforcement-learning, reasoning]",
-        *([f"base_model: {json.dumps(c.policy.model)}"] if _is_hub_name(c.policy.model) else []), "---", "",
+        *header(fields),
         f"# {_cell(run.name)}", "",
         f"`{c.policy.model}`, trained with `{c.objective.algorithm}` (sppo {__version__}) to solve `{c.task.train}`. "
         f"{summary['sentence']} {summary['doubt']}".rstrip(), "",
+        *([use, ""] if use else []),
         "## What was measured", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
         "## How it was trained", "", "| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in _facts(run)), "",
         "## What the monitors raised", "",
@@ -122,7 +151,8 @@ def card(run: RunReader) -> str:
         f"The accuracy holds for problems like `{c.task.eval or c.task.train}`, judged by `{c.reward.use}`; nothing was measured on others. "
         f"One seed ({c.seed}) was run."
         + (f" {s['masked']} samples were masked and trained nothing, {quarantined} of them by the monitors." if s.get("masked") else ""), "",
-        "## Check it", "", "```", f"sppo audit verify {path}", f"sppo audit replay {path}", "```", "",
+        "## Check it", "", "With the run's directory; the record of these steps is as it was where its head is the same:", "",
+        "```", f"sppo audit verify {path}" + (f" --head {head}" if head else ""), f"sppo audit replay {path}", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -142,8 +172,8 @@ def _share(m: dict[str, Any], value: str, low: str, high: str) -> str:
     return f"{m[value]:.3f}" + (f" (95% interval {m[low]:.3f} to {m[high]:.3f})" if m.get(low) is not None else "")
 
 
-def _is_hub_name(model: str) -> bool:
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+def _listed(targets: str | Sequence[str]) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def _cell(text: str) -> str:

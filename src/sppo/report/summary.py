@@ -63,7 +63,7 @@ def _doubt(run: RunReader, alerts: list[dict[str, Any]], done: int) -> str:
         return "Its directory is gone; this is what was read before."
     if any(a.get("monitor") in OF_THE_VERIFIER for a in alerts):
         return "Do not believe this accuracy before you have read the alert: the verifier may be fooled, in the evaluation too."
-    if (there := len(run.rollouts.steps())) > done + 1:
+    if run.until is None and (there := len(run.rollouts.steps())) > done + 1:
         return f"metrics.jsonl has {done} steps, and there are rollouts of {there}: sppo audit verify says what is damaged."
     return ""
 
@@ -84,10 +84,18 @@ def _up_to_date(alert: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
 
 def _sentence(run: RunReader, metrics: Metrics, start: dict[str, Any], now: dict[str, Any], going: bool) -> str:
     if not metrics:
+        if run.until is not None:
+            return "These are the weights before its first step."
         return "It has not finished its first step yet." if going else "It ended before its first step."
     stopped = run.summary().get("stopped", "interrupted")
     ended = "it finished" if stopped == "finished" else f"it stopped ({stopped})"
-    state = "It is training" if going else ended[0].upper() + ended[1:]
+    state = (
+        "These are the weights"
+        if run.until is not None
+        else "It is training"
+        if going
+        else ended[0].upper() + ended[1:]
+    )
     took = f"{state} after {len(metrics):,} step{'s' * (len(metrics) != 1)} and {clock(sum(map(_seconds, metrics)))} of sampling and updates."
     a, b = start.get("accuracy"), now.get("accuracy")
     if a is None or b is None or now.get("step") is None:

@@ -1,14 +1,15 @@
 """vLLM as the engine: `rollout.engine = "vllm"`. Token ids in and out, its log-probabilities, and the learner's
 weights at every sync.
 
-It runs in this process, with weights of its own in the policy's dtype: every sync pushes all of them, drops the
-prefix cache, and is proven by a checksum of what the engine multiplies with (vLLM's CPU build packs matrices away
-where nobody can read them; a product with the identity brings them out again, exactly).
+It runs in this process, with weights of its own in the policy's dtype. Every sync sends all of them, or the adapter
+alone where vLLM can add it (vllm_weights.py), drops the prefix cache, and is proven by a checksum of what the engine
+multiplies with.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import ModelError, RecipeError
+from ..files import first_line
 from ..models.policy import Policy
 from ..models.weights import Weights, fingerprint
 from .engine import Sample, Sampling
 from .sequences import ending_ids
+from .vllm_weights import AdapterOnly, CannotSend, Whole
 
 
 def build(policy: Policy, *, memory: float = 0.4, context: int = 0, eager: bool = False) -> VLLMEngine:
@@ -50,51 +52,67 @@ class VLLMEngine:
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(10 * memory))))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        try:
-            from vllm import LLM
-        except ImportError as error:
+        if importlib.util.find_spec("vllm") is None:
             raise RecipeError(
-                f"rollout.engine = 'vllm' needs vLLM ({error}): pip install 'sppo[vllm]', or on a CPU see "
-                "docs/performance.md"
-            ) from None
+                "rollout.engine = 'vllm' needs vLLM: pip install 'sppo[vllm]', or on a CPU see docs/performance.md"
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="sppo-vllm-")
-        policy.save(Path(self._folder.name))
-        on_cpu = policy.device.type == "cpu"
+        self.policy, self.context, self.version = policy, context or min(policy.context or 8192, 8192), 0
+        self.llm: Any = None
+        self._given, self._frozen = "", policy.frozen_fingerprint()
+        try:
+            self._begin(memory, eager)
+        except (ValueError, RuntimeError, ModelError, ImportError) as error:
+            self.close()
+            raise RecipeError(f"rollout.engine = 'vllm': it does not start with this model: {error}") from error
         dtype = str(policy.dtype).removeprefix("torch.")
-        limit = context or min(policy.context or 8192, 8192)
+        self.stated = f"engine vllm: {self._way.stated}, in {dtype}; prompts and responses up to {self.context} tokens"
+
+    def _begin(self, memory: float, eager: bool) -> None:
+        """Start the engine with the policy's weights, by sending an adapter alone where that can be."""
+        folder, why = Path(self._folder.name), ""
+        self._way: Whole | AdapterOnly
+        if self.policy.adapters is not None:
+            try:
+                self._way = AdapterOnly(self.policy, folder)
+                self._start(memory, eager)
+                self.load(self.policy.weights(), 0)
+                return
+            except (CannotSend, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+                why = first_line(error)
+            self._stop()  # now that no error holds on to what was begun
+        self._way = Whole(self.policy, folder / "model", why)
+        self._start(memory, eager)
+        self._given = self.policy.fingerprint()
+        if self.policy.adapters is not None:
+            self.load(self.policy.weights(), 0)
+
+    def _start(self, memory: float, eager: bool) -> None:
+        from vllm import LLM
+
         # Without chunks a prompt is read in one pass; vLLM 0.32's CPU sampler fails on a seeded request whose
         # prompt was cut.
         how = (
-            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(limit, 8192)}
-            if on_cpu
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, 8192)}
+            if self.policy.device.type == "cpu"
             else {"gpu_memory_utilization": memory}
         )
-        try:
-            self.llm: Any = LLM(
-                self._folder.name, dtype=dtype, max_model_len=limit, enforce_eager=eager,
-                logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True, **how,
-            )  # fmt: skip
-        except (ValueError, RuntimeError) as error:
-            raise RecipeError(f"rollout.engine = 'vllm': it does not start with this model: {error}") from error
-        self.policy, self.context, self.version = policy, limit, 0
-        self._given = (policy.fingerprint(), checksum([tensor for _, tensor in policy.weights()]))
-        self.stated = f"engine vllm: weights of its own in {dtype}, prompts and responses up to {limit} tokens"
+        self.llm = LLM(
+            self._way.folder, dtype=str(self.policy.dtype).removeprefix("torch."), max_model_len=self.context,
+            enforce_eager=eager, logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
+            **how, **self._way.options,
+        )  # fmt: skip
 
     def load(self, weights: Weights, version: int) -> None:
-        """Push every weight into the running engine; what it remembers of prompts is of the old ones, and goes."""
+        """Send weights into the running engine; what it remembers of prompts is of the old ones, and goes."""
         given = list(weights)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(given)})
-        if getattr(self.policy.model.config, "tie_word_embeddings", False):
-            self.llm.apply_model(_tie_again)
+        self._way.send(self.llm, given)
         self.llm.reset_prefix_cache()
-        self.version, self._given = version, (fingerprint(given), checksum([tensor for _, tensor in given]))
+        self.version, self._given = version, fingerprint(given, self._frozen)
 
     def holds(self, fingerprint: str) -> bool:
-        """Whether what was given last had this fingerprint, and is there: vLLM fuses and reorders matrices, so a
-        checksum is compared that does not depend on that, of what was given and of what the engine multiplies
-        with."""
-        given, outside = self._given
-        return given == fingerprint and self.llm.apply_model(_checksum_inside)[0] == outside
+        """Whether what was given last had this fingerprint, and is what the engine multiplies with."""
+        return self._given == fingerprint and self._way.held(self.llm)
 
     def generate(
         self,
@@ -122,7 +140,7 @@ class VLLMEngine:
         for start in range(0, len(prompts), sampling.batch):
             part = slice(start, start + sampling.batch)
             asked = [{"prompt_token_ids": list(p)} for p in prompts[part]]
-            for done in self.llm.generate(asked, params[part], use_tqdm=False):
+            for done in self._asked(asked, params[part]):
                 found = done.outputs[0]
                 logps = [entry[i].logprob for i, entry in zip(found.token_ids, found.logprobs, strict=True)]
                 finish: Literal["stop", "length"] = "stop" if found.finish_reason == "stop" else "length"
@@ -136,76 +154,23 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         asked = [{"prompt_token_ids": [*p, *r]} for p, r in zip(prompts, responses, strict=True)]
-        done = self.llm.generate(
-            asked, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False
-        )
+        done = self._asked(asked, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False))
         return [
             [entry[i].logprob for i, entry in zip(response, found.prompt_logprobs[-len(response) :], strict=True)]
             for found, response in zip(done, responses, strict=True)
         ]
 
+    def _asked(self, prompts: list[dict[str, list[int]]], params: Any) -> Any:
+        return self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._way.request)
+
     def close(self) -> None:
         """Release the engine's memory and its folder."""
+        self._stop()
+        self._folder.cleanup()
+
+    def _stop(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
-        self._folder.cleanup()
-
-
-def _tie_again(model: Any) -> None:
-    """vLLM 0.32 leaves an output matrix that is tied to the embedding as it was when weights are reloaded (on a CPU:
-    a packed copy of it), and goes on sampling from it. The checksum found that."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    embedding = next(m for m in model.modules() if type(m) is VocabParallelEmbedding)
-    for head in (m for m in model.modules() if isinstance(m, ParallelLMHead)):
-        head.weight = embedding.weight
-        if hasattr(head, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
-
-
-CHUNK = 1 << 20
-
-
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """A 64-bit sum over the bits of all elements, zeros counting nothing: the same however they are fused, ordered or
-    padded with zeros, and another (short of a contrived tie) when any value changes."""
-    total = 0
-    for tensor in tensors:
-        flat = (tensor.detach() + 0.0).reshape(-1)  # −0 becomes 0, as it does in any sum
-        bits = flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])
-        for part in bits.split(CHUNK):
-            b = part.long()
-            total += int((b * b * 0x9E3779B97F4A7C1 + b * 0x2545F4914F6CDD1).sum())
-    return total % 2**64
-
-
-def _checksum_inside(model: Any) -> int | str:
-    """The checksum of a vLLM model's weights; a word where an output matrix is not the embedding that it should be
-    tied to."""
-    tensors: list[Tensor] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.numel() and parameter.data_ptr() not in seen:
-                seen.add(parameter.data_ptr())
-                tensors.append(parameter)
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and weight is not None:
-            used = _multiplied_with(module, weight)
-            if weight.numel() == 0:
-                tensors.append(used)
-            elif not torch.equal(used, weight):
-                return "tied weights differ"
-    return checksum(tensors)
-
-
-@torch.inference_mode()
-def _multiplied_with(module: Any, weight: Tensor) -> Tensor:
-    """The matrix that a linear layer of vLLM's CPU build really uses, [outputs, inputs]: its product with the
-    identity."""
-    inputs = getattr(module, "input_size_per_partition", None) or module.embedding_dim
-    return module.cpu_linear(torch.eye(inputs, dtype=weight.dtype), weight, None).t()

@@ -22,7 +22,7 @@ from ..learning.optimizer import optimiser_class
 from ..memory import give_back, keep_memory, measure_peak
 from ..models.adapter_critic import AdapterCritic
 from ..models.adapters import is_adapter
-from ..models.assembled import given_adapters
+from ..models.assembled import can_be_named, given_adapters, name_of, on, quantised
 from ..models.critic import Critic
 from ..models.loading import pick_device, processor, saved_dtype
 from ..models.mlp import ControlCritic, ControlPolicy, Taught, is_control
@@ -42,8 +42,9 @@ from ..threads import fitted
 from ..types import Task
 from .curriculum import Uniform, curriculum
 from .directory import RunDirectory
+from .footprint import Model
 from .observer import Observer
-from .plan import Model, Plan, plan, typical_prompt
+from .plan import Plan, plan, typical_prompt
 from .prompts import PromptLimit, shown_prompt
 from .provenance import data_of, must_be_the_same
 from .warnings import Warnings
@@ -120,13 +121,15 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     data = data_of(config)
     must_be_the_same(directory.path, data)
     policy = load_policy(config, parts, saved, device, note)
-    if policy.adapters is not None and saved is None and not _is_there(policy.base["name"]):
+    if policy.adapters is not None and (parts.adapter or parts.policy):
+        config = config.model_copy(update={"adapter": policy.adapters.section})  # as peft has settled it
+    if policy.adapters is not None and saved is None and not can_be_named(policy.base["name"]):
         policy.save_base(directory.path / "base")
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
     critic = load_critic(config, policy, parts.critic, saved, device, note)
     if config.training.checkpoint_activations:
         policy.checkpoint_activations()
-        if isinstance(critic, AdapterCritic):
+        if critic is not None:
             critic.checkpoint_activations()
     one_control_task(config, policy, critic)
     config, planned = _planned(config, policy, critic, train_tasks, device, note)
@@ -215,19 +218,18 @@ def _usable(
     return usable
 
 
-def _is_there(name: str) -> bool:
-    """Whether a base model can be loaded again by its name: a folder, or a hub's."""
-    return name.partition(":")[0] != "tiny" and not is_import(name, "sppo.models") and name != GIVEN
-
-
 def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.device, note: Note) -> Policy:
     """The saved checkpoint's policy, else the given one, else the recipe's. `note` is called with what it is."""
     given, adapter = parts.policy, parts.adapter or config.adapter
     if given is None and saved is None:
         given = _own_model(config.policy.model, "policy.model")
     if given is not None and saved is None:
-        model, adapters = given_adapters(given[0].to(device), adapter, config.seed)
-        base = {"name": GIVEN, "dtype": str(model.dtype).removeprefix("torch."), "quantize": ""} if adapters else None
+        if hasattr(given[0], "active_peft_config"):  # then the recipe's [adapter] only says what is there
+            adapter = parts.adapter
+        model, adapters = given_adapters(on(given[0], device), adapter, config.seed)
+        dtype, base = str(model.dtype).removeprefix("torch."), None
+        if adapters is not None:
+            base = {"name": name_of(model) or GIVEN, "dtype": dtype, "quantize": quantised(model.config)}
         policy = Policy(
             model,
             given[1],
@@ -236,9 +238,13 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
             adapters=adapters,
             base=base,
         )
-        note(f"policy: the given model, {str(policy.dtype).removeprefix('torch.')} on {device}")
-        return policy
+        note(f"policy: the given model, {dtype} on {device}" + (", frozen, and an adapter" if adapters else ""))
+        return _without_dropout(policy, note)
     name = str(saved / "policy") if saved else config.policy.model
+    if config.critic.model == POLICY and config.critic_reads and not adapter and not is_adapter(name):
+        raise RecipeError(
+            "critic.model = 'policy' puts a second adapter on frozen weights: add [adapter], or name another critic"
+        )
     kind = ControlPolicy if is_control(name) else Policy
     if kind is ControlPolicy and not Path(name).exists():
         Taught.parse("policy.model", name)  # a bad option is refused before the wait
@@ -253,6 +259,17 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
         quantize=config.policy.quantize,
     )
     note(stated)
+    if policy.adapters is None and quantised(policy.model.config) and kind is Policy:
+        raise RecipeError(f"policy.model = {name!r} is quantised, so its weights cannot be trained: add [adapter]")
+    return _without_dropout(policy, note)
+
+
+def _without_dropout(policy: Policy, note: Note) -> Policy:
+    if policy.adapters is not None and policy.adapters.dropout:
+        note(
+            f"warning: lora_dropout = {policy.adapters.dropout:g} has no effect: models are trained without dropout, so "
+            "that a token has the same probability when it is sampled and when it is learnt from"
+        )
     return policy
 
 

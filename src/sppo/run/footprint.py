@@ -6,6 +6,7 @@ and after. An adapter (LoRA) trains little, and keeps nearly as much: its own in
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,9 @@ from ..kernels.patch_layers import fusable_family
 from ..models.adapter_critic import AdapterCritic
 from ..models.adapters import targets_in
 from ..models.critic import Critic
+from ..models.head import backbone
 from ..models.loading import choose_dtype, native_bfloat16, outline
+from ..models.multimodal import text_parameters
 from ..models.policy import Policy
 from ..models.weights import parameter_count
 from ..rewards.combine import parse_mixture
@@ -33,6 +36,8 @@ NF4 = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight: four bits, for each block of 64 a constant of eight bits, and for each 256 of these a float32."""
 EIGHT_BIT = 2 * (1 + 4 / 256)
 """Bytes per weight of 8-bit moments: two, each with a float32 constant for each block of 256."""
+REWARD_TOKENS = 8192
+"""Tokens per pass of a reward model that says nothing else (rewards/model.py)."""
 SMALL = 4096
 """bitsandbytes keeps the moments of tensors below so many numbers in float32."""
 
@@ -118,23 +123,27 @@ class Model:
             return type(self.model)(self.model.config)
 
     @cached_property
-    def linears(self) -> dict[str, nn.Linear]:
-        """The linear layers by name, without the head: what is quantised."""
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The numbers that each linear layer but the head reads and gives, by name: what is quantised."""
         head = getattr(self.outline, "get_output_embeddings", lambda: None)()
-        return {n: m for n, m in self.outline.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        found = {
+            n: m for n, m in self.outline.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not head
+        }
+        # GPT-2's Conv1D has its matrix the other way round
+        return {n: tuple(m.weight.shape[:: -1 if isinstance(m, nn.Linear) else 1]) for n, m in found.items()}
 
     @cached_property
-    def adapted(self) -> dict[str, nn.Linear]:
+    def adapted(self) -> dict[str, tuple[int, int]]:
         """Those that get low-rank matrices. Raises RecipeError for a target that is no layer's name."""
         if self.adapter is None or not self.adapter.targets:
             return {}
         wanted = targets_in(self.outline, self.adapter.targets)
-        return {n: m for n, m in self.linears.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
+        return {n: size for n, size in self.linears.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        """Weights of the base; tied ones once."""
-        return parameter_count(self.outline)
+        """Weights of the base that read text; tied ones once."""
+        return sum(p.numel() for _, p in text_parameters(self.outline))
 
     @property
     def size(self) -> int:
@@ -143,23 +152,42 @@ class Model:
 
     @property
     def base(self) -> int:
-        """Bytes of the base: all of it in the dtype, or its linear layers quantised."""
-        packed = sum(m.weight.numel() for m in self.linears.values())
-        constants = 4 * sum(m.out_features for m in self.linears.values())
-        taken = {"nf4": int(NF4 * packed), "int8": packed + constants}.get(self.quantize, packed * self.size)
-        return (self.parameters - packed) * self.size + taken
+        """Bytes of the base: what reads text in the dtype; or all of it, its linear layers quantised."""
+        if not self.quantize:
+            return self.parameters * self.size
+        packed = sum(n * m for n, m in self.linears.values())
+        constants = 4 * sum(out for _, out in self.linears.values())
+        taken = int(NF4 * packed) if self.quantize == "nf4" else packed + constants
+        return (parameter_count(self.outline) - packed) * self.size + taken
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of the largest quantised matrix, as a product reads it."""
+        return max((n * m for n, m in self.linears.values()), default=0) * self.size if self.quantize else 0
+
+    @property
+    def towers(self) -> int:
+        """Bytes of what reads more than text (models/multimodal.py): in main memory, in the checkpoint's dtype."""
+        narrow = getattr(self.outline.config, "dtype", None)
+        size = narrow.itemsize if isinstance(narrow, torch.dtype) else 4
+        return 0 if self.quantize else (parameter_count(self.outline) - self.parameters) * size
 
     @cached_property
     def trained(self) -> int:
         """Weights with a gradient."""
         return sum(self._shapes())
 
+    @property
+    def largest(self) -> int:
+        """The numbers of the largest trained tensor."""
+        return max(self._shapes(), default=0)
+
     def _shapes(self) -> list[int]:
         """The sizes of the trained tensors: all of the model's, or an adapter's two matrices per layer (DoRA: a magnitude besides)."""
         if self.adapter is None:
-            return [p.numel() for p in self.model.parameters() if p.requires_grad]
+            return [p.numel() for _, p in text_parameters(self.model) if p.requires_grad]
         rank, dora = self.adapter.rank, self.adapter.dora
-        each = [(rank * m.in_features, rank * m.out_features, dora * m.out_features) for m in self.adapted.values()]
+        each = [(rank * reads, rank * gives, dora * gives) for reads, gives in self.adapted.values()]
         return [n for shapes in each for n in shapes if n] + list(self.adapter.experts)
 
     @property
@@ -210,7 +238,7 @@ def _kept_by_fused(model: Model, z: Sizes) -> int:
     numbers += z.inner * kept("down_proj")
     if model.adapter is not None:
         rank, dora = model.adapter.rank, model.adapter.dora  # DoRA keeps both products, whose sum it scales
-        numbers += sum(rank + dora * 2 * m.out_features for m in model.adapted.values()) // z.layers
+        numbers += sum(rank + dora * 2 * gives for _, gives in model.adapted.values()) // z.layers
     return numbers * model.size
 
 
@@ -228,7 +256,7 @@ def _kept_by_autograd(model: Model, layers: int, tokens: int = 16) -> int:
             if model.adapter is not None:
                 _adapt(hollow, model)
             weights = {p.untyped_storage()._cdata for p in hollow.parameters()}
-            inner = hollow.base_model if hasattr(hollow, "base_model") else hollow
+            inner = backbone(hollow)
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 out = inner(input_ids=torch.ones(1, tokens, dtype=torch.long))
         return sum(n for key, n in seen.items() if key not in weights) // (tokens * layers) if out is not None else 0
@@ -243,7 +271,9 @@ def _adapt(hollow: Any, model: Model) -> None:
     assert model.adapter is not None
     hollow.requires_grad_(False)
     settings = LoraConfig(r=model.adapter.rank, target_modules=list(model.adapted), use_dora=model.adapter.dora)
-    inject_adapter_in_model(settings, hollow, low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of matrices that lie the other way round
+        inject_adapter_in_model(settings, hollow, low_cpu_mem_usage=True)
 
 
 def head(model: Model, device: torch.device) -> Callable[[int], int]:
@@ -270,24 +300,25 @@ def packed_for_decoding(model: Model) -> int:
     if type(model.outline).__name__ not in decode.KINDS:
         return 0
     z = Sizes.of(model.outline)
-    numbers = sum(m.weight.numel() for m in model.linears.values()) + z.vocabulary * z.hidden
+    numbers = sum(n * m for n, m in model.linears.values()) + z.vocabulary * z.hidden
     return (numbers + (0 if model.adapter is None else model.trained)) * model.size
 
 
-def reward_models(use: str) -> list[tuple[str, str]]:
-    """The models behind a recipe's rewards (`model:FOLDER`, `steps:model=FOLDER`), each with the dtype that it asks for."""
+def pass_width(model: Model) -> int:
+    """Bytes for each token of a pass without gradient: what one layer holds."""
+    z = Sizes.of(model.outline)
+    return (2 * z.hidden + 2 * z.queries + 2 * z.keys + 3 * z.inner) * model.size
+
+
+def reward_models(use: str, device: torch.device, elsewhere: bool = False) -> list[tuple[Model, int]]:
+    """The models behind a recipe's rewards (`model:FOLDER`, `steps:model=FOLDER`), each with the tokens of its passes. Raises ModelError for one that is
+    not there."""
     found = []
     for spec in (parse_spec(text, "sppo.rewards") for _, _, text in parse_mixture(use)):
         named = spec.options.get("model") or (spec.words[0] if spec.name == "model" and spec.words else None)
         if spec.name in ("model", "steps") and named:
-            found.append((str(named), str(spec.options.get("dtype", "auto"))))
+            hollow = outline(str(named), role="reward model", head=False)
+            asked = str(spec.options.get("dtype", "auto"))
+            dtype, _ = choose_dtype(asked, parameter_count(hollow), device, elsewhere=elsewhere)
+            found.append((Model(hollow, dtype), int(spec.options.get("tokens", REWARD_TOKENS))))
     return found
-
-
-def reward_bytes(use: str, device: torch.device, elsewhere: bool = False) -> int:
-    """Bytes of these models. Raises ModelError for one that is not there."""
-    total = 0
-    for name, requested in reward_models(use):
-        count = parameter_count(outline(name, role="reward model", head=False))
-        total += count * choose_dtype(requested, count, device, elsewhere=elsewhere)[0].itemsize
-    return total

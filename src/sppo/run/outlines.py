@@ -11,7 +11,9 @@ import torch
 from ..errors import ModelError
 from ..files import read_json, readable
 from ..models.adapters import ADAPTER_FILE, base_of, is_adapter
+from ..models.head import backbone
 from ..models.loading import choose_dtype, outline, pick_device
+from ..models.multimodal import reads_more_than_text
 from ..models.weights import counted, parameter_count
 from ..recipe.config import Config
 from ..recipe.recipe import POLICY
@@ -75,7 +77,8 @@ class Outlines:
 def _outline(name: str, role: str, head: bool) -> Any:
     """Raises ModelError; of a hub name that is not in the cache with the way to get it."""
     try:
-        return outline(name, role=role, head=head)
+        found = outline(name, role=role, head=head)
+        return backbone(found) if not head and reads_more_than_text(found.config) else found
     except ModelError as error:
         if Path(name).expanduser().exists() or not isinstance(error.__cause__, OSError):
             raise

@@ -5,12 +5,13 @@ unknown beforehand: every response counts at its limit, every prompt at the mean
 
     stays     the process, weights (quantised ones packed), an adapter, float32 masters, the optimiser's moments, the reference (none under an
               adapter: it is switched off), the critic with its own (only an adapter where it is the policy's), a reward model, an engine's copy
+    loading   a checkpoint's file and its copy in another dtype (on a CPU)
     sampling  weights packed for the compiled decoder, keys and values, logits, a pass over prompts
     judging   the reward model's pass
     update    gradients, their float32 sums where there are several micro-batches, one micro-batch's activations, the head
     step      gradients, and the same in float32
 
-With `training.offload` masters and moments are the host's (`Plan.host`). Left out: what other processes take (jails, verifiers).
+With `training.offload` masters, moments and sums of gradients are the host's (`Plan.host`). Left out: what other processes take (jails, verifiers).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import psutil
 import torch
@@ -31,15 +33,17 @@ from ..rollout.scheduler import PREFILL
 from ..spec import parse_spec
 from ..tasks.base import TaskSource
 from ..types import Task
-from .footprint import Model, Sizes, activations, head, packed_for_decoding, reward_bytes
+from .footprint import Model, Sizes, activations, head, packed_for_decoding, pass_width, reward_models
 
 GIB = 2**30
 ACTIVATIONS = GIB
 """Bytes of activations beyond which a larger micro-batch makes no CPU faster (docs/performance.md)."""
 LEAST = 256
 """The smallest micro-batch that is chosen, in tokens."""
-PROCESS = 480 * 2**20
+PROCESS = 470 * 2**20
 """Python, PyTorch, transformers and datasets by themselves, with the workspace of matrix products, about."""
+PEFT = 60 * 2**20
+"""peft and bitsandbytes, with what they import."""
 FRAGMENTS = 1.15
 """Bytes of a CPU's heap per byte that a micro-batch holds: tensors of changing sizes leave holes."""
 MALLOC = 2 * GIB
@@ -47,8 +51,7 @@ MALLOC = 2 * GIB
 PROCESS_CUDA = 600 * 2**20
 """What a CUDA context takes of a GPU."""
 TURN = {
-    "weights": 'quantise the base (policy.quantize = "nf4" under [adapter])',
-    "weights packed for decoding": 'train an [adapter] on a smaller model, or sample with rollout.engine = "vllm"',
+    "weights": 'quantise the base (policy.quantize = "nf4" under [adapter]), or take a smaller model',
     "optimiser": 'set training.optimizer = "adamw-8bit", or train an [adapter]',
     "reference": "train an [adapter], whose reference is its own base",
     "critic and its optimiser": 'take a smaller critic, or critic.model = "policy" under [adapter]',
@@ -114,7 +117,7 @@ class Plan:
     def advice(self) -> str:
         """Where most of the memory goes, and what to turn."""
         name, size = self.most
-        turn = next((what for part, what in TURN.items() if name.startswith(part)), TURN["one micro-batch"])
+        turn = TURN[max((part for part in TURN if name.startswith(part)), key=len, default="one micro-batch")]
         return f"the most goes into {name} ({said(size)}): {turn}"
 
     def stated(self) -> str:
@@ -142,76 +145,7 @@ def plan(
     Where the recipe leaves `training.micro_tokens` open it is chosen: a power of two, as large as memory has room for; on a CPU it takes an eighth of what
     is left, and `ACTIVATIONS` at most.
     """
-    t, r = config.training, config.rollout
-    on_gpu = device.type == "cuda"
-    sampling, engine = _sampling(config, policy, device, prompt_tokens, gpu)
-    stays = _stays(config, policy, critic, device, gpu) | engine
-    host = {}
-    if on_gpu and getattr(t, "offload", False):
-        host = {"masters and moments": stays.pop("optimiser")}
-    longest = prompt_tokens + r.max_tokens
-    rows = -(-r.prompts * r.samples // t.minibatches)
-    gradients = {"gradients": policy.trained * policy.size}
-    wide = policy.trained * 4 if policy.narrow else 0  # gradients of several micro-batches add up in float32
-    each, output = activations(policy, device, t.checkpoint_activations, gpu is not None), head(policy, device)
-    capacity = _capacity(config, device, gpu)
-    chosen = t.micro_tokens
-    if chosen is None:
-        room = capacity - sum(stays.values()) - gradients["gradients"] - wide - output(LEAST)
-        chosen = power_of_two((0.8 * room if on_gpu else min(room / 8, ACTIVATIONS)) / each)
-    tokens = min(max(chosen, longest), rows * longest)
-
-    def micro_batch(tokens: int, share: float, wide: int) -> dict[str, int]:
-        held = {"gradients": int(share * gradients["gradients"]), "gradients in float32": wide}
-        return held | {"one micro-batch": int(tokens * each * (1 if on_gpu else FRAGMENTS)), "head": output(tokens)}
-
-    # the gradients of the first micro-batch come as its activations go; they stay beside those of the next
-    following = min(tokens, rows * longest - tokens) if config.search is None else tokens
-    updates = [micro_batch(tokens, 0.5, 0), micro_batch(following, 1.0, wide)]
-    phases = {
-        "sampling": sampling,
-        "update": max(updates[: 1 + (following > 0)], key=lambda parts: sum(parts.values())),
-        "optimiser step": {**gradients, "gradients in float32": wide},
-    }
-    if critic is not None:
-        phases["critic"] = _teaching(config, critic, device, chosen, prompt_tokens, gpu)
-    kept = 0 if on_gpu else min(MALLOC, phases["update"]["one micro-batch"])
-    return Plan(stays, phases, chosen, capacity, kept, host, on_gpu)
-
-
-def _stays(
-    config: Config, policy: Model, critic: Model | None, device: torch.device, gpu: int | None
-) -> dict[str, int]:
-    """Bytes that are held from the first step to the last, but for an engine's own."""
-    on_gpu = device.type == "cuda"
-    stays = {"the process": PROCESS_CUDA if on_gpu else PROCESS, "weights": policy.base, "adapter": policy.beside}
-    stays["optimiser"] = policy.optimiser(config.training.optimizer)
-    if policy.narrow and not on_gpu:
-        stays["head in float32"] = (sizes := Sizes.of(policy.outline)).vocabulary * sizes.hidden * 4
-    if config.needs_reference and policy.adapter is None:
-        stays["reference"] = policy.base
-    if critic is not None:
-        own = critic.beside if critic.shared else critic.base + critic.beside
-        stays["critic and its optimiser"] = own + critic.optimiser("adamw")
-    if rewards := reward_bytes(config.reward.use, device, gpu is not None):
-        stays["the reward model"] = rewards
-    return stays
-
-
-def _teaching(
-    config: Config, critic: Model, device: torch.device, micro_tokens: int, prompt_tokens: int, gpu: int | None
-) -> dict[str, int]:
-    """Bytes of the critic's own update."""
-    t, r = config.training, config.rollout
-    length = prompt_tokens + (r.max_tokens if config.critic_reads == "tokens" else 0)
-    rows = -(-r.prompts * r.samples // t.minibatches)
-    read = min(max(micro_tokens, length), rows * length)
-    several = critic.narrow and read < rows * length
-    each = activations(critic, device, critic.shared and t.checkpoint_activations, gpu is not None)
-    return {
-        "gradients of the critic": critic.trained * (critic.size + 4 * several),
-        "one micro-batch of the critic": read * each,
-    }
+    return _Sum(config, policy, critic, device, prompt_tokens, gpu).plan()
 
 
 def said(size: int) -> str:
@@ -234,41 +168,182 @@ def typical_prompt(tasks: TaskSource, length: Callable[[Task], int], limit: int,
     return math.ceil(sum(found) / len(found)) if found else limit
 
 
-def _sampling(
-    config: Config, policy: Model, device: torch.device, prompt_tokens: int, gpu: int | None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes during sampling, and bytes that an engine of its own holds all the time."""
-    r, e = config.rollout, config.evaluation
-    spec = parse_spec(r.engine)
-    if spec.name == "vllm":
-        given = spec.options.get("memory")
-        share = given if isinstance(given, float) else 0.4
-        if device.type == "cuda":
-            whole = gpu or torch.cuda.get_device_properties(device).total_memory
-            return {}, {"vLLM: weights, keys and values": int(share * whole)}
-        own = max(1, round(10 * share)) * GIB
-        return {}, {"vLLM's weights": policy.base, "vLLM's keys and values": own}
-    z = Sizes.of(policy.outline)
-    responses = r.prompts * r.samples
-    sequences = min(r.batch, max(responses, e.n * e.samples))
-    # a CPU's memory is taken as it is written
-    prompt = config.task.max_prompt_tokens if device.type == "cuda" else prompt_tokens
-    a_token = 2 * z.layers * z.keys * policy.size
-    pass_width = 2 * z.hidden + 2 * z.queries + 2 * z.keys + 3 * z.inner
-    read = min(PREFILL, sequences * prompt)
-    return {
-        "weights packed for decoding": packed_for_decoding(policy) if device.type == "cpu" else 0,
-        "keys and values": sequences * (prompt + r.max_tokens) * a_token,
-        "logits": 4 * sequences * z.vocabulary * 4,
-        "a pass over prompts": read * pass_width * policy.size,
-    }, {}
+@dataclass(frozen=True)
+class _Sum:
+    """What `plan` adds up, part by part, in bytes."""
 
+    config: Config
+    policy: Model
+    critic: Model | None
+    device: torch.device
+    prompt: int
+    """Tokens of a typical prompt."""
+    gpu: int | None
 
-def _capacity(config: Config, device: torch.device, gpu: int | None) -> int:
-    if config.run.memory is not None:
-        return int(config.run.memory * GIB)
-    if gpu is not None:
-        return gpu
-    if device.type == "cuda":
-        return free_memory(device) + torch.cuda.memory_allocated(device) + PROCESS_CUDA
-    return free_memory(device) + int(psutil.Process().memory_info().rss)
+    def plan(self) -> Plan:
+        """All of it."""
+        config, policy = self.config, self.policy
+        sampling, engine = self._sampling()
+        stays = self._stays() | engine
+        each = activations(policy, self.device, config.training.checkpoint_activations, self.gpu is not None)
+        capacity = self._capacity()
+        chosen = config.training.micro_tokens
+        if chosen is None:
+            room = capacity - sum(stays.values()) - sum(self._gradients(policy)) - head(policy, self.device)(LEAST)
+            chosen = power_of_two((0.8 * room if self.on_gpu else min(room / 8, ACTIVATIONS)) / each)
+        own, wide = self._gradients(policy)
+        update = self._update(chosen, each)
+        step = {"gradients": own, "gradients in float32": wide}
+        loading = self._loading(sum(stays.values()) - stays["the process"])
+        phases = {
+            "loading": loading,
+            "sampling": sampling,
+            "judging": self._judging(),
+            "update": update,
+            "optimiser step": step,
+        }
+        if self.critic is not None:
+            phases["critic"] = self._teaching(self.critic, chosen)
+        kept = 0 if self.on_gpu else min(MALLOC, update["one micro-batch"])
+        phases = {name: parts for name, parts in phases.items() if any(parts.values())}
+        return Plan(stays, phases, chosen, capacity, kept, self._host(), self.on_gpu)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is a GPU's memory that counts."""
+        return self.device.type == "cuda"
+
+    @property
+    def offload(self) -> bool:
+        """Whether masters, moments and sums of gradients are the host's."""
+        return self.on_gpu and self.config.training.offload
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row, its response at the limit."""
+        return self.prompt + self.config.rollout.max_tokens
+
+    @property
+    def rows(self) -> int:
+        """Responses of a minibatch."""
+        r = self.config.rollout
+        return -(-r.prompts * r.samples // self.config.training.minibatches)
+
+    def _stays(self) -> dict[str, int]:
+        """What is held from the first step to the last, but for an engine's own."""
+        config, policy, critic = self.config, self.policy, self.critic
+        stays = {
+            "the process": PROCESS_CUDA if self.on_gpu else PROCESS + (PEFT if policy.adapter else 0),
+            "weights": policy.base + (0 if self.on_gpu else policy.towers),
+            "adapter": policy.beside,
+        }
+        if not self.offload:
+            stays["optimiser"] = policy.optimiser(config.training.optimizer)
+        if policy.narrow and not self.on_gpu:
+            stays["head in float32"] = (sizes := Sizes.of(policy.outline)).vocabulary * sizes.hidden * 4
+        if config.needs_reference and policy.adapter is None:
+            stays["reference"] = policy.base
+        if critic is not None:
+            own = critic.beside if critic.shared else critic.base + critic.beside
+            stays["critic and its optimiser"] = own + (0 if self.offload else critic.optimiser("adamw"))
+        if rewards := sum(model.base for model, _ in self._rewards):
+            stays["the reward model"] = rewards
+        return stays
+
+    def _loading(self, stays: int) -> dict[str, int]:
+        """Weights as they are read, beyond what later stays: a file that is mapped, and its copy in another dtype or quantised."""
+        policy = self.policy
+        saved = getattr(policy.outline.config, "dtype", None)
+        if self.on_gpu or not isinstance(saved, torch.dtype):
+            return {}
+        copied = policy.parameters * policy.size if saved != policy.dtype else policy.base if policy.quantize else 0
+        return {"weights as they are read": max(0, policy.parameters * saved.itemsize + copied - stays)}
+
+    def _host(self) -> dict[str, int]:
+        """What lies in main memory instead of the GPU's: towers, and of an offloaded optimiser a float32 master of every weight, its moments and
+        the sum of its gradients."""
+        host = {"towers": self.policy.towers} if self.on_gpu and self.policy.towers else {}
+        if self.offload:
+            trained = self.policy.trained + (0 if self.critic is None else self.critic.trained)
+            moments = self.policy.moments(self.config.training.optimizer)
+            moments += 0 if self.critic is None else self.critic.moments("adamw")
+            host |= {"masters and moments": 4 * trained + moments, "sums of gradients": 4 * trained}
+        return host
+
+    def _gradients(self, model: Model) -> tuple[int, int]:
+        """Gradients in a model's dtype, and their float32 sums, which narrow ones of several micro-batches go to; offloaded ones leave the GPU one
+        by one."""
+        if self.offload:
+            return model.largest * model.size, 0
+        return model.trained * model.size, model.trained * 4 if model.narrow else 0
+
+    def _update(self, micro_tokens: int, each: int) -> dict[str, int]:
+        """A micro-batch and the gradients beside it. Those of the first one come as its activations go: half of them, on average, are there
+        at its peak. Beside the next ones are all."""
+        (own, wide), output = self._gradients(self.policy), head(self.policy, self.device)
+        whole = self.rows * self.longest
+        tokens = min(max(micro_tokens, self.longest), whole)
+        following = tokens if self.config.search is not None else min(tokens, whole - tokens)
+
+        def micro_batch(tokens: int, own: int, wide: int) -> dict[str, int]:
+            kept = int(tokens * each * (1 if self.on_gpu else FRAGMENTS)) + self.policy.unpacked
+            return {"gradients": own, "gradients in float32": wide, "one micro-batch": kept, "head": output(tokens)}
+
+        first = micro_batch(tokens, own if self.offload else own // 2, 0)
+        return max(
+            first, micro_batch(following, own, wide) if following else first, key=lambda parts: sum(parts.values())
+        )
+
+    def _teaching(self, critic: Model, micro_tokens: int) -> dict[str, int]:
+        """The critic's own update."""
+        length = self.longest if self.config.critic_reads == "tokens" else self.prompt
+        tokens = min(max(micro_tokens, length), self.rows * length)
+        own, wide = self._gradients(critic)
+        again = critic.shared and self.config.training.checkpoint_activations
+        return {
+            "gradients of the critic": own + (wide if tokens < self.rows * length else 0),
+            "one micro-batch of the critic": tokens * activations(critic, self.device, again, self.gpu is not None),
+        }
+
+    @cached_property
+    def _rewards(self) -> list[tuple[Model, int]]:
+        return reward_models(self.config.reward.use, self.device, self.gpu is not None)
+
+    def _judging(self) -> dict[str, int]:
+        """The passes of reward models over responses."""
+        r = self.config.rollout
+        whole = r.prompts * r.samples * self.longest
+        return {"a pass of the reward model": max((min(n, whole) * pass_width(m) for m, n in self._rewards), default=0)}
+
+    def _sampling(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Sampling, and what an engine of its own holds all the time."""
+        r, e, policy = self.config.rollout, self.config.evaluation, self.policy
+        spec = parse_spec(r.engine)
+        if spec.name == "vllm":
+            given = spec.options.get("memory")
+            share = given if isinstance(given, float) else 0.4
+            if self.on_gpu:
+                whole = self.gpu or torch.cuda.get_device_properties(self.device).total_memory
+                return {}, {"vLLM: weights, keys and values": int(share * whole)}
+            own = max(1, round(10 * share)) * GIB
+            return {}, {"vLLM's weights": policy.base, "vLLM's keys and values": own}
+        z = Sizes.of(policy.outline)
+        sequences = min(r.batch, max(r.prompts * r.samples, e.n * e.samples))
+        # a CPU's memory is taken as it is written
+        prompt = self.config.task.max_prompt_tokens if self.on_gpu else self.prompt
+        return {
+            "weights packed for decoding": 0 if self.on_gpu else packed_for_decoding(policy),
+            "keys and values": sequences * (prompt + r.max_tokens) * 2 * z.layers * z.keys * policy.size,
+            "logits": 4 * sequences * z.vocabulary * 4,
+            "a pass over prompts": min(PREFILL, sequences * prompt) * pass_width(policy),
+        }, {}
+
+    def _capacity(self) -> int:
+        """What the run may take."""
+        if self.config.run.memory is not None:
+            return int(self.config.run.memory * GIB)
+        if self.gpu is not None:
+            return self.gpu
+        if self.on_gpu:
+            return free_memory(self.device) + torch.cuda.memory_allocated(self.device) + PROCESS_CUDA
+        return free_memory(self.device) + int(psutil.Process().memory_info().rss)

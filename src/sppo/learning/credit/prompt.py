@@ -61,7 +61,9 @@ class PromptCritic(TrainedCritic):
         target_b = batch.correct_B[rows]
         length_b = torch.tensor([len(p) for p in prompts])
         total = 0.0
-        for part in micro_batches(torch.arange(len(rows)), length_b, self.config.training.micro_budget):
+        for part in micro_batches(
+            torch.arange(len(rows)), length_b, self.config.training.micro_budget, self.model.packs
+        ):
             logit = self.model.prompt_logits([prompts[i] for i in part.tolist()])
             target = target_b[part].to(logit.device)
             loss = functional.binary_cross_entropy_with_logits(logit, target, reduction="sum") / len(rows)

@@ -77,7 +77,7 @@ class TokenCritic(TrainedCritic):
         return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
 
     def _parts(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        return micro_batches(rows, batch.length_B, self.config.training.micro_budget)
+        return micro_batches(rows, batch.length_B, self.config.training.micro_budget, self.model.packs)
 
     def _logits(self, batch: Batch, part: Tensor) -> Tensor:
         return self.model(*batch.rows(part))
