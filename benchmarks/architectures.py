@@ -232,7 +232,7 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3.2 Vision": (
         "mllama",
         {
-            "text_config": PLAIN | {"cross_attention_layers": [1], "vocab_size": 112},
+            "text_config": PLAIN | {"cross_attention_layers": [1], "num_hidden_layers": 4},
             "vision_config": VISION
             | {
                 "num_global_layers": 1,

@@ -83,6 +83,7 @@ def check(name: str, work: Path) -> dict[str, Any]:
         "sampling": sampling(engine), "head": head(policy.scorer.head),
         "gap": gap(policy, engine), "tokens_per_s": speed(policy),
     }  # fmt: skip
+    assert row["gap"] < 1e-4, f"engine and learner disagree by {row['gap']:.1g} nats"
     check_adapter(type(before), folder, work / "adapter")
     return row
 

@@ -24,3 +24,8 @@ def test_what_fails_is_named(monkeypatch, capsys):
     monkeypatch.setitem(families.TABLE, "none", (kind, sizes | {"vocab_size": 9}))  # a tokenizer of another model
     assert families.report(["none"])["failed"] == ["none"]
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_page_has_a_row_for_every_family():
+    page = (BENCHMARKS.parent / "docs" / "families.md").read_text()
+    assert [name for name in script("architectures").TABLE if f"| {name} |" not in page] == []

@@ -292,8 +292,10 @@ def _is_linear(module: Any) -> bool:
     """Whether peft can put a low-rank product beside it; quantised layers too, and GPT-2's. Llama 4's router, a linear
     layer that returns two tensors, is none."""
     kind = type(module)
-    quantised = isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes.")
-    return quantised or kind is nn.Linear or kind.__name__ == "Conv1D"
+    if not isinstance(module, nn.Linear):
+        return kind.__name__ == "Conv1D"
+    usual = kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes.")
+    return usual or isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
 
 
 @contextlib.contextmanager
