@@ -100,7 +100,8 @@ def test_activations_beside_frozen_weights_are_what_pytorch_keeps(settings, hidd
     model = Model.of(policy)
     backward = (3 * 3 * hidden + 4 * hidden) * 4  # of one layer, which is no saved tensor
     found = kept_by(policy) / (4 * 63)
-    assert activations(model, CPU, False) - backward == pytest.approx(found, rel=0.1)
+    # storages are told apart by their addresses, and DoRA frees some while others are saved: 3 to 12% between runs
+    assert activations(model, CPU, False) - backward == pytest.approx(found, rel=0.15 if "dora" in settings else 0.1)
 
 
 @pytest.mark.parametrize("hidden", [128, 96])  # with compiled layers, and with a head size that they do not take
@@ -322,3 +323,20 @@ def test_changes_that_make_a_recipe_fit_do(shape):
             assert before.total - changed.total == remedy.saved > 0
             assert changed.fits == remedy.fits
         assert after.fits == (memory > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
+        ("Qwen/Qwen3-4B-Instruct-2507", 4_022_468_096),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7_615_616_512),
+    ],
+)
+def test_shapes_that_recipes_name_have_the_published_number_of_weights(name, published, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = Config.load(None, {"policy.model": name})
+    assert Outlines(24 * GIB).policy(config)[0].parameters == published

@@ -21,7 +21,7 @@ def add(subparsers: Any) -> None:
     verbs = group.add_subparsers(metavar="VERB", required=True)
     export = verbs.add_parser("export", help="a model folder with a card that says what it predicts and how well")
     export.add_argument("path", metavar="RUN", help="a run directory or a checkpoint")
-    export.add_argument("--out", default="models/critic", metavar="DIR", help="[models/critic]")
+    export.add_argument("--to", "--out", dest="out", default="models/critic", metavar="DIR", help="[models/critic]")
     export.set_defaults(run=_export)
     score = verbs.add_parser("score", help="the predicted chance that each prompt is solved, the lowest first")
     score.add_argument("model", metavar="MODEL", help="an exported critic, or a run")

@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         with _offline():
             plan = _plan(Config.load(args.recipe, changes), args.gpu)
         result["recipe"] = plan
+        if args.gpu:
+            lines += ["", f"For a GPU of {args.gpu / USABLE / GIB:.0f} GB, wherever it is:"]
         lines += ["", *(f"{name:<14}{value}" for name, value in plan.items() if isinstance(value, str)), *_table(plan)]
     emit(result, args.json, "\n".join(lines))
     return 0

@@ -303,6 +303,7 @@ def _made_from(seed: int) -> Iterator[None]:
     """Random numbers from a seed of their own; and what transformers says to peft is not for the user."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)  # `_fits` says it
         torch.manual_seed(seed)
         yield
 
@@ -311,7 +312,7 @@ def _made_from(seed: int) -> Iterator[None]:
 def _fits(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, TypeError, UserWarning) as error:
         why = first_line(error)
         if why.startswith("Error(s) in loading state_dict"):  # which they are is on the lines after it
             why = str(error).splitlines()[1].strip().rstrip(".")

@@ -81,7 +81,7 @@ class Policy:
             )  # fmt: skip
         if found.base.get("fingerprint", policy.frozen_fingerprint()) != policy.frozen_fingerprint():
             raise ModelError(
-                f"{name}: its base, {found.base['name']}, has other weights than the adapter was trained on"
+                f"{name}: its base, {found.base['name']}, has other weights than the adapter was trained on; put the base as it was there"
             )
         style = "chat template" if policy.chat else "plain text (no chat template)"
         head = "" if policy.scorer.head.direct else "; its head is more than a projection, so full logits are held"

@@ -243,7 +243,7 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
     name = str(saved / "policy") if saved else config.policy.model
     if config.critic.model == POLICY and config.critic_reads and not adapter and not is_adapter(name):
         raise RecipeError(
-            "critic.model = 'policy' puts a second adapter on frozen weights: add [adapter], or name another critic"
+            "critic.model = 'policy' puts a second adapter on frozen weights: add [adapter] (in Python: peft_config), or name another critic"
         )
     kind = ControlPolicy if is_control(name) else Policy
     if kind is ControlPolicy and not Path(name).exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ..errors import ModelError
 from ..files import read_json, readable
@@ -14,6 +15,7 @@ from ..models.adapters import ADAPTER_FILE, base_of, is_adapter
 from ..models.head import backbone
 from ..models.loading import choose_dtype, outline, pick_device
 from ..models.multimodal import reads_more_than_text
+from ..models.shapes import SHAPES
 from ..models.weights import counted, parameter_count
 from ..recipe.config import Config
 from ..recipe.recipe import POLICY
@@ -82,7 +84,12 @@ def _outline(name: str, role: str, head: bool) -> Any:
     except ModelError as error:
         if Path(name).expanduser().exists() or not isinstance(error.__cause__, OSError):
             raise
+        if name in SHAPES:
+            with torch.device("meta"):
+                known = AutoConfig.for_model(**SHAPES[name])
+                return (AutoModelForCausalLM if head else AutoModel).from_config(known)
         raise ModelError(
             f"{role}: the config of {name} is not on this machine, and no network is asked for it: fetch it with: "
-            f"hf download {name} config.json, or name a folder that holds its config.json"
+            f"hf download {name} config.json (a gated model asks for hf auth login first), or name a folder that "
+            "holds its config.json"
         ) from error
