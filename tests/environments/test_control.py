@@ -23,7 +23,7 @@ from sppo.models.mlp_scorer import PROBE, States
 from sppo.recipe.config import Config
 from sppo.rollout.control import ControlEngine, build
 from sppo.rollout.engine import Sampling
-from sppo.run.build import load_policy
+from sppo.run.build import Parts, load_policy
 from sppo.run.loop import train
 from sppo.run.run import Run
 from sppo.tasks.loading import load_pair
@@ -144,7 +144,7 @@ def test_a_wrong_model_is_one_sentence():
     with pytest.raises(RecipeError, match="look=0"):
         load_policy(
             Config.load("recipes/control-pendulum.toml", {"policy.model": "mlp:pendulum,look=0"}),
-            None,
+            Parts(),
             None,
             CPU,
             said.append,

@@ -380,8 +380,8 @@ m("a prompt is counted each time it is sampled", "0 if key in out else len(key)"
 # -- learning/optimizer.py, run/accuracy.py, rollout/canary.py ----------------------------------------------------------------------------
 
 m = of("learning/optimizer.py", OPTIM)
-m("micro-batches add up in bfloat16", "        self._set_aside()\n        loss.backward()", "        loss.backward()")
-m("only the last micro-batch counts", "master.grad.add_(p.grad)  #", "master.grad.copy_(p.grad)  #")
+m("micro-batches add up in bfloat16", "        self._set_aside()\n        pairs", "        pairs")
+m("only the last micro-batch counts", "master.grad.add_(grad)  #", "master.grad.copy_(grad)  #")
 m = of("run/accuracy.py", BASE_RATE)
 m("the critic starts from the held-out problems", "c.critic.start_at(base_rate(c, state, result.accuracy))", "c.critic.start_at(result.accuracy)")
 m("the critic starts at the evaluation's temperature", "tasks, c.sampling, seed=(c.config.seed,", "tasks, Sampling.of(c.config.rollout, c.config.evaluation.temperature), seed=(c.config.seed,")

@@ -195,6 +195,16 @@ class ControlPolicy(Policy):
         return None
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
     def states(self) -> States:
         """Its table of steps."""
         states: States = self.scorer.states

@@ -259,7 +259,7 @@ def load_policy(config: Config, parts: Parts, saved: Path | None, device: torch.
         quantize=config.policy.quantize,
     )
     note(stated)
-    if policy.adapters is None and quantised(policy.model.config) and kind is Policy:
+    if kind is Policy and policy.adapters is None and quantised(policy.model.config):
         raise RecipeError(f"policy.model = {name!r} is quantised, so its weights cannot be trained: add [adapter]")
     return _without_dropout(policy, note)
 
