@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ..errors import ModelError
+from ..kernels.low_rank import dense, is_quantised
 from .adapters import Adapters
 from .policy import Policy
 from .weights import Weights
@@ -113,17 +114,11 @@ def _own_name(name: str) -> str:
 
 
 def _widened(module: Any, parameter: Any, dtype: torch.dtype) -> Tensor:
-    kind = type(parameter).__name__
-    if kind == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(parameter.data, parameter.quant_state).to(dtype)
-    if kind == "Int8Params":  # the first pass moves each row's largest magnitude to the layer's state
-        largest = parameter.SCB if parameter.SCB is not None else module.state.SCB
-        if largest is None:
-            raise ModelError("an int8 layer of this model has lost the scales of its rows, so it cannot be widened")
-        return (parameter.data * (largest / 127)[:, None]).to(dtype)
-    return parameter.detach()
+    if not is_quantised(module) or parameter is not module.weight:
+        return parameter.detach()
+    if getattr(parameter, "SCB", True) is None and module.state.SCB is None:
+        raise ModelError("an int8 layer of this model has lost the scales of its rows, so it cannot be widened")
+    return dense(module, dtype)
 
 
 @torch.no_grad()
