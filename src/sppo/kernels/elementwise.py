@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .cpu.build import NoCompiler, library
+from .recomputed import recomputable
 
 REGISTER = 16
 """Floats of a CPU's widest register: rows are whole ones."""
@@ -81,17 +82,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        x, weight_D = x.contiguous(), weight_D.contiguous()
-        size = x.size(-1)
-        if x.is_cuda:
-            y_ND, scale_N = _kernels().norm(x.view(-1, size), weight_D, epsilon)
-            ctx.save_for_backward(x, weight_D, scale_N)
-            return y_ND.view_as(x)
-        y, scale_N = torch.empty_like(x), torch.empty(x.numel() // size, dtype=torch.float32)
-        _library(x.dtype).norm_forward(
-            x.data_ptr(), weight_D.data_ptr(), len(scale_N), size, epsilon, y.data_ptr(), scale_N.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        y, scale_N = _run_norm(x, weight_D, epsilon)
         ctx.save_for_backward(x, weight_D, scale_N)
         return y
 
@@ -112,18 +103,29 @@ class _Norm(torch.autograd.Function):
         return grad_x, grad_weight.sum(0).to(weight_D.dtype), None
 
 
+def _run_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The result, like x, and 1 / √(mean x² + ε) of each row."""
+    size = x.size(-1)
+    if x.is_cuda:
+        y_ND, scale_N = _kernels().norm(x.view(-1, size), weight_D, epsilon)
+        return y_ND.view_as(x), scale_N
+    y, scale_N = torch.empty_like(x), torch.empty(x.numel() // size, dtype=torch.float32)
+    _library(x.dtype).norm_forward(
+        x.data_ptr(), weight_D.data_ptr(), len(scale_N), size, epsilon, y.data_ptr(), scale_N.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, scale_N
+
+
+def _normed(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    return _run_norm(x, weight_D, epsilon)[0]
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        if gate.is_cuda:
-            return _kernels().gated(gate, up)
-        out = torch.empty_like(gate)
-        _library(gate.dtype).gated_forward(
-            gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
-        )
-        return out
+        return _run_gated(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -138,6 +140,16 @@ class _Gated(torch.autograd.Function):
             torch.get_num_threads(),
         )  # fmt: skip
         return grad_gate, grad_up
+
+
+def _run_gated(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.is_cuda:
+        return _kernels().gated(gate, up)
+    out = torch.empty_like(gate)
+    _library(gate.dtype).gated_forward(
+        gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
 
 
 class _Turned(torch.autograd.Function):
@@ -168,12 +180,14 @@ def _run_turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """weight · x / √(mean x² + ε) over the last axis, whose size is a multiple of `REGISTER`."""
-    return _Norm.apply(x, weight_D, epsilon)
+    x, weight_D = x.contiguous(), weight_D.contiguous()
+    return recomputable(_Norm.apply(x, weight_D, epsilon), _normed, x, weight_D, epsilon)
 
 
 def gated_unit(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of two tensors of one shape, a multiple of `REGISTER` numbers."""
-    return _Gated.apply(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    return recomputable(_Gated.apply(gate, up), _run_gated, gate, up)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..distributed.mesh import Mesh
 from ..errors import NonFinite, RunFailure
-from ..memory import give_back
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..models.scorer import ActionLogps
@@ -68,7 +67,12 @@ class Learner:
         self.trace: Trace  # of the last update
         self.progress: Callable[[int, int], None] = lambda done, total: None  # micro-batches of an update
         self._done = self._total = 0
-        self.tight = False  # memory is: what a micro-batch freed goes back at once
+
+    def hold_little(self) -> None:
+        """Memory is tight: what a micro-batch freed goes back to the machine at once."""
+        for optimiser in (self.policy_optimiser, getattr(self.credit, "optimiser", None)):
+            if optimiser is not None:
+                optimiser.tight = True
 
     # -- the advantage -----------------------------------------------------------------------------------------------
 
@@ -141,8 +145,6 @@ class Learner:
             tally.add("update/grad_norm", norm)
             self._count_bad(norm)
             self._teach_critic(batch, rows, critic_lr, tally)
-            if self.tight:
-                give_back()
         gap = tally.engine_gap()
         if self.gap_limit is None and gap is not None:
             self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)
@@ -251,8 +253,6 @@ class Learner:
                 x.behaviour_bT + of(batch.kept_BT),
                 x.logp_bT.detach(),
             )
-            if self.tight:
-                give_back()
             self._done += 1
             self.progress(self._done, self._total)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
+from ..memory import give_back
 from ..models.loading import first_line
 
 TOGETHER = 32
@@ -41,6 +42,7 @@ class MasterAdamW:
         offload: bool = False,
     ) -> None:
         self.offload = offload
+        self.tight = False  # memory is: what a backward pass freed goes back at once
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [self._master(p) for p in self.parameters]
         self._apart = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
@@ -86,6 +88,8 @@ class MasterAdamW:
         finally:
             for hook in hooks:
                 hook.remove()
+        if self.tight:
+            give_back()
 
     def gradients(self) -> list[Tensor]:
         """All that was added up since the last step, one for each trained parameter that has any; float32 (float64 for such a model)."""

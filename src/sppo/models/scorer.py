@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..kernels.logprobs import token_logps, token_logps_from_logits
 from ..kernels.low_rank import weights_only
 from ..kernels.patch_layers import fusable, fused
+from ..kernels.recomputed import recomputing
 from . import packing
 from .actions import Actions
 from .adapters import Adapters
@@ -76,7 +77,7 @@ class Reader(nn.Module):
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Until the block ends the model computes as it does for this reader."""
-        with self._pass(), self._checkpointing():
+        with self._pass(), recomputing(), self._checkpointing():
             yield
 
     @contextlib.contextmanager

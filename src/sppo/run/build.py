@@ -327,9 +327,9 @@ def one_control_task(config: Config, policy: Policy, critic: Critic | None) -> N
 def make_learner(c: Components, saved: Path | None) -> Learner:
     """The learner of these models as they are now, and π_ref, the policy at step 0 (after any bootstrap), if the recipe reads it."""
     learner = Learner(c.policy, c.critic, None, c.config)
-    learner.tight = c.tight
     learner.progress = partial(c.observer.within, "updating")
     if c.tight:
+        learner.hold_little()
         give_back()
     if c.config.needs_reference:
         start = c.directory.path / "checkpoints" / "step-000000" / "policy"

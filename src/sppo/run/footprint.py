@@ -227,16 +227,9 @@ def activations(model: Model, device: torch.device, checkpointing: bool, elsewhe
 
 
 def _kept_by_fused(model: Model, z: Sizes) -> int:
-    """Bytes for each token and layer of compiled layers: what each norm reads and gives, queries and what they saw, keys and values, the
-    gate, what it lets through, their product. What a frozen matrix reads is not kept, unless an adapter beside it reads it too (or
-    bitsandbytes holds it: int8)."""
-
-    def kept(*projections: str) -> bool:
-        return model.adapter is None or model.quantize == "int8" or any(n.endswith(projections) for n in model.adapted)
-
+    """Bytes for each token and layer of compiled layers: what each norm reads, queries and what they saw, keys and values, the gate, and
+    what it lets through. What norms and gates give is computed again (kernels/recomputed.py)."""
     numbers = 2 * z.hidden + 2 * z.queries + 2 * z.keys + 2 * z.inner
-    numbers += z.hidden * (kept("q_proj", "k_proj", "v_proj") + kept("gate_proj", "up_proj"))
-    numbers += z.inner * kept("down_proj")
     if model.adapter is not None:
         rank, dora = model.adapter.rank, model.adapter.dora  # DoRA keeps both products, whose sum it scales
         numbers += sum(rank + dora * 2 * gives for _, gives in model.adapted.values()) // z.layers
