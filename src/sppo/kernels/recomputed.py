@@ -53,9 +53,7 @@ def recomputable(result: Tensor, compute: Callable[..., Tensor], *inputs: Any) -
     result."""
     results = _results.get()
     if results is not None and result.requires_grad:
-        at = result.data_ptr()
-        forget = weakref.ref(result, lambda _: results.pop(at, None))
-        results[at] = _Result(forget, _Again.of(compute, inputs))
+        results[result.data_ptr()] = _Result(weakref.ref(result), _Again.of(compute, inputs))
     return result
 
 
