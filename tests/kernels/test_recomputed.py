@@ -90,6 +90,16 @@ def test_a_result_that_is_gone_is_not_taken_for_another():
     assert torch.equal(other.grad, 2 * torch.arange(64.0))
 
 
+def test_what_a_result_was_computed_from_goes_with_it():
+    """Or checkpointed layers would be held to the end of the pass."""
+    x = torch.randn(8, 16, requires_grad=True)
+    with recomputing():
+        y = recomputable(x * 2, lambda t: t * 2, x)
+        assert len(recomputed._results.get()) == 1
+        del y
+        assert recomputed._results.get() == {}
+
+
 @pytest.mark.parametrize("which", ["result", "input"])
 def test_what_was_modified_is_never_computed_again_from_other_numbers(which):
     x, w = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, Gemma3ForConditionalGeneration
 
-from sppo.errors import DataError
+from sppo.errors import DataError, RecipeError
 from sppo.models.critic import Critic
 from sppo.models.loading import outline, saved_dtype
 from sppo.models.multimodal import causal_class
 from sppo.models.policy import Policy
 from sppo.models.weights import parameter_count
-from sppo.rollout.engine import Sampling
+from sppo.rollout.engine import Sampling, load_engine
 from sppo.rollout.local import LocalEngine
 from sppo.tasks.records import task_from
 from sppo.types import Task
@@ -33,6 +33,12 @@ def folder(request, tmp_path_factory):
 
 def loaded(path, dtype: str = "float32") -> Policy:
     return Policy.load(str(path), dtype=dtype, device=torch.device("cpu"), seed=0)[0]
+
+
+def test_vllm_is_refused_before_it_starts(folder):
+    """Whether it is installed or not."""
+    with pytest.raises(RecipeError, match=r"reads more: take rollout\.engine = 'local'"):
+        load_engine("vllm", loaded(folder[0]))
 
 
 def test_only_the_text_part_is_trained_and_travels(folder):

@@ -43,7 +43,7 @@ def _gpu(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Report; with a recipe (or --model), also load its names and plan its memory."""
+    """Report; with a recipe (or --model), also load its names and plan its memory: 1 if it does not fit."""
     changes = overrides(args)
     if args.recipe is None and "policy.model" not in changes and args.gpu:
         raise UserError("--gpu plans a recipe: give one, or --model")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             lines += ["", f"For a GPU of {args.gpu / USABLE / GIB:.0f} GB, wherever it is:"]
         lines += ["", *(f"{name:<14}{value}" for name, value in plan.items() if isinstance(value, str)), *_table(plan)]
     emit(result, args.json, "\n".join(lines))
-    return 0
+    return 0 if result.get("recipe", {}).get("fits", True) else 1
 
 
 def _table(plan: dict[str, Any]) -> list[str]:

@@ -53,7 +53,9 @@ def recomputable(result: Tensor, compute: Callable[..., Tensor], *inputs: Any) -
     result."""
     results = _results.get()
     if results is not None and result.requires_grad:
-        results[result.data_ptr()] = _Result(weakref.ref(result), _Again.of(compute, inputs))
+        at = result.data_ptr()
+        gone = weakref.ref(result, lambda _: results.pop(at, None))  # else its inputs would stay to the end of the pass
+        results[at] = _Result(gone, _Again.of(compute, inputs))
     return result
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from ..memory import give_back
+from ..memory import BETWEEN_PHASES, give_back
 from ..models.loading import first_line
 
 TOGETHER = 32
@@ -119,12 +119,13 @@ class MasterAdamW:
             for group in self.inner.param_groups:
                 group["lr"] = lr
             self.inner.step()
-            self._give_back()
+            self._round()
         self.zero_grad()
+        give_back(0 if self.tight else BETWEEN_PHASES)
         return norm
 
     @torch.no_grad()
-    def _give_back(self) -> None:
+    def _round(self) -> None:
         """Round the masters to the model's weights."""
         if self.offload:
             for p, master in self._apart:

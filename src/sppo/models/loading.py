@@ -56,7 +56,7 @@ def choose_dtype(
     """The dtype for `policy.dtype` / `critic.dtype`, and the reason, to be stated at start. `elsewhere`: a GPU that is
     not here, and not asked."""
     if requested != "auto":
-        return getattr(torch, requested), "as the recipe says"
+        return getattr(torch, requested), "as asked"
     hardware = "CUDA" if elsewhere else native_bfloat16(device)
     if hardware and parameters >= LARGE:
         return torch.bfloat16, f"{parameters / 1e6:.0f}M parameters, and {hardware} multiplies it natively"

@@ -20,6 +20,7 @@ import torch
 
 from ..errors import ModelError, RecipeError
 from ..files import first_line
+from ..models.multimodal import reads_more_than_text
 from ..models.policy import Policy
 from ..models.weights import Weights, fingerprint
 from .engine import Sample, Sampling
@@ -47,6 +48,11 @@ class VLLMEngine:
     def __init__(self, policy: Policy, *, memory: float, context: int, eager: bool) -> None:
         if not 0 < memory < 1:
             raise RecipeError(f"rollout.engine: vllm's memory is a share between 0 and 1, not {memory}")
+        if reads_more_than_text(policy.model.config):
+            raise RecipeError(
+                f"rollout.engine = 'vllm' samples models of text alone, and {type(policy.model).__name__} reads more: "
+                "take rollout.engine = 'local'"
+            )
         # vLLM reads these when it is imported or starts
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
