@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sppo.errors import ModelError, RecipeError
+from sppo.kernels import low_rank
 from sppo.learning.optimizer import MasterAdamW
 from sppo.models.adapter_critic import AdapterCritic, open_critic
 from sppo.models.adapters import CRITIC, Adapters
@@ -144,6 +145,20 @@ def test_with_its_adapter_off_a_policy_is_its_base_bit_for_bit(base, quantize):
         bare, _ = Policy.load(str(base), dtype="float32", device=CPU, seed=0)
     assert torch.equal(logps(off), logps(bare))
     assert not torch.equal(logps(policy), logps(bare))  # and it is on again
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_dora_measures_the_rows_of_a_quantised_matrix_by_their_scales(base, quantize):
+    policy = adapted(base, quantize=quantize, dora=True)
+    layers = [m for m in policy.model.modules() if low_rank.is_adapted(m)]
+    assert layers
+    for layer in layers:
+        a_RK, b_NR, scale = (getattr(layer, name)["default"] for name in ("lora_A", "lora_B", "scaling"))
+        sum_NK = low_rank.dense(layer.base_layer, torch.float32) + scale * b_NR.weight @ a_RK.weight
+        length_N = layer.lora_magnitude_vector["default"].weight
+        x = torch.randn(3, sum_NK.size(1), generator=torch.Generator().manual_seed(0))
+        expected = x @ (length_N[:, None] * sum_NK / sum_NK.norm(dim=1, keepdim=True)).t()
+        assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_depends_on_the_seed_alone(base):

@@ -46,11 +46,6 @@ class Adapters:
         section_of(config)
         if getattr(config, "bias", "none") != "none":
             raise ModelError(f"the adapter's bias = {config.bias!r} trains biases of the base; set bias='none'")
-        if getattr(config, "use_dora", False) and any(type(m).__name__ == "Linear8bitLt" for m in self.layers):
-            raise ModelError(
-                "DoRA does not work on an int8 base: peft measures the rows of its codes without their scales; take "
-                "policy.quantize = 'nf4', or adapter.dora = false"
-            )
 
     @property
     def model(self) -> Any:
