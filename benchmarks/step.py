@@ -57,7 +57,7 @@ def serve_sppo(changes: dict[str, Any]) -> None:
     import torch
 
     from sppo.learning.batch import pack
-    from sppo.memory import BETWEEN_PHASES, give_back, keep_memory
+    from sppo.memory import give_back, keep_memory
     from sppo.recipe.config import Config
     from sppo.rewards.loading import load_reward
     from sppo.rollout.collect import collect
@@ -92,7 +92,8 @@ def serve_sppo(changes: dict[str, Any]) -> None:
                 seed=(1, "train", step),
                 truncated="penalise",
             )
-            give_back(BETWEEN_PHASES)  # as run/sample.py does
+            if c.tight:  # as run/sample.py does
+                give_back()
             half = time.perf_counter()
             batch = pack(rollouts, c.policy.pad_id)
             advantage_B = learner.advantage(batch)[0]

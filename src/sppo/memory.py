@@ -17,9 +17,6 @@ import torch
 from .files import OUT_OF_MEMORY
 from .threads import CGROUPS, MEMBERSHIP, folders
 
-BETWEEN_PHASES = 2**29
-"""Freed bytes beyond which memory goes back after sampling and after an optimiser step, even where there is plenty: what one phase leaves
-has other sizes than what the next one asks for, and would stay beside it. It costs less than a hundredth of a step."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -39,23 +36,10 @@ def keep_memory(free: int | None = None) -> bool:
     return all(mallopt(option, value) == 1 for option, value in settings)
 
 
-class _Heap(ctypes.Structure):
-    """glibc's `struct mallinfo2`; `fordblks` are free bytes."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    ]  # fmt: skip
-
-
-def give_back(beyond: int = 0) -> None:
-    """Return freed memory to the machine, also from between what is in use, if it is more than so many bytes; where the C library can
-    (glibc)."""
+def give_back() -> None:
+    """Return freed memory to the machine, also from between what is in use, where the C library can (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallinfo2.restype = _Heap
-        if not beyond or library.mallinfo2().fordblks > beyond:
-            library.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_ram(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:

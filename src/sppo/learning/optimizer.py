@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from ..memory import BETWEEN_PHASES, give_back
+from ..memory import give_back
 from ..models.loading import first_line
 
 TOGETHER = 32
@@ -121,7 +121,6 @@ class MasterAdamW:
             self.inner.step()
             self._round()
         self.zero_grad()
-        give_back(0 if self.tight else BETWEEN_PHASES)
         return norm
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..audit.work import without_work
 from ..errors import RewardError
 from ..learning.lessons import Lessons
-from ..memory import BETWEEN_PHASES, give_back, ran_out
+from ..memory import give_back, ran_out
 from ..rewards.combine import MixedReward
 from ..rollout.collect import collect
 from ..spec import GIVEN
@@ -62,7 +62,8 @@ def sample(c: Components, step: int, search: Search | None = None) -> Sampled:
         lessons, metrics = search.step(step, found.seen)
         tokens = found.beside_tokens + metrics["search/tokens"]
         found = replace(found, lessons=lessons, metrics=metrics, beside_tokens=tokens)
-    give_back(0 if c.tight else BETWEEN_PHASES)
+    if c.tight:
+        give_back()
     return found
 
 
