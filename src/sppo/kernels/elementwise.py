@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..memory import with_room
 from .cpu.build import NoCompiler, library
 from .recomputed import recomputable
 
 REGISTER = 16
 """Floats of a CPU's widest register: rows are whole ones."""
-SPARE = 128
-"""Bytes that memory for passing results is larger than they are."""
 PROGRAMS = 512
 """Programs that share a norm's backward pass on CUDA: each adds up the weights' gradient of its rows."""
 
@@ -81,13 +80,6 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return found
 
 
-def _passing(x: Tensor) -> Tensor:
-    """Room on a CPU for what is like x and is soon freed (recomputed.py). glibc, asked for 64-byte alignment, uses what was freed
-    again only where it is 96 bytes larger than what is asked for: with these to spare, what is kept fits in between what went, and a
-    pass takes a tenth less memory (docs/log.md)."""
-    return torch.empty(x.numel() + SPARE // x.element_size(), dtype=x.dtype)[: x.numel()].view(x.shape)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
@@ -118,7 +110,7 @@ def _run_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tens
     if x.is_cuda:
         y_ND, scale_N = _kernels().norm(x.view(-1, size), weight_D, epsilon)
         return y_ND.view_as(x), scale_N
-    y, scale_N = _passing(x), torch.empty(x.numel() // size, dtype=torch.float32)
+    y, scale_N = with_room(x.shape, x.dtype, 2), torch.empty(x.numel() // size, dtype=torch.float32)
     _library(x.dtype).norm_forward(
         x.data_ptr(), weight_D.data_ptr(), len(scale_N), size, epsilon, y.data_ptr(), scale_N.data_ptr(),
         torch.get_num_threads(),
@@ -154,7 +146,7 @@ class _Gated(torch.autograd.Function):
 def _run_gated(gate: Tensor, up: Tensor) -> Tensor:
     if gate.is_cuda:
         return _kernels().gated(gate, up)
-    out = _passing(gate)
+    out = with_room(gate.shape, gate.dtype, 2)
     _library(gate.dtype).gated_forward(
         gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
     )

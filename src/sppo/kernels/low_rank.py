@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ..memory import with_room
+
 _ADAPTED = {f"peft.tuners.lora.{file}" for file in ("layer", "bnb")}
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
 
@@ -135,7 +137,7 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_RK: Tensor, b_NR: Tensor, scale: float
     ) -> Tensor:
-        y, low = functional.linear(x, weight_NK, bias_N), functional.linear(x, a_RK)
+        y, low = _product(x, weight_NK, bias_N), functional.linear(x, a_RK)
         y.view(-1, len(weight_NK)).addmm_(low.view(-1, len(a_RK)), b_NR.t(), alpha=scale)
         ctx.save_for_backward(x, weight_NK, a_RK, b_NR, low)
         ctx.scale = scale
@@ -155,6 +157,19 @@ class _Adapted(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = (grad_MN.t() @ low.view(-1, len(a_RK))).mul_(ctx.scale)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """W x + bias; on a CPU with room."""
+    if x.is_cuda:
+        return functional.linear(x, weight_NK, bias_N)
+    y = with_room((*x.shape[:-1], len(weight_NK)), x.dtype, 1)
+    x_MK, y_MN = x.reshape(-1, x.size(-1)), y.view(-1, len(weight_NK))
+    if bias_N is None:
+        torch.mm(x_MK, weight_NK.t(), out=y_MN)
+    else:
+        torch.addmm(bias_N, x_MK, weight_NK.t(), out=y_MN)
+    return y
 
 
 def adapted_forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
