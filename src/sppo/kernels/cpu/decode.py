@@ -21,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...memory import lazy_zeros
 from ..low_rank import base_of, dense, is_adapted, is_known, is_quantised, low_rank
 from .build import library
 
 KINDS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+LARGE = 2**25
+"""Bytes to compute in that are not kept for passes that need few."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -98,6 +101,13 @@ class _Tokens(ctypes.Structure):
     ]
 
 
+def _room(size: int) -> Tensor:
+    """Bytes to compute in. Many, for whole prompts, are mapped by themselves: they go back to the machine before keys and values grow."""
+    if size > LARGE:
+        return lazy_zeros(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
 class Decoder:
     """Steps the sequences in a cache of slots (rollout/kv_cache.py), with the weights that the model has now."""
 
@@ -149,8 +159,8 @@ class Decoder:
                 theirs.lazy_initialization(self._blank, self._blank)
             mine.keys, mine.values = theirs.key_store.data_ptr(), theirs.value_store.data_ptr()
         need = self._library.room_bytes(self._model, len(ids_N), int(position_N.max()) + 1, self.threads)
-        if need > len(self._room):
-            self._room = torch.empty(2 * need, dtype=torch.uint8, device="cpu")
+        if need > len(self._room) or 4 * need < len(self._room) - LARGE:
+            self._room = _room(2 * need)
         tokens = _Tokens(
             ids_N.data_ptr(), slot_N.data_ptr(), position_N.data_ptr(), self._cos_PS.data_ptr(),
             self._sin_PS.data_ptr(), slots.columns,
