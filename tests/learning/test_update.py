@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sppo.errors import EngineMismatch, ModelError, NonFinite, RecipeError, StaleWeights
+from sppo.learning import optimizer
 from sppo.learning.batch import micro_batches, pack
 from sppo.learning.learner import Learner
 from sppo.learning.optimizer import MasterAdamW
@@ -158,6 +159,19 @@ def one_update(shift: float, minibatches: int = 4):
     count, seen = TokenCount(policy), gradients_of(learner)
     metrics = learner.update(batch, batch.reward_B - 0.5, 0)
     return torch.stack(seen), metrics, count.passes
+
+
+def test_where_memory_is_tight_what_policy_and_critic_freed_goes_back_after_each_micro_batch(monkeypatch):
+    policy, given_back = small_policy(), []
+    monkeypatch.setattr(optimizer, "give_back", lambda: given_back.append(1))
+    batch = judged_batch(policy)
+    learner = Learner(policy, small_critic(), None, small_config(training__minibatches=2).with_rates(1, 1))
+    learner.update(batch, learner.advantage(batch)[0], 0)
+    assert not given_back
+    learner.hold_little()
+    batch = judged_batch(policy)
+    learner.update(batch, learner.advantage(batch)[0], 1)
+    assert len(given_back) == 2 * 2
 
 
 def test_the_engine_spares_the_extra_pass_where_its_numbers_are_the_learners():

@@ -161,7 +161,7 @@ class _Adapted(torch.autograd.Function):
 
 def _product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """W x + bias; on a CPU with room."""
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return functional.linear(x, weight_NK, bias_N)
     y = with_room((*x.shape[:-1], len(weight_NK)), x.dtype, 1)
     x_MK, y_MN = x.reshape(-1, x.size(-1)), y.view(-1, len(weight_NK))
