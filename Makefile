@@ -59,7 +59,7 @@ check: dev
 
 # One worker per core, a file's tests together: they share what they train.
 test: check bubblewrap chromium
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # In under 90 seconds: no browser, no jail, no whole runs (tests/conftest.py says which tests are left out).
 test-fast: dev

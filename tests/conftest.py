@@ -48,11 +48,6 @@ APART = {
 }  # fmt: skip
 """What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs,
 compares with TRL or reasoning-gym, waits for processes of its own, or compiles C for every kind of processor."""
-LONG = (
-    "tests/run/test_train.py", "tests/fuzz/", "tests/rewards/test_code.py", "tests/rewards/test_gym.py", "tests/rewards/test_runtime.py",
-    "tests/run/test_damage.py", "tests/environments/test_control.py", "tests/cli/", "tests/evaluation/test_compare.py", "tests/sandbox/",
-)  # fmt: skip
-"""Files that take minutes: they come first, or one worker ends with them while the others wait."""
 SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 2
 """Of a test with many cases there, it runs so many."""
 
@@ -73,7 +68,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for n, item in enumerate(same):
             if n % every:
                 item.add_marker("slow")
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 SMALL = "tiny:hidden=32,layers=2,heads=2"
