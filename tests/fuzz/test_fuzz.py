@@ -1,4 +1,4 @@
-"""Some of `make fuzz`."""
+"""Six hundredths of `make fuzz`."""
 
 from __future__ import annotations
 

@@ -230,6 +230,10 @@ def _kept_by_fused(model: Model, z: Sizes) -> int:
     """Bytes for each token and layer of compiled layers: what each norm reads, queries and what they saw, keys and values, the gate, and
     what it lets through. What norms and gates give is computed again (kernels/recomputed.py)."""
     numbers = 2 * z.hidden + 2 * z.queries + 2 * z.keys + 2 * z.inner
+    if (
+        z.queries // model.outline.config.num_attention_heads % 16
+    ):  # attention that is not compiled: what it saw, in two layouts
+        numbers += z.queries
     if model.adapter is not None:
         rank, dora = model.adapter.rank, model.adapter.dora  # DoRA keeps both products, whose sum it scales
         numbers += sum(rank + dora * 2 * gives for _, gives in model.adapted.values()) // z.layers
