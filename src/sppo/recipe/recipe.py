@@ -13,6 +13,7 @@ from .presets import LONG_RATIO, SHORT
 from .sections import (
     AdapterSection,
     BootstrapSection,
+    ClusterSection,
     CriticSection,
     CurriculumSection,
     EvaluationSection,
@@ -65,6 +66,9 @@ class Recipe(Section):
         default_factory=MonitorsSection, description="what watches for reward hacking and collapse"
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="held-out accuracy")
+    cluster: ClusterSection | None = Field(
+        None, description="several learner ranks and rollout workers; leave it out for one process"
+    )
     run: RunSection = Field(default_factory=RunSection, description="the run directory")
 
     @property
