@@ -22,8 +22,9 @@ from .report.progress import ProgressDisplay
 from .rewards.base import Reward
 from .rewards.loading import load_reward
 from .rewards.user_reward import LIMIT
-from .run.build import Components, Parts
+from .run.build import Components
 from .run.loop import train
+from .run.models import Parts
 from .run.run import Run
 from .spec import GIVEN
 from .tasks.base import HELD_OUT, ListSource, TaskSource, in_split, with_instruction

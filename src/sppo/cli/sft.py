@@ -62,7 +62,7 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, int]:
     """The trained policy, its last loss, and the number of steps."""
-    from ..learning.sft import supervised
+    from ..learning.sft import Imitation, supervised
     from ..models.loading import pick_device
     from ..models.policy import Policy
     from ..models.weights import parameter_count
@@ -96,8 +96,6 @@ def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, i
         display.step(done, dict(metrics))
         return True
 
-    metrics = supervised(
-        policy, source, section, seed=config.seed, micro_tokens=config.training.micro_budget, limit=policy.context,
-        on_step=on_step,
-    )  # fmt: skip
+    imitation = Imitation(policy, config.training.micro_budget)
+    metrics = supervised(policy, imitation, source, section, seed=config.seed, on_step=on_step)
     return policy, metrics["loss"], section.steps

@@ -17,30 +17,58 @@ from .batch import micro_batches
 from .optimizer import MasterAdamW, learning_rate
 
 
+class Imitation:
+    """A policy that learns from worked solutions, and its optimiser."""
+
+    def __init__(self, policy: Policy, micro_tokens: int, *, offload: bool = False) -> None:
+        """`micro_tokens` are those of a micro-batch; `offload` is as `training.offload`."""
+        self.policy, self.micro_tokens = policy, micro_tokens
+        self.optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01, offload=offload)
+
+    def learn(self, rows: Sequence[tuple[list[int], list[int]]], lr: float) -> tuple[float, float]:
+        """One update by the mean negative log-likelihood per token of the responses; returns that mean, and the gradient's norm."""
+        loss = self._gradient(rows)
+        return loss, self.optimiser.step(lr, 1.0)
+
+    def _gradient(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+        policy = self.policy
+        length_B = torch.tensor([len(prompt) + len(response) for prompt, response in rows])
+        ids_BL = torch.full((len(rows), int(length_B.max())), policy.pad_id)
+        action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
+        for b, (prompt, response) in enumerate(rows):
+            ids_BL[b, : length_B[b]] = torch.tensor(prompt + response)
+            action_BL[b, len(prompt) : length_B[b]] = True
+        total = 0.0
+        for part in micro_batches(torch.arange(len(rows)), length_B, self.micro_tokens):
+            width = int(length_B[part].max())
+            logps = policy.logps(ids_BL[part, :width], action_BL[part, :width], 1.0)
+            loss = -logps.logp_BT.sum() / int(action_BL.sum())
+            self.optimiser.backward(loss)
+            total += float(loss.detach())
+        return total
+
+
 def supervised(
     policy: Policy,
+    imitation: Imitation,
     source: TaskSource,
     config: BootstrapSection,
     *,
     seed: int,
-    micro_tokens: int,
-    limit: int | None,
     on_step: Callable[[int, dict[str, float]], bool],
-    offload: bool = False,
 ) -> dict[str, float]:
     """Train on `solution`s by mean token log-likelihood; returns the last metrics.
 
     Args:
-        limit: solutions longer than this many tokens, prompt included, are left out (never cut).
-        offload: as `training.offload`.
+        policy: reads prompts and solutions; those that are longer than its context are left out (never cut).
+        imitation: what learns.
         on_step: called with the number of steps done and the last one's metrics; training stops early when it returns False.
 
     Raises:
         DataError: no problem has a worked solution that fits.
         NonFinite: three updates in a row were not finite.
     """
-    optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01, offload=offload)
-    solutions = _Solutions(policy, limit)
+    solutions = _Solutions(policy, policy.context)
     order = Epochs(source, seed, solutions.refusal)
     metrics: dict[str, float] = {}
     bad = 0
@@ -50,10 +78,9 @@ def supervised(
             tasks = order.sample(config.batch)
         except DataError as error:
             raise DataError(f"supervised training: {error}") from None
-        loss = _gradient(policy, optimiser, [solutions.encoded[t.id] for t in tasks], micro_tokens)
         assert config.lr is not None  # resolved by Config.with_rates
         lr = learning_rate(config.lr, step, config.steps, warmup=config.warmup, schedule=config.schedule)
-        norm = optimiser.step(lr, 1.0)
+        loss, norm = imitation.learn([solutions.encoded[t.id] for t in tasks], lr)
         bad = 0 if math.isfinite(norm) else bad + 1
         if bad >= 3:
             raise NonFinite(
@@ -83,23 +110,3 @@ class _Solutions:
             return f"prompt and solution take {len(prompt) + len(response)} tokens, the limit is {self.limit}"
         self.encoded[task.id] = (prompt, response)
         return None
-
-
-def _gradient(
-    policy: Policy, optimiser: MasterAdamW, rows: Sequence[tuple[list[int], list[int]]], micro_tokens: int
-) -> float:
-    """Add up the gradient of the mean negative log-likelihood per token of the responses; returns that mean."""
-    length_B = torch.tensor([len(prompt) + len(response) for prompt, response in rows])
-    ids_BL = torch.full((len(rows), int(length_B.max())), policy.pad_id)
-    action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
-    for b, (prompt, response) in enumerate(rows):
-        ids_BL[b, : length_B[b]] = torch.tensor(prompt + response)
-        action_BL[b, len(prompt) : length_B[b]] = True
-    total = 0.0
-    for part in micro_batches(torch.arange(len(rows)), length_B, micro_tokens):
-        width = int(length_B[part].max())
-        logps = policy.logps(ids_BL[part, :width], action_BL[part, :width], 1.0)
-        loss = -logps.logp_BT.sum() / int(action_BL.sum())
-        optimiser.backward(loss)
-        total += float(loss.detach())
-    return total

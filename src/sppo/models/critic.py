@@ -131,10 +131,16 @@ class Critic(nn.Module):
         known = [n for n in limits if n is not None and 0 < n < 1e9]
         return int(min(known)) if known else None
 
+    @property
+    def embeddings(self) -> int:
+        """Ids that can be read."""
+        rows: int = self.backbone.get_input_embeddings().weight.size(0)
+        return rows
+
     def prompt_ids(self, task: Task) -> list[int]:
         """The prompt through the critic's own tokenizer (and chat template, if it has one)."""
         ids = prompt_ids(self.tokenizer, task, bool(getattr(self.tokenizer, "chat_template", None)))
-        return embedded(ids, self.backbone, "critic.model")
+        return embedded(ids, self.embeddings, "critic.model")
 
     def refuses(self, task: Task) -> str | None:
         """Why the critic's own template refuses a prompt, or None."""

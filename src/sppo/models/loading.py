@@ -210,10 +210,9 @@ def prompt_ids(tokenizer: Any, task: Task, chat: bool) -> list[int]:
     return list(ids)
 
 
-def embedded(ids: list[int], model: Any, name: str) -> list[int]:
-    """The ids. Raises ModelError where one is beyond the model's embedding: a tokenizer of another model, or one that
-    was changed."""
-    rows = model.get_input_embeddings().weight.size(0)
+def embedded(ids: list[int], rows: int, name: str) -> list[int]:
+    """The ids. Raises ModelError where one is beyond the `rows` of the model's embedding: a tokenizer of another model,
+    or one that was changed."""
     if ids and max(ids) >= rows:
         raise ModelError(
             f"{name}: its tokenizer gives the id {max(ids)}, and the model has {rows} embeddings: they are not of "

@@ -121,6 +121,12 @@ class Policy:
         return getattr(text_config(self.model), "max_position_embeddings", None)
 
     @property
+    def embeddings(self) -> int:
+        """Ids that can be read."""
+        rows: int = self.model.get_input_embeddings().weight.size(0)
+        return rows
+
+    @property
     def vocabulary(self) -> int:
         """Ids that can be read and written: Llama 3.2 Vision reads more, of images."""
         matrices = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
@@ -156,7 +162,7 @@ class Policy:
 
     def prompt_ids(self, task: Task) -> list[int]:
         """The ids the model reads for a task: chat messages through the template, text as it is; one BOS at most."""
-        ids = embedded(prompt_ids(self.tokenizer, task, self.chat), self.model, self.name)
+        ids = embedded(prompt_ids(self.tokenizer, task, self.chat), self.embeddings, self.name)
         if self.chat and not isinstance(task.prompt, str):
             return ids
         if not isinstance(task.prompt, str) and any(m["role"] == "assistant" for m in task.prompt):
@@ -171,7 +177,7 @@ class Policy:
     def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids that an environment's messages put between a reply of the policy and its next one (turns.py)."""
         eos = self.rendered(self.eos_ids[:1])
-        return embedded(continuation_ids(self.tokenizer, messages, chat=self.chat, eos=eos), self.model, self.name)
+        return embedded(continuation_ids(self.tokenizer, messages, chat=self.chat, eos=eos), self.embeddings, self.name)
 
     def refuses(self, task: Task) -> str | None:
         """Why a prompt cannot be put to this model, or None: its template refuses it, or it is a conversation and
@@ -191,7 +197,7 @@ class Policy:
     def response_ids(self, text: str) -> list[int]:
         """The ids of a response to imitate: its text, then the EOS."""
         ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_ids[0]]
-        return embedded(ids, self.model, self.name)
+        return embedded(ids, self.embeddings, self.name)
 
     def probe(self, prompt: int, response: int) -> tuple[list[int], list[int]]:
         """Pseudo-random ids for the engine's canary, the same for every model of a vocabulary: a prompt and a

@@ -50,8 +50,7 @@ def bootstrap(c: Components, state: State, sync: Callable[[int], None], interrup
         return not interrupted() and solved < section.until
 
     supervised(
-        c.policy, source, section, seed=c.config.seed, micro_tokens=c.config.training.micro_budget,
-        limit=c.policy.context, on_step=on_step, offload=c.config.training.offload,
+        c.policy, c.models.imitation(c.config), source, section, seed=c.config.seed, on_step=on_step
     )  # fmt: skip
     state.seconds_bootstrap = time.monotonic() - began - state.seconds_evaluating
     state.seconds += state.seconds_bootstrap

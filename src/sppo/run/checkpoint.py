@@ -1,7 +1,8 @@
 """What a checkpoint holds besides the two model folders; loaded, a run continues to the same bits.
 
 policy/  critic/     model folders that other tools load
-state.pt             counters, optimiser moments and float32 masters, the position in the data, global generators
+learner.pt           optimiser moments and float32 masters, and what credits have measured
+state.pt             counters, the position in the data, global generators
 """
 
 from __future__ import annotations
@@ -43,14 +44,11 @@ class State:
 
 def save(folder: Path, state: State, learner: Learner, curriculum: Uniform, monitors: Monitors) -> None:
     """Fill a (not yet named) checkpoint folder."""
-    learner.policy.save(folder / "policy")
-    if learner.credit.critic is not None:
-        learner.credit.critic.save(folder / "critic")
+    learner.save(folder)
     with (folder / "state.pt").open("wb") as file:  # a file object keeps the system's own error: "no space left"
         torch.save(
             {
                 "state": asdict(state),
-                "learner": learner.state_dict(),
                 "curriculum": curriculum.state_dict(),
                 "monitors": monitors.state_dict(),
                 "rng": _rng_state(),
@@ -61,9 +59,12 @@ def save(folder: Path, state: State, learner: Learner, curriculum: Uniform, moni
 
 def load(folder: Path, learner: Learner, curriculum: Uniform, monitors: Monitors) -> State:
     """Restore learner (whose models were loaded from the folder already), curriculum and monitors; returns the counters. Raises DataError."""
-    with readable(f"{folder / 'state.pt'} cannot be resumed from"):
+    with readable(f"{folder} cannot be resumed from"):
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        learner.load_state_dict(saved["learner"])
+        if "learner" in saved:  # of a version that kept all in one file
+            learner.load_state_dict(saved["learner"])
+        else:
+            learner.load(folder)
         curriculum.load_state_dict(saved["curriculum"])
         if "monitors" in saved:  # not in checkpoints of older versions
             monitors.load_state_dict(saved["monitors"])

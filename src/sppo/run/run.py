@@ -20,9 +20,10 @@ from ..spec import make
 from . import checkpoint
 from .accuracy import measure_start
 from .bootstrap import bootstrap
-from .build import Components, Parts, build, make_learner
+from .build import Components, build, make_learner
 from .checkpoint import State
 from .directory import RunDirectory
+from .models import Parts
 from .observer import Observer, Silent
 from .recorder import Clock, Recorder, Step
 from .reopen import reopen
