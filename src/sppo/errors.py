@@ -11,7 +11,8 @@
         ├── NonFinite            a loss or gradient was not a number, again and again
         ├── OutOfMemory          memory ran out during a step
         ├── StaleWeights         the engine does not hold the learner's weights
-        └── EngineMismatch       engine and learner disagree about the probability of the same tokens
+        ├── EngineMismatch       engine and learner disagree about the probability of the same tokens
+        └── WorkerLost           a process of a cluster died or hangs; a run replaces it and goes on, while it may
 
 A response that cannot be graded is none of these: it is data (`Verdict.outcome`), masked and counted.
 """
@@ -31,6 +32,7 @@ __all__ = [
     "SandboxUnavailable",
     "StaleWeights",
     "UserError",
+    "WorkerLost",
 ]
 
 
@@ -80,3 +82,7 @@ class StaleWeights(RunFailure):
 
 class EngineMismatch(RunFailure):
     """The engine's log-probabilities and the learner's differ too much to learn from."""
+
+
+class WorkerLost(RunFailure):
+    """A worker of a cluster died, or shows no sign of life."""

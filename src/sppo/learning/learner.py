@@ -33,6 +33,7 @@ from ..rollout.canary import SAMPLED, noise_limit
 from .agreement import check_gap
 from .batch import Batch, micro_batches
 from .credit.loading import load_credit
+from .credit.token import TokenCritic
 from .lessons import Lessons
 from .optimizer import MasterAdamW, learning_rate
 from .update_stats import Tally, Trace
@@ -359,6 +360,10 @@ class Learner:
                 f"the policy's loss or gradient was not finite in {self.bad_in_a_row} updates in a row (each was skipped): "
                 "lower training.lr, or look for infinite log-probabilities in the last rollouts file"
             )
+
+    def values(self, batch: Batch) -> Tensor | None:
+        """What the critic predicts before each token, [B, T]; None where it reads prompts only, or there is none."""
+        return self.credit.values(batch) if isinstance(self.credit, TokenCritic) else None
 
     # -- state -------------------------------------------------------------------------------------------------------
 

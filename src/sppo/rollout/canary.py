@@ -51,20 +51,26 @@ class Canary:
         """
         if not engine.holds(fingerprint):
             raise StaleWeights("after a sync the engine's weights are not the learner's (their fingerprints differ)")
-        theirs = engine.score([self.prompt], [self.response])[0]
+        ask = getattr(engine, "scores", None)  # of a cluster: every worker is asked
+        probe = [self.prompt], [self.response]
+        theirs = {"the engine": engine.score(*probe)} if ask is None else ask(*probe)
         mine = policy.given_logps([self.prompt], [self.response])[0]
         if not all(map(math.isfinite, mine)):
             raise NonFinite(
                 "the policy's log-probabilities are not finite after the update: lower training.lr and resume from "
                 "the last checkpoint"
             )
-        gap = sum(abs(a - b) for a, b in zip(theirs, mine, strict=True)) / len(mine)
+        gaps = {
+            who: sum(abs(a - b) for a, b in zip(said[0], mine, strict=True)) / len(mine) for who, said in theirs.items()
+        }
+        who = max(gaps, key=gaps.__getitem__)
+        gap = next((g for g in gaps.values() if math.isnan(g)), gaps[who])
         limit = max(self.allowed, PROBED[policy.dtype] if self.limit is None else self.limit)
         if not gap <= limit:
             dtype = str(policy.dtype).removeprefix("torch.")
             kind = "measured at the start" if self.limit is not None else f"what {dtype} can explain"
             raise StaleWeights(
-                f"after a sync the engine finds a fixed probe {gap:.3g} nats per token more or less likely than the "
+                f"after a sync {who} finds a fixed probe {gap:.3g} nats per token more or less likely than the "
                 "learner does (limit "
                 f"{limit:.2g}, {kind}): it samples from other weights, or computes something else. Where it is known "
                 "to be right, set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from ..rewards.base import Reward
 from ..rewards.combine import MixedReward, adds
 from ..rewards.loading import load_reward
 from ..rewards.steps import Checker
-from ..rollout.engine import Engine, Sampling, load_engine
+from ..rollout.engine import Engine, Sampling
 from ..tasks.base import TaskSource
 from ..tasks.loading import load_pair
 from ..threads import fitted
@@ -92,14 +93,33 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     data = data_of(config)
     must_be_the_same(directory.path, data)
     reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
-    models = Models(config, parts, saved, note, base=directory.path / "base")
+    models = _models(config, directory.path, parts, saved, note)
+    with contextlib.ExitStack() as undo:
+        undo.callback(models.close)
+        made = _around(models, directory, observer, saved, environment, reward, (train_tasks, eval_tasks), data)
+        undo.pop_all()
+    return made
+
+
+def _around(
+    models: Models,
+    directory: RunDirectory,
+    observer: Observer,
+    saved: Path | None,
+    environment: Maker,
+    reward: Reward,
+    tasks: tuple[TaskSource, TaskSource],
+    data: Mapping[str, Mapping[str, str]],
+) -> Components:
+    """The components of a run with these models; `tasks` are training and held-out problems."""
+    note, (train_tasks, eval_tasks) = observer.note, tasks
     config, policy, critic = models.config, models.policy, models.critic
     one_control_task(config, policy, critic)
     prompt = typical_prompt(train_tasks, lambda task: len(policy.prompt_ids(task)), config.task.max_prompt_tokens)
     config, planned = models.planned(config, prompt, note)
     if saved is None:
         config = models.rated(config)
-    engine = load_engine(config.rollout.engine, policy)
+    engine = models.engine(config)
     if engine.stated:
         note(engine.stated)
     sampling = Sampling.of(config.rollout)
@@ -128,6 +148,15 @@ def _settled(config: Config, note: Note) -> Config:
         note(f"warning: {why}")
     note(f"algorithm {config.objective.algorithm}, {ratio}")
     return config
+
+
+def _models(config: Config, path: Path, parts: Parts, saved: Path | None, note: Note) -> Models:
+    """The models: in this process, or on the ranks of a cluster."""
+    if config.cluster is None:
+        return Models(config, parts, saved, note, base=path / "base")
+    from .on_cluster import OnCluster  # which needs Ray
+
+    return OnCluster(config, parts, saved, note, run=path)
 
 
 def _reward(config: Config, parts: Parts) -> Reward:

@@ -27,6 +27,7 @@ from ..models.weights import parameter_count
 from ..recipe.config import Config
 from ..recipe.recipe import POLICY
 from ..rewards.base import Reward
+from ..rollout.engine import Engine, load_engine
 from ..spec import GIVEN, is_import, make
 from ..tasks.base import TaskSource
 from .footprint import Model
@@ -101,6 +102,13 @@ class Models:
         size, adapted = parameter_count(self.policy.model), self.policy.adapters is not None
         of_critic = 0 if self.critic is None else parameter_count(self.critic)
         return config.with_rates(size, size if config.critic.model == POLICY else of_critic, adapted=adapted)
+
+    def engine(self, config: Config) -> Engine:
+        """The engine that `rollout.engine` names, over the policy; `config` is settled."""
+        return load_engine(config.rollout.engine, self.policy)
+
+    def close(self) -> None:
+        """Nothing here is to be let go of."""
 
     def imitation(self, config: Config) -> Imitation:
         """What learns from worked solutions."""

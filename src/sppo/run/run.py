@@ -56,7 +56,7 @@ class Run:
     @classmethod
     def new(cls, config: Config, observer: Observer | None = None, parts: Parts | None = None) -> Run:
         """A run from its beginning. Raises a UserError before anything expensive when the recipe cannot be obeyed."""
-        directory = RunDirectory.create(Path(config.run.out), config)
+        directory, c = RunDirectory.create(Path(config.run.out), config), None
         try:
             c = build(config, directory, observer or Silent(), parts or Parts(), None)
             run = cls(c, fresh=True)
@@ -64,6 +64,8 @@ class Run:
             directory.seal_beginning(c.config, c.verifier, c.data)
             return run
         except BaseException:
+            if c is not None:
+                c.models.close()
             directory.discard()  # nothing has happened yet: the next try may use the same folder
             raise
 
@@ -145,6 +147,7 @@ class Run:
         try:
             c.engine.close()
         finally:
+            c.models.close()
             c.reward.close()
             c.monitors.close()
             self.recorder.trackers.close({})  # a run that failed

@@ -1,0 +1,165 @@
+"""Where the actors run: a Ray cluster that is there, or one that is started here and ends with the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from ..distributed.transfer import Meeting
+from ..errors import RecipeError, RunFailure, UserError, WorkerLost
+from ..files import first_line
+from ..recipe.sections import ClusterSection
+from .calls import HEALTH, Failed, Handle, Hosted, outcomes, raised
+
+STORE_BYTES = 512 * 2**20
+"""Of a local cluster's object store, which carries ids and verdicts, no weights."""
+LONGEST_BACKOFF = 60.0
+"""Seconds."""
+
+
+class Fleet:
+    """Ray, the store in which process groups meet, and the account of what was lost."""
+
+    def __init__(self, section: ClusterSection, note: Callable[[str], None]) -> None:
+        """Raises RecipeError where Ray is not installed, the cluster is not there, or has less than the recipe asks for."""
+        self.section, self.note = section, note
+        self.lost = 0
+        self._ray = _connected(section)
+        self._enough()
+        self.host = "127.0.0.1" if not section.address else self._ray.util.get_node_ip_address()
+        self.store = TCPStore(
+            self.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=section.timeout)
+        )
+        self._meetings = 0
+
+    @property
+    def devices(self) -> tuple[float, float]:
+        """GPUs of a learner rank, and of a rollout worker."""
+        default = 1.0 if self._ray.cluster_resources().get("GPU", 0) else 0.0
+        asked = (self.section.learner_gpus, self.section.rollout_gpus)
+        ranks, workers = (default if gpus is None else gpus for gpus in asked)
+        return ranks, workers
+
+    def _enough(self) -> None:
+        """Raises RecipeError where the cluster lacks what actors would wait for, for ever."""
+        s, there = self.section, self._ray.cluster_resources()
+        (rank_gpus, worker_gpus), has = self.devices, there.get("GPU", 0.0)
+        gpus = s.learners * rank_gpus + s.rollouts * worker_gpus
+        if gpus > has:
+            raise RecipeError(
+                f"[cluster] asks for {gpus:g} GPUs ({s.learners} learners, {s.rollouts} rollouts), and there are {has:g}: lower "
+                "cluster.learners or cluster.rollouts, or let them share (cluster.learner_gpus, cluster.rollout_gpus)"
+            )
+        cpus, cores = s.learners * s.learner_cpus + s.rollouts * s.rollout_cpus, there.get("CPU", 0.0)
+        if s.address and cpus > cores:
+            raise RecipeError(
+                f"[cluster] reserves {cpus:g} CPU cores, and the cluster has {cores:g}: lower cluster.learner_cpus or rollout_cpus"
+            )
+
+    def actor(self, kind: type[Hosted], name: str, *, cpus: float, gpus: float) -> Handle:
+        """Start one; it comes as it may."""
+        made = self._ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, concurrency_groups={HEALTH: 1},
+            runtime_env={"env_vars": _inherited()},
+        )(kind).remote()  # fmt: skip
+        return Handle(name, made, self.section.timeout)
+
+    def opened(self, makes: dict[Handle, Callable[[], Any]]) -> dict[Handle, Any]:
+        """Make an object in each actor; returns their facts. Raises what one raised, or WorkerLost."""
+        running = {handle.open(make, self.section.start_timeout): handle for handle, make in makes.items()}
+        found: dict[Handle, Any] = {}
+        for _, handle, value in outcomes(running):
+            if isinstance(value, WorkerLost):
+                raise value
+            if isinstance(value, Failed):
+                raise raised(handle, value)
+            same_versions(handle.name, value["versions"])
+            found[handle] = value
+        return found
+
+    def put(self, value: Any) -> Any:
+        """A reference to a value for several calls."""
+        return self._ray.put(value)
+
+    def meeting(self, size: int) -> Meeting:
+        """A new place for a process group of this size to meet."""
+        self._meetings += 1
+        return Meeting(self.host, self.store.port, f"{os.getpid()}-{self._meetings}", size, self.section.timeout)
+
+    def account(self, lost: WorkerLost) -> None:
+        """Count a loss, and wait a little longer each time. Raises RunFailure once there were too many."""
+        self.lost += 1
+        if self.lost > self.section.restarts:
+            raise RunFailure(
+                f"{lost}; it was the {self.lost}th worker lost, and cluster.restarts = {self.section.restarts}: look into Ray's logs"
+            ) from lost
+        self.note(f"warning: {lost}; it is replaced ({self.lost} of {self.section.restarts})")
+        time.sleep(min(LONGEST_BACKOFF, self.section.backoff * 2 ** (self.lost - 1)))
+
+    def close(self) -> None:
+        """End every actor, and the cluster where it was started here."""
+        with contextlib.suppress(Exception):  # what is gone needs no end
+            self._ray.shutdown()
+
+
+def same_versions(name: str, theirs: dict[str, str]) -> None:
+    """Raises UserError where an actor runs another version of what decides its numbers."""
+    for package, own in versions().items():
+        if theirs.get(package) != own:
+            raise UserError(
+                f"{name} runs {package} {theirs.get(package)}, and this process {own}: install the same on every node"
+            )
+
+
+def versions() -> dict[str, str]:
+    """What decides the numbers of a process."""
+    import sys
+
+    import torch
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "sppo": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "Python": ".".join(map(str, sys.version_info[:2])),
+    }  # fmt: skip
+
+
+def _inherited() -> dict[str, str]:
+    """What threads need to know, of this process's environment; the reward's own variables stay here."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _connected(section: ClusterSection) -> Any:
+    """Ray, connected."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise RecipeError("[cluster] needs Ray: pip install 'sppo[cluster]'") from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if section.address:
+            ray.init(address=section.address, **quiet)
+        else:
+            needed = section.learners * section.learner_cpus + section.rollouts * section.rollout_cpus
+            cores = max(os.cpu_count() or 1, int(needed) + 1)
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
+        where = (
+            f"cluster.address = {section.address!r}: no Ray cluster answers there"
+            if section.address
+            else "Ray does not start here"
+        )
+        mend = "; start one (ray start --head), or leave cluster.address out" if section.address else ""
+        raise RecipeError(f"{where} ({first_line(error)}){mend}") from None
+    return ray

@@ -1,0 +1,90 @@
+"""The models of a run on the ranks of a cluster, and the engine of its rollout workers: what `build` makes where a recipe has [cluster]."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..cluster.fleet import Fleet
+from ..cluster.journal import Journal
+from ..cluster.learners import LearnerGroup
+from ..cluster.remote import RemoteCritic, RemoteImitation, RemoteLearner, RemotePolicy
+from ..cluster.rollouts import FleetEngine, chunk_of
+from ..errors import RecipeError
+from ..learning.learner import Learner
+from ..learning.sft import Imitation
+from ..models.mlp import is_control
+from ..recipe.config import Config
+from ..rollout.engine import Engine
+from .models import Models, Note, Parts
+from .plan import Plan
+from .rank import Rank, Sampler
+
+
+class OnCluster(Models):
+    """See `Models`: policy and critic are on the learner's ranks."""
+
+    def __init__(self, config: Config, parts: Parts, saved: Path | None, note: Note, *, run: Path) -> None:
+        """`run` is the folder of the run, which every node can reach. Raises a UserError where the recipe cannot be obeyed."""
+        section = config.cluster
+        assert section is not None
+        if config.rollout.engine == "control" or is_control(config.policy.model):
+            raise RecipeError("[cluster] is for language models: leave it out with rollout.engine = 'control'")
+        responses = config.rollout.prompts * config.rollout.samples
+        section = section.model_copy(update={"chunk": section.chunk or chunk_of(responses, section.rollouts)})
+        config = config.model_copy(update={"cluster": section})
+        self.run, self.saved, self.note = run.resolve(), None if saved is None else saved.resolve(), note
+        threads = torch.get_num_threads()
+        each = [threads if section.address else max(1, threads // n) for n in (section.learners, section.rollouts)]
+        self.parts = replace(parts, reward=None, train=None, evaluation=None)  # models alone travel
+        self.fleet = Fleet(section, note)
+        try:
+            make = partial(Rank, config, self.parts, self.saved, self.run)
+            self.ranks = LearnerGroup(self.fleet, lambda rank, meeting: partial(make, rank, meeting, each[0]))
+        except BaseException:
+            self.fleet.close()
+            raise
+        facts = self.ranks.facts
+        self._say(facts["notes"])
+        note(f"cluster: {section.learners} learner ranks, {section.rollouts} rollout workers")
+        self.config, self._threads = facts["config"], each[1]
+        self.policy = RemotePolicy(facts["policy"], self.ranks)
+        self.critic = None if facts["critic"] is None else RemoteCritic(facts["critic"], self.policy)
+
+    def _say(self, notes: list[str]) -> None:
+        for said in notes:
+            self.note(said)
+
+    def planned(self, config: Config, prompt: int, note: Note) -> tuple[Config, Plan | None]:
+        """See `Models`."""
+        config, found, notes = self.ranks.call("planned", config, prompt)
+        self._say(notes)
+        return config, found
+
+    def rated(self, config: Config) -> Config:
+        """See `Models`."""
+        found: Config = self.ranks.call("rated", config)
+        return found
+
+    def engine(self, config: Config) -> Engine:
+        """The engine of the rollout workers, which are started now."""
+        self.ranks.call("settle", config)
+        make = partial(Sampler, config, self.parts, self.saved, self._threads)
+        return FleetEngine(self.fleet, self.ranks, make, Journal(self.run / "journal"))
+
+    def imitation(self, config: Config) -> Imitation:
+        """See `Models`."""
+        return RemoteImitation(self.ranks)
+
+    def learner(self, config: Config, path: Path, saved: Path | None, *, tight: bool) -> Learner:  # type: ignore[override]
+        """See `Models`."""
+        self.ranks.call("begin", None if saved is None else saved.resolve(), tight)
+        return RemoteLearner(self.ranks)
+
+    def close(self) -> None:
+        """End all actors, and Ray where it was started here."""
+        self.ranks.kill()
+        self.fleet.close()
