@@ -25,7 +25,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit 0 when finished, 130 when interrupted, 1 when an alert stopped it (everything is saved)."""
-    from ..recipe.config import DATA_KEYS, MEMORY_KEYS
+    from ..recipe.config import CLUSTER_KEYS, DATA_KEYS, MEMORY_KEYS
     from ..report.progress import ProgressDisplay, print_summary
     from ..run.loop import train
     from ..run.run import Run
@@ -36,13 +36,13 @@ def run(args: argparse.Namespace) -> int:
         if args.resume is not None:
             given = overrides(args)
             data = {key: given.pop(key) for key in DATA_KEYS if key in given}
-            memory = {key: given.pop(key) for key in MEMORY_KEYS if key in given}
+            memory = {key: given.pop(key) for key in (*MEMORY_KEYS, *CLUSTER_KEYS) if key in given}
             given.pop("training.steps", None)
             if args.recipe or given:
                 what = args.recipe or f"--{sorted(given)[0]}"
                 raise UserError(
                     f"--resume goes on with the run's own recipe; leave {what} out (only --steps may change, where the data is, and "
-                    f"what needs less memory: {', '.join(MEMORY_KEYS)})"
+                    f"what needs less memory: {', '.join(MEMORY_KEYS)}, and cluster.* but its lag)"
                 )
             job = Run.resume(Path(args.resume), display, steps=args.steps, data=data, memory=memory)
         else:

@@ -135,7 +135,7 @@ def outcomes(running: dict[Any, Handle], tick: Callable[[], None] | None = None)
             try:
                 value = ray.get(ref)
             except ray.exceptions.RayActorError as error:
-                value = WorkerLost(f"{handle.name} died ({_reason(error)})")
+                value = WorkerLost(f"{handle.name} died" + _reason(error))
             yield ref, handle, value
         if time.monotonic() - looked < PERIOD:
             continue
@@ -149,10 +149,14 @@ def outcomes(running: dict[Any, Handle], tick: Callable[[], None] | None = None)
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if "cause" in line.lower() or "SIG" in line), lines[0] if lines else "no reason given"
-    )[:160]
+    text = str(error)
+    if "memory" in text.lower():
+        return ": Ray ended it, because its node is short of memory"
+    return (
+        ": its node is gone"
+        if "node" in text.lower() and "died" in text.lower() and "worker process" not in text
+        else ""
+    )
 
 
 def raised(handle: Handle, failed: Failed) -> BaseException:

@@ -66,7 +66,7 @@ class Fleet:
         """Start one; it comes as it may."""
         made = self._ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, concurrency_groups={HEALTH: 1},
-            runtime_env={"env_vars": _inherited()},
+            runtime_env={"env_vars": _inherited()} if self.section.address else None,  # a local cluster inherits them
         )(kind).remote()  # fmt: skip
         return Handle(name, made, self.section.timeout)
 
@@ -146,6 +146,10 @@ def _connected(section: ClusterSection) -> Any:
         import ray
     except ImportError:
         raise RecipeError("[cluster] needs Ray: pip install 'sppo[cluster]'") from None
+    with contextlib.suppress(
+        AttributeError
+    ):  # Ray's driver prints, on standard output, that a worker died; we say it, and which
+        ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
         if section.address:

@@ -19,13 +19,18 @@ class LearnerGroup:
 
     def __init__(self, fleet: Fleet, make: Callable[[int, Meeting], Callable[[], Any]]) -> None:
         """`make` gives what rank r makes of itself. Raises what a rank raised, or WorkerLost."""
-        self.fleet, size = fleet, fleet.section.learners
-        gpus, cpus = fleet.devices[0], fleet.section.learner_cpus
-        self.ranks = [fleet.actor(LearnerRank, f"learner rank {r}", cpus=cpus, gpus=gpus) for r in range(size)]
-        meeting = fleet.meeting(size)
-        self.busy = False
+        self.fleet, self.ranks, self.busy = fleet, list[Handle](), False
+        self.start(make)
+
+    def start(self, make: Callable[[int, Meeting], Callable[[], Any]]) -> None:
+        """Start all ranks, in place of any that are there."""
+        self.kill()
+        size = self.fleet.section.learners
+        gpus, cpus = self.fleet.devices[0], self.fleet.section.learner_cpus
+        self.ranks = [self.fleet.actor(LearnerRank, f"learner rank {r}", cpus=cpus, gpus=gpus) for r in range(size)]
+        meeting = self.fleet.meeting(size)
         try:
-            facts = fleet.opened({handle: make(rank, meeting) for rank, handle in enumerate(self.ranks)})
+            facts = self.fleet.opened({handle: make(rank, meeting) for rank, handle in enumerate(self.ranks)})
         except BaseException:
             self.kill()
             raise

@@ -118,6 +118,10 @@ class FleetEngine:
         for handle in [*self.states]:
             self._drop(handle)
 
+    def meet_anew(self) -> None:
+        """The learner's ranks are other ones: no channel to them is left."""
+        self._meeting = None
+
     def metrics(self) -> dict[str, Any]:
         """Workers by state, and how many were lost."""
         counts = {

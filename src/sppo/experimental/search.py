@@ -20,8 +20,7 @@ from ..errors import RecipeError, RewardError
 from ..files import read_bytes, readable
 from ..learning.batch import pack
 from ..learning.credit.hybrid import step_scores
-from ..learning.credit.protocol import Credit
-from ..learning.credit.token import TokenCritic
+from ..learning.learner import Learner
 from ..learning.lessons import Lessons
 from ..recipe.sections import SearchSection
 from ..rewards.segments import STOPS, seen_ends, segment_starts, token_ends
@@ -35,15 +34,15 @@ from .mcts import Found, Ids, Judged, search
 
 
 def build(
-    section: SearchSection, components: Components, credit: Callable[[], Credit], fingerprint: Callable[[], str]
+    section: SearchSection, components: Components, learner: Callable[[], Learner], fingerprint: Callable[[], str]
 ) -> Search:
     """The search of a run. Raises RecipeError where its buffer could not hold the problems.
 
     Args:
-        credit: returns the learner's, which is made after the search.
+        learner: returns the run's, which is made after the search.
         fingerprint: returns that of the weights that sample.
     """
-    return Search(section, components, credit, fingerprint)
+    return Search(section, components, learner, fingerprint)
 
 
 class Search:
@@ -53,11 +52,11 @@ class Search:
         self,
         section: SearchSection,
         components: Components,
-        credit: Callable[[], Credit],
+        learner: Callable[[], Learner],
         fingerprint: Callable[[], str],
     ) -> None:
         self.section, self.components = section, components
-        self.credit, self.fingerprint = credit, fingerprint
+        self.learner, self.fingerprint = learner, fingerprint
         self.path = components.directory.path / "buffer.jsonl"
         self.solutions: dict[str, Rollout] = {}
         self.ungraded = 0  # in the present step
@@ -66,6 +65,7 @@ class Search:
 
     def recall(self, before: int) -> None:
         """Read back what was found before a step. Raises DataError."""
+        self.solutions.clear()
         with readable(f"{self.path} cannot be resumed from"):
             for line in read_bytes(self.path).decode().split("\n") if self.path.exists() else ():
                 if line and (entry := json.loads(line))["step"] < before:
@@ -117,8 +117,10 @@ class Search:
         c = self.components
         if c.critic is None or not rollouts:
             return [0.0] * len(rollouts)
-        if isinstance(credit := self.credit(), TokenCritic):
-            first: list[float] = credit.values(pack(rollouts, c.policy.pad_id))[:, 0].clamp(0, 1).tolist()
+        if c.config.critic_reads == "tokens":
+            value_BT = self.learner().values(pack(rollouts, c.policy.pad_id))
+            assert value_BT is not None
+            first: list[float] = value_BT[:, 0].clamp(0, 1).tolist()
             return first
         return c.critic.logits([r.task for r in rollouts], c.config.training.micro_budget).sigmoid().tolist()
 
@@ -174,8 +176,10 @@ class Search:
         """Where each response's segments end, and what each prefix up to there is worth."""
         c, out = self.components, []
         token_BT = None
-        if self.section.value == "critic" and rollouts and isinstance(credit := self.credit(), TokenCritic):
-            token_BT = credit.values(pack(rollouts, c.policy.pad_id)).clamp(0, 1)
+        if self.section.value == "critic" and rollouts and c.config.critic_reads == "tokens":
+            token_BT = self.learner().values(pack(rollouts, c.policy.pad_id))
+            assert token_BT is not None
+            token_BT = token_BT.clamp(0, 1)
         for b, rollout in enumerate(rollouts):
             length = len(rollout.response_ids)
             ends = [*segment_starts(c.policy, rollout, c.config.rollout.segments)[1:], length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import WorkerLost
 from ..learning.batch import pack
 from .out_of_memory import explained
 from .run import Run
@@ -13,8 +14,14 @@ def train(run: Run) -> dict[str, object]:
 
     Raises RunFailure (non-finite updates, stale weights, engine mismatch): whatever was recorded until then stays. OutOfMemory says what to turn.
     """
-    with explained(run):
-        return _train(run)
+    while True:
+        try:
+            with explained(run):
+                return _train(run)
+        except (
+            WorkerLost
+        ) as lost:  # of a cluster: the newest checkpoint, and what was sampled since, lead to the same result
+            run.recover(lost)
 
 
 def _train(run: Run) -> dict[str, object]:

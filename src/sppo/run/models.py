@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..distributed.mesh import Mesh
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError, RecipeError, WorkerLost
 from ..learning.learner import Learner
 from ..learning.optimizer import optimiser_class
 from ..learning.sft import Imitation
@@ -106,6 +106,20 @@ class Models:
     def engine(self, config: Config) -> Engine:
         """The engine that `rollout.engine` names, over the policy; `config` is settled."""
         return load_engine(config.rollout.engine, self.policy)
+
+    def restart(self, lost: WorkerLost, saved: Path | None) -> None:
+        """Nothing that is here can be lost alone."""
+        raise lost
+
+    def metrics(self) -> dict[str, Any]:
+        """Of processes elsewhere, for a step's line."""
+        return {}
+
+    def kept(self, step: int) -> None:
+        """A step's checkpoint is complete: what led to it is not needed any more."""
+
+    def finished(self) -> None:
+        """The run has done its last step."""
 
     def close(self) -> None:
         """Nothing here is to be let go of."""

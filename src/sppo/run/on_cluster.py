@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from ..cluster.journal import Journal
 from ..cluster.learners import LearnerGroup
 from ..cluster.remote import RemoteCritic, RemoteImitation, RemoteLearner, RemotePolicy
 from ..cluster.rollouts import FleetEngine, chunk_of
-from ..errors import RecipeError
+from ..errors import RecipeError, WorkerLost
 from ..learning.learner import Learner
 from ..learning.sft import Imitation
 from ..models.mlp import is_control
@@ -36,21 +37,23 @@ class OnCluster(Models):
         responses = config.rollout.prompts * config.rollout.samples
         section = section.model_copy(update={"chunk": section.chunk or chunk_of(responses, section.rollouts)})
         config = config.model_copy(update={"cluster": section})
-        self.run, self.saved, self.note = run.resolve(), None if saved is None else saved.resolve(), note
+        self.run, self.note = run.resolve(), note
         threads = torch.get_num_threads()
         each = [threads if section.address else max(1, threads // n) for n in (section.learners, section.rollouts)]
         self.parts = replace(parts, reward=None, train=None, evaluation=None)  # models alone travel
         self.fleet = Fleet(section, note)
         try:
-            make = partial(Rank, config, self.parts, self.saved, self.run)
-            self.ranks = LearnerGroup(self.fleet, lambda rank, meeting: partial(make, rank, meeting, each[0]))
+            make = self._make = lambda config, saved, rank, meeting: partial(
+                Rank, config, self.parts, _whole(saved), self.run, rank, meeting, each[0]
+            )
+            self.ranks = LearnerGroup(self.fleet, partial(make, config, saved))
         except BaseException:
             self.fleet.close()
             raise
         facts = self.ranks.facts
         self._say(facts["notes"])
         note(f"cluster: {section.learners} learner ranks, {section.rollouts} rollout workers")
-        self.config, self._threads = facts["config"], each[1]
+        self.config, self.saved, self._threads = facts["config"], saved, each[1]
         self.policy = RemotePolicy(facts["policy"], self.ranks)
         self.critic = None if facts["critic"] is None else RemoteCritic(facts["critic"], self.policy)
 
@@ -72,8 +75,30 @@ class OnCluster(Models):
     def engine(self, config: Config) -> Engine:
         """The engine of the rollout workers, which are started now."""
         self.ranks.call("settle", config)
-        make = partial(Sampler, config, self.parts, self.saved, self._threads)
-        return FleetEngine(self.fleet, self.ranks, make, Journal(self.run / "journal"))
+        self.config = config
+        self.journal = Journal(self.run / "journal")
+        make = partial(Sampler, config, self.parts, _whole(self.saved), self._threads)
+        self.workers = FleetEngine(self.fleet, self.ranks, make, self.journal)
+        return self.workers
+
+    def restart(self, lost: WorkerLost, saved: Path | None) -> None:
+        """Fresh ranks, with the models of the checkpoint `saved`, or those of the recipe."""
+        self.fleet.account(lost)
+        self.workers.meet_anew()
+        self.ranks.start(partial(self._make, self.config, saved))
+        self.ranks.call("settle", self.config)
+
+    def metrics(self) -> dict[str, Any]:
+        """See `Models`."""
+        return self.workers.metrics()
+
+    def kept(self, step: int) -> None:
+        """See `Models`."""
+        self.journal.forget(step - self.fleet.section.lag)
+
+    def finished(self) -> None:
+        """See `Models`."""
+        self.journal.close()
 
     def imitation(self, config: Config) -> Imitation:
         """See `Models`."""
@@ -81,10 +106,15 @@ class OnCluster(Models):
 
     def learner(self, config: Config, path: Path, saved: Path | None, *, tight: bool) -> Learner:  # type: ignore[override]
         """See `Models`."""
-        self.ranks.call("begin", None if saved is None else saved.resolve(), tight)
+        self.ranks.call("begin", _whole(saved), tight)
         return RemoteLearner(self.ranks)
 
     def close(self) -> None:
         """End all actors, and Ray where it was started here."""
         self.ranks.kill()
         self.fleet.close()
+
+
+def _whole(saved: Path | None) -> Path | None:
+    """A checkpoint's folder as every process finds it."""
+    return None if saved is None else saved.resolve()

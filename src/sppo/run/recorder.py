@@ -174,6 +174,7 @@ class Recorder:
             "data/position": c.curriculum.position,
             "data/passed_over": c.curriculum.passed_over,
             **c.curriculum.metrics(),
+            **c.models.metrics(),
             **step.sampled.metrics,
             **advantage_metrics(step),
         }

@@ -93,7 +93,7 @@ def reopen(
 def _changed(config: Config, dotted: str, value: Any, option: str) -> Config:
     tree = config.model_dump()
     section, _, key = dotted.partition(".")
-    tree[section][key] = value
+    tree[section] = {**(tree[section] or {}), key: value}
     return Config.validated(tree, option)
 
 

@@ -6,13 +6,14 @@ ends where the uninterrupted one would have.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, WorkerLost
 from ..learning.batch import Batch
 from ..learning.learner import Learner
 from ..recipe.config import Config
@@ -36,22 +37,40 @@ class Run:
 
     def __init__(self, components: Components, saved: Path | None = None, fresh: bool = False) -> None:
         """`saved` is the checkpoint to go on from; a `fresh` run's folder holds nothing yet that cannot be made again."""
-        c, self.components, self.saved, self.fresh = components, components, saved, fresh
-        self.state, self.clock = State(), Clock()
+        c, self.components, self.fresh = components, components, fresh
         self.stopped = ""  # why it ends before its last step
         self.learner: Learner  # made by begin(): its master weights are copies of what the bootstrap leaves
-        self.sync = WeightSync(c.engine, c.policy, c.config.objective.engine_gap_limit)
         self.search: Search | None = None
         if c.config.search is not None:  # it reads both as they are at each step
-            now = (lambda: self.learner.credit), (lambda: self.sync.fingerprint)
+            now = (lambda: self.learner), (lambda: self.sync.fingerprint)
             self.search = make("search", "sppo.experimental", "search", c.config.search, c, *now)
         self.recorder = Recorder(c, saved)
-        if saved is not None:
-            self.learner = make_learner(c, saved)
-            self.state = checkpoint.load(saved, self.learner, c.curriculum, c.monitors)
-            self.sync.canary.limit = self.state.canary_limit
-            if self.search is not None:
-                self.search.recall(self.state.step)
+        self._initial = copy.deepcopy((c.curriculum.state_dict(), c.monitors.state_dict()))
+        self._stand(saved)
+
+    def _stand(self, saved: Path | None) -> None:
+        """Where the checkpoint `saved` was written, or at the beginning."""
+        c, self.saved, self.state, self.clock = self.components, saved, State(), Clock()
+        self.sync = WeightSync(c.engine, c.policy, c.config.objective.engine_gap_limit)
+        if self.search is not None:
+            self.search.recall(0 if saved is None else int(saved.name.removeprefix("step-")))
+        if saved is None:
+            return
+        self.learner = make_learner(c, saved)
+        self.state = checkpoint.load(saved, self.learner, c.curriculum, c.monitors)
+        self.sync.canary.limit = self.state.canary_limit
+
+    def recover(self, lost: WorkerLost) -> None:
+        """Go back to the newest checkpoint, with a fresh learner. Raises RunFailure where too much was lost."""
+        c = self.components
+        found = c.directory.checkpoints()
+        saved = found[-1] if found else None
+        c.models.restart(lost, saved)
+        c.curriculum.load_state_dict(copy.deepcopy(self._initial[0]))
+        c.monitors.load_state_dict(copy.deepcopy(self._initial[1]))
+        self._stand(saved)
+        c.directory.forget_from(self.state.step)
+        c.directory.seal_beginning(c.config, c.verifier, c.data, after=self.state.step)
 
     @classmethod
     def new(cls, config: Config, observer: Observer | None = None, parts: Parts | None = None) -> Run:
@@ -75,7 +94,7 @@ class Run:
         data: Mapping[str, Any] | None = None, memory: Mapping[str, Any] | None = None,
     ) -> Run:  # fmt: skip
         """A run from its newest complete checkpoint, or its beginning; `steps` replaces its number of steps, `data` the places of its files by key,
-        `memory` what else decides how much it needs (`MEMORY_KEYS`).
+        `memory` what else may change (`MEMORY_KEYS`, `CLUSTER_KEYS`).
         Raises a UserError, and changes nothing in the folder, where it cannot be resumed."""
         found, run = reopen(path, observer or Silent(), steps, data, memory), None
         try:
@@ -140,6 +159,9 @@ class Run:
         always = frozenset({0}) if c.config.needs_reference else frozenset()
         with c.directory.new_checkpoint(self.state.step, c.config.run.keep, always) as folder:
             checkpoint.save(folder, self.state, self.learner, c.curriculum, c.monitors)
+        c.models.kept(self.state.step)
+        if self.state.step >= c.config.training.steps:
+            c.models.finished()
 
     def close(self) -> None:
         """Let go of the run directory and the reward's processes."""
