@@ -37,6 +37,11 @@ class Journal:
         place.mkdir(parents=True, exist_ok=True)
         write_atomic(place / f"{key}.json", json.dumps([asdict(s) for s in samples]))
 
+    def copy(self, version: int, folder: Path) -> None:
+        """Put all chunks of a version into another journal's folder."""
+        if self._place(version).is_dir():
+            shutil.copytree(self._place(version), Journal(folder)._place(version), dirs_exist_ok=True)
+
     def forget(self, before: int) -> None:
         """Remove what weights before a version wrote."""
         if not self.folder.is_dir():

@@ -9,11 +9,12 @@ chunk to another one; a fresh one starts beside, and is given the weights at the
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import RunFailure, StaleWeights, WorkerLost
+from ..errors import DataError, RunFailure, StaleWeights, WorkerLost
 from ..models.weights import Weights
 from ..rollout.engine import Sample, Sampling
 from .calls import Failed, Handle, RolloutWorker, outcomes, raised
@@ -35,7 +36,7 @@ class FleetEngine:
         self._opening: dict[Any, Handle] = {}
         self._number = self.version = 0
         self._meeting: Any = None
-        self.fingerprint = ""
+        self.fingerprint, self._replayed = "", False
         for _ in range(fleet.section.rollouts):
             self._start()
         facts = self._joined(wait=True)
@@ -59,6 +60,10 @@ class FleetEngine:
         found = {
             i: known for i, name in enumerate(names) if (known := self.journal.find(self.version, name)) is not None
         }
+        if self._replayed and len(found) < len(cuts):
+            raise DataError(
+                f"{self.journal.folder} lacks samples of the steps to come: put it back, or resume an older checkpoint"
+            )
         todo = deque(i for i in range(len(cuts)) if i not in found)
         running: dict[Any, Handle] = {}
         at: dict[Any, int] = {}
@@ -86,6 +91,16 @@ class FleetEngine:
                 self.journal.keep(self.version, names[at[ref]], value)
                 tick()
         return [sample for i in range(len(cuts)) for sample in found[i]]
+
+    @contextlib.contextmanager
+    def replaying(self, version: int, fingerprint: str, journal: Journal) -> Iterator[None]:
+        """Until the block ends samples come from a journal, of weights that are gone. Raises DataError where it lacks some."""
+        before = self.version, self.fingerprint, self.journal
+        self.version, self.fingerprint, self.journal, self._replayed = version, fingerprint, journal, True
+        try:
+            yield
+        finally:
+            (self.version, self.fingerprint, self.journal), self._replayed = before, False
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """By one of them; the canary asks all (`scores`)."""

@@ -254,6 +254,23 @@ def what_is_offloaded_is_not_paged(c: Recipe) -> Sentences:
         )
 
 
+def what_is_sampled_ahead_needs_no_learner(c: Recipe) -> Sentences:
+    if c.cluster is None:
+        return
+    if c.cluster.shards and c.cluster.learners % c.cluster.shards:
+        yield (
+            f"cluster.shards = {c.cluster.shards} does not divide cluster.learners = {c.cluster.learners}: every copy of the weights is "
+            "held by the same number of ranks"
+        )
+    if c.cluster.lag and c.search is not None:
+        yield "[search] reads the critic as it is when a step begins, and cluster.lag samples ahead of it: leave one of them out"
+    if c.cluster.lag and c.curriculum.kind == "predicted":
+        yield (
+            "curriculum.kind = 'predicted' asks the critic as it is when a step begins, and cluster.lag samples ahead of it: "
+            "set cluster.lag = 0, or another kind"
+        )
+
+
 RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     stages_belong_to_staged,
     credit_per_token_needs_ratios_per_token,
@@ -277,5 +294,6 @@ RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     several_turns_are_no_single_answer,
     adapters_stand_on_frozen_weights,
     what_is_offloaded_is_not_paged,
+    what_is_sampled_ahead_needs_no_learner,
 )
 """Every rule; the first sentence of the first one that a recipe breaks is its error."""

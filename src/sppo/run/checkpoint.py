@@ -42,14 +42,17 @@ class State:
     last: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, state: State, learner: Learner, curriculum: Uniform, monitors: Monitors) -> None:
-    """Fill a (not yet named) checkpoint folder."""
+def save(
+    folder: Path, state: State, learner: Learner, curriculum: Uniform, monitors: Monitors, ahead: list[dict[str, Any]]
+) -> None:
+    """Fill a (not yet named) checkpoint folder; `ahead` says what was sampled of steps to come."""
     learner.save(folder)
     with (folder / "state.pt").open("wb") as file:  # a file object keeps the system's own error: "no space left"
         torch.save(
             {
                 "state": asdict(state),
                 "curriculum": curriculum.state_dict(),
+                "ahead": ahead,
                 "monitors": monitors.state_dict(),
                 "rng": _rng_state(),
             },
@@ -57,8 +60,9 @@ def save(folder: Path, state: State, learner: Learner, curriculum: Uniform, moni
         )
 
 
-def load(folder: Path, learner: Learner, curriculum: Uniform, monitors: Monitors) -> State:
-    """Restore learner (whose models were loaded from the folder already), curriculum and monitors; returns the counters. Raises DataError."""
+def load(folder: Path, learner: Learner, curriculum: Uniform, monitors: Monitors) -> tuple[State, list[dict[str, Any]]]:
+    """Restore learner (whose models were loaded from the folder already), curriculum and monitors; returns the counters, and what was
+    sampled of steps to come. Raises DataError."""
     with readable(f"{folder} cannot be resumed from"):
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         if "learner" in saved:  # of a version that kept all in one file
@@ -72,7 +76,7 @@ def load(folder: Path, learner: Learner, curriculum: Uniform, monitors: Monitors
         state = State(**saved["state"])
         if state.step != int(folder.name.removeprefix("step-")):
             raise ValueError(f"it is of step {state.step}")
-        return state
+        return state, saved.get("ahead", [])
 
 
 def _rng_state() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,13 @@ class Models:
 
     def kept(self, step: int) -> None:
         """A step's checkpoint is complete: what led to it is not needed any more."""
+
+    def copy_journal(self, version: int, folder: Path) -> None:
+        """Put what weights of a version have sampled into a folder; nothing is sampled ahead here."""
+
+    def replaying(self, version: int, fingerprint: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+        """Until the block ends samples are those in a folder, of weights that are gone."""
+        return contextlib.nullcontext()
 
     def finished(self) -> None:
         """The run has done its last step."""

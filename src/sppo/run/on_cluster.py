@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,14 @@ class OnCluster(Models):
     def kept(self, step: int) -> None:
         """See `Models`."""
         self.journal.forget(step - self.fleet.section.lag)
+
+    def copy_journal(self, version: int, folder: Path) -> None:
+        """See `Models`."""
+        self.journal.copy(version, folder)
+
+    def replaying(self, version: int, fingerprint: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+        """See `Models`."""
+        return self.workers.replaying(version, fingerprint, Journal(folder))
 
     def finished(self) -> None:
         """See `Models`."""

@@ -20,6 +20,7 @@ from ..recipe.config import Config
 from ..spec import make
 from . import checkpoint
 from .accuracy import measure_start
+from .ahead import Ahead
 from .bootstrap import bootstrap
 from .build import Components, build, make_learner
 from .checkpoint import State
@@ -44,6 +45,7 @@ class Run:
         if c.config.search is not None:  # it reads both as they are at each step
             now = (lambda: self.learner), (lambda: self.sync.fingerprint)
             self.search = make("search", "sppo.experimental", "search", c.config.search, c, *now)
+        self.ahead = Ahead(c, self.search)
         self.recorder = Recorder(c, saved)
         self._initial = copy.deepcopy((c.curriculum.state_dict(), c.monitors.state_dict()))
         self._stand(saved)
@@ -57,7 +59,8 @@ class Run:
         if saved is None:
             return
         self.learner = make_learner(c, saved)
-        self.state = checkpoint.load(saved, self.learner, c.curriculum, c.monitors)
+        self.state, ahead = checkpoint.load(saved, self.learner, c.curriculum, c.monitors)
+        self.ahead.load(ahead, saved)
         self.sync.canary.limit = self.state.canary_limit
 
     def recover(self, lost: WorkerLost) -> None:
@@ -65,6 +68,7 @@ class Run:
         c = self.components
         found = c.directory.checkpoints()
         saved = found[-1] if found else None
+        self.ahead.drop()
         c.models.restart(lost, saved)
         c.curriculum.load_state_dict(copy.deepcopy(self._initial[0]))
         c.monitors.load_state_dict(copy.deepcopy(self._initial[1]))
@@ -131,6 +135,7 @@ class Run:
             if self.saved is None:
                 measure_start(c, self.state)
                 self.save()
+            self.ahead.recall()
         except UserError:
             if self.fresh and not c.directory.checkpoints():
                 c.directory.discard()
@@ -158,7 +163,8 @@ class Run:
         self.state.canary_limit = self.sync.canary.limit
         always = frozenset({0}) if c.config.needs_reference else frozenset()
         with c.directory.new_checkpoint(self.state.step, c.config.run.keep, always) as folder:
-            checkpoint.save(folder, self.state, self.learner, c.curriculum, c.monitors)
+            ahead = self.ahead.save(folder)
+            checkpoint.save(folder, self.state, self.learner, c.curriculum, c.monitors, ahead)
         c.models.kept(self.state.step)
         if self.state.step >= c.config.training.steps:
             c.models.finished()
@@ -166,6 +172,7 @@ class Run:
     def close(self) -> None:
         """Let go of the run directory and the reward's processes."""
         c = self.components
+        self.ahead.close()
         try:
             c.engine.close()
         finally:

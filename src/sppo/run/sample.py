@@ -132,9 +132,9 @@ def inspect(c: Components, step: int, sampled: Sampled) -> Sampled:
 
 
 @contextlib.contextmanager
-def judging(c: Components, state: State, save: Callable[[], None]) -> Iterator[None]:
-    """When the reward fails for good, or memory runs out, the run is saved as it was before this step: mended, it goes on from there."""
-    before = c.curriculum.state_dict()
+def judging(c: Components, state: State, save: Callable[[], None], before: dict[str, Any]) -> Iterator[None]:
+    """When the reward fails for good, or memory runs out, the run is saved as it was before this step: mended, it goes on from there.
+    `before` is where the curriculum stood then."""
     try:
         yield
     except RewardError as error:
