@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..distributed.mesh import Mesh
 from ..errors import DataError, NonFinite
 from ..models.policy import Policy
 from ..recipe.sections import BootstrapSection
 from ..tasks.base import TaskSource
 from ..tasks.epochs import Epochs
 from ..types import Task
-from .batch import micro_batches
+from .batch import Share
 from .optimizer import MasterAdamW, learning_rate
 
 
@@ -27,19 +28,24 @@ def supervised(
     limit: int | None,
     on_step: Callable[[int, dict[str, float]], bool],
     offload: bool = False,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Train on `solution`s by mean token log-likelihood; returns the last metrics.
 
     Args:
         limit: solutions longer than this many tokens, prompt included, are left out (never cut).
         offload: as `training.offload`.
-        on_step: called with the number of steps done and the last one's metrics; training stops early when it returns False.
+        on_step: called with the number of steps done and the last one's metrics; training stops early when it returns False, on any rank.
+        mesh: the ranks that train, each of which is given the same; default: those that hold the policy.
 
     Raises:
         DataError: no problem has a worked solution that fits.
         NonFinite: three updates in a row were not finite.
     """
-    optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01, offload=offload)
+    policy.mesh = mesh = mesh or policy.mesh
+    optimiser = MasterAdamW(
+        policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01, offload=offload, mesh=mesh, of=policy.scorer
+    )
     solutions = _Solutions(policy, limit)
     order = Epochs(source, seed, solutions.refusal)
     metrics: dict[str, float] = {}
@@ -60,7 +66,7 @@ def supervised(
                 "the supervised loss or its gradient was not finite three times in a row: lower the learning rate"
             )
         metrics = {"loss": loss, "lr": lr, "passed_over": float(order.passed_over)}
-        if not on_step(step + 1, metrics):
+        if mesh.max(int(not on_step(step + 1, metrics))):
             break
     return metrics
 
@@ -88,7 +94,7 @@ class _Solutions:
 def _gradient(
     policy: Policy, optimiser: MasterAdamW, rows: Sequence[tuple[list[int], list[int]]], micro_tokens: int
 ) -> float:
-    """Add up the gradient of the mean negative log-likelihood per token of the responses; returns that mean."""
+    """Add up the gradient of the mean negative log-likelihood per token of the responses, on each rank its part; returns that mean."""
     length_B = torch.tensor([len(prompt) + len(response) for prompt, response in rows])
     ids_BL = torch.full((len(rows), int(length_B.max())), policy.pad_id)
     action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
@@ -96,10 +102,11 @@ def _gradient(
         ids_BL[b, : length_B[b]] = torch.tensor(prompt + response)
         action_BL[b, len(prompt) : length_B[b]] = True
     total = 0.0
-    for part in micro_batches(torch.arange(len(rows)), length_B, micro_tokens):
-        width = int(length_B[part].max())
+    parts = Share.of(torch.arange(len(rows)), length_B, micro_tokens, False, policy.mesh).parts
+    for n, part in enumerate(parts, 1):
+        width = int(length_B[part].max()) if len(part) else 0
         logps = policy.logps(ids_BL[part, :width], action_BL[part, :width], 1.0)
         loss = -logps.logp_BT.sum() / int(action_BL.sum())
-        optimiser.backward(loss)
+        optimiser.backward(loss, last=n == len(parts))
         total += float(loss.detach())
-    return total
+    return policy.mesh.sum(total)

@@ -293,7 +293,9 @@ class ClusterSection(Section):
         0, ge=0, le=8, description="sample N steps ahead, from weights N updates old; 1 overlaps sampling with learning"
     )
     chunk: int = Field(
-        0, ge=0, description="responses that a worker samples at once, the unit of work; 0: a step's, divided by rollouts"
+        0,
+        ge=0,
+        description="responses that a worker samples at once, the unit of work; 0: a step's, divided by rollouts",
     )
     shards: int = Field(
         0,
@@ -307,17 +309,23 @@ class ClusterSection(Section):
     )
     address: str = Field("", description="of a running Ray cluster, or 'auto'; '': one is started here, and stopped")
     learner_gpus: float | None = Field(None, ge=0, description="GPUs per learner rank; default: 1 where there are any")
-    rollout_gpus: float | None = Field(None, ge=0, description="GPUs per rollout worker; default: 1 where there are any")
+    rollout_gpus: float | None = Field(
+        None, ge=0, description="GPUs per rollout worker; default: 1 where there are any"
+    )
     learner_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves per learner rank")
     rollout_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves per rollout worker")
     timeout: float = Field(
-        300, gt=0, description="seconds without a sign of life, or in one exchange between ranks, after which a worker is lost"
+        300,
+        gt=0,
+        description="seconds without a sign of life, or in one exchange between ranks, after which a worker is lost",
     )
     start_timeout: float = Field(1800, gt=0, description="seconds for a worker to start and to load its models")
     restarts: int = Field(10, ge=0, description="lost workers that are replaced, until the run ends")
     backoff: float = Field(1.0, ge=0, description="seconds before a replacement; doubled with each one, up to a minute")
     grace: float = Field(
-        60, ge=0, description="seconds that a SIGTERM leaves a step to end, and be saved; then the last checkpoint counts"
+        60,
+        ge=0,
+        description="seconds that a SIGTERM leaves a step to end, and be saved; then the last checkpoint counts",
     )
 
 
