@@ -40,8 +40,9 @@ def divide(
     for part in (*layers, module):
         own = [p for p in part.parameters() if p not in ignored and not isinstance(p, DTensor)]
         trained = any(p.requires_grad for p in own)
-        for p in own:  # none yet, of a copy that is being made
-            p.untyped_storage().resize_(p.numel() * p.element_size())
+        for p in own:
+            if not p.untyped_storage().nbytes():  # of a copy that is being made
+                p.untyped_storage().resize_(p.numel() * p.element_size())
         if trained:
             for p in own:
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
