@@ -30,15 +30,20 @@ class Meeting:
     timeout: float
     """Seconds, of one exchange."""
 
+    def store(self) -> PrefixStore:
+        """What the ends have in common."""
+        limit = timedelta(seconds=self.timeout)
+        return PrefixStore(
+            self.name, TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=limit)
+        )
+
 
 class Channel:
     """One end. Raises RuntimeError where another one is lost, or late."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting = meeting
-        limit = timedelta(seconds=meeting.timeout)
-        store = TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=limit)
-        self.group: Any = ProcessGroupGloo(PrefixStore(meeting.name, store), rank, meeting.size, limit)
+        self.group: Any = ProcessGroupGloo(meeting.store(), rank, meeting.size, timedelta(seconds=meeting.timeout))
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Send whole tensors, in their order."""

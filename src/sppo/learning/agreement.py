@@ -28,8 +28,9 @@ def check_gap(tally: Tally, measured: float | None, objective: ObjectiveSection,
             "or computes in another precision or at another temperature. Where it is known to be right, set objective.engine_gap_limit above "
             "that"
         )
-    if tally.drift > DRIFT:
+    drift = tally.mesh.max(tally.drift)
+    if drift > DRIFT:
         raise EngineMismatch(
-            f"a minibatch whose `old` log-probabilities are the engine's is {tally.drift:.2f} nats per token away from the learner: the "
+            f"a minibatch whose `old` log-probabilities are the engine's is {drift:.2f} nats per token away from the learner: the "
             "engine did not sample all responses from the same weights, or training.lr is far too high"
         )

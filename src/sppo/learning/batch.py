@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..distributed.mesh import Mesh
 from ..types import Rollout
 
 
@@ -91,7 +92,7 @@ class Batch:
 
     def rows(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """`ids_bL` and `action_bL` of some rows, no wider than they need."""
-        width = int(self.length_B[part].max())
+        width = int(self.length_B[part].max()) if len(part) else 0
         return self.ids_BL[part, :width], self.action_BL[part, :width]
 
 
@@ -143,6 +144,25 @@ def pack(rollouts: Sequence[Rollout], pad_id: int, beside: Sequence[Rollout] = (
         trains_B = torch.arange(len(rollouts)) < number
         batch.beside_B, batch.keep_B = batch.keep_B & ~trains_B, batch.keep_B & trains_B
     return batch
+
+
+class Share(NamedTuple):
+    """Rows that make one sum, by length, and the micro-batches of them that this rank computes: all, where there is one rank."""
+
+    rows: Tensor
+    parts: list[Tensor]
+
+    @property
+    def mine(self) -> Tensor:
+        """The rows that this rank computes."""
+        return torch.cat([*self.parts, self.rows[:0]])
+
+    @classmethod
+    def of(cls, index: Tensor, length_B: Tensor, budget: int, packed: bool, mesh: Mesh) -> Share:
+        """Deal out rows to ranks; see `micro_batches`. A micro-batch of no rows is for ranks that must compute as often as others."""
+        ordered = index[torch.argsort(length_B[index], stable=True)]
+        parts = mesh.dealt(ordered, lambda rows: micro_batches(rows, length_B, budget, packed), lambda: index[:0])
+        return cls(ordered, parts)
 
 
 def micro_batches(index: Tensor, length_B: Tensor, budget: int, packed: bool = False) -> list[Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.fsdp import at_rest
 from ..distributed.mesh import Mesh
 from ..errors import NonFinite, RunFailure
 from ..models.critic import Critic
@@ -31,7 +32,7 @@ from ..objective.ratio import log_ratio
 from ..recipe.config import Config
 from ..rollout.canary import SAMPLED, noise_limit
 from .agreement import check_gap
-from .batch import Batch, micro_batches
+from .batch import Batch, Share
 from .credit.loading import load_credit
 from .credit.token import TokenCritic
 from .lessons import Lessons
@@ -52,7 +53,10 @@ class Learner:
         self, policy: Policy, critic: Critic | None, reference: Policy | None, config: Config, mesh: Mesh | None = None
     ) -> None:
         config, _ = config.settled()
-        self.mesh = mesh or Mesh()
+        self.mesh = mesh or policy.mesh
+        for model in (policy, critic):
+            if model is not None:
+                model.mesh = self.mesh
         self.policy, self.reference, self.config = policy, reference, config
         self.credit = load_credit(config, policy, critic)
         t = config.training
@@ -62,6 +66,8 @@ class Learner:
             weight_decay=t.weight_decay,
             kind=t.optimizer,
             offload=t.offload,
+            mesh=self.mesh,
+            of=policy.scorer,
         )
         self.bad_in_a_row = 0
         self.bad_total = 0
@@ -128,18 +134,18 @@ class Learner:
         # Once a run the first minibatch is computed twice, to see that two passes over the same weights agree exactly.
         old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
         if not self.ratio_checked:
-            self._fill_old(old_BT, batch, plans[0][:1])
+            self._fill_old(old_BT, batch, plans[0][0].parts)
         reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
         tally = Tally(self.mesh)
         updates = [minibatch for plan in plans for minibatch in plan]
         beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
-        self._done, self._total = 0, sum(map(len, updates))
+        self._done, self._total = 0, sum(len(minibatch.parts) for minibatch in updates)
         self.progress(0, self._total)
         for number, minibatch in enumerate(updates):
-            rows = torch.cat([*minibatch, beside[number]])
+            rows = torch.cat([minibatch.rows, beside[number]])
             self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
-            if number == 0 and len(plans[0]) > 1:  # while the weights are still those that sampled
-                self._settle_rest(old_BT, batch, plans[0], tally)
+            if number == 0:  # while the weights are still those that sampled
+                self._settle_old(old_BT, batch, plans[0], tally)
             check_gap(tally, self.gap_limit, self.config.objective, self.policy.dtype)
             if t.measure_noise and number < 2 <= len(plans[0]) <= len(batch.group_B[kept].unique()):
                 tally.gradients.append(self._gradient())
@@ -183,8 +189,8 @@ class Learner:
         were replaced (DAPO, arXiv 2503.14476 eq. 11). A critic's baseline learns from them."""
         return self.config.rollout.resample > 0 and self.config.critic_reads is None
 
-    def _plan(self, batch: Batch, kept: Tensor, step: int, epoch: int) -> list[list[Tensor]]:
-        """Minibatches of micro-batches: a permutation that is a function of (seed, step, epoch). A prompt's samples stay together, so
+    def _plan(self, batch: Batch, kept: Tensor, step: int, epoch: int) -> list[Share]:
+        """Minibatches, and this rank's micro-batches of each: a permutation that is a function of (seed, step, epoch). A prompt's samples stay together, so
         that minibatches are independent of each other, unless there are fewer prompts than minibatches."""
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + epoch)
         count = self.config.training.minibatches
@@ -193,9 +199,10 @@ class Learner:
             units = torch.arange(len(kept))
         order = torch.randperm(int(units.max()) + 1, generator=generator)
         minibatches = [torch.cat([kept[units == u] for u in part]) for part in order.tensor_split(count) if len(part)]
-        return [
-            micro_batches(m, batch.length_B, self.config.training.micro_budget, self.policy.packs) for m in minibatches
-        ]
+        return [self._share(m, batch, self.policy) for m in minibatches]
+
+    def _share(self, rows: Tensor, batch: Batch, policy: Policy) -> Share:
+        return Share.of(rows, batch.length_B, self.config.training.micro_budget, policy.packs, self.mesh)
 
     def _beside(self, batch: Batch, step: int, epoch: int, count: int) -> list[Tensor]:
         """What only the critic learns from, dealt out to an epoch's updates, the groups whole."""
@@ -211,22 +218,24 @@ class Learner:
         self,
         batch: Batch,
         advantage_B: Tensor,
-        minibatch: list[Tensor],
+        minibatch: Share,
         old_BT: Tensor,
         reference_BT: Tensor | None,
         number: int,
         tally: Tally,
     ) -> None:
-        """Add up the gradient of one minibatch's loss over its micro-batches."""
-        o = self.config.objective
-        rows = torch.cat(minibatch)
+        """Add up the gradient of one minibatch's loss over this rank's micro-batches."""
+        o, rows = self.config.objective, minibatch.rows
         sequences, tokens = float(len(rows)), float(batch.response_len_B[rows].sum())
         divisor = denominator(o, sequences, tokens, self.config.rollout.max_tokens)
-        for part in minibatch:
-            current = self._logps(self.policy, batch, part)
+        for n, part in enumerate(minibatch.parts, 1):
+            current, last = self._logps(self.policy, batch, part), n == len(minibatch.parts)
+            if not len(part):  # other ranks have a micro-batch more
+                self.policy_optimiser.backward(current.logp_BT.sum(), last=last)
+                continue
             width, device = current.mask_BT.size(1), current.logp_BT.device
             if number == 0:
-                self._settle_first(old_BT, part, current.logp_BT, width)
+                self._settle_first(old_BT, part, current.logp_BT, tally)
 
             def of(full: Tensor, part: Tensor = part, width: int = width, device: torch.device = device) -> Tensor:
                 return (full[part, :width] if full.dim() == 2 else full[part]).to(device)
@@ -241,7 +250,7 @@ class Learner:
                 current.entropy_BT,
             )
             found = policy_loss(x, of(advantage_B), o, sequences=sequences, divisor=divisor)
-            self.policy_optimiser.backward(found.value)
+            self.policy_optimiser.backward(found.value, last=last)
             if found.correction is not None:
                 tally.correction.append(found.correction.cpu())
             tally.observe(
@@ -267,14 +276,15 @@ class Learner:
         rows = torch.arange(number, len(batch), updates)
         total = 0.0
         weight_B = torch.tensor(lessons.weights) / batch.response_len_B
-        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, self.policy.packs):
+        parts = self._share(rows, batch, self.policy).parts
+        for n, part in enumerate(parts, 1):
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
             loss = (weight_B[part].to(nll_b.device) * nll_b).sum() / (lessons.most / updates)
-            self.policy_optimiser.backward(loss)
+            self.policy_optimiser.backward(loss, last=n == len(parts))
             total += float(loss.detach())
         if len(rows):
-            tally.add("search/loss", total)
+            tally.add("search/loss", self.mesh.sum(total))
 
     def _teach_critic(self, batch: Batch, rows: Tensor, lr: float, tally: Tally) -> None:
         began = time.perf_counter()
@@ -295,15 +305,21 @@ class Learner:
         return policy.logps(*batch.rows(part), self.config.rollout.temperature)
 
     @torch.no_grad()
-    def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[list[Tensor]]) -> None:
-        """log π_old of some minibatches by a pass of their own."""
-        for part in (p for minibatch in minibatches for p in minibatch):
+    def _fill_old(self, old_BT: Tensor, batch: Batch, parts: list[Tensor]) -> None:
+        """log π_old of some micro-batches by a pass of their own."""
+        for part in parts:
             logp = self._logps(self.policy, batch, part).logp_BT
             old_BT[part, : logp.size(1)] = logp.to(old_BT.dtype).cpu()
 
-    def _settle_rest(self, old_BT: Tensor, batch: Batch, plan: list[list[Tensor]], tally: Tally) -> None:
-        """log π_old of all minibatches but the first: the engine's where the first shows that they are the learner's, else computed."""
-        o, first = self.config.objective, torch.cat(plan[0])
+    def _settle_old(self, old_BT: Tensor, batch: Batch, plan: list[Share], tally: Tally) -> None:
+        """log π_old of all minibatches, on every rank, once each has computed its part of the first. The others' are the engine's where
+        the first shows that they are the learner's, else they are computed."""
+        if not self.ratio_checked:
+            self._check_first(self.mesh.max(tally.first_gap or 0.0))
+        self.mesh.fill(old_BT, plan[0].mine, plan[0].rows)
+        if len(plan) == 1:
+            return
+        o, first = self.config.objective, plan[0].rows
         engine_BT = batch.behaviour_logp_BT + batch.kept_BT
         pair = old_BT[first], engine_BT[first], batch.mask_BT[first]
         off = float(log_ratio(*pair, o.ratio, o.kappa).abs().max())
@@ -311,35 +327,39 @@ class Learner:
             off = max(off, float(mismatch(*pair, o).abs().max()))
         tally.served = off <= min(NEGLIGIBLE, OF_CLIP * min(o.clip))
         tally.add("engine/serves_as_old", float(tally.served))
-        if not tally.served:
-            self._fill_old(old_BT, batch, plan[1:])
+        rest = torch.cat([minibatch.rows for minibatch in plan[1:]])
+        if tally.served:
+            old_BT[rest] = engine_BT[rest]
             return
-        rest = torch.cat([part for minibatch in plan[1:] for part in minibatch])
-        old_BT[rest] = engine_BT[rest]
+        self._fill_old(old_BT, batch, [part for minibatch in plan[1:] for part in minibatch.parts])
+        self.mesh.fill(old_BT, torch.cat([minibatch.mine for minibatch in plan[1:]]), rest)
 
-    def _settle_first(self, old_BT: Tensor, part: Tensor, logp_bT: Tensor, width: int) -> None:
+    def _settle_first(self, old_BT: Tensor, part: Tensor, logp_bT: Tensor, tally: Tally) -> None:
         """On the first update old and current are the same numbers. Once a run that is verified, not assumed."""
         current = logp_bT.detach().to(old_BT.dtype).cpu()
-        if not self.ratio_checked:
-            gap = float((old_BT[part, :width] - current).abs().max())
-            tolerance = 0.0 if logp_bT.device.type == "cpu" else 1e-2
-            if not gap <= tolerance:
-                raise RunFailure(
-                    f"the first update's ratio is not 1 (log-probabilities differ by {gap:.2g} between two passes over the same "
-                    "weights): the model is not deterministic in eval mode, e.g. it has dropout of its own"
-                )
-            self.ratio_checked = True
-        old_BT[part, :width] = current
+        if not self.ratio_checked and tally.first_gap is None:
+            tally.first_gap = float((old_BT[part, : current.size(1)] - current).abs().max())
+        old_BT[part, : current.size(1)] = current
+
+    def _check_first(self, gap: float) -> None:
+        tolerance = 0.0 if self.policy.device.type == "cpu" else 1e-2
+        if not gap <= tolerance:
+            raise RunFailure(
+                f"the first update's ratio is not 1 (log-probabilities differ by {gap:.2g} between two passes over the same "
+                "weights): the model is not deterministic in eval mode, e.g. it has dropout of its own"
+            )
+        self.ratio_checked = True
 
     @torch.no_grad()
     def _all_logps(self, policy: Policy, batch: Batch, rows: Tensor | None = None) -> Tensor:
-        """Of some rows of the batch, or of all; 0 elsewhere."""
+        """Of some rows of the batch, or of all; 0 elsewhere. The policy is the reference, whose weights are let go of."""
         rows = torch.arange(len(batch)) if rows is None else rows
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
-        for part in micro_batches(rows, batch.length_B, self.config.training.micro_budget, policy.packs):
+        for part in self._share(rows, batch, policy).parts:
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
-        return out_BT
+        at_rest(policy.scorer)
+        return self.mesh.sum(out_BT)
 
     def _reference(self) -> Policy:
         if self.reference is None:
@@ -368,7 +388,8 @@ class Learner:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the models' weights, which checkpoints hold as model folders."""
+        """Everything but the models' weights, which checkpoints hold as model folders: the same from any number of ranks. All of them
+        must ask for it; of what is divided among them only the first has the tensors."""
         return {
             "policy_optimiser": self.policy_optimiser.state_dict(),
             "credit": self.credit.state_dict(),
@@ -378,7 +399,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a saved state back."""
+        """Take a saved state back, which may be of another number of ranks; every rank is given all of it."""
         self.policy_optimiser.load_state_dict(state["policy_optimiser"])
         self.credit.load_state_dict(state["credit"])
         self.bad_in_a_row, self.bad_total = state["bad_in_a_row"], state["bad_total"]

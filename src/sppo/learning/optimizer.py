@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.fsdp import at_rest, before_backward, dtype_of, is_part, joined, local, part_of
+from ..distributed.mesh import Mesh
 from ..errors import RecipeError
 from ..memory import give_back
 from ..models.loading import first_line
@@ -30,6 +32,9 @@ class MasterAdamW:
 
     `offload` is `training.offload`: masters, sums of gradients and moments are in main memory, and the CPU computes the
     step. Each gradient goes there as the backward pass makes it, so the device never holds more than one of them.
+
+    Of several ranks (`mesh`) each adds up its own micro-batches, and a step begins with the sum over all. The weights of a
+    module that is divided among them (`of`; distributed/fsdp.py) are masters themselves, and a rank updates its part.
     """
 
     def __init__(
@@ -40,17 +45,31 @@ class MasterAdamW:
         weight_decay: float,
         kind: str = "adamw",
         offload: bool = False,
+        mesh: Mesh | None = None,
+        of: nn.Module | None = None,
     ) -> None:
-        self.offload = offload
+        """`of` is the module whose passes use the parameters, which may be divided among ranks. Raises RecipeError for a `kind` that
+        such parts cannot be trained with."""
+        self.offload, self.mesh, self.of = offload, mesh or Mesh(), of
+        at_rest(of)
         self.tight = False  # memory is: what a backward pass freed goes back at once
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [self._master(p) for p in self.parameters]
-        self._apart = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        pairs = list(zip(self.parameters, self.masters, strict=True))
+        self._parts = [(p, m) for p, m in pairs if is_part(p)]
+        self._apart = [(p, m) for p, m in pairs if m is not p and not is_part(p)]
+        if self._parts and kind != "adamw":
+            raise RecipeError(
+                f"training.optimizer = {kind!r} rounds moments in blocks that must be whole, and cluster.shards divides the weights "
+                "among ranks: use 'adamw', or set cluster.shards = 1"
+            )
         self._copied = self._versions()
         made = optimiser_class(kind, self.masters[0].device)
         self.inner = made(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
 
     def _master(self, p: nn.Parameter) -> nn.Parameter:
+        if is_part(p):
+            return nn.Parameter(local(p.detach()))  # the same memory
         wide = torch.promote_types(p.dtype, torch.float32)
         if self.offload:
             return nn.Parameter(p.detach().to("cpu", wide, copy=True))
@@ -72,15 +91,19 @@ class MasterAdamW:
         for p in (*self.parameters, *self.masters):
             p.grad = None
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the gradient of one micro-batch's loss to what is there. Sums are float32 whatever the model's dtype: a
         bfloat16 `grad` has 8 bits, and each further micro-batch would be rounded to the size of the sum so far.
 
         On a GPU each gradient goes into its sum as soon as it is made, so that all of them are never held beside the
         sums. On a CPU the next micro-batch, or the step, moves them: an embedding's gradient comes in two parts there
         (kernels/patch_layers.py), and one micro-batch alone needs no sums.
+
+        `last`: no further micro-batch is certain to follow before the step. Until then the gradients of weights that are divided
+        among ranks need not be added up over these.
         """
         self._set_aside()
+        before_backward(self.of, last)
         pairs = self._apart if self.offload else [(p, m) for p, m in self._apart if p.is_cuda]
         hooks = [p.register_post_accumulate_grad_hook(partial(_bring, master)) for p, master in pairs]
         try:
@@ -92,12 +115,40 @@ class MasterAdamW:
             give_back()
 
     def gradients(self) -> list[Tensor]:
-        """All that was added up since the last step, one for each trained parameter that has any; float32 (float64 for such a model)."""
+        """All that was added up since the last step, over all ranks, one for each trained parameter that has any; float32 (float64 for
+        such a model)."""
         self._set_aside()
-        return [m.grad for m in self.masters if m.grad is not None]
+        self._fill_in()
+        found = [(p, m.grad) for p, m in zip(self.parameters, self.masters, strict=True) if m.grad is not None]
+        return [joined(grad, p) if is_part(p) else self.mesh.sum(grad) for p, grad in found]
+
+    def _fill_in(self) -> None:
+        """Where other ranks have a gradient of a whole parameter and this one has none, give it 0."""
+        if self.mesh.size == 1:
+            return
+        has = self.mesh.max(torch.tensor([m.grad is not None for m in self.masters]).int()).tolist()
+        for master, some in zip(self.masters, has, strict=True):
+            if some and master.grad is None:
+                master.grad = torch.zeros_like(master)
+
+    def _reduce(self) -> None:
+        """Make sums of micro-batches sums of all ranks'. Those of divided parameters are already."""
+        if self.mesh.size == 1:
+            return
+        self._fill_in()
+        whole = [m for p, m in zip(self.parameters, self.masters, strict=True) if m.grad is not None and not is_part(p)]
+        for master in whole:
+            assert master.grad is not None
+            master.grad = master.grad.contiguous()
+        self.mesh.add_up([m.grad for m in whole if m.grad is not None])
 
     def _set_aside(self) -> None:
         """Move what the model's parameters hold to the sums of their masters, where these are other tensors."""
+        for p, master in self._parts:
+            if p.grad is not None:
+                grad = local(p.grad)
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                p.grad = None
         given = [(p, m) for p, m in self._apart if p.grad is not None]
         for p, master in given:
             if self.offload or master.grad is not None:
@@ -113,7 +164,8 @@ class MasterAdamW:
     def step(self, lr: float, max_norm: float) -> float:
         """Clip to a global norm and update. Returns the norm before clipping; when it is not finite, nothing is updated."""
         self._set_aside()
-        norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
+        self._reduce()
+        norm = self._clip(max_norm)
         if math.isfinite(norm):
             self._take()
             for group in self.inner.param_groups:
@@ -121,6 +173,22 @@ class MasterAdamW:
             self.inner.step()
             self._round()
         self.zero_grad()
+        at_rest(self.of)  # the next pass must see the new weights
+        return norm
+
+    def _clip(self, max_norm: float) -> float:
+        if not self._parts:
+            return float(nn.utils.clip_grad_norm_(self.masters, max_norm))
+        parts = [m.grad for _, m in self._parts if m.grad is not None]
+        whole = [
+            m.grad for p, m in zip(self.parameters, self.masters, strict=True) if m.grad is not None and not is_part(p)
+        ]
+        copies = self.mesh.size // self.mesh.shards
+        norm = math.sqrt(self.mesh.sum(_square(parts)) / copies + _square(whole))
+        if math.isfinite(norm):
+            for grads in (parts, whole):
+                if grads:
+                    torch._foreach_mul_(grads, min(1.0, max_norm / (norm + 1e-6)))
         return norm
 
     @torch.no_grad()
@@ -135,16 +203,50 @@ class MasterAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, and the masters that are more exact than the model's own weights: the same with `offload` and
-        without."""
-        return {"inner": self.inner.state_dict(), "masters": [m.detach() for p, m in self._apart if p.dtype != m.dtype]}
+        without, and from any number of ranks. All of them must ask for it; of what is divided only the first has the tensors."""
+        at_rest(self.of)
+        inner = self.inner.state_dict()
+        if self._parts:
+            moments = dict(inner["state"])
+            for i, (p, m) in enumerate(zip(self.parameters, self.masters, strict=True)):
+                if i in moments and is_part(p):
+                    moments[i] = {k: self._gathered(x, p) if _like(x, m) else x for k, x in moments[i].items()}
+            inner = inner | {"state": moments}
+        pairs = zip(self.parameters, self.masters, strict=True)
+        return {"inner": inner, "masters": [self._gathered(m.detach(), p) for p, m in pairs if dtype_of(p) != m.dtype]}
+
+    def _gathered(self, x: Tensor, p: Tensor) -> Tensor | None:
+        """The whole of what belongs to a parameter, in the first rank's main memory; `x` itself where it is not divided."""
+        if not is_part(p):
+            return x
+        full = joined(x, p)
+        return full.cpu() if self.mesh.rank == 0 else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back, bit for bit; the model has its saved weights already."""
-        self.inner.load_state_dict(state["inner"])
+        at_rest(self.of)
+        moments = dict(state["inner"]["state"])
+        for i, p in enumerate(self.parameters):
+            if i in moments and is_part(p):
+                moments[i] = {k: part_of(x, p) if _like(x, p) else x for k, x in moments[i].items()}
+        self.inner.load_state_dict(state["inner"] | {"state": moments})
         saved = iter(state["masters"])
         with torch.no_grad():
-            for p, master in self._apart:
-                master.copy_(p if p.dtype == master.dtype else next(saved))
+            for p, master in zip(self.parameters, self.masters, strict=True):
+                if dtype_of(p) != master.dtype:
+                    master.copy_(part_of(next(saved), p))
+                elif master is not p and not is_part(p):
+                    master.copy_(p)
+
+
+def _like(x: Any, p: Tensor) -> bool:
+    """Whether something in a parameter's state is as large as it: a moment, and no count of steps."""
+    return isinstance(x, Tensor) and x.shape == p.shape
+
+
+def _square(grads: list[Tensor]) -> float:
+    """The sum of all squares."""
+    return float(torch.stack(torch._foreach_norm(grads)).double().square().sum()) if grads else 0.0
 
 
 @torch.no_grad()

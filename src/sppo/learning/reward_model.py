@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..distributed.mesh import Mesh
 from ..errors import DataError, NonFinite
 from ..models.reward_model import RewardModel
 from ..tasks.base import in_split
@@ -74,12 +75,17 @@ def train_reward_model(
     micro_tokens: int,
     seed: int,
     on_step: Callable[[int, dict[str, float]], bool],
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Train in place; returns the last metrics. A pair's two sequences share a micro-batch, because its loss needs both.
 
+    `mesh`: the ranks that train, each of which is given the same; default: those that hold the model. It ends early when `on_step`
+    returns False on any of them.
+
     Raises NonFinite: three updates in a row were not finite.
     """
-    optimiser = MasterAdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    model.mesh = mesh = mesh or model.mesh
+    optimiser = MasterAdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, mesh=mesh, of=model)
     total = updates(len(examples), epochs, batch)
     generator = torch.Generator().manual_seed(seed)
     metrics: dict[str, float] = {}
@@ -89,9 +95,10 @@ def train_reward_model(
         for start in range(0, len(order), batch):
             rows = [examples[i] for i in order[start : start + batch]]
             loss = right = 0.0
-            for part in model.cuts([e.tokens for e in rows], micro_tokens):
+            parts = model.cuts([e.tokens for e in rows], micro_tokens)
+            for n, part in enumerate(parts, 1):
                 loss_B, right_B = losses(model, [rows[i] for i in part])
-                optimiser.backward(loss_B.sum() / len(rows))
+                optimiser.backward(loss_B.sum() / len(rows), last=n == len(parts))
                 loss += float(loss_B.detach().sum()) / len(rows)
                 right += float(right_B.sum()) / len(rows)
             rate = learning_rate(lr, step, total, warmup=min(20, total // 10), schedule="linear")
@@ -100,8 +107,8 @@ def train_reward_model(
             if bad >= 3:
                 raise NonFinite("the reward model's loss was not finite three times in a row: lower --lr")
             step += 1
-            metrics = {"loss": loss, "accuracy": right, "lr": rate}
-            if not on_step(step, metrics):
+            metrics = {"loss": mesh.sum(loss), "accuracy": mesh.sum(right), "lr": rate}
+            if mesh.max(int(not on_step(step, metrics))):
                 return metrics
     model.center = _mean_score(model, examples) if examples[0].second is not None else 0.0
     return metrics
@@ -134,7 +141,7 @@ def judge(model: RewardModel, examples: Sequence[Example], micro_tokens: int) ->
         loss += float(loss_B.sum()) / len(examples)
         for i, value in zip(part, right_B.tolist(), strict=True):
             right[i] = value
-    return loss, right
+    return model.mesh.sum(loss), model.mesh.sum(torch.tensor(right, dtype=torch.float64)).tolist()
 
 
 def _mean_score(model: RewardModel, examples: Sequence[Example], most: int = 512) -> float:

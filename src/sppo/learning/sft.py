@@ -13,7 +13,7 @@ from ..recipe.sections import BootstrapSection
 from ..tasks.base import TaskSource
 from ..tasks.epochs import Epochs
 from ..types import Task
-from .batch import micro_batches
+from .batch import Share
 from .optimizer import MasterAdamW, learning_rate
 
 
@@ -21,9 +21,13 @@ class Imitation:
     """A policy that learns from worked solutions, and its optimiser."""
 
     def __init__(self, policy: Policy, micro_tokens: int, *, offload: bool = False) -> None:
-        """`micro_tokens` are those of a micro-batch; `offload` is as `training.offload`."""
+        """`micro_tokens` are those of a micro-batch; `offload` is as `training.offload`. On ranks that hold the policy together each is
+        given the same."""
         self.policy, self.micro_tokens = policy, micro_tokens
-        self.optimiser = MasterAdamW(policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01, offload=offload)
+        self.optimiser = MasterAdamW(
+            policy.trained.values(), betas=(0.9, 0.95), weight_decay=0.01, offload=offload, mesh=policy.mesh,
+            of=policy.scorer,
+        )  # fmt: skip
 
     def learn(self, rows: Sequence[tuple[list[int], list[int]]], lr: float) -> tuple[float, float]:
         """One update by the mean negative log-likelihood per token of the responses; returns that mean, and the gradient's norm."""
@@ -39,13 +43,14 @@ class Imitation:
             ids_BL[b, : length_B[b]] = torch.tensor(prompt + response)
             action_BL[b, len(prompt) : length_B[b]] = True
         total = 0.0
-        for part in micro_batches(torch.arange(len(rows)), length_B, self.micro_tokens):
-            width = int(length_B[part].max())
+        parts = Share.of(torch.arange(len(rows)), length_B, self.micro_tokens, False, policy.mesh).parts
+        for n, part in enumerate(parts, 1):
+            width = int(length_B[part].max()) if len(part) else 0
             logps = policy.logps(ids_BL[part, :width], action_BL[part, :width], 1.0)
             loss = -logps.logp_BT.sum() / int(action_BL.sum())
-            self.optimiser.backward(loss)
+            self.optimiser.backward(loss, last=n == len(parts))
             total += float(loss.detach())
-        return total
+        return policy.mesh.sum(total)
 
 
 def supervised(
@@ -62,7 +67,7 @@ def supervised(
     Args:
         policy: reads prompts and solutions; those that are longer than its context are left out (never cut).
         imitation: what learns.
-        on_step: called with the number of steps done and the last one's metrics; training stops early when it returns False.
+        on_step: called with the number of steps done and the last one's metrics; training stops early when it returns False, on any rank.
 
     Raises:
         DataError: no problem has a worked solution that fits.
@@ -87,7 +92,7 @@ def supervised(
                 "the supervised loss or its gradient was not finite three times in a row: lower the learning rate"
             )
         metrics = {"loss": loss, "lr": lr, "passed_over": float(order.passed_over)}
-        if not on_step(step + 1, metrics):
+        if policy.mesh.max(int(not on_step(step + 1, metrics))):
             break
     return metrics
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import ModelError, RecipeError
 from ..files import readable
 from ..types import Task
-from .actions import Actions
 from .adapters import CRITIC, base_of, is_adapter
 from .critic import Critic
 from .policy import Policy
@@ -76,14 +75,17 @@ class AdapterCritic(Critic):
         """Nothing that the policy does not refuse."""
         return None
 
-    def hidden(self, ids_BL: Tensor, actions: Actions) -> Tensor:
+    def hidden(self, ids_BL: Tensor, action_BL: Tensor) -> Tensor:
         """See `Critic`."""
-        return self.reader.states(ids_BL.cpu(), actions)
+        found: Tensor = self.reader(ids_BL, action_BL, None)  # called, since its weights may be divided among ranks
+        return found
 
     def save(self, folder: Path) -> None:
         """A peft folder, its tokenizer, and the head beside it."""
         base = self.policy.base | {"fingerprint": self.policy.frozen_fingerprint()}
         assert self.policy.adapters is not None
+        if self.mesh.rank:
+            return
         self.policy.adapters.save(folder, self.adapter, base)
         self.tokenizer.save_pretrained(folder)
         self.save_head(folder)

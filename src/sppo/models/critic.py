@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..distributed.fsdp import put_together
+from ..distributed.mesh import Mesh
 from ..errors import ModelError, RecipeError
 from ..files import readable
 from ..objective.ratio import wide
@@ -27,7 +29,7 @@ from ..types import Task
 from .actions import Actions
 from .loading import LARGE, choose_dtype, embedded, ensure_pad, load, prompt_ids, render_chat
 from .policy import Policy
-from .scorer import Reader
+from .scorer import Reader, nothing_of
 from .weights import cast, counted, parameter_count
 
 HEAD_FILE = "value_head.safetensors"
@@ -37,6 +39,8 @@ class Critic(nn.Module):
     """A backbone and a scalar head. `save` writes a folder that `AutoModel.from_pretrained` loads, the head beside
     it."""
 
+    mesh = Mesh()
+    """The ranks that hold it; sharding.py sets it."""
     linear = False
     """Whether its read-out is the value itself, not the logit of a chance."""
 
@@ -160,12 +164,15 @@ class Critic(nn.Module):
             ids_BL: rows of tokens, padded on the right; an action itself is not read where none follows it.
             action_BL: True for the tokens to predict before.
         """
+        if not len(ids_BL):
+            return nothing_of(self)
         actions = Actions.of(action_BL.cpu())
-        readout_N = self.head(wide(self.hidden(ids_BL, actions)))[:, 0]
+        readout_N = self.head(wide(self.hidden(ids_BL, action_BL.cpu())))[:, 0]
         return actions.to(readout_N.device).spread(readout_N)
 
-    def hidden(self, ids_BL: Tensor, actions: Actions) -> Tensor:
+    def hidden(self, ids_BL: Tensor, action_BL: Tensor) -> Tensor:
         """The backbone's last hidden states before N action tokens, [N, D]."""
+        actions = Actions.of(action_BL)
         if self.packs:
             return self.reader.states(ids_BL.cpu(), actions)
         device = self.head.weight.device
@@ -179,7 +186,8 @@ class Critic(nn.Module):
     def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """c(x), [B] in float32, for prompts given as ids: the read-out at each one's last token, before whatever is
         the answer's first."""
-        ids_BL = torch.full((len(prompts), max(map(len, prompts)) + 1), self.tokenizer.pad_token_id or 0)
+        width = max(map(len, prompts), default=1) + 1
+        ids_BL = torch.full((len(prompts), width), self.tokenizer.pad_token_id or 0)
         action_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
         for b, prompt in enumerate(prompts):
             ids_BL[b, : len(prompt)] = torch.tensor(prompt)
@@ -198,23 +206,35 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def logits(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:
-        """c(x) for tasks, [B] on the CPU, in batches of similar length and up to `token_budget` tokens."""
+        """c(x) for tasks, [B] on the CPU, in batches of similar length and up to `token_budget` tokens. All ranks must ask for the same
+        tasks; they divide the work, and each gets all of it."""
         prompts = [self.prompt_ids(t) for t in tasks]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+
+        def cut(order: list[int]) -> list[list[int]]:
+            parts = []
+            while order:
+                parts.append(order[: max(1, token_budget // len(prompts[order[0]]))])
+                order = order[len(parts[-1]) :]
+            return parts
+
         out_B = torch.zeros(len(prompts))
-        while order:
-            part = order[: max(1, token_budget // len(prompts[order[0]]))]
-            order = order[len(part) :]
-            out_B[part] = self.prompt_logits([prompts[i] for i in part]).cpu()
-        return out_B
+        for part in self.mesh.dealt(order, cut, list):
+            out_B[part] = self.prompt_logits([prompts[i] for i in part]).float().cpu()
+        return self.mesh.sum(out_B)
 
     def chances(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:
         """The predicted chances to solve tasks, [B] on the CPU: V(x), within [0, 1]."""
         return self.value(self.logits(tasks, token_budget)).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
-        """Backbone and tokenizer as `AutoModel`/`AutoTokenizer` load them; the value head beside them."""
-        self.backbone.save_pretrained(folder)
+        """Backbone and tokenizer as `AutoModel`/`AutoTokenizer` load them; the value head beside them. All ranks must call it; the first
+        writes."""
+        first = self.mesh.rank == 0
+        with put_together(self, first):
+            if not first:
+                return
+            self.backbone.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.save_head(folder)
 

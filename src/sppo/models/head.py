@@ -28,6 +28,9 @@ class Head:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._cache: tuple[int, Tensor | None] = (-1, None)
+        self.keeps = (
+            True  # a float32 copy, until the weight changes, which weights that are put together again do not show
+        )
         self.scale: float = 1.0
         self.cap: float | None = None
         found = _asked(self)
@@ -70,6 +73,8 @@ class Head:
         weight: Tensor = self.projection.weight
         if weight.dtype in (torch.float32, torch.float64):
             return weight
+        if not self.keeps:
+            return weight.float()
         version, cached = self._cache
         if cached is None or version != weight._version:
             with torch.inference_mode(False), torch.no_grad():  # so that it may be written to in any mode

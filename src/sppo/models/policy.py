@@ -7,13 +7,15 @@ written (scorer.py).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..distributed.fsdp import at_rest, dtype_of, local, put_together
+from ..distributed.mesh import Mesh
 from ..errors import ModelError
 from ..files import readable
 from ..objective.ratio import wide
@@ -31,6 +33,11 @@ from .weights import Weights, fingerprint, sha256, weights_of, write
 class Policy:
     """A causal LM to train, or one that is frozen and adapters in it. Public tensors are float32 (float64 models stay
     float64)."""
+
+    mesh = Mesh()
+    """The ranks that hold it; sharding.py sets it."""
+    twin: Callable[[], Scorer] | None = None
+    """Of weights that are divided among ranks: makes a frozen scorer with a copy of them."""
 
     def __init__(
         self,
@@ -113,7 +120,7 @@ class Policy:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.model.get_input_embeddings().weight.dtype
+        return dtype_of(self.model.get_input_embeddings().weight)
 
     @property
     def context(self) -> int | None:
@@ -150,8 +157,11 @@ class Policy:
         return frozen
 
     def copied(self) -> Policy:
-        """A frozen policy with a copy of all weights."""
+        """A frozen policy with a copy of all weights, divided among ranks as these are."""
         frozen = copy.copy(self)
+        if self.twin is not None:
+            frozen.scorer, frozen.adapters = self.twin(), None
+            return frozen
         frozen.scorer = copy.deepcopy(self.scorer, shared(self.model)).requires_grad_(False).eval()
         frozen.adapters = frozen.scorer.adapters
         frozen.scorer.head.forget()  # the copy's own weight is converted when it is asked for
@@ -275,13 +285,14 @@ class Policy:
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters that are trained, by name: all weights, or an adapter's; tied ones once."""
+        """The parameters that are trained, by name: all weights, or an adapter's; tied ones once. Of divided ones this rank's parts."""
+        at_rest(self.scorer)
         named = dict(self.model.named_parameters())
         return {name: named[name] for name in self._trained}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The name and the whole tensor of every weight that is trained, always in the same order; tied weights come
-        once. Engines load them, and `sha256` is of what is yielded here."""
+        """The name and the whole tensor of every weight that is trained, in the model's dtype, always in the same order; tied weights
+        come once. Engines load them, and `sha256` is of what is yielded here. Where weights are divided, all ranks must ask for them."""
         return weights_of(self.trained)
 
     def take(self, weights: Weights) -> None:
@@ -297,12 +308,18 @@ class Policy:
         """That of the weights that are not trained, '' where all are; taken anew when one has been written to."""
         if not self._frozen:
             return ""
+        at_rest(self.scorer)
         named = dict(self.model.named_parameters())
         frozen = {name: named[name] for name in self._frozen}
-        state = [(p.data_ptr(), p._version) for p in frozen.values()]
+        state = _state(frozen)
         if state != self._frozen_hash[0]:
             self._frozen_hash = (state, fingerprint(weights_of(frozen)))
         return self._frozen_hash[1]
+
+    def pin_frozen(self, fingerprint: str) -> None:
+        """Say what `frozen_fingerprint` is as long as nothing is written to these weights from now on."""
+        named = dict(self.model.named_parameters())
+        self._frozen_hash = (_state({name: named[name] for name in self._frozen}), fingerprint)
 
     def sha256(self) -> str:
         """The trained weights' SHA-256, for summaries and audits."""
@@ -311,24 +328,40 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load; of a
         model that reads more than text, all of it, as its own class and `AutoProcessor` load it; of adapters, one that
-        `PeftModel.from_pretrained` loads."""
+        `PeftModel.from_pretrained` loads. All ranks must call it; the first writes."""
+        first = self.mesh.rank == 0
         if self.adapters is not None:
-            self.adapters.save(folder, self.adapters.name, self.base | {"fingerprint": self.frozen_fingerprint()})
+            base = self.base | {"fingerprint": self.frozen_fingerprint()}
+            if first:
+                self.adapters.save(folder, self.adapters.name, base)
         else:
-            text_config(self.model).dtype = self.dtype
-            self.model.save_pretrained(folder)
+            with put_together(self.scorer, first):
+                if first:
+                    text_config(self.model).dtype = self.dtype
+                    self.model.save_pretrained(folder)
+        if first:
+            self._save_beside(folder)
+
+    def save_base(self, folder: Path) -> None:
+        """Write the model below the adapters, and name it as what they stand on: for one that is nowhere else. All ranks must call it."""
+        assert self.adapters is not None
+        first = self.mesh.rank == 0
+        with put_together(self.scorer, first):
+            if first:
+                self.adapters.save_base(folder)
+        if first:
+            self._save_beside(folder)
+        self.base["name"] = str(folder.resolve())
+
+    def _save_beside(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         for name, content in self._processor_files.items():
             (folder / name).write_bytes(content)
 
-    def save_base(self, folder: Path) -> None:
-        """Write the model below the adapters, and name it as what they stand on: for one that is nowhere else."""
-        assert self.adapters is not None
-        self.adapters.save_base(folder)
-        self.tokenizer.save_pretrained(folder)
-        for name, content in self._processor_files.items():
-            (folder / name).write_bytes(content)
-        self.base["name"] = str(folder.resolve())
+
+def _state(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """What changes when one of them is written to."""
+    return [(x.data_ptr(), x._version) for x in map(local, parameters.values())]
 
 
 def _eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
+from ..distributed.fsdp import put_together
+from ..distributed.mesh import Mesh
 from ..errors import ModelError
 from ..kernels import attention as packing
 from ..objective.ratio import wide
@@ -31,6 +33,9 @@ CENTER_KEY = "sppo_center"
 
 class RewardModel(nn.Module):
     """A sequence classifier with one output (or two, whose difference is the logit of the second)."""
+
+    mesh = Mesh()
+    """The ranks that hold it; sharding.py sets it."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "reward model") -> None:
         super().__init__()
@@ -110,6 +115,8 @@ class RewardModel(nn.Module):
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Scores r, [B] in float32, for sequences given as ids (an empty one is an error)."""
+        if not sequences:  # as much as other ranks wait for, and a gradient of 0
+            return self.forward([[0]])[:0]
         if not self._decodes:
             return self._padded(sequences)
         last_BD = self._last_packed(sequences) if self.packs else self._last_padded(sequences)
@@ -164,29 +171,38 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]], token_budget: int = 8192) -> Tensor:
-        """Scores, [B] on the CPU, in micro-batches of similar length and up to `token_budget` tokens."""
+        """Scores, [B] on the CPU, in micro-batches of similar length and up to `token_budget` tokens. All ranks must ask for the same; each
+        gets all of them."""
         out_B = torch.zeros(len(sequences))
         for part in self.cuts([len(s) for s in sequences], token_budget):
             out_B[part] = self([sequences[i] for i in part]).cpu()
-        return out_B
+        return self.mesh.sum(out_B)
 
     def cuts(self, lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-        """Rows by micro-batch, long ones first. Packed rows cost their own tokens, padded ones the longest's."""
-        parts: list[list[int]] = []
-        used = 0
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            cost = lengths[i] if self.packs or not parts else lengths[parts[-1][0]]
-            if not parts or used + cost > token_budget:
-                parts.append([])
-                used, cost = 0, lengths[i]
-            parts[-1].append(i)
-            used += cost
-        return parts
+        """This rank's rows by micro-batch, long ones first. Packed rows cost their own tokens, padded ones the longest's."""
+
+        def cut(order: list[int]) -> list[list[int]]:
+            parts: list[list[int]] = []
+            used = 0
+            for i in order:
+                cost = lengths[i] if self.packs or not parts else lengths[parts[-1][0]]
+                if not parts or used + cost > token_budget:
+                    parts.append([])
+                    used, cost = 0, lengths[i]
+                parts[-1].append(i)
+                used += cost
+            return parts
+
+        return self.mesh.dealt(sorted(range(len(lengths)), key=lambda i: -lengths[i]), cut, list)
 
     def save(self, folder: Path) -> None:
-        """A folder that `AutoModelForSequenceClassification.from_pretrained` loads."""
-        setattr(self.model.config, CENTER_KEY, self.center)
-        self.model.save_pretrained(folder)
+        """A folder that `AutoModelForSequenceClassification.from_pretrained` loads. All ranks must call it; the first writes."""
+        first = self.mesh.rank == 0
+        with put_together(self, first):
+            if not first:
+                return
+            setattr(self.model.config, CENTER_KEY, self.center)
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -31,6 +30,13 @@ class ActionLogps(NamedTuple):
     logp_BT: Tensor
     entropy_BT: Tensor
     mask_BT: Tensor
+
+
+def nothing_of(module: Any, *more: Any) -> Any:
+    """What a module's forward pass gives for no rows at all: the first none of what it gives for one. A rank that has no rows left
+    computes as much as the others wait for, and its gradient is 0."""
+    found = module.forward(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[False, True]]), *more)
+    return ActionLogps(*(x[:0] for x in found)) if isinstance(found, ActionLogps) else found[:0]
 
 
 class Reader(nn.Module):
@@ -70,7 +76,11 @@ class Reader(nn.Module):
 
     def under(self, adapter: str | None) -> Self:
         """The same over the same weights, with another adapter, or with none."""
-        other = copy.copy(self)
+        kind = next(
+            kind for kind in type(self).__mro__ if kind.__module__ == __name__
+        )  # a wrapper's class cannot be copied
+        other: Self = object.__new__(kind)
+        other.__dict__.update(self.__dict__)
         other.adapter = adapter
         return other
 
@@ -124,11 +134,15 @@ class Scorer(Reader):
     def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
         super().__init__(model, adapters, head=True)
 
-    def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float) -> ActionLogps:
+    def forward(self, ids_BL: Tensor, action_BL: Tensor, temperature: float | None) -> Any:
         """See `Policy.logps`. The state at position t−1 scores the token at position t; only action tokens meet the
-        vocabulary."""
+        vocabulary. Without a temperature: the hidden states before N action tokens, [N, D]."""
+        if not len(ids_BL):
+            return nothing_of(self, temperature)
         # rows are laid out on the CPU, where batches are: an accelerator would be waited for at every step of it
         ids_BL, actions = ids_BL.cpu(), Actions.of(action_BL.cpu())
+        if temperature is None:
+            return self.states(ids_BL, actions)
         target_N = ids_BL[actions.row_N, actions.position_N]
         if self.head.direct:
             hidden_ND, head = self.states(ids_BL, actions), self.head

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from ..distributed.fsdp import local, part_of, whole
 
 Weights = Iterable[tuple[str, Tensor]]
 """Names and whole tensors, in the order of `weights_of`."""
@@ -21,8 +22,7 @@ def weights_of(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The name and the whole tensor of every parameter, in order of name. The tensors are the model's own, or put
     together where they are sharded."""
     for name, p in sorted(parameters.items()):
-        tensor = p.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole(p)
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
@@ -50,8 +50,9 @@ def write(parameters: Mapping[str, Any], weights: Weights) -> None:
         own = missing.pop(name, None)
         if own is None or own.shape != tensor.shape:
             raise ValueError(f"the model has no weight {name} of shape {tuple(tensor.shape)}")
-        if own.data_ptr() != tensor.data_ptr():
-            own.copy_(tensor)
+        mine, given = local(own), part_of(tensor, own)
+        if mine.data_ptr() != given.data_ptr():
+            mine.copy_(given)
     if missing:
         raise ValueError(f"no {min(missing)} among the given weights")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cluster.fleet import versions
 from ..cluster.remote import CriticFacts, PolicyFacts
 from ..distributed.mesh import Mesh
+from ..distributed.ranks import join
 from ..distributed.transfer import Channel, Layout, Meeting
 from ..learning.batch import Batch
 from ..learning.learner import Learner
@@ -21,6 +22,7 @@ from ..learning.update_stats import Trace
 from ..memory import keep_memory
 from ..models.loading import pick_device
 from ..models.policy import Policy
+from ..models.sharding import shard
 from ..recipe.config import Config
 from ..rollout.engine import Sample, Sampling, load_engine
 from ..types import Task
@@ -43,10 +45,15 @@ class Rank:
         keep_memory()
         torch.set_num_threads(threads)
         self.rank, self.run, self.saved, self.notes = rank, run, saved, list[str]()
+        section = config.cluster
+        assert section is not None
         self.mesh = Mesh()
+        if meeting.size > 1:
+            self.mesh = join(rank, meeting.size, meeting.store(), meeting.timeout, pick_device(), section.shards)
         self.models = Models(config, parts, saved, self.notes.append, base=run / "base", writes=rank == 0)
         self.policy, self.critic = self.models.policy, self.models.critic
         self.config = self.models.config
+        shard(self.policy, self.critic, None, self.mesh, gather=section.gather, offload=config.training.offload)
         self.learner: Learner
         self.imitation: Imitation
         self._channel: Channel | None = None

@@ -12,7 +12,7 @@ from ...models.critic import Critic
 from ...models.policy import Policy
 from ...objective.advantage import centred_advantage, critic_advantage, strata
 from ...recipe.config import Config
-from ..batch import Batch, micro_batches
+from ..batch import Batch, Share
 from .optimal_baseline import OptimalBaseline
 from .protocol import Found, scaled
 from .trained import TrainedCritic
@@ -61,15 +61,15 @@ class PromptCritic(TrainedCritic):
         target_b = batch.correct_B[rows]
         length_b = torch.tensor([len(p) for p in prompts])
         total = 0.0
-        for part in micro_batches(
-            torch.arange(len(rows)), length_b, self.config.training.micro_budget, self.model.packs
-        ):
+        budget, packed = self.config.training.micro_budget, self.model.packs
+        parts = Share.of(torch.arange(len(rows)), length_b, budget, packed, self.model.mesh).parts
+        for n, part in enumerate(parts, 1):
             logit = self.model.prompt_logits([prompts[i] for i in part.tolist()])
             target = target_b[part].to(logit.device)
             loss = functional.binary_cross_entropy_with_logits(logit, target, reduction="sum") / len(rows)
-            self.optimiser.backward(loss)
+            self.optimiser.backward(loss, last=n == len(parts))
             total += float(loss.detach())
-        return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
+        return self.model.mesh.sum(total), self.optimiser.step(lr, self.config.training.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, masters, and what was measured."""

@@ -11,7 +11,7 @@ from ...models.policy import Policy
 from ...objective.advantage import gae
 from ...objective.value import squared_error
 from ...recipe.config import Config
-from ..batch import Batch, micro_batches
+from ..batch import Batch, Share
 from .protocol import Found, charged, scaled
 from .trained import TrainedCritic
 
@@ -55,15 +55,16 @@ class TokenCritic(TrainedCritic):
         value_BT = torch.zeros_like(batch.behaviour_logp_BT)
         for part in self._parts(batch, torch.arange(len(batch))):
             logit = self._logits(batch, part)
-            value_BT[part, : logit.size(1)] = self.model.value(logit).cpu()
-        return value_BT
+            value_BT[part, : logit.size(1)] = self.model.value(logit).to(value_BT.dtype).cpu()
+        return self.model.mesh.sum(value_BT)
 
     def learn(self, batch: Batch, rows: Tensor, lr: float) -> tuple[float, float]:
         """Cross-entropy or squared error of every token's value against its λ-return, the mean over tokens."""
         assert self.target_BT is not None
         assert self.value_BT is not None
         tokens, total = int(batch.response_len_B[rows].sum()), 0.0
-        for part in self._parts(batch, rows):
+        parts = self._parts(batch, rows)
+        for n, part in enumerate(parts, 1):
             logit = self._logits(batch, part)
             width = logit.size(1)
             target, old = (x[part, :width].to(logit.device) for x in (self.target_BT, self.value_BT))
@@ -72,12 +73,13 @@ class TokenCritic(TrainedCritic):
             else:
                 loss_bT = functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
             loss = torch.where(batch.mask_BT[part, :width].to(logit.device), loss_bT, 0.0).sum() / max(tokens, 1)
-            self.optimiser.backward(loss)
+            self.optimiser.backward(loss, last=n == len(parts))
             total += float(loss.detach())
-        return total, self.optimiser.step(lr, self.config.training.max_grad_norm)
+        return self.model.mesh.sum(total), self.optimiser.step(lr, self.config.training.max_grad_norm)
 
     def _parts(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        return micro_batches(rows, batch.length_B, self.config.training.micro_budget, self.model.packs)
+        budget, packed = self.config.training.micro_budget, self.model.packs
+        return Share.of(rows, batch.length_B, budget, packed, self.model.mesh).parts
 
     def _logits(self, batch: Batch, part: Tensor) -> Tensor:
         return self.model(*batch.rows(part))

@@ -29,7 +29,14 @@ class TrainedCritic:
         self.critic: Critic | None = critic
         self.model, self.policy, self.config = critic, policy, config
         critic.reads_out(linear=config.objective.value_loss == "squared")
-        self.optimiser = MasterAdamW(critic.parameters(), betas=t.betas, weight_decay=t.weight_decay, offload=t.offload)
+        self.optimiser = MasterAdamW(
+            critic.parameters(),
+            betas=t.betas,
+            weight_decay=t.weight_decay,
+            offload=t.offload,
+            mesh=critic.mesh,
+            of=critic,
+        )
         self.running_ev: float | None = None
         self.earned = Earned()
 
