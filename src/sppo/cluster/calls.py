@@ -34,6 +34,9 @@ class Hosted:
     def __init__(self) -> None:
         self.inner: Any = None
 
+    def warm(self, inner: type) -> None:
+        """Import what a class needs, which is done once its name is here."""
+
     def open(self, make: Callable[[], Any]) -> Any:
         """Make the object, and return its `facts`."""
         return self._guarded(lambda: self._opened(make))

@@ -30,6 +30,7 @@ class Fleet:
         """Raises RecipeError where Ray is not installed, the cluster is not there, or has less than the recipe asks for."""
         self.section, self.note = section, note
         self.lost = 0
+        self._spare: dict[type[Hosted], list[Any]] = {}
         self._ray = _connected(section)
         self._enough()
         self.host = "127.0.0.1" if not section.address else self._ray.util.get_node_ip_address()
@@ -62,13 +63,23 @@ class Fleet:
                 f"[cluster] reserves {cpus:g} CPU cores, and the cluster has {cores:g}: lower cluster.learner_cpus or rollout_cpus"
             )
 
+    def prepare(self, kind: type[Hosted], number: int, inner: type, *, cpus: float, gpus: float) -> None:
+        """Start actors that will be asked for later, and let them import what an object of class `inner` needs."""
+        for _ in range(number):
+            made = self._new(kind, cpus, gpus)
+            made.warm.remote(inner)
+            self._spare.setdefault(kind, []).append(made)
+
     def actor(self, kind: type[Hosted], name: str, *, cpus: float, gpus: float) -> Handle:
-        """Start one; it comes as it may."""
-        made = self._ray.remote(
+        """One that was prepared, else one that is started now; it comes as it may."""
+        spare = self._spare.get(kind)
+        return Handle(name, spare.pop() if spare else self._new(kind, cpus, gpus), self.section.timeout)
+
+    def _new(self, kind: type[Hosted], cpus: float, gpus: float) -> Any:
+        return self._ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, concurrency_groups={HEALTH: 1},
             runtime_env={"env_vars": _inherited()} if self.section.address else None,  # a local cluster inherits them
         )(kind).remote()  # fmt: skip
-        return Handle(name, made, self.section.timeout)
 
     def opened(self, makes: dict[Handle, Callable[[], Any]]) -> dict[Handle, Any]:
         """Make an object in each actor; returns their facts. Raises what one raised, or WorkerLost."""

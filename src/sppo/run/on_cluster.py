@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..cluster.calls import LearnerRank, RolloutWorker
 from ..cluster.fleet import Fleet
 from ..cluster.journal import Journal
 from ..cluster.learners import LearnerGroup
@@ -44,6 +45,9 @@ class OnCluster(Models):
         self.parts = replace(parts, reward=None, train=None, evaluation=None)  # models alone travel
         self.fleet = Fleet(section, note)
         try:
+            gpus = self.fleet.devices
+            self.fleet.prepare(LearnerRank, section.learners, Rank, cpus=section.learner_cpus, gpus=gpus[0])
+            self.fleet.prepare(RolloutWorker, section.rollouts, Sampler, cpus=section.rollout_cpus, gpus=gpus[1])
             make = self._make = lambda config, saved, rank, meeting: partial(
                 Rank, config, self.parts, _whole(saved), self.run, rank, meeting, each[0]
             )
