@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -49,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
             job = Run.new(read_recipe(args), display)
         with interruptible(job, display):
             summary = train(job)
+    except KeyboardInterrupt:
+        if job is None:
+            raise
+        return _stopped(job, args.json)
     finally:
         display.stop()
         if job is not None:
@@ -69,8 +74,21 @@ def run(args: argparse.Namespace) -> int:
     return {"finished": 0, "interrupted": 130}.get(stopped, 1)
 
 
+def _stopped(job: Any, as_json: bool) -> int:
+    """Say what there is of a run that was stopped in the middle of a step."""
+    out = job.components.config.run.out
+    saved = job.components.directory.checkpoints()
+    kept = f"step {int(saved[-1].name.removeprefix('step-'))} is saved" if saved else "nothing is saved yet"
+    text = f"in step {job.state.step + 1}; {kept}. Go on with: sppo train --resume {out}"
+    print(f"stopped: {text}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"stopped": text, "exit": 130}))
+    return 130
+
+
 class interruptible:  # noqa: N801 - reads as a verb in a with statement
-    """Ctrl-C (or SIGTERM, or SIGHUP: the terminal is gone) finishes the step and saves; a second one stops at once."""
+    """Ctrl-C (or SIGTERM, or SIGHUP: the terminal is gone) finishes the step and saves; a second one stops at once, and so does a
+    cluster's run that takes longer than `cluster.grace` after a SIGTERM: what was sampled by then is in its journal."""
 
     def __init__(self, job: Any, display: Any) -> None:
         self.job, self.display, self.asked = job, display, False
@@ -80,6 +98,12 @@ class interruptible:  # noqa: N801 - reads as a verb in a with statement
             raise KeyboardInterrupt
         self.asked = True
         self.job.interrupt()
+        section = self.job.components.config.cluster
+        if (
+            number == signal.SIGTERM and section is not None
+        ):  # of a machine that is taken back: it will not wait for ever
+            signal.signal(signal.SIGALRM, self._handle)
+            signal.setitimer(signal.ITIMER_REAL, max(section.grace, 1e-3))
         if number == signal.SIGHUP:
             self._leave_the_terminal()
         self.display.end_soon()
@@ -99,5 +123,6 @@ class interruptible:  # noqa: N801 - reads as a verb in a with statement
         self.previous = {s: signal.signal(s, self._handle) for s in caught}
 
     def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -162,19 +163,35 @@ def _connected(section: ClusterSection) -> Any:
     ):  # Ray's driver prints, on standard output, that a worker died; we say it, and which
         ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
-        if section.address:
-            ray.init(address=section.address, **quiet)
-        else:
-            needed = section.learners * section.learner_cpus + section.rollouts * section.rollout_cpus
-            cores = max(os.cpu_count() or 1, int(needed) + 1)
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        where = (
-            f"cluster.address = {section.address!r}: no Ray cluster answers there"
-            if section.address
-            else "Ray does not start here"
-        )
-        mend = "; start one (ray start --head), or leave cluster.address out" if section.address else ""
-        raise RecipeError(f"{where} ({first_line(error)}){mend}") from None
+    if not section.address:
+        needed = section.learners * section.learner_cpus + section.rollouts * section.rollout_cpus
+        quiet |= {"num_cpus": max(os.cpu_count() or 1, int(needed) + 1), "include_dashboard": False}
+        quiet["object_store_memory"] = STORE_BYTES
+    _must_answer(section.address)
+    for again in (True, False):
+        try:
+            ray.init(address=section.address or "local", **quiet)
+            break
+        except Exception as error:  # Ray raises plain ones too
+            ray.shutdown()
+            if again and not section.address:  # a busy machine was too slow for it
+                continue
+            here = "Ray does not start here"
+            where = f"cluster.address = {section.address!r}: no Ray cluster answers there" if section.address else here
+            mend = "; start one (ray start --head), or leave cluster.address out" if section.address else ""
+            raise RecipeError(f"{where} ({first_line(error)}){mend}") from None
     return ray
+
+
+def _must_answer(address: str) -> None:
+    """Raises RecipeError where nobody listens at a `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():  # 'auto', or ray://…
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise RecipeError(
+            f"cluster.address = {address!r}: no Ray cluster answers there ({error.strerror or error}); start one (ray start --head), or "
+            "leave cluster.address out"
+        ) from None

@@ -59,6 +59,15 @@ LENGTHS = {
     "text/length_right": "right",
     "text/length_wrong": "wrong",
 }
+WORKERS = {
+    "read": "Processes of a cluster. A rollout worker is stale until it holds the weights of now; lost ones were replaced.",
+    "cluster/learners": "learner ranks",
+    "cluster/healthy": "rollout workers",
+    "cluster/stale": "stale",
+    "cluster/starting": "starting",
+    "cluster/verifiers": "verifiers",
+    "cluster/lost": "lost so far",
+}
 CALIBRATION = (
     ("critic/ece", "ECE", COLOURS[0]),
     ("critic/brier", "Brier", COLOURS[1]),
@@ -129,6 +138,7 @@ def health(runs: Sequence[RunReader]) -> list[Figure]:
     return [
         _outcomes(metrics),
         _several(metrics, "monitors", "What the monitors see", "share", MONITORED),
+        _several(metrics, "workers", "Workers", "processes", WORKERS),
         _several(metrics, "lengths", "Length of right and wrong responses", "tokens", LENGTHS),
         *(_curve(runs, n) for n in before),
         _phases(metrics),
