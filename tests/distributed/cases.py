@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import peft  # noqa: F401 (seconds, that each rank would take for itself)
 import torch
 
 from sppo.distributed.mesh import Mesh
 from sppo.learning.batch import Batch, pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.models import tiny
 from sppo.models.adapter_critic import AdapterCritic
 from sppo.models.adapters import Adapters
@@ -36,9 +38,8 @@ class Case:
     checkpointed: bool = False
     gather: str = "update"
     steps: int = 2
-    masked: bool = True
     tied: bool = True
-    dropped_reference: bool = False
+    lessons: bool = False
 
 
 def models(case: Case) -> tuple[Policy, Critic | None]:
@@ -103,8 +104,6 @@ def judged_batch(policy: Policy, config: Any) -> Batch:
     samples = config.rollout.samples
     found = rollouts(policy, samples)
     if config.objective.baseline == "greedy":
-        from dataclasses import replace
-
         found = [replace(r, greedy=graded(replace(r, verdict=None), float(i % 2))) for i, r in enumerate(found)]
     return pack(found, policy.pad_id)
 
@@ -141,9 +140,10 @@ def updates(mesh: Mesh, case: Case) -> dict[str, Any]:
     if critic is not None:
         watched(learner.credit.optimiser, of_critic)
     metrics, values = [], []
+    lessons = Lessons(batch.first(5), [1.0, 2.0, 1.0, 0.5, 1.0], 8) if case.lessons else None
     for step in range(case.steps):
         advantage, value_B, found = learner.advantage(batch)
-        metrics.append(found | learner.update(batch, advantage, step))
+        metrics.append(found | learner.update(batch, advantage, step, lessons))
         values.append(value_B)
     return {
         "policy": of_policy, "critic": of_critic, "metrics": metrics, "values": values, "trace": learner.trace,
