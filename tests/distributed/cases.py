@@ -158,7 +158,8 @@ def digest(state: Any) -> str:
 
     def feed(x: Any) -> None:
         if isinstance(x, torch.Tensor):
-            total.update(f"{x.dtype}{tuple(x.shape)}".encode() + x.detach().cpu().contiguous().numpy().tobytes())
+            total.update(f"{x.dtype}{tuple(x.shape)}".encode())
+            total.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(x, dict):
             for key in sorted(x, key=str):
                 total.update(str(key).encode())
