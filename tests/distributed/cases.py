@@ -19,6 +19,7 @@ from sppo.models.adapters import Adapters
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
 from sppo.models.sharding import shard
+from sppo.models.weights import cast
 from sppo.recipe.sections import AdapterSection
 from sppo.tasks.loading import load_tasks
 from sppo.types import Rollout, Verdict
@@ -49,7 +50,7 @@ def models(case: Case) -> tuple[Policy, Critic | None]:
     if not case.tied:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
-    model = model.to(case.dtype)
+    model = cast(model, case.dtype)
     adapters = Adapters.onto(model, AdapterSection(rank=4), seed=0) if case.adapter else None
     policy = Policy(model, tokenizer, adapters=adapters, base={"name": "tiny", "quantize": ""})
     if adapters is not None:
@@ -59,7 +60,7 @@ def models(case: Case) -> tuple[Policy, Critic | None]:
         critic = AdapterCritic.beside(policy, seed=1)
     elif config.critic_reads is not None:
         backbone, tokenizer = tiny.build(seed=1, head=False, hidden=32, layers=2, heads=2)
-        critic = Critic(backbone.to(case.dtype), tokenizer)
+        critic = Critic(cast(backbone, case.dtype), tokenizer)
     if critic is not None:
         critic.head.to(torch.promote_types(case.dtype, torch.float32))
         with torch.no_grad():
