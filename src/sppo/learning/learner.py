@@ -130,12 +130,12 @@ class Learner:
         # Once a run the first minibatch is computed twice, to see that two passes over the same weights agree exactly.
         old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
         if not self.ratio_checked:
-            self._fill_old(old_BT, batch, plans[0][0].parts)
+            self._fill_old(old_BT, batch, plans[0][:1])
         reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
         tally = Tally(self.mesh)
         updates = [minibatch for plan in plans for minibatch in plan]
         beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
-        self._done, self._total = 0, sum(len(minibatch.parts) for minibatch in updates)
+        self._done, self._total = 0, sum(map(len, updates))
         self.progress(0, self._total)
         for number, minibatch in enumerate(updates):
             rows = torch.cat([minibatch.rows, beside[number]])
@@ -224,8 +224,8 @@ class Learner:
         o, rows = self.config.objective, minibatch.rows
         sequences, tokens = float(len(rows)), float(batch.response_len_B[rows].sum())
         divisor = denominator(o, sequences, tokens, self.config.rollout.max_tokens)
-        for n, part in enumerate(minibatch.parts, 1):
-            current, last = self._logps(self.policy, batch, part), n == len(minibatch.parts)
+        for n, part in enumerate(minibatch, 1):
+            current, last = self._logps(self.policy, batch, part), n == len(minibatch)
             if not len(part):  # other ranks have a micro-batch more
                 self.policy_optimiser.backward(current.logp_BT.sum(), last=last)
                 continue
@@ -272,7 +272,7 @@ class Learner:
         rows = torch.arange(number, len(batch), updates)
         total = 0.0
         weight_B = torch.tensor(lessons.weights) / batch.response_len_B
-        parts = self._share(rows, batch, self.policy).parts
+        parts = self._share(rows, batch, self.policy)
         for n, part in enumerate(parts, 1):
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
@@ -301,9 +301,9 @@ class Learner:
         return policy.logps(*batch.rows(part), self.config.rollout.temperature)
 
     @torch.no_grad()
-    def _fill_old(self, old_BT: Tensor, batch: Batch, parts: list[Tensor]) -> None:
-        """log π_old of some micro-batches by a pass of their own."""
-        for part in parts:
+    def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[Share]) -> None:
+        """log π_old of this rank's rows of some minibatches by a pass of their own."""
+        for part in (p for minibatch in minibatches for p in minibatch):
             logp = self._logps(self.policy, batch, part).logp_BT
             old_BT[part, : logp.size(1)] = logp.to(old_BT.dtype).cpu()
 
@@ -327,7 +327,7 @@ class Learner:
         if tally.served:
             old_BT[rest] = engine_BT[rest]
             return
-        self._fill_old(old_BT, batch, [part for minibatch in plan[1:] for part in minibatch.parts])
+        self._fill_old(old_BT, batch, plan[1:])
         self.mesh.fill(old_BT, torch.cat([minibatch.mine for minibatch in plan[1:]]), rest)
 
     def _settle_first(self, old_BT: Tensor, part: Tensor, logp_bT: Tensor, tally: Tally) -> None:
@@ -351,7 +351,7 @@ class Learner:
         """Of some rows of the batch, or of all; 0 elsewhere. The policy is the reference, whose weights are let go of."""
         rows = torch.arange(len(batch)) if rows is None else rows
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
-        for part in self._share(rows, batch, policy).parts:
+        for part in self._share(rows, batch, policy):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         at_rest(policy.scorer)
