@@ -175,7 +175,7 @@ class RewardModel(nn.Module):
         gets all of them."""
         out_B = torch.zeros(len(sequences))
         for part in self.cuts([len(s) for s in sequences], token_budget):
-            out_B[part] = self([sequences[i] for i in part]).float().cpu()
+            out_B[part] = self([sequences[i] for i in part]).cpu().to(out_B.dtype)
         return self.mesh.sum(out_B)
 
     def cuts(self, lengths: Sequence[int], token_budget: int) -> list[list[int]]:
