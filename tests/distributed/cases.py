@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import peft  # noqa: F401 (seconds, that each rank would take for itself)
 import torch
 
 from sppo.distributed.mesh import Mesh
 from sppo.learning.batch import Batch, pack
 from sppo.learning.learner import Learner
+from sppo.learning.lessons import Lessons
 from sppo.models import tiny
 from sppo.models.adapter_critic import AdapterCritic
 from sppo.models.adapters import Adapters
 from sppo.models.critic import Critic
 from sppo.models.policy import Policy
 from sppo.models.sharding import shard
+from sppo.models.weights import cast
 from sppo.recipe.sections import AdapterSection
 from sppo.tasks.loading import load_tasks
 from sppo.types import Rollout, Verdict
@@ -36,9 +39,8 @@ class Case:
     checkpointed: bool = False
     gather: str = "update"
     steps: int = 2
-    masked: bool = True
     tied: bool = True
-    dropped_reference: bool = False
+    lessons: bool = False
 
 
 def models(case: Case) -> tuple[Policy, Critic | None]:
@@ -48,7 +50,7 @@ def models(case: Case) -> tuple[Policy, Critic | None]:
     if not case.tied:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
-    model = model.to(case.dtype)
+    model = cast(model, case.dtype)
     adapters = Adapters.onto(model, AdapterSection(rank=4), seed=0) if case.adapter else None
     policy = Policy(model, tokenizer, adapters=adapters, base={"name": "tiny", "quantize": ""})
     if adapters is not None:
@@ -58,7 +60,7 @@ def models(case: Case) -> tuple[Policy, Critic | None]:
         critic = AdapterCritic.beside(policy, seed=1)
     elif config.critic_reads is not None:
         backbone, tokenizer = tiny.build(seed=1, head=False, hidden=32, layers=2, heads=2)
-        critic = Critic(backbone.to(case.dtype), tokenizer)
+        critic = Critic(cast(backbone, case.dtype), tokenizer)
     if critic is not None:
         critic.head.to(torch.promote_types(case.dtype, torch.float32))
         with torch.no_grad():
@@ -103,8 +105,6 @@ def judged_batch(policy: Policy, config: Any) -> Batch:
     samples = config.rollout.samples
     found = rollouts(policy, samples)
     if config.objective.baseline == "greedy":
-        from dataclasses import replace
-
         found = [replace(r, greedy=graded(replace(r, verdict=None), float(i % 2))) for i, r in enumerate(found)]
     return pack(found, policy.pad_id)
 
@@ -141,9 +141,10 @@ def updates(mesh: Mesh, case: Case) -> dict[str, Any]:
     if critic is not None:
         watched(learner.credit.optimiser, of_critic)
     metrics, values = [], []
+    lessons = Lessons(batch.first(5), [1.0, 2.0, 1.0, 0.5, 1.0], 8) if case.lessons else None
     for step in range(case.steps):
         advantage, value_B, found = learner.advantage(batch)
-        metrics.append(found | learner.update(batch, advantage, step))
+        metrics.append(found | learner.update(batch, advantage, step, lessons))
         values.append(value_B)
     return {
         "policy": of_policy, "critic": of_critic, "metrics": metrics, "values": values, "trace": learner.trace,
@@ -158,7 +159,8 @@ def digest(state: Any) -> str:
 
     def feed(x: Any) -> None:
         if isinstance(x, torch.Tensor):
-            total.update(f"{x.dtype}{tuple(x.shape)}".encode() + x.detach().cpu().contiguous().numpy().tobytes())
+            total.update(f"{x.dtype}{tuple(x.shape)}".encode())
+            total.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(x, dict):
             for key in sorted(x, key=str):
                 total.update(str(key).encode())

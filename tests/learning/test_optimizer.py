@@ -86,8 +86,8 @@ def recorded(optimiser):
     found = []
     whole = optimiser.backward
 
-    def backward(loss):
-        whole(loss)
+    def backward(loss, last=True):
+        whole(loss, last)
         narrow = [p for p in optimiser.parameters if p.dtype == torch.bfloat16]
         found.append([torch.zeros(()) if p.grad is None else p.grad.double() for p in narrow])
 

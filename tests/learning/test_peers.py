@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sppo.errors import RecipeError
-from sppo.learning.batch import pack
+from sppo.learning.batch import Share, pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
 from sppo.recipe.config import Config
@@ -181,7 +181,7 @@ def ours(policy, name, batch, advantage, old_BT, reference_BT=None, **changes):
     """Loss and gradient of the learner's own path, in two micro-batches."""
     learner, tally = a_learner(policy, name, training__micro_tokens=150, **changes), Tally()
     plan = learner._plan(batch, torch.arange(len(batch)), 0, 0)
-    minibatch = [part for each in plan for part in each]
+    minibatch = Share(torch.cat([minibatch.rows for minibatch in plan]), [part for each in plan for part in each])
     assert len(minibatch) > 1
     learner._policy_gradient(batch, advantage, minibatch, old_BT, reference_BT, 1, tally)
     return sum(tally.values["loss/1"]), gradients(policy)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sppo.errors import RecipeError
-from sppo.learning.batch import pack
+from sppo.learning.batch import Share, pack
 from sppo.learning.learner import Learner
 from sppo.learning.update_stats import Tally
 from sppo.recipe.config import Config
@@ -166,7 +166,8 @@ def gradients(policy):
 def ours(policy, reference, batch, **changes):
     """Loss and gradient of the learner's own path without an advantage: KL and bonus alone, in several micro-batches."""
     learner = a_learner(policy, reference, training__micro_tokens=150, objective__engine_correction=0, **changes)
-    minibatch = [part for each in learner._plan(batch, torch.arange(len(batch)), 0, 0) for part in each]
+    parts = [part for each in learner._plan(batch, torch.arange(len(batch)), 0, 0) for part in each]
+    minibatch = Share(torch.cat(parts), parts)
     assert len(minibatch) > 1
     reference_BT, tally = learner._all_logps(reference, batch), Tally()
     zero_B = torch.zeros(len(batch))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,16 +146,18 @@ def pack(rollouts: Sequence[Rollout], pad_id: int, beside: Sequence[Rollout] = (
     return batch
 
 
-class Share(NamedTuple):
-    """Rows that make one sum, by length, and the micro-batches of them that this rank computes: all, where there is one rank."""
+class Share(list[Tensor]):
+    """The micro-batches that this rank computes of rows that make one sum; `rows` are all of these, by length. With one rank it computes
+    all of them."""
 
-    rows: Tensor
-    parts: list[Tensor]
+    def __init__(self, rows: Tensor, parts: Iterable[Tensor]) -> None:
+        super().__init__(parts)
+        self.rows = rows
 
     @property
     def mine(self) -> Tensor:
         """The rows that this rank computes."""
-        return torch.cat([*self.parts, self.rows[:0]])
+        return torch.cat([*self, self.rows[:0]])
 
     @classmethod
     def of(cls, index: Tensor, length_B: Tensor, budget: int, packed: bool, mesh: Mesh) -> Share:

@@ -25,7 +25,6 @@ from ..errors import NonFinite, RunFailure
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..models.scorer import ActionLogps
-from ..objective.advantage import overlong_penalty
 from ..objective.kl import kl_cost
 from ..objective.loss import Scored, denominator, mismatch, policy_loss
 from ..objective.ratio import log_ratio
@@ -37,6 +36,7 @@ from .credit.loading import load_credit
 from .credit.token import TokenCritic
 from .lessons import Lessons
 from .optimizer import MasterAdamW, learning_rate
+from .shaping import less_overlong
 from .update_stats import Tally, Trace
 
 STATE_FILE = "learner.pt"
@@ -69,6 +69,8 @@ class Learner:
             mesh=self.mesh,
             of=policy.scorer,
         )
+        # of what is sampled ahead: the weights that wrote it are gone, and so is the measure of the engine's own difference
+        self.lag = 0 if config.cluster is None else config.cluster.lag
         self.bad_in_a_row = 0
         self.bad_total = 0
         self.ratio_checked = False
@@ -91,15 +93,8 @@ class Learner:
 
         Call before `update`: the values must not have seen these rewards. Values for masked rollouts are undefined.
         """
-        reward_B, o, r = batch.reward_B, self.config.objective, self.config.rollout
-        shaping: dict[str, Any] = {}
-        if r.overlong:
-            penalty_B = overlong_penalty(batch.response_len_B, r.max_tokens, r.overlong)
-            reward_B = reward_B - penalty_B
-            shaping["reward/overlong"] = float(penalty_B[batch.keep_B].mean()) if batch.keep_B.any() else None
-            if batch.greedy_B is not None:
-                length_B = torch.tensor([len(x.greedy.response_ids) for x in batch.rollouts if x.greedy is not None])
-                batch = replace(batch, greedy_B=batch.greedy_B - overlong_penalty(length_B, r.max_tokens, r.overlong))
+        o = self.config.objective
+        batch, reward_B, shaping = less_overlong(batch, self.config.rollout)
         if o.kl > 0 and o.kl_form == "reward":
             ref_BT = self._all_logps(self._reference(), batch)
             cost_BT = kl_cost(batch.behaviour_logp_BT + batch.kept_BT, ref_BT, batch.mask_BT, o.kl)
@@ -134,19 +129,20 @@ class Learner:
         # Once a run the first minibatch is computed twice, to see that two passes over the same weights agree exactly.
         old_BT = torch.full_like(batch.behaviour_logp_BT, float("nan"))
         if not self.ratio_checked:
-            self._fill_old(old_BT, batch, plans[0][0].parts)
+            self._fill_old(old_BT, batch, plans[0][:1])
         reference_BT = self._all_logps(self._reference(), batch, kept) if self._loss_reads_reference() else None
         tally = Tally(self.mesh)
         updates = [minibatch for plan in plans for minibatch in plan]
         beside = [rows for epoch, plan in enumerate(plans) for rows in self._beside(batch, step, epoch, len(plan))]
-        self._done, self._total = 0, sum(len(minibatch.parts) for minibatch in updates)
+        self._done, self._total = 0, sum(map(len, updates))
         self.progress(0, self._total)
         for number, minibatch in enumerate(updates):
             rows = torch.cat([minibatch.rows, beside[number]])
             self._policy_gradient(batch, advantage_B, minibatch, old_BT, reference_BT, number, tally)
             if number == 0:  # while the weights are still those that sampled
                 self._settle_old(old_BT, batch, plans[0], tally)
-            check_gap(tally, self.gap_limit, self.config.objective, self.policy.dtype)
+            if not self.lag:
+                check_gap(tally, self.gap_limit, self.config.objective, self.policy.dtype)
             if t.measure_noise and number < 2 <= len(plans[0]) <= len(batch.group_B[kept].unique()):
                 tally.gradients.append(self._gradient())
             if lessons is not None:
@@ -156,7 +152,7 @@ class Learner:
             self._count_bad(norm)
             self._teach_critic(batch, rows, critic_lr, tally)
         gap = tally.engine_gap()
-        if self.gap_limit is None and gap is not None:
+        if self.gap_limit is None and gap is not None and not self.lag:
             self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)
         metrics = tally.metrics(len(updates))
         self.trace = tally.trace(batch)
@@ -228,8 +224,8 @@ class Learner:
         o, rows = self.config.objective, minibatch.rows
         sequences, tokens = float(len(rows)), float(batch.response_len_B[rows].sum())
         divisor = denominator(o, sequences, tokens, self.config.rollout.max_tokens)
-        for n, part in enumerate(minibatch.parts, 1):
-            current, last = self._logps(self.policy, batch, part), n == len(minibatch.parts)
+        for n, part in enumerate(minibatch, 1):
+            current, last = self._logps(self.policy, batch, part), n == len(minibatch)
             if not len(part):  # other ranks have a micro-batch more
                 self.policy_optimiser.backward(current.logp_BT.sum(), last=last)
                 continue
@@ -276,7 +272,7 @@ class Learner:
         rows = torch.arange(number, len(batch), updates)
         total = 0.0
         weight_B = torch.tensor(lessons.weights) / batch.response_len_B
-        parts = self._share(rows, batch, self.policy).parts
+        parts = self._share(rows, batch, self.policy)
         for n, part in enumerate(parts, 1):
             current = self._logps(self.policy, batch, part)
             nll_b = -torch.where(current.mask_BT, current.logp_BT, 0.0).sum(1)
@@ -305,9 +301,9 @@ class Learner:
         return policy.logps(*batch.rows(part), self.config.rollout.temperature)
 
     @torch.no_grad()
-    def _fill_old(self, old_BT: Tensor, batch: Batch, parts: list[Tensor]) -> None:
-        """log π_old of some micro-batches by a pass of their own."""
-        for part in parts:
+    def _fill_old(self, old_BT: Tensor, batch: Batch, minibatches: list[Share]) -> None:
+        """log π_old of this rank's rows of some minibatches by a pass of their own."""
+        for part in (p for minibatch in minibatches for p in minibatch):
             logp = self._logps(self.policy, batch, part).logp_BT
             old_BT[part, : logp.size(1)] = logp.to(old_BT.dtype).cpu()
 
@@ -331,7 +327,7 @@ class Learner:
         if tally.served:
             old_BT[rest] = engine_BT[rest]
             return
-        self._fill_old(old_BT, batch, [part for minibatch in plan[1:] for part in minibatch.parts])
+        self._fill_old(old_BT, batch, plan[1:])
         self.mesh.fill(old_BT, torch.cat([minibatch.mine for minibatch in plan[1:]]), rest)
 
     def _settle_first(self, old_BT: Tensor, part: Tensor, logp_bT: Tensor, tally: Tally) -> None:
@@ -355,7 +351,7 @@ class Learner:
         """Of some rows of the batch, or of all; 0 elsewhere. The policy is the reference, whose weights are let go of."""
         rows = torch.arange(len(batch)) if rows is None else rows
         out_BT = torch.zeros_like(batch.behaviour_logp_BT)
-        for part in self._share(rows, batch, policy).parts:
+        for part in self._share(rows, batch, policy):
             logp = self._logps(policy, batch, part).logp_BT
             out_BT[part, : logp.size(1)] = logp.to(out_BT.dtype).cpu()
         at_rest(policy.scorer)

@@ -225,11 +225,11 @@ class MasterAdamW:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a saved state back, bit for bit; the model has its saved weights already."""
         at_rest(self.of)
-        moments = dict(state["inner"]["state"])
-        for i, p in enumerate(self.parameters):
-            if i in moments and is_part(p):
-                moments[i] = {k: part_of(x, p) if _like(x, p) else x for k, x in moments[i].items()}
-        self.inner.load_state_dict(state["inner"] | {"state": moments})
+        inner = state["inner"]
+        if self.mesh.size > 1:
+            pairs = enumerate(self.parameters)
+            inner = inner | {"state": {i: _own(inner["state"][i], p) for i, p in pairs if i in inner["state"]}}
+        self.inner.load_state_dict(inner)
         saved = iter(state["masters"])
         with torch.no_grad():
             for p, master in zip(self.parameters, self.masters, strict=True):
@@ -242,6 +242,12 @@ class MasterAdamW:
 def _like(x: Any, p: Tensor) -> bool:
     """Whether something in a parameter's state is as large as it: a moment, and no count of steps."""
     return isinstance(x, Tensor) and x.shape == p.shape
+
+
+def _own(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """A rank's part of a parameter's state, in memory of its own: what is given may be other ranks' too, or far larger."""
+    tensors = {k: x for k, x in state.items() if isinstance(x, Tensor)}
+    return state | {k: (part_of(x, p) if _like(x, p) else x).clone() for k, x in tensors.items()}
 
 
 def _square(grads: list[Tensor]) -> float:

@@ -43,7 +43,7 @@ class Imitation:
             ids_BL[b, : length_B[b]] = torch.tensor(prompt + response)
             action_BL[b, len(prompt) : length_B[b]] = True
         total = 0.0
-        parts = Share.of(torch.arange(len(rows)), length_B, self.micro_tokens, False, policy.mesh).parts
+        parts = Share.of(torch.arange(len(rows)), length_B, self.micro_tokens, False, policy.mesh)
         for n, part in enumerate(parts, 1):
             width = int(length_B[part].max()) if len(part) else 0
             logps = policy.logps(ids_BL[part, :width], action_BL[part, :width], 1.0)

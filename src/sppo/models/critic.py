@@ -220,7 +220,7 @@ class Critic(nn.Module):
 
         out_B = torch.zeros(len(prompts))
         for part in self.mesh.dealt(order, cut, list):
-            out_B[part] = self.prompt_logits([prompts[i] for i in part]).float().cpu()
+            out_B[part] = self.prompt_logits([prompts[i] for i in part]).cpu().to(out_B.dtype)
         return self.mesh.sum(out_B)
 
     def chances(self, tasks: Sequence[Task], token_budget: int = 16384) -> Tensor:

@@ -116,7 +116,7 @@ class RewardModel(nn.Module):
     def forward(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Scores r, [B] in float32, for sequences given as ids (an empty one is an error)."""
         if not sequences:  # as much as other ranks wait for, and a gradient of 0
-            return self.forward([[0]])[:0]
+            return self.forward([[0]])[:0].clone()
         if not self._decodes:
             return self._padded(sequences)
         last_BD = self._last_packed(sequences) if self.packs else self._last_padded(sequences)
@@ -175,7 +175,7 @@ class RewardModel(nn.Module):
         gets all of them."""
         out_B = torch.zeros(len(sequences))
         for part in self.cuts([len(s) for s in sequences], token_budget):
-            out_B[part] = self([sequences[i] for i in part]).cpu()
+            out_B[part] = self([sequences[i] for i in part]).cpu().to(out_B.dtype)
         return self.mesh.sum(out_B)
 
     def cuts(self, lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -36,7 +36,7 @@ def nothing_of(module: Any, *more: Any) -> Any:
     """What a module's forward pass gives for no rows at all: the first none of what it gives for one. A rank that has no rows left
     computes as much as the others wait for, and its gradient is 0."""
     found = module.forward(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[False, True]]), *more)
-    return ActionLogps(*(x[:0] for x in found)) if isinstance(found, ActionLogps) else found[:0]
+    return ActionLogps(*(x[:0].clone() for x in found)) if isinstance(found, ActionLogps) else found[:0].clone()
 
 
 class Reader(nn.Module):

@@ -175,6 +175,7 @@ class Recorder:
             "data/passed_over": c.curriculum.passed_over,
             **c.curriculum.metrics(),
             **c.models.metrics(),
+            **_behind(c, step),
             **step.sampled.metrics,
             **advantage_metrics(step),
         }
@@ -259,6 +260,13 @@ class Recorder:
         c.directory.summary(summary)
         self.trackers.close(summary)
         return summary
+
+
+def _behind(c: Components, step: Step) -> dict[str, Any]:
+    """On a cluster: how many updates ago the weights were taken that sampled a step, at most."""
+    return (
+        {} if c.config.cluster is None else {"rollout/lag": step.number - min(r.version for r in step.batch.rollouts)}
+    )
 
 
 def _memory(c: Components) -> dict[str, Any]:

@@ -72,7 +72,10 @@ class Warnings:
         whole, cut = self.config.objective.engine_correction_level == "sequence", self.sampling.cut
         what = f"whole responses of {tokens:.0f} tokens" if whole else "each token"
         cause = "rollout.top_k, top_p or min_p" if cut else "what engine and learner differ by"
+        lag = 0 if self.config.cluster is None else self.config.cluster.lag
         first = "sample without them, or " if cut else ""
+        if lag:
+            cause, first = f"the {lag} updates that they were sampled ahead of", "lower cluster.lag, or "
         second = (
             "set objective.engine_correction_level = 'token'"
             if whole

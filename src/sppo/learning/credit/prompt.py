@@ -62,7 +62,7 @@ class PromptCritic(TrainedCritic):
         length_b = torch.tensor([len(p) for p in prompts])
         total = 0.0
         budget, packed = self.config.training.micro_budget, self.model.packs
-        parts = Share.of(torch.arange(len(rows)), length_b, budget, packed, self.model.mesh).parts
+        parts = Share.of(torch.arange(len(rows)), length_b, budget, packed, self.model.mesh)
         for n, part in enumerate(parts, 1):
             logit = self.model.prompt_logits([prompts[i] for i in part.tolist()])
             target = target_b[part].to(logit.device)

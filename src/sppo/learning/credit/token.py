@@ -79,7 +79,7 @@ class TokenCritic(TrainedCritic):
 
     def _parts(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         budget, packed = self.config.training.micro_budget, self.model.packs
-        return Share.of(rows, batch.length_B, budget, packed, self.model.mesh).parts
+        return Share.of(rows, batch.length_B, budget, packed, self.model.mesh)
 
     def _logits(self, batch: Batch, part: Tensor) -> Tensor:
         return self.model(*batch.rows(part))
