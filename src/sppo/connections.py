@@ -26,10 +26,24 @@ HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10.0, 300.0, 30
 """How long a client may take over a request's head and over its body, and how long a connection may lie idle."""
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has an address and does not listen there yet; port 0 takes a free one. Raises OSError, or
+    OverflowError for a port that is none."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address; port 0 takes a free one. Raises OSError or OverflowError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    """The same, listening."""
+    made = bound(host, port)
+    made.listen(BACKLOG)
+    return made
 
 
 def http_server(application: ASGIApp, token: str, idle_seconds: int = IDLE_SECONDS) -> uvicorn.Server:
