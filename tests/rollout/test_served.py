@@ -159,7 +159,7 @@ def local(policy: Policy, version: int) -> LocalEngine:
         (Sampling(8, 1.0, stop=("1", "ü")), None),
     ],
 )
-def test_samples_are_the_local_engines_bit_for_bit(served, policy, sampling, limits):
+def test_samples_are_the_local_engines_bit_for_bit(served, policy, monkeypatch, sampling, limits):
     there, mine = load_engine(served.use, policy), local(policy, 0)
     seen: list[int] = []
     found = there.generate(PROMPTS, SEEDS, sampling, seen.append, limits)
@@ -169,6 +169,8 @@ def test_samples_are_the_local_engines_bit_for_bit(served, policy, sampling, lim
     assert there.score(PROMPTS, responses) == mine.score(PROMPTS, responses)
     assert there.context == policy.context
     assert there.stated.startswith(f"engine served: local at http://127.0.0.1:{served.port}")
+    monkeypatch.setenv("SPPO_ROLLOUT_URL", f"http://127.0.0.1:{served.port}/")
+    assert load_engine("served", policy).stated == there.stated
     assert there.generate([], [], sampling) == there.score([], []) == []
 
 
@@ -254,7 +256,7 @@ def test_a_token_that_is_wrong_or_missing_is_refused_everywhere(served, policy, 
         assert served.ask(path, {"version": 1, "layout": before["layout"]}, token="wrong")[0] == 401
     assert served.health() == before
     monkeypatch.setenv("SPPO_ROLLOUT_TOKEN", "another-token-than-that")
-    with pytest.raises(RecipeError, match="refuses the token"):
+    with pytest.raises(RecipeError, match="another token"):
         load_engine(served.use, policy)
     monkeypatch.delenv("SPPO_ROLLOUT_TOKEN")
     with pytest.raises(RecipeError, match="token_file"):
@@ -279,7 +281,7 @@ def test_another_model_is_refused_by_name(served):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ("", "not http://"), ("url=ftp://x", "not http://"), ("url=http://u:p@x", "not http://"),
+        ("", "SPPO_ROLLOUT_URL"), ("url=ftp://x", "not http://"), ("url=http://u:p@x", "not http://"),
         ("url=http://127.0.0.1:99999", "not http://"), ("url=http://127.0.0.1:1", "nobody answers"),
         ("url=http://x,timeout=nan", "timeout"), ("url=http://x,token_file=/nowhere/at/all", "token file"),
     ],
@@ -292,7 +294,7 @@ def test_options_that_cannot_be_obeyed_are_refused(served, policy, options, word
 def test_something_else_that_answers_is_not_taken_for_a_worker(policy, monkeypatch):
     monkeypatch.setenv("SPPO_ROLLOUT_TOKEN", TOKEN)
     for said in (
-        b"", b"hello\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", b"HTTP/1.1 200 OK\r\n\r\n[1]\n",
+        b"", b"hello\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n[1]\n",
         b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}",
         b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + b"[" * 2000,
@@ -305,11 +307,35 @@ def test_something_else_that_answers_is_not_taken_for_a_worker(policy, monkeypat
             thread.join(PATIENCE)
 
 
-def say_once(listener: socket.socket, said: bytes) -> None:
+def test_the_token_is_not_told_to_whoever_has_taken_the_address(policy, monkeypatch):
+    monkeypatch.setenv("SPPO_ROLLOUT_TOKEN", TOKEN)
+    guess = json.dumps({"proof": "0" * 64}).encode() + b"\n"
+    heard: list[bytes] = []
+    for said, word in (
+        (b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(guess) + guess, "another token"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n{}\n", "another token"),
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", "is lost"),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=lambda at=listener, said=said: heard.append(say_once(at, said)))
+            thread.start()
+            with pytest.raises(RecipeError, match=word):
+                load_engine(f"served:url=http://127.0.0.1:{listener.getsockname()[1]}", policy)
+            thread.join(PATIENCE)
+    assert len(heard) == 3
+    assert all(h.startswith(b"GET /hello?nonce=") and TOKEN.encode() not in h for h in heard)
+
+
+def say_once(listener: socket.socket, said: bytes) -> bytes:
+    """Answer one client; returns all that it sent."""
     client, _ = listener.accept()
     with client:
-        client.recv(1 << 16)
+        heard = client.recv(1 << 16)
         client.sendall(said)
+        client.shutdown(socket.SHUT_WR)
+        while more := client.recv(1 << 16):
+            heard += more
+    return heard
 
 
 def changed(**changes) -> dict:
@@ -345,7 +371,7 @@ def test_malformed_requests_are_refused_in_a_sentence_and_change_nothing(served,
     for path in ("/load", "/loaded", "/generate", "/score", "/holds"):
         for body in (
             b"", b"[]", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"version": NaN}', b'{"version": 1e999}', b'{"load": Infinity}',
-            b'{"version": ' + b"9" * 5000 + b"}", b"{}", b'{"load": null}', b"\x80\x04\x95", b'{"version": -1, "layout": ""}',
+            b"[1]," * 10_000_000, b'{"version": ' + b"9" * 5000 + b"}", b"{}", b'{"load": null}', b"\x80\x04\x95", b'{"version": -1, "layout": ""}',
         ):  # fmt: skip
             status, (answer,) = served.ask(path, body=body)
             assert status == 400, (path, body[:40], answer)
@@ -549,6 +575,10 @@ def test_what_the_command_cannot_do_is_one_sentence(tmp_path, capsys, monkeypatc
     monkeypatch.setenv("SPPO_ROLLOUT_TOKEN", TOKEN)
     short = tmp_path / "short"
     short.write_text("short\n")
+    short.chmod(0o600)
+    writable = tmp_path / "writable"
+    writable.write_text(TOKEN)
+    writable.chmod(0o666)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for options, word in (
             ([], "give a recipe"),
@@ -559,6 +589,7 @@ def test_what_the_command_cannot_do_is_one_sentence(tmp_path, capsys, monkeypatc
             (["--model", SMALL, "--port", "0", "--token-file", str(short)], "holds no token"),
             (["--model", SMALL, "--port", "0", "--token-file", str(tmp_path)], "token file"),
             (["--model", SMALL, "--port", "0", "--token-file", str(tmp_path / "no" / "file")], "cannot be written"),
+            (["--model", SMALL, "--port", "0", "--token-file", str(writable)], "may have written"),
             (["--model", SMALL, "--port", "0", "--engine", "control"], "cannot be served"),
             (["--model", SMALL, "--port", "0", "--engine", "served:url=http://127.0.0.1:1"], "cannot be served"),
             (["--model", SMALL, "--port", "0", "--engine", "locl"], "did you mean 'local'"),

@@ -136,14 +136,22 @@ def _token(file: str | None) -> tuple[str, str]:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
-        if path.is_file() and path.stat().st_mode & 0o077:
-            print(f"warning: {path} can be read by other users of this machine: chmod 600 {path}", file=sys.stderr)
+        _only_ours(path)
         return read_token(path), str(path)
     except OSError as error:
         raise UserError(f"--token-file: {path} cannot be written: {error.strerror}") from None
     with os.fdopen(handle, "w") as stream:
         stream.write(made + "\n")
     return made, str(path)
+
+
+def _only_ours(path: Path) -> None:
+    """Raises UserError where somebody else may have written the token; warns where they may read it."""
+    found = path.stat() if path.exists() else os.lstat(path)
+    if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+        raise UserError(f"--token-file: other users of this machine may have written {path}; name another file")
+    if found.st_mode & 0o044:
+        print(f"warning: {path} can be read by other users of this machine: chmod 600 {path}", file=sys.stderr)
 
 
 def _say(args: argparse.Namespace, listener: socket.socket, model: str, use: str, token: str, where: str) -> None:

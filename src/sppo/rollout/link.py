@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import http.client
 import json
+import secrets
 import ssl
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from urllib.parse import urlsplit
 
 from ..errors import RecipeError, WorkerLost
 from ..files import first_line
+from .wire import LARGEST_REQUEST, URL_VARIABLE, proof
 
 CONNECT_SECONDS = 10.0
 LONGEST_LINE, PART = 1 << 28, 1 << 16
 """Bytes of a line of an answer, at most; bytes that are read at once."""
+
+MEND = "see whether sppo rollout serve still runs there, start it again if not, and go on with --resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,8 @@ def place(url: str) -> Place:
         host = None
     plain = host and url.isascii() and url.isprintable() and " " not in url
     if not plain or parts.scheme not in ("http", "https") or parts.query or parts.fragment or "@" in parts.netloc:
-        raise RecipeError(f"rollout.engine: served's url={url} is not http://HOST:PORT or https://HOST")
+        said = f"url={url} is not" if url else f"url (or {URL_VARIABLE}) is missing:"
+        raise RecipeError(f"rollout.engine: served's {said} http://HOST:PORT or https://HOST")
     assert host is not None
     return Place(url.rstrip("/"), host, port, parts.scheme == "https", parts.path.rstrip("/"))
 
@@ -61,13 +67,10 @@ class Link:
         self._kept: http.client.HTTPConnection | None = None
         self._keep = False
 
-    def lost(self, why: str) -> WorkerLost:
+    def lost(self, why: str, mend: str = MEND) -> WorkerLost:
         """The error for a server that cannot be used any more."""
         self.close()
-        return WorkerLost(
-            f"rollout worker {self.url} is lost: {why}; see whether it still runs (sppo rollout serve), start it again "
-            "if not, and resume"
-        )
+        return WorkerLost(f"rollout worker {self.url} is lost: {why}; {mend}")
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -99,6 +102,8 @@ class Link:
         Raises Refused for an answer that is not 200, WorkerLost where there is none.
         """
         body = b"" if tree is None else json.dumps(tree).encode()
+        if len(body) > LARGEST_REQUEST:
+            raise Refused(413, f"a request of {len(body)} bytes is above {LARGEST_REQUEST}")
         headers = {"Authorization": f"Bearer {self._token}", "Content-Length": str(size if parts else len(body))}
         try:
             connection = self._connection()
@@ -135,8 +140,24 @@ class Link:
             except TimeoutError:
                 raise OSError(f"no connection within {CONNECT_SECONDS:g} seconds") from None
             made.sock.settimeout(self.timeout)
+            made.auto_open = 0  # another connection may lead to somebody else
             self._kept = made
+            self._meet(made)
         return self._kept
+
+    def _meet(self, connection: http.client.HTTPConnection) -> None:
+        """See that who answers has the token, before it is told to them. Raises Refused (401) where they do not, or
+        whatever `ask` takes for a server that is lost."""
+        nonce = secrets.token_hex(16)
+        connection.request("GET", f"{self.where.path}/hello?nonce={nonce}")
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ValueError(f"status {response.status}; it is no worker of sppo rollout serve")
+        (found,) = _objects(response)
+        response.close()
+        shown = str(found.get("proof", ""))
+        if not hmac.compare_digest(shown.encode(), proof(self._token, nonce).encode()):
+            raise Refused(401, "it does not have this token")
 
 
 def _objects(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -160,7 +181,7 @@ def _objects(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 def _why(error: Exception) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "nobody answers there"
-    if isinstance(error, http.client.RemoteDisconnected | http.client.IncompleteRead | ConnectionError):
+    if isinstance(error, http.client.NotConnected | http.client.IncompleteRead | ConnectionError):
         return "the connection broke"
     return getattr(error, "strerror", None) or first_line(error)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import sys
 import threading
@@ -37,6 +38,7 @@ from .wire import (
     MOST_TOKENS,
     finite,
     only,
+    proof,
     read_object,
     rows_from,
     sample_to,
@@ -94,6 +96,9 @@ class Server:
         request = Request(scope, receive)
         try:
             plain(request)
+            if (scope["method"], scope["path"]) == ("GET", "/hello"):
+                await _answer(request, send, {"proof": proof(self.token, _nonce(request))})
+                return
             if not authorised(scope["headers"], self.token):
                 raise Refusal(401, "the token is not right: Authorization: Bearer TOKEN")
             await self._route(request, send)
@@ -209,6 +214,13 @@ class Server:
             await _stream(request, send, job, lambda _: {})
 
 
+def _nonce(request: Request) -> str:
+    found = request.query_params.getlist("nonce")
+    if len(found) != 1 or not re.fullmatch("[0-9a-f]{32,64}", found[0]):
+        raise Refusal(400, "GET /hello?nonce= with 32 to 64 hexadecimal digits")
+    return found[0]
+
+
 # -- bodies and answers ------------------------------------------------------------------------------------------------
 
 
@@ -244,13 +256,12 @@ async def _body(request: Request) -> bytes | None:
 
 
 async def _drain(request: Request) -> None:
-    """Read what is left of a refused body, up to a limit."""
-    read = 0
-    if request.method == "POST" and not getattr(request.state, "read", False):
-        async for part in _parts(request):
-            read += len(part)
-            if read > DRAIN:
-                return
+    """Read what is left of a refused body, if it is short."""
+    size = request.headers.get("content-length", "")
+    short = size.isascii() and size.isdigit() and int(size) <= DRAIN
+    if short and not getattr(request.state, "read", False):
+        async for _ in _parts(request):
+            pass
 
 
 async def _answer(request: Request, send: Send, tree: dict[str, Any], status: int = 200) -> None:

@@ -2,6 +2,7 @@
 `sppo rollout serve` (serve.py; what is sent is in wire.py).
 
 The token comes from the environment variable SPPO_ROLLOUT_TOKEN, or from a file: recipes are shared, secrets are not.
+It is sent to nobody who has not shown that they have it too.
 The server samples only with the weights that this engine loaded last. Where it has lost them, or does not answer,
 WorkerLost says so, and the next `load` begins anew.
 """
@@ -23,9 +24,10 @@ from ..models.mlp import ControlPolicy
 from ..models.policy import Policy
 from ..models.weights import Weights, fingerprint
 from .engine import Sample, Sampling
-from .link import Link, Refused, place
+from .link import MEND, Link, Refused, place
 from .wire import (
     TOKEN_VARIABLE,
+    URL_VARIABLE,
     difference,
     dtype_of,
     layout,
@@ -47,7 +49,8 @@ def build(policy: Policy, *, url: str = "", token_file: str = "", timeout: float
     """The engine over a server, which is asked at once who it is.
 
     Args:
-        url: http://HOST:PORT or https://HOST, as `sppo rollout serve` prints it.
+        url: http://HOST:PORT or https://HOST, as `sppo rollout serve` prints it; default: it is in SPPO_ROLLOUT_URL,
+            for a run that may be resumed with a worker at another address.
         token_file: holds the server's token; default: it is in the environment variable SPPO_ROLLOUT_TOKEN.
         timeout: seconds without a sign of life after which the server is lost. While it works it gives one a second.
 
@@ -56,7 +59,7 @@ def build(policy: Policy, *, url: str = "", token_file: str = "", timeout: float
     """
     if isinstance(policy, ControlPolicy):
         raise RecipeError("rollout.engine = 'served' samples language models; control tasks need 'control'")
-    where = place(str(url))
+    where = place(str(url) or os.environ.get(URL_VARIABLE, ""))
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= 86400:
         raise RecipeError(f"rollout.engine: served's timeout is in seconds, up to a day, not {timeout}")
     token = read_token(Path(token_file).expanduser()) if token_file else os.environ.get(TOKEN_VARIABLE, "")
@@ -235,10 +238,9 @@ class ServedEngine:
             yield
         except Refused as refusal:
             if refusal.status == 401:
-                raise RecipeError(
-                    f"rollout.engine: {self._link.url} refuses the token; set {TOKEN_VARIABLE} (or token_file) to the "
-                    "one of its start"
-                ) from None
+                why = "it has another token than this process, or is no worker of yours"
+                mend = f"set {TOKEN_VARIABLE} (or token_file) to the token that it was started with"
+                raise self._lost(why, mend) from None
             if refusal.status == 413:
                 raise RunFailure(f"rollout worker {self._link.url}: {refusal}; sample fewer prompts at once") from None
             raise self._lost(f"{what.partition('?')[0].lstrip('/')}: {refusal}") from None
@@ -249,6 +251,6 @@ class ServedEngine:
         except ValueError as error:
             raise self._lost(f"its answer cannot be used: {error}") from None
 
-    def _lost(self, why: str) -> WorkerLost:
+    def _lost(self, why: str, mend: str = MEND) -> WorkerLost:
         self._load = ""
-        return self._link.lost(why)
+        return self._link.lost(why, mend)

@@ -1,5 +1,6 @@
 """What a learner and `sppo rollout serve` send each other: JSON and raw bytes, checked where they arrive.
 
+    GET  /hello     ?nonce=        no token                              {"proof"}: the server has the token
     GET  /health    {}                                                   who it is, what it holds, what it does
     GET  /layout    {}                                                   the model: every weight's name, dtype and shape
     POST /load      {"version", "layout"}                                {"load": ID}; from now on it holds nothing
@@ -9,7 +10,8 @@
     POST /score     {"load", "prompts", "responses"}                     a line {"logps": […]} per response
     POST /holds     {"load", "fingerprint"}                              {"holds": true}
 
-All need the header `Authorization: Bearer TOKEN`. What asks the engine is answered by lines of JSON: {"finished": N}
+All but the first need the header `Authorization: Bearer TOKEN`; the first is asked before a token or weights are sent,
+since anyone on a machine may listen where a worker has ended. What asks the engine is answered by lines of JSON: {"finished": N}
 at least once a second, results, and {"done": true}, or {"error", "kind"}. `load` names the weights that are meant:
 where others have come since, nothing is sampled. A log-probability that is not finite is null. Nothing is unpickled.
 """
@@ -17,6 +19,7 @@ where others have come since, nothing is sampled. A log-probability that is not 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +33,7 @@ from ..models.policy import Policy
 from .engine import Sample, Sampling
 from .sampler import Cut
 
-TOKEN_VARIABLE, PORT = "SPPO_ROLLOUT_TOKEN", 8700
+TOKEN_VARIABLE, URL_VARIABLE, PORT = "SPPO_ROLLOUT_TOKEN", "SPPO_ROLLOUT_URL", 8700
 SHORTEST_TOKEN = 16
 """Characters."""
 LARGEST_REQUEST = 64 << 20
@@ -38,6 +41,13 @@ LARGEST_REQUEST = 64 << 20
 MOST_ROWS, MOST_TOKENS = 1 << 16, 1 << 20
 """Prompts in a request; tokens of a prompt and its response, where neither model nor engine has a limit."""
 MOST_STOPS, LONGEST_STOP = 64, 1024
+MOST_LISTS = 4 * MOST_ROWS
+"""In a request. Python makes ten million of them for half a minute, in which nothing else is answered."""
+
+
+def proof(token: str, nonce: str) -> str:
+    """What only who has the token can say to a nonce: HMAC-SHA256, in hexadecimal digits."""
+    return hmac.digest(token.encode(), b"sppo rollout serve " + nonce.encode(), "sha256").hex()
 
 
 def read_token(path: Path) -> str:
@@ -113,6 +123,8 @@ def _digest(tree: Any) -> str:
 
 def read_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises ValueError for anything else, NaN and Infinity included."""
+    if body.count(b"[") + body.count(b"{") > MOST_LISTS:
+        raise ValueError(f"the request has more than {MOST_LISTS} lists and objects")
     try:
         tree = json.loads(body, parse_constant=_no_number)
     except RecursionError:
