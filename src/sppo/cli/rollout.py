@@ -53,28 +53,31 @@ def run(args: argparse.Namespace) -> int:
     from ..rollout.wire import PORT
 
     config, use = _config(args)
+    token, where = _token(args.token_file)
     port = PORT if args.port is None else args.port
     with _usable(args.host, port):
         listener = bound(args.host, port)  # before the wait for a model; it listens when that is there
-    try:
+    with contextlib.closing(listener), _until_a_signal():
         policy = _policy(config, quiet=args.quiet)
-        engine = load_engine(use, policy)
-        try:
-            token, where = _token(args.token_file)
+        with contextlib.closing(load_engine(use, policy)) as engine:
             with _usable(args.host, port):
                 server = Server(listener, policy, engine, use, token)
-            for number in (signal.SIGINT, signal.SIGTERM):  # also where the parent process ignored them
-                signal.signal(number, signal.default_int_handler)
-            try:
-                _say(args, listener, policy.name, use, token, where)
-                server.serve_forever()
-            except KeyboardInterrupt:
-                return 0
-        finally:
-            engine.close()
+            _say(args, listener, policy.name, use, token, where)
+            server.serve_forever()
+            raise RunFailure("the HTTP server ended by itself; its reason is above")
+    return 0
+
+
+@contextlib.contextmanager
+def _until_a_signal() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside, also where the parent process ignored them."""
+    handled = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
     finally:
-        listener.close()
-    raise RunFailure("the HTTP server ended by itself; its reason is above")
+        for number, handler in handled.items():
+            signal.signal(number, handler)
 
 
 def _config(args: argparse.Namespace) -> tuple[Config, str]:
