@@ -102,7 +102,7 @@ def _policy(config: Config, quiet: bool) -> Policy:
     from ..memory import keep_memory
     from ..models.loading import pick_device
     from ..models.mlp import is_control
-    from ..run.build import Parts, load_policy
+    from ..run.models import Parts, load_policy
     from ..threads import fitted
 
     if is_control(config.policy.model):
