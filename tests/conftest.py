@@ -43,7 +43,8 @@ APART = {
         "tests/models/test_unsafe.py", "tests/recipe/test_recipes.py::test_what_explores", "tests/recipe/test_recipes_of_large_models.py",
         "tests/rewards/test_growth.py",
         "tests/rewards/test_gym.py", "tests/rewards/test_quality.py", "tests/rewards/test_rewards.py::test_an_answer_is_never",
-        "tests/rewards/test_rewards.py::test_one_sample", "tests/rewards/test_rewards.py::test_workers", "tests/test_own.py",
+        "tests/rewards/test_rewards.py::test_one_sample", "tests/rewards/test_rewards.py::test_workers", "tests/rollout/test_served.py",
+        "tests/test_own.py",
     ],
 }  # fmt: skip
 """What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs,

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from sppo import connections
+from sppo.connections import authorised
 from sppo.sandbox import Limits, Sandbox, serve
-from sppo.sandbox.serve import Server, authorised
+from sppo.sandbox.serve import Server
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 TOKEN = "a-token-of-this-test"
@@ -74,7 +76,7 @@ def raw(port: int, *parts: bytes, answers: int = 1) -> bytes:
 def test_drips_without_a_token_keep_nobody_out(port: int) -> None:
     drips: list[socket.socket] = []
     try:
-        for _ in range(serve.MOST_CONNECTIONS + 90):
+        for _ in range(connections.MOST_CONNECTIONS + 90):
             drip = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
             drip.sendall(b"GET /health HTTP/1.1\r\nX: ")
             drips.append(drip)
@@ -97,7 +99,8 @@ def test_a_client_with_the_token_keeps_its_connection_among_drips(port: int) -> 
     assert client.getresponse().read()
     first = client.sock
     drips = [
-        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) for _ in range(serve.MOST_CONNECTIONS + 50)
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+        for _ in range(connections.MOST_CONNECTIONS + 50)
     ]
     try:
         client.request("POST", "/run", json.dumps(PRINTS), headers)
@@ -159,8 +162,8 @@ def test_the_token_is_one_header_and_all_of_it(port: int) -> None:
 
 
 def test_a_request_has_its_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "HEAD_SECONDS", 0.5)
-    monkeypatch.setattr(serve, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 1.0)
     with Sandbox(slots=1, limits=Limits(wall_seconds=5)) as sandbox:
         server = Server(("127.0.0.1", 0), sandbox, TOKEN)
         thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -22,6 +22,7 @@ from . import (
     pull,
     report,
     reward_model,
+    rollout,
     sandbox,
     sft,
     solve,
@@ -31,7 +32,7 @@ from . import (
 )
 
 COMMANDS = (
-    train, sft, evaluate, compare, verify, solve, view, report, audit, export, critic, reward_model, sandbox, pull, data, doctor,
+    train, sft, evaluate, compare, verify, solve, view, report, audit, export, critic, reward_model, rollout, sandbox, pull, data, doctor,
 )  # fmt: skip
 
 

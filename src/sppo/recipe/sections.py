@@ -147,7 +147,9 @@ class RolloutSection(Section):
     """How responses are sampled."""
 
     engine: str = Field(
-        "local", description="'local' (the learner's own weights), 'vllm:key=value,…', or package.module:object"
+        "local",
+        description="'local' (the learner's own weights), 'vllm:key=value,…', 'served:url=…' (sppo rollout serve), or "
+        "package.module:object",
     )
     prompts: int = Field(128, ge=1, description="prompts per step")
     samples: int = Field(1, ge=1, description="responses per prompt; SPPO needs one, group baselines two or more")

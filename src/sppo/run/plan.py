@@ -324,6 +324,8 @@ class _Sum:
         """Sampling, and what an engine of its own holds all the time."""
         r, e, policy = self.config.rollout, self.config.evaluation, self.policy
         spec = parse_spec(r.engine)
+        if spec.name == "served":  # elsewhere
+            return {}, {}
         if spec.name == "vllm":
             given = spec.options.get("memory")
             share = given if isinstance(given, float) else 0.4
