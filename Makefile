@@ -7,7 +7,7 @@ SPEED  := bench-rollout bench-update bench-step bench-critic bench-length bench-
 
 .PHONY: bench-busy bench-pretrained bench-memory families
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-head bench-elementwise bench-gpu
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-cluster bench-head bench-elementwise bench-gpu
 
 help:
 	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
@@ -24,6 +24,7 @@ help:
 	@echo "make families     every model family, small: trains, saves, loads in its own class, resumes; up to 15 minutes"
 	@echo "make bench-elementwise   norms, gated units and rotations on a GPU, against Liger's and PyTorch's"
 	@echo "make bench-gpu    on one GPU of 80 GB or more, in at most 8 minutes: LoRA and full steps of 4B and 8B models"
+	@echo "make bench-cluster  what learner ranks and rollout workers cost, and how long a recovery takes"
 	@echo "make bench-memory  the memory plan against the measured peak, ten settings"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
@@ -141,6 +142,10 @@ bench-stability: dev
 # Some hundred architectures, small and with random weights, through two steps of the real loop; the last line is JSON. Under 15 minutes on two cores.
 families: dev
 	$(BIN)/python benchmarks/families.py
+
+# The last line is JSON: what a cluster of one rank and one worker adds to a step, its sync, and a recovery. About 15 minutes on two cores.
+bench-cluster: dev | models/smollm2-135m
+	$(BIN)/python benchmarks/cluster.py
 
 bench-head: dev
 	$(BIN)/python benchmarks/head.py

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported; this cluster listens here alone
 RAY = Path(sys.executable).with_name("ray")
 
 

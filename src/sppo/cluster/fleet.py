@@ -154,6 +154,7 @@ def _inherited() -> dict[str, str]:
 def _connected(section: ClusterSection) -> Any:
     """Ray, connected."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let any other program stop a step
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if section.address and (Path.home() / ".ray" / "auth_token").exists():  # which `ray start` asks for then
         os.environ.setdefault("RAY_AUTH_MODE", "token")

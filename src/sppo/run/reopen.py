@@ -72,9 +72,9 @@ def reopen(
         found = directory.checkpoints()
         saved = found[-1] if found else None
         if steps is not None:
-            config = _changed(config, "training.steps", steps, "--steps")
-        for key, value in (memory or {}).items():
-            config = _changed(config, key, value, f"--{key}")
+            config = _changed(config, {"training.steps": steps}, "--steps")
+        if memory:
+            config = _changed(config, memory, ", ".join(f"--{key}" for key in memory))
         out = Reopened(directory, recorded, _in_folder(config, path), saved)
         if steps is not None and steps < out.done:
             raise RecipeError(f"--steps {steps}: {path} has already done {out.done}; give more, or leave --steps out")
@@ -90,11 +90,13 @@ def reopen(
         raise
 
 
-def _changed(config: Config, dotted: str, value: Any, option: str) -> Config:
+def _changed(config: Config, changes: Mapping[str, Any], options: str) -> Config:
+    """With other values of some keys, together."""
     tree = config.model_dump()
-    section, _, key = dotted.partition(".")
-    tree[section] = {**(tree[section] or {}), key: value}
-    return Config.validated(tree, option)
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition(".")
+        tree[section] = {**(tree[section] or {}), key: value}
+    return Config.validated(tree, options)
 
 
 def _in_folder(config: Config, path: Path) -> Config:
