@@ -27,6 +27,7 @@ CASES = {
     "adapters-of-tokens": Case(
         {"objective__algorithm": "ppo", "critic__model": "policy"}, adapter=True, checkpointed=True, gather="layer"
     ),
+    "offloaded": Case({"training__offload": True}),
     "float32": Case(dtype=torch.float32),
 }
 GROUPS = [
