@@ -132,7 +132,7 @@ def updates(mesh: Mesh, case: Case) -> dict[str, Any]:
     ).with_rates(1, 1, adapted=case.adapter)
     policy, critic = models(case)
     batch = judged_batch(policy, config)
-    shard(policy, critic, None, mesh, gather=case.gather)
+    shard(policy, critic, None, mesh, gather=case.gather, offload=config.training.offload)
     reference = policy.as_reference() if config.needs_reference else None
     learner = Learner(policy, critic, reference, config, mesh)
     of_policy: list[torch.Tensor] = []

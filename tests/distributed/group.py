@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from sppo.distributed.mesh import Mesh
 from sppo.distributed.ranks import join
 
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the server imports what is tested here
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.distributed.cases"])
 

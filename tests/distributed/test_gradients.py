@@ -27,11 +27,13 @@ CASES = {
     "adapters-of-tokens": Case(
         {"objective__algorithm": "ppo", "critic__model": "policy"}, adapter=True, checkpointed=True, gather="layer"
     ),
+    "offloaded": Case({"training__offload": True}),
     "float32": Case(dtype=torch.float32),
 }
+ONLY_WHOLE = ("sppo-optimal", "hybrid", "remax-kl-reward", "gspo")
 GROUPS = [
-    *((2, 1, name) for name in ("sppo", "hybrid", "remax-kl-reward", "gspo", "float32")),
-    *((2, 2, name) for name in CASES),
+    *((2, 1, name) for name in ONLY_WHOLE),
+    *((2, 2, name) for name in CASES if name not in ONLY_WHOLE),
     *((3, 1, name) for name in ("ppo-epochs", "updates-of-few-rows", "adapters", "lessons-and-noise")),
     *((3, 3, name) for name in ("sppo", "updates-of-few-rows")),
     (4, 2, "grpo-kl-loss"),

@@ -33,6 +33,7 @@ PREDICTS = EARNED + "::test_whatever_predicts_sees_all_that_was_judged"
 BESIDE = EARNED + "::test_rows_beside_train_no_policy"
 ALL_JUDGED = EARNED + "::test_the_critic_learns_from_all_that_was_judged"
 OPTIM = "tests/learning/test_optimizer.py"
+RANKS = "tests/distributed/test_gradients.py::test_ranks_have_the_gradients_the_metrics_and_the_weights_of_one_process"
 BASE_RATE = "tests/run/test_base_rate.py"
 TERMS = "tests/learning/test_terms.py"
 LOOP = TERMS + "::test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop"
@@ -291,7 +292,7 @@ m = of("learning/learner.py", GRADIENT)
 m("the KL in the reward is of the cut distribution", "batch.behaviour_logp_BT + batch.kept_BT, ref_BT", "batch.behaviour_logp_BT, ref_BT", ADVANTAGES)
 m("a token's KL falls on the whole response", "if self.credit.charges_tokens:", "if False:", ADVANTAGES)
 m("the response's KL is charged to nobody", "reward_B - cost_BT.sum(1)", "reward_B", ADVANTAGES)
-m("`old` is taken anew each epoch", "            rows = torch.cat([*minibatch, beside[number]])\n            self._policy_gradient(", "            rows = torch.cat([*minibatch, beside[number]])\n            if number and number % len(plans[0]) == 0:\n                self._fill_old(old_BT, batch, plans[0])\n            self._policy_gradient(")
+m("`old` is taken anew each epoch", "            rows = torch.cat([minibatch.rows, beside[number]])\n            self._policy_gradient(", "            rows = torch.cat([minibatch.rows, beside[number]])\n            if number and number % len(plans[0]) == 0:\n                self._fill_old(old_BT, batch, plans[0])\n            self._policy_gradient(")
 m("`old` is the present policy", "            if number == 0:\n                self._settle_first(", "            if self.ratio_checked or number == 0:\n                self._settle_first(")
 m("masked samples are in the sequence denominator", "sequences, tokens = float(len(rows)),", "sequences, tokens = float(len(batch) * len(rows) / batch.keep_B.sum()),")
 m("the token denominator is of all minibatches", "float(batch.response_len_B[rows].sum())", "float(batch.response_len_B.sum())")
@@ -319,7 +320,7 @@ m("a resumed run measures the gap's limit anew", 'self.gap_limit = state.get("ga
 m("flat groups stay in DAPO's denominator", "if not self._leaves_flat_groups_out():", "if True:", DAPO)
 m("a critic's flat groups are left out", "self.config.rollout.resample > 0 and self.config.critic_reads is None", "self.config.rollout.resample > 0", DAPO)
 m("a step of flat groups still pushes", "return kept, torch.zeros_like(advantage_B), left_out", "return kept, torch.ones_like(advantage_B), left_out", DAPO)
-m("the critic never learns from what was thrown away", "rows = torch.cat([*minibatch, beside[number]])", "rows = torch.cat([*minibatch])", ALL_JUDGED)
+m("the critic never learns from what was thrown away", "rows = torch.cat([minibatch.rows, beside[number]])", "rows = minibatch.rows", ALL_JUDGED)
 m("groups that were thrown away are split", "rows[torch.isin(unit, part)] for part in order.tensor_split(count)", "part for part in rows.tensor_split(count)", WIRES)
 m("the over-long penalty is a reward", "reward_B = reward_B - penalty_B", "reward_B = reward_B + penalty_B", DAPO)
 m("ReMax's greedy response pays no penalty", "batch.greedy_B - overlong_penalty(length_B", "batch.greedy_B - 0 * overlong_penalty(length_B", DAPO)
@@ -331,7 +332,7 @@ m("the critic learns from the whole batch each time", "learnt = self.credit.lear
 m = of("learning/agreement.py", TRAPS)
 m("an engine far away is fine", "if gap is not None and not gap <= limit:", "if gap is not None and not gap <= 1e9 * limit:", TRAPS)
 m("the recipe's limit of the gap is ignored", "if given else (measured", "if False else (measured", UPDATE, TRAPS)
-m("a minibatch of other weights is fine", "if tally.drift > DRIFT:", "if False:", UPDATE, TRAPS)
+m("a minibatch of other weights is fine", "if drift > DRIFT:", "if False:", UPDATE, TRAPS)
 
 # -- learning/batch.py -----------------------------------------------------------------------------------------------------
 
@@ -380,7 +381,7 @@ m("a prompt is counted each time it is sampled", "0 if key in out else len(key)"
 # -- learning/optimizer.py, run/accuracy.py, rollout/canary.py ----------------------------------------------------------------------------
 
 m = of("learning/optimizer.py", OPTIM)
-m("micro-batches add up in bfloat16", "        self._set_aside()\n        pairs", "        pairs")
+m("micro-batches add up in bfloat16", "        self._set_aside()\n        before_backward(", "        before_backward(")
 m("only the last micro-batch counts", "master.grad.add_(grad)  #", "master.grad.copy_(grad)  #")
 m = of("run/accuracy.py", BASE_RATE)
 m("the critic starts from the held-out problems", "c.critic.start_at(base_rate(c, state, result.accuracy))", "c.critic.start_at(result.accuracy)")
@@ -392,6 +393,22 @@ m("the limit of noise is twice what it should be", "return max(TIMES * measured"
 m("the limit of noise has no floor", "max(TIMES * measured, explained[dtype] / 2)", "TIMES * measured")
 m("the canary's limit is never measured", "self.limit = noise_limit(gap, PROBED, policy.dtype)", "pass", WIRES)
 m("the canary's limit follows every look", "        if self.limit is None:\n            self.limit = noise", "        if True:\n            self.limit = noise", WIRES)
+
+# -- learning/optimizer.py, learning/learner.py, distributed/ on several ranks ------------------------------------------------------------
+
+m = of("learning/optimizer.py", f"{RANKS}[3-1-updates-of-few-rows]")
+m("each rank steps with its own gradient", "        self.mesh.add_up([m.grad for m in whole if m.grad is not None])\n", "")
+m("a rank without rows has no gradient", "            if some and master.grad is None:", "            if False:")
+m("divided weights that are together stay so after a step", "        at_rest(self.of)  # the next pass must see the new weights\n", "", f"{RANKS}[2-2-ppo-epochs]")
+m("each rank clips by its own part's norm", "self.mesh.sum(_square(parts)) / copies", "_square(parts)", f"{RANKS}[2-2-sppo]")
+m = of("learning/learner.py", f"{RANKS}[2-2-ppo-epochs]")
+m("`old` of a later epoch is another rank's", "        self.mesh.fill(old_BT, plan[0].mine, plan[0].rows)\n", "")
+m("the reference's numbers stay with the rank that computed them", "        at_rest(policy.scorer)\n        return self.mesh.sum(out_BT)", "        at_rest(policy.scorer)\n        return out_BT", f"{RANKS}[2-1-remax-kl-reward]")
+m = of("distributed/fsdp.py", f"{RANKS}[2-2-sppo]")
+m("the gradient of divided weights is the ranks' mean", "part.set_gradient_divide_factor(1.0)", "part.set_gradient_divide_factor(float(mesh.size))")
+m("only the last micro-batch's gradient of divided weights counts", "module.set_requires_gradient_sync(last)", "module.set_requires_gradient_sync(True)", equivalent="they are added up over ranks after every micro-batch, which costs time alone")
+m = of("distributed/ranks.py", f"{RANKS}[3-1-updates-of-few-rows]")
+m("ranks share rows", "ordered[rank :: self.size]", "ordered[rank :: self.size - 1]")
 
 # -- tasks/epochs.py, run/curriculum.py, experimental/predicted.py ----------------------------------------------------
 

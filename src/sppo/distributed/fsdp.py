@@ -56,7 +56,7 @@ def divide(
                 reduce_dtype=torch.float32 if narrow else None,
                 cast_forward_inputs=False,
             ),
-            offload_policy=CPUOffloadPolicy() if offload and trained else OffloadPolicy(),
+            offload_policy=_held_by_the_host(mesh) if offload and trained else OffloadPolicy(),
             ignored_params=ignored,
         )
     for part in _divided(module):
@@ -68,6 +68,10 @@ def divide(
     for p in module.parameters():
         if isinstance(p, DTensor):
             p.computes_in = dtype  # type: ignore[attr-defined]
+
+
+def _held_by_the_host(mesh: RankMesh) -> CPUOffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
 
 
 def _divided(module: nn.Module | None) -> list[Any]:
@@ -102,6 +106,13 @@ def is_part(p: Tensor) -> bool:
 def dtype_of(p: Tensor) -> torch.dtype:
     """The dtype that a parameter has in a pass."""
     return getattr(p, "computes_in", p.dtype)
+
+
+def device_of(p: Tensor) -> torch.device:
+    """Where a parameter is in a pass; at rest its parts may be in main memory."""
+    if isinstance(p, DTensor) and p.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return p.device
 
 
 def whole(p: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.fsdp import at_rest, dtype_of, local, put_together
+from ..distributed.fsdp import at_rest, device_of, dtype_of, local, put_together
 from ..distributed.mesh import Mesh
 from ..errors import ModelError
 from ..files import readable
@@ -115,7 +115,7 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.get_input_embeddings().weight.device  # of the part that reads text
+        return device_of(self.model.get_input_embeddings().weight)  # of the part that reads text
 
     @property
     def dtype(self) -> torch.dtype:
