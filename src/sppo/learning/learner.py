@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,17 +35,16 @@ from .credit.loading import load_credit
 from .credit.token import TokenCritic
 from .lessons import Lessons
 from .optimizer import MasterAdamW, learning_rate
+from .saved import Saved
 from .shaping import less_overlong
 from .update_stats import Tally, Trace
 
-STATE_FILE = "learner.pt"
-"""In a checkpoint: everything but the models' weights."""
 NEGLIGIBLE, OF_CLIP = 0.01, 0.1
 """The engine's log-probabilities serve as `old` where no importance weight between engine and learner differs from 1 by more, nor by
 more than this share of the clip: GSPO's clip is far narrower than other ratios', and rounding alone must not cut a response off."""
 
 
-class Learner:
+class Learner(Saved):
     """Holds what is trained, and how. `reference` is None unless the recipe reads it."""
 
     def __init__(
@@ -400,15 +398,3 @@ class Learner:
         self.credit.load_state_dict(state["credit"])
         self.bad_in_a_row, self.bad_total = state["bad_in_a_row"], state["bad_total"]
         self.gap_limit = state.get("gap_limit")  # not in checkpoints of older versions
-
-    def save(self, folder: Path) -> None:
-        """Write models and state to a checkpoint's folder."""
-        self.policy.save(folder / "policy")
-        if self.credit.critic is not None:
-            self.credit.critic.save(folder / "critic")
-        with (folder / STATE_FILE).open("wb") as file:  # a file object keeps the system's own error: "no space left"
-            torch.save(self.state_dict(), file)
-
-    def load(self, folder: Path) -> None:
-        """Take the state in a checkpoint's folder back; the models were loaded from there already."""
-        self.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu"))
