@@ -315,17 +315,21 @@ m("masked samples are trained on", "kept = batch.keep_B.nonzero()[:, 0]", "kept 
 m("the critic learns at the policy's rate", "self._teach_critic(batch, rows, critic_lr, tally)", "self._teach_critic(batch, rows, lr, tally)", WIRES)
 m("the rate has no schedule", "learning_rate(peak, step, t.steps,", "learning_rate(peak, 0, t.steps,", WIRES)
 m("the gap's limit is never measured", "self.gap_limit = noise_limit(gap, SAMPLED, self.policy.dtype)", "pass", TRAPS)
-m("the gap's limit follows every step", "if self.gap_limit is None and gap is not None:", "if gap is not None:", WIRES)
+m("the gap's limit follows every step", "if self.gap_limit is None and gap is not None and not self.lag:", "if gap is not None and not self.lag:", WIRES)
 m("a resumed run measures the gap's limit anew", 'self.gap_limit = state.get("gap_limit")', "self.gap_limit = None", TRAPS)
 m("flat groups stay in DAPO's denominator", "if not self._leaves_flat_groups_out():", "if True:", DAPO)
 m("a critic's flat groups are left out", "self.config.rollout.resample > 0 and self.config.critic_reads is None", "self.config.rollout.resample > 0", DAPO)
 m("a step of flat groups still pushes", "return kept, torch.zeros_like(advantage_B), left_out", "return kept, torch.ones_like(advantage_B), left_out", DAPO)
 m("the critic never learns from what was thrown away", "rows = torch.cat([minibatch.rows, beside[number]])", "rows = minibatch.rows", ALL_JUDGED)
 m("groups that were thrown away are split", "rows[torch.isin(unit, part)] for part in order.tensor_split(count)", "part for part in rows.tensor_split(count)", WIRES)
-m("the over-long penalty is a reward", "reward_B = reward_B - penalty_B", "reward_B = reward_B + penalty_B", DAPO)
-m("ReMax's greedy response pays no penalty", "batch.greedy_B - overlong_penalty(length_B", "batch.greedy_B - 0 * overlong_penalty(length_B", DAPO)
 m("a random model is fine", "if not gap <= tolerance:", "if gap > 1e9:", TRAPS)
 m("the critic learns from the whole batch each time", "learnt = self.credit.learn(batch, rows, lr)", "learnt = self.credit.learn(batch, torch.arange(len(batch)), lr)", CRITIC)
+
+# -- learning/shaping.py --------------------------------------------------------------------------------------------
+
+m = of("learning/shaping.py", DAPO)
+m("the over-long penalty is a reward", "reward_B = batch.reward_B - penalty_B", "reward_B = batch.reward_B + penalty_B")
+m("ReMax's greedy response pays no penalty", "batch.greedy_B - overlong_penalty(length_B", "batch.greedy_B - 0 * overlong_penalty(length_B")
 
 # -- learning/agreement.py -----------------------------------------------------------------------------------------------
 
