@@ -102,6 +102,11 @@ class Rank:
         """Make the learner of the models as they are now."""
         self.imitation = None  # type: ignore[assignment]
         self.learner = self.models.learner(self.config, self.run, saved, tight=tight, mesh=self.mesh)
+        if saved is not None and self.learner.reference is not None and self.policy.adapters is None:
+            assert self.config.cluster is not None
+            shard(
+                None, None, self.learner.reference, self.mesh, gather=self.config.cluster.gather
+            )  # read from its folder
         self.learner.progress = self._heard
 
     def _heard(self, done: int, total: int) -> None:
