@@ -145,7 +145,7 @@ families: dev
 
 # The last line is JSON: what a cluster of one rank and one worker adds to a step, its sync, and a recovery. About 15 minutes on two cores.
 bench-cluster: dev | models/smollm2-135m
-	$(BIN)/python benchmarks/cluster.py
+	$(BIN)/python benchmarks/fleet.py
 
 bench-head: dev
 	$(BIN)/python benchmarks/head.py
