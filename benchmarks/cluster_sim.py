@@ -179,6 +179,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--verdict", type=float, metavar="SECONDS", help="of one verdict; default: recorded responses are judged again"
     )
+    parser.add_argument(
+        "--no-curve", action="store_true", help="fit a straight line instead of timing decoding passes here"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the calibration goes")
     parser.add_argument("--check", type=Path, metavar="FILE", help="measured steps to compare with")
     parser.add_argument("--within", type=float, default=0.15, help="the relative error that is allowed")
@@ -211,7 +214,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.calibrate:
         m = measured(args)
         return checks(m, args.check, args.within, args.steps) if args.check else tabulate(args, m)
-    found = calibrate(args.calibrate, args.skip, args.verdict)
+    found = calibrate(args.calibrate, args.skip, args.verdict, not args.no_curve)
     Measured.of(found)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
