@@ -2,28 +2,29 @@
 
     python benchmarks/cluster_sim.py --calibrate runs/mine --out mine.json    # what this machine takes, from a run of one learner and one worker
     python benchmarks/cluster_sim.py --measured mine.json --learners 2 --rollouts 6 --lag 0 1
-    python benchmarks/cluster_sim.py --measured mine.json --check taken.json  # predictions against measured step times
+    python benchmarks/cluster_sim.py --measured mine.json --check runs/two runs/three  # predictions against measured step times
     python benchmarks/cluster_sim.py --assume 8B --gpus 8 64 512              # the best split of a published shape, by arithmetic
 
 What happens in a step is in cluster/events.py. `--assume` takes a shape of layouts.py with the assumptions that stand there; nothing of it was
 measured. Without `--learners` and `--rollouts` the GPUs are divided so that a step is shortest. One GPU is used for both in turns.
 
-`--check` reads a JSON list of objects such as {"learners": 1, "rollouts": 2, "lag": 0, "step_seconds": 4.1}; chunk, shards, gather and verifiers may stand
-beside them, and so may any key of a calibration that was different there (responses, slots). It exits with 1 where a prediction is off by more
-than `--within` (0.15). With `--json` the last line is one JSON object.
+`--check` takes folders of runs, or JSON files: a list of objects such as {"learners": 1, "rollouts": 2, "lag": 0, "step_seconds": 4.1}; chunk, shards,
+gather and verifiers may stand beside them, and so may any key of a calibration that was different there (responses, slots). It exits with 1 where
+a prediction is off by more than `--within` (0.15). With `--json` the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.calibrate import calibrate
+from cluster.calibrate import calibrate, read
 from cluster.events import Found, simulate
 from cluster.model import Layout, Measured
 from sppo.errors import DataError, UserError
@@ -116,22 +117,41 @@ def tabulate(args: argparse.Namespace, m: Measured) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def checks(m: Measured, path: Path, within: float, steps: int) -> dict[str, Any]:
-    """Predictions against measured step times; prints them. Raises DataError for a file that holds none."""
+def taken(path: Path, skip: int) -> list[dict[str, Any]]:
+    """Measured steps: a JSON list, or a run's folder, whose step takes the median of what its phases add up to. Raises DataError."""
+    if path.is_dir():
+        ran = read(path, skip)
+        r, t = ran.config.rollout, ran.config.training
+        phases = [sum(v or 0.0 for k, v in m.items() if k.startswith("seconds/")) for m in ran.metrics]
+        other = {
+            "responses": r.prompts * r.samples,
+            "slots": r.batch,
+            "minibatches": t.minibatches * t.epochs,
+            "evaluate_every": 0,
+        }
+        return [{**asdict(ran.layout), **other, "step_seconds": statistics.median(phases), "source": str(path)}]
     with readable(f"{path} is no list of measured steps"):
-        entries = json.loads(path.read_text())
-        if not isinstance(entries, list) or not entries:
-            raise DataError(f"{path} is no list of measured steps: a JSON list of objects with step_seconds")
-        rows = []
-        print(f"{'learners':>9}{'rollouts':>10}{'lag':>5}{'predicted':>11}{'measured':>10}{'error':>8}")
-        for entry in entries:
-            layout = Layout(**{key: entry[key] for key in LAYOUT if key in entry})
-            other = {key: value for key, value in entry.items() if key in {f.name for f in fields(Measured)}}
+        entries: list[dict[str, Any]] = json.loads(path.read_text())
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path} is no list of measured steps: a JSON list of objects with step_seconds")
+    return entries
+
+
+def checks(m: Measured, paths: Sequence[Path], within: float, steps: int, skip: int) -> dict[str, Any]:
+    """Predictions against measured step times; prints them. Raises DataError where there are none."""
+    rows, known = [], {f.name for f in fields(Measured)}
+    print(f"{'learners':>9}{'rollouts':>10}{'lag':>5}{'predicted':>11}{'measured':>10}{'error':>8}")
+    for path in paths:
+        for entry in taken(path, skip):
+            with readable(f"{path} is no list of measured steps"):
+                layout = Layout(**{key: entry[key] for key in LAYOUT if key in entry})
+                other = {key: value for key, value in entry.items() if key in known}
+                seconds = float(entry["step_seconds"])
             predicted = simulate(replace(m, **other), layout, steps).step_seconds
-            error = predicted / float(entry["step_seconds"]) - 1
+            error = predicted / seconds - 1
             rows.append({**entry, "predicted": predicted, "error": error})
             print(
-                f"{layout.learners:>9}{layout.rollouts:>10}{layout.lag:>5}{predicted:>11.2f}{entry['step_seconds']:>10.2f}{error:>+8.1%}"
+                f"{layout.learners:>9}{layout.rollouts:>10}{layout.lag:>5}{predicted:>11.2f}{seconds:>10.2f}{error:>+8.1%}"
             )
     worst = max(abs(r["error"]) for r in rows)
     print(f"the worst is off by {worst:.1%}; {within:.0%} is the aim: {'met' if worst <= within else 'NOT met'}")
@@ -183,7 +203,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--no-curve", action="store_true", help="fit a straight line instead of timing decoding passes here"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the calibration goes")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="measured steps to compare with")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", metavar="FILE", help="measured steps to compare with, or folders of runs"
+    )
     parser.add_argument("--within", type=float, default=0.15, help="the relative error that is allowed")
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, metavar="N", help="1 to 4,096")
     parser.add_argument("--learners", type=int, default=0, metavar="N", help="instead of the best split of --gpus")
@@ -213,7 +235,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what was asked for; returns what `--json` prints."""
     if not args.calibrate:
         m = measured(args)
-        return checks(m, args.check, args.within, args.steps) if args.check else tabulate(args, m)
+        return checks(m, args.check, args.within, args.steps, args.skip) if args.check else tabulate(args, m)
     found = calibrate(args.calibrate, args.skip, args.verdict, not args.no_curve)
     Measured.of(found)
     if args.out:

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 
 from sppo.errors import DataError, UserError
+from sppo.run.loop import train
+from sppo.run.run import Run
+
+from .conftest import small_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -296,6 +300,12 @@ def test_every_layout_of_the_table_fits_and_its_parts_add_up():
         assert row["fits"], row
         assert planned.learners % planned.shards == 0
         assert sum(row["learner_bytes"].values()) / layouts.GIB == pytest.approx(row["learner_gib"])
+        page = (BENCHMARKS.parent / "docs/scale.md").read_text()
+        sums, workers = (
+            next(x for x in page.splitlines() if x.startswith(name)) for name in ("| **sum**", "| a rollout worker")
+        )
+        assert f"**{row['learner_gib']:.1f}**" in sums
+        assert f" {row['rollout_gib']:.1f} " in workers
         for found in row["simulated"]:
             assert sum(found["parts"].values()) == pytest.approx(found["step_seconds"])
 
@@ -320,3 +330,31 @@ def test_a_calibration_without_the_parts_it_needs_is_refused():
         model.Measured.of({"responses": 1, "lengths": [[1, 1]]})
     with pytest.raises(UserError, match="no such layout"):
         model.Layout(rollouts=0)
+
+
+def test_a_run_is_calibrated_and_its_steps_are_checked(tmp_path, capsys):
+    config = small_config(run__out=str(tmp_path / "run"), rollout__batch=8, monitors__action="off")
+    run = Run.new(config)
+    try:
+        train(run)
+    finally:
+        run.close()
+    files = [str(tmp_path / "run"), "--skip", "0"]
+    out = tmp_path / "found.json"
+    assert sim.main(["--calibrate", *files, "--out", str(out), "--json"]) == 0
+    found = last(capsys)
+    assert found == json.loads(out.read_text())
+    assert (found["responses"], found["slots"], found["minibatches"]) == (16, 8, 2)
+    assert sum(weight for _, weight in found["lengths"]) == 3 * 16
+    assert [live for live, _ in found["decode"]] == [1, 2, 4, 8]
+    assert 0 < found["decode"][0][1] <= found["decode"][-1][1]
+    assert len(found["verdicts"]) == 16
+    assert sim.main(["--measured", str(out), "--check", *files, "--within", "1e9", "--json"]) == 0
+    (checked,) = last(capsys)["checks"]
+    phases = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        checked["step_seconds"] == sorted(sum(v for k, v in m.items() if k.startswith("seconds/")) for m in phases)[1]
+    )
+    assert checked["predicted"] > 0
+    assert sim.main(["--calibrate", *files[:1], "--skip", "3"]) == 2
+    assert "no more than 3 steps" in capsys.readouterr().err
