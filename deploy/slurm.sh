@@ -3,8 +3,9 @@
 #
 #     RECIPE=recipes/mine.toml RUN=/shared/runs/mine sbatch --nodes=4 deploy/slurm.sh --cluster.learners 8 --cluster.rollouts 24
 #
-# Whatever follows the script's name goes to `sppo train`. RUN is a folder that every node sees. Where it holds a run already, the run goes on from
-# there, on as many learners and workers as are asked for now. A job whose time is nearly over saves its step and queues again.
+# Whatever follows the script's name goes to `sppo train`: keys of [cluster] but its lag, since a run that goes on may change no others. RUN is a folder
+# that every node sees. Where it holds a run already, the run goes on from there, on as many learners and workers as are asked for now. A job whose
+# time is nearly over saves its step and queues again.
 #
 # Needed on every node: the same environment (VENV, default .venv beside the recipe's folder), with `pip install 'sppo[cluster]'`.
 #
@@ -46,8 +47,9 @@ ray_on() { # ray_on NODES [OPTIONS OF srun] -- [OPTIONS OF ray start]
     shift
     while [ "$1" != -- ]; do where+=("$1") && shift; done
     shift
-    # --overlap: the steps share the nodes with this script
-    srun --overlap --nodes="$count" --ntasks="$count" --ntasks-per-node=1 "${where[@]}" ray start "$@" "${per_node[@]}" &
+    # --overlap: the steps share the nodes with this script; --cpus-per-task is not the job's unless it is said again (Slurm 22.05 and newer)
+    srun --overlap --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${where[@]}" \
+        ray start "$@" "${per_node[@]}" &
     steps+=($!)
 }
 
