@@ -84,6 +84,15 @@ sys.exit(f"after 300 s {there} of {wanted} nodes are in the Ray cluster")
 END
 
 # -- training ----------------------------------------------------------------------------------------------------------
+driver="" again=false heard=true
+# shellcheck disable=SC2329 # by traps
+tell() {
+    heard=true
+    [ -z "$driver" ] || kill -TERM "$driver" 2> /dev/null || true # it finishes the step, saves, and exits with 130
+}
+trap 'again=true; tell' USR1
+trap tell TERM
+
 if [ -f "$RUN/recipe.toml" ]; then
     sppo train --resume "$RUN" --cluster.address auto "$@" &
 else
@@ -91,22 +100,14 @@ else
 fi
 driver=$!
 
-again=false heard=true
-# shellcheck disable=SC2329 # by traps
-tell() {
-    heard=true
-    kill -TERM "$driver" 2> /dev/null || true # it finishes the step, saves, and exits with 130
-}
-trap 'again=true; tell' USR1
-trap tell TERM
-
 status=0
 while $heard; do # `wait` also returns when a signal was heard
     heard=false
     wait "$driver" && status=0 || status=$?
 done
 
-if $again && [ "$status" -eq 130 ]; then
+# 143: it was told before it had begun to listen
+if $again && { [ "$status" -eq 130 ] || [ "$status" -eq 143 ]; }; then
     echo "saved; job $SLURM_JOB_ID queues again"
     scontrol requeue "$SLURM_JOB_ID"
 fi

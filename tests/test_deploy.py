@@ -63,8 +63,8 @@ def test_what_slurm_is_asked_for_stands_before_the_first_command():
 STANDINS = {
     "scontrol": 'echo "scontrol $*" >> "$NOTES"; [ "$1" = show ] && printf "n1\\nn2\\n" || true',
     "srun": 'echo "srun $*" >> "$NOTES"; trap "exit 0" TERM; sleep 60 & wait; kill $!',
-    "python": "exit 0",  # that asks Ray how many nodes there are
-    "sppo": 'echo "sppo $*" >> "$NOTES"; touch "$NOTES.up"; trap "exit ${ON_TERM:-130}" TERM; sleep ${FOR:-0} & wait $!; exit ${EXITS:-0}',
+    "python": 'until [ "$(grep -c ^srun "$NOTES")" = "$2" ]; do sleep 0.02; done',  # that asks Ray how many nodes there are
+    "sppo": 'echo "sppo $*" >> "$NOTES"; trap "exit ${ON_TERM:-130}" TERM; touch "$NOTES.up"; sleep ${FOR:-0} & wait $!; exit ${EXITS:-0}',
 }
 """Slurm, Ray and the run, which write down how they are called. (The script was also run by Slurm 22.05 with Ray 2.60.)"""
 
@@ -130,6 +130,7 @@ def test_a_run_that_is_there_goes_on(job, tmp_path):
     ("sent", "exits", "requeued"),
     [
         (signal.SIGUSR1, 130, True),  # the end of the job's time
+        (signal.SIGUSR1, 143, True),  # the same, before the run had begun to listen
         (signal.SIGTERM, 130, False),  # scancel; after a pre-emption Slurm itself queues the job again
         (signal.SIGUSR1, 1, False),  # a run that failed fails again
         (signal.SIGUSR1, 0, False),  # it was the last step
