@@ -325,6 +325,20 @@ def test_least_squares_finds_what_made_the_seconds_and_nothing_below_zero():
     assert min(calibrate.least_squares(rows, rows @ [1.0, -0.2, 1.0])[0]) == 0.0
 
 
+def test_steps_that_do_not_differ_are_explained_by_their_tokens():
+    random = np.random.default_rng(1)
+    rows = np.stack([np.full(12, 2.0), random.uniform(990, 1010, 12)], 1)
+    seconds = 0.01 * rows[:, 1] * random.uniform(0.8, 1.25, 12)  # noise, in which no share of a constant can be seen
+    (minibatch, train), _ = calibrate.least_squares(rows, seconds, rest=1)
+    assert train == pytest.approx(0.01, rel=0.25)
+    assert minibatch * 2 < 0.3 * seconds.mean()
+    (minibatch, train), _ = calibrate.least_squares(rows, 5 + 1e-12 * rows[:, 1] + (1010 - rows[:, 1]) / 10, rest=1)
+    assert train > 0  # fewer tokens took longer
+    apart = np.stack([np.full(12, 2.0), np.linspace(100, 2000, 12)], 1)
+    found, _ = calibrate.least_squares(apart, apart @ [3.0, 0.01], rest=1)
+    assert found == pytest.approx([3.0, 0.01], rel=0.1)  # where steps differ, both are seen
+
+
 def test_a_calibration_without_the_parts_it_needs_is_refused():
     with pytest.raises(DataError, match="needs decode, train"):
         model.Measured.of({"responses": 1, "lengths": [[1, 1]]})

@@ -250,9 +250,11 @@ def _fit(rows: np.ndarray, seconds: np.ndarray, rest: int) -> np.ndarray:
     best, least = np.zeros(rows.shape[1]), math.inf
     for size in range(1, rows.shape[1] + 1):
         for some in itertools.combinations(range(rows.shape[1]), size):
+            if some[-1] < rest:
+                continue  # tokens cost something, whatever the noise of a few steps says
             solution = np.linalg.lstsq(scaled[:, some], wanted, rcond=None)[0]
             missed = float(((scaled[:, some] @ solution - wanted) ** 2).sum())
-            if (solution >= 0).all() and missed < least * (1 - 1e-9):
+            if (solution >= 0).all() and solution[[c >= rest for c in some]].any() and missed < least * (1 - 1e-9):
                 best, least = np.zeros(rows.shape[1]), missed
                 best[list(some)] = solution
     return best
