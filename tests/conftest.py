@@ -38,6 +38,7 @@ APART = {
     "slow": [
         "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/kernels/", "tests/mutants/",
         "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py",
+        "tests/test_cluster_sim.py::test_a_run_is_calibrated", "tests/test_cluster_sim.py::test_a_rank", "tests/test_cluster_sim.py::test_every_layout",
         "tests/evaluation/test_compare.py::test_the_command", "tests/learning/test_earned.py::test_a_run", "tests/learning/test_hybrid.py::test_a_run",
         "tests/learning/test_peers.py::test_loss_and_gradient_equal_trls", "tests/learning/test_peers.py::test_the_kl_to_the_start_equals_trls",
         "tests/models/test_unsafe.py", "tests/recipe/test_recipes.py::test_what_explores", "tests/recipe/test_recipes_of_large_models.py",
