@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length bench-adapters
 
-.PHONY: bench-busy bench-pretrained bench-memory families
+.PHONY: cluster-sim layouts bench-busy bench-pretrained bench-memory families
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-cluster bench-head bench-elementwise bench-gpu
 
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-elementwise   norms, gated units and rotations on a GPU, against Liger's and PyTorch's"
 	@echo "make bench-gpu    on one GPU of 80 GB or more, in at most 8 minutes: LoRA and full steps of 4B and 8B models"
 	@echo "make bench-cluster  what learner ranks and rollout workers cost, and how long a recovery takes"
+	@echo "make cluster-sim, layouts   step times on clusters by simulation; memory per rank by the plan"
 	@echo "make bench-memory  the memory plan against the measured peak, ten settings"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
@@ -142,6 +143,13 @@ bench-stability: dev
 # Some hundred architectures, small and with random weights, through two steps of the real loop; the last line is JSON. Under 15 minutes on two cores.
 families: dev
 	$(BIN)/python benchmarks/families.py
+
+# Step times by simulation, the best split of GPUs, and memory per rank by the plan's arithmetic.
+cluster-sim: dev
+	$(BIN)/python benchmarks/cluster_sim.py --assume 8B --gpus 8 64 512
+
+layouts: dev
+	$(BIN)/python benchmarks/layouts.py
 
 # The last line is JSON: what a cluster of one rank and one worker adds to a step, its sync, and a recovery. About 15 minutes on two cores.
 bench-cluster: dev | models/smollm2-135m
