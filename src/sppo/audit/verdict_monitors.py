@@ -15,7 +15,7 @@ from ..rewards.answer import choice_letter, gold_of
 from ..rewards.base import TEST_COLUMNS, Reward
 from ..rewards.combine import MixedReward
 from ..rewards.loading import load_reward
-from ..rewards.user_reward import CallableReward
+from ..rewards.user_reward import CallableReward, UserJudge
 from ..rollout.collect import sample_seed
 from ..types import Rollout, Task
 from .detect import Cusum, Rate
@@ -154,6 +154,8 @@ def reads_reference(reward: Any) -> bool:
     if isinstance(reward, MixedReward):
         return any(reads_reference(p.reward) for i, p in enumerate(reward.parts) if i == 0 or p.role == "and")
     inner = reward.function if isinstance(reward, CallableReward) else getattr(reward, "inner", reward)
+    if isinstance(inner, MixedReward | CallableReward | UserJudge):  # judged elsewhere (cluster/verifiers.py)
+        return reads_reference(inner)
     return not getattr(inner, "reference_free", False)
 
 

@@ -22,7 +22,10 @@ def verifier_sha256(reward: Reward) -> str:
     checker.
 
     Libraries (parsers, models) are left out. A reward typed into an interpreter has no file, so only its name counts.
+    One that is judged elsewhere states what was found there.
     """
+    if isinstance(stated := getattr(reward, "verifier_sha256", None), str):
+        return stated
     ours = Path(__file__).parent.parent
     files = {p for room in ROOMS for p in (ours / room).rglob("*.py")}
     names = []

@@ -49,6 +49,12 @@ class Fleet:
         ranks, workers = (default if gpus is None else gpus for gpus in asked)
         return ranks, workers
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What the cluster has, by Ray's names."""
+        found: dict[str, float] = self._ray.cluster_resources()
+        return found
+
     def _enough(self) -> None:
         """Raises RecipeError where the cluster lacks what actors would wait for, for ever."""
         s, there = self.section, self._ray.cluster_resources()
@@ -65,22 +71,24 @@ class Fleet:
                 f"[cluster] reserves {cpus:g} CPU cores, and the cluster has {cores:g}: lower cluster.learner_cpus or rollout_cpus"
             )
 
-    def prepare(self, kind: type[Hosted], number: int, inner: type, *, cpus: float, gpus: float) -> None:
-        """Start actors that will be asked for later, and let them import what an object of class `inner` needs."""
+    def prepare(self, kind: type[Hosted], number: int, inner: type, *, cpus: float, gpus: float, **where: Any) -> None:
+        """Start actors that will be asked for later, and let them import what an object of class `inner` needs. `where` are Ray's options
+        that say on which node."""
         for _ in range(number):
-            made = self._new(kind, cpus, gpus)
+            made = self._new(kind, cpus, gpus, where)
             made.warm.remote(inner)
             self._spare.setdefault(kind, []).append(made)
 
-    def actor(self, kind: type[Hosted], name: str, *, cpus: float, gpus: float) -> Handle:
+    def actor(self, kind: type[Hosted], name: str, *, cpus: float, gpus: float, **where: Any) -> Handle:
         """One that was prepared, else one that is started now; it comes as it may."""
         spare = self._spare.get(kind)
-        return Handle(name, spare.pop() if spare else self._new(kind, cpus, gpus), self.section.timeout)
+        return Handle(name, spare.pop() if spare else self._new(kind, cpus, gpus, where), self.section.timeout)
 
-    def _new(self, kind: type[Hosted], cpus: float, gpus: float) -> Any:
+    def _new(self, kind: type[Hosted], cpus: float, gpus: float, where: dict[str, Any]) -> Any:
         return self._ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, concurrency_groups={HEALTH: 1},
             runtime_env={"env_vars": _inherited()} if self.section.address else None,  # a local cluster inherits them
+            **where,
         )(kind).remote()  # fmt: skip
 
     def opened(self, makes: dict[Handle, Callable[[], Any]]) -> dict[Handle, Any]:

@@ -271,6 +271,14 @@ def what_is_sampled_ahead_needs_no_learner(c: Recipe) -> Sentences:
         )
 
 
+def verifiers_belong_to_a_cluster(c: Recipe) -> Sentences:
+    if c.reward.workers and c.cluster is None:
+        yield (
+            f"reward.workers = {c.reward.workers} are processes of a cluster: give [cluster] too (--cluster.rollouts 1), or "
+            "leave reward.workers out"
+        )
+
+
 RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     stages_belong_to_staged,
     credit_per_token_needs_ratios_per_token,
@@ -295,5 +303,6 @@ RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     adapters_stand_on_frozen_weights,
     what_is_offloaded_is_not_paged,
     what_is_sampled_ahead_needs_no_learner,
+    verifiers_belong_to_a_cluster,
 )
 """Every rule; the first sentence of the first one that a recipe breaks is its error."""

@@ -28,7 +28,7 @@ DATA_KEYS = ("task.train", "task.eval", "bootstrap.task")
 """Keys that may name a file of rows."""
 MEMORY_KEYS = ("training.micro_tokens", "training.checkpoint_activations", "rollout.batch")
 """Keys that decide how much memory a run needs, and nothing that is learnt but rounding: they may change when it is resumed."""
-CLUSTER_KEYS = tuple(f"cluster.{name}" for name in ClusterSection.model_fields if name != "lag")
+CLUSTER_KEYS = (*(f"cluster.{name}" for name in ClusterSection.model_fields if name != "lag"), "reward.workers")
 """Where and on how many processes a run is computed: may change when it is resumed. What is learnt differs in rounding at most."""
 LARGEST, MOST_NESTED, MOST_DOTS = 2**18, 20, 1000
 """Limits of a recipe: its characters, how deep its lists and tables go, and the dots in one of its lines."""

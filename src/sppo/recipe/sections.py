@@ -127,6 +127,9 @@ class RewardSection(Section):
     limit: float = Field(
         600.0, gt=0, description="seconds per call of your own reward; then each sample alone, masked if it hangs"
     )
+    workers: int = Field(
+        0, ge=0, description="processes that judge, beside [cluster]'s others; 0: responses are judged in this process"
+    )
 
 
 class BootstrapSection(Section):

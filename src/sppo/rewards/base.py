@@ -26,7 +26,11 @@ TEST_COLUMNS = ("tests", "test_list", "test", "input_output")
 
 
 class Reward(Protocol):
-    """Judges responses; `check` says what is wrong with a task before anything is sampled for it."""
+    """Judges responses; `check` says what is wrong with a task before anything is sampled for it.
+
+    One whose verdicts depend on the other responses of a call, or whose numbers do, says `divisible = False`: verifier
+    workers (cluster/verifiers.py) then never divide a call.
+    """
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict for each rollout, in order."""
@@ -36,3 +40,8 @@ class Reward(Protocol):
 
     def close(self) -> None:
         """End what the reward started (worker processes); it may be used again."""
+
+
+def divisible(reward: object) -> bool:
+    """Whether a call may be divided into several with the same verdicts; a user's own may not, unless it says so."""
+    return bool(getattr(reward, "divisible", True))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ..errors import RecipeError
 from ..types import Rollout, Task, Verdict
-from .base import Reward
+from .base import Reward, divisible
 
 Role = Literal["+", "and", "gate"]
 _JOINT = re.compile(r"(?<!\s)\s+(\+|and|gate)\s+")
@@ -80,6 +80,11 @@ class MixedReward:
         self.parts = parts
         self.fade = 1.0
         """Factor on the weights of all parts but the first."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether each part is."""
+        return all(divisible(part.reward) for part in self.parts)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict each.

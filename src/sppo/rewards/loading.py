@@ -7,24 +7,42 @@ use: `f(prompts, completions, **columns) -> list[float | None]` (None: could not
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import RecipeError, RewardError
+from ..errors import RecipeError, RewardError, SandboxUnavailable
 from ..spec import GIVEN, call, call_own, is_import, parse_spec, resolve
-from ..types import Task
+from ..types import Rollout, Task, Verdict
 from .base import TEST_COLUMNS, Reward
 from .combine import MixedReward, Part, is_mixture, parse_mixture
 from .user_reward import LIMIT, CallableReward, UserJudge
 
 
-def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Reward:
+class Elsewhere:
+    """Stands for a reward that this machine cannot run, and another one may."""
+
+    def __init__(self, why: SandboxUnavailable) -> None:
+        self.why = why
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Raises SandboxUnavailable."""
+        raise self.why
+
+    def check(self, task: Task) -> str | None:
+        """Raises SandboxUnavailable."""
+        raise self.why
+
+    def close(self) -> None:
+        return None
+
+
+def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT, *, elsewhere: bool = False) -> Reward:
     """The reward that `reward.use` names, or that a Python user passes (a callable or an object with `judge`).
 
     `limit`: seconds that one call of a user's own may take. Raises RecipeError, also for one that is a part of a sum
-    only.
+    only; and SandboxUnavailable, unless it is to judge `elsewhere`: then `Elsewhere` stands for what needs a jail.
     """
-    reward = _load(use, limit)
+    reward = _load(use, limit, elsewhere)
     if getattr(reward, "beside", False):
         raise RecipeError(
             f"reward {use!r} is about what another part says is right: write answer + {use} (or math, code)"
@@ -32,7 +50,7 @@ def load_reward(use: str | Callable[..., Any] | Reward, limit: float = LIMIT) ->
     return reward
 
 
-def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
+def _load(use: str | Callable[..., Any] | Reward, limit: float, elsewhere: bool) -> Reward:
     if not isinstance(use, str):
         return _adapt(use, getattr(use, "__name__", type(use).__name__), limit)
     if use == GIVEN:
@@ -40,7 +58,7 @@ def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
             "this run's reward was given in Python; continue it there: SPPOConfig(resume_from_checkpoint=True)"
         )
     if is_mixture(use):
-        parts = [Part(spec, _load(spec, limit), role, weight) for role, weight, spec in parse_mixture(use)]
+        parts = [Part(spec, _load(spec, limit, elsewhere), role, weight) for role, weight, spec in parse_mixture(use)]
         for i, part in enumerate(parts):
             if getattr(part.reward, "beside", False) and (i == 0 or part.role != "+"):
                 raise RecipeError(
@@ -50,7 +68,12 @@ def _load(use: str | Callable[..., Any] | Reward, limit: float) -> Reward:
     if is_import(use, "sppo.rewards"):
         return _own(use, limit)
     spec = parse_spec(use)
-    return call(resolve(spec.name, "sppo.rewards", "build"), f"reward {spec.name}", *spec.words, **spec.options)
+    try:
+        return call(resolve(spec.name, "sppo.rewards", "build"), f"reward {spec.name}", *spec.words, **spec.options)
+    except SandboxUnavailable as why:
+        if not elsewhere:
+            raise
+        return Elsewhere(why)
 
 
 def _own(use: str, limit: float) -> Reward:

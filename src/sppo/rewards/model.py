@@ -37,6 +37,8 @@ class ModelReward:
 
     reference_free = True
     """It needs no reference answer, so the monitor `reference` skips it (audit/monitors.py)."""
+    divisible = False
+    """Scores differ in rounding by what else is in a micro-batch."""
 
     def __init__(self, name: str, center: float | None, scale: float, tokens: int, dtype: str) -> None:
         from ..models.loading import pick_device  # torch, which `sppo verify --help` does not need

@@ -122,6 +122,9 @@ def settled(turns: Sequence[Turn], cap: float) -> bool:
 class RuntimeReward:
     """Verdicts of `code`, and for what is correct the speed."""
 
+    divisible = False
+    """Programs that are timed by several workers at once would slow each other down."""
+
     def __init__(self, sandbox: Runs, cap: float, pairs: int) -> None:
         self.sandbox, self.cap, self.pairs = sandbox, cap, pairs
         self.code = CodeReward(sandbox)

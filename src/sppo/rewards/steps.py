@@ -77,6 +77,11 @@ class StepReward:
         """The function that scores steps, unless a model does; its code counts as the verifier's (audit/verifier.py).
         """
 
+    @property
+    def divisible(self) -> bool:
+        """A model's scores differ in rounding by what else is in a micro-batch."""
+        return self.checker is not None
+
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Correct (0.5 or more), wrong, unparseable (no step could be judged: 0), infra_error (too long for the model:
         masked)."""

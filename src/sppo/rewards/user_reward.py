@@ -68,6 +68,11 @@ class CallableReward:
                 known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in GIVEN_TO_ALL]
                 raise RecipeError(f"reward {name} has no option {key!r}: {nearest(key, known)}")
 
+    @property
+    def divisible(self) -> bool:
+        """Whether the function says `divisible = True`: it scores every response by itself."""
+        return bool(getattr(self.function, "divisible", False))
+
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Raises RewardError naming the reward and the remedy when it raises, hangs or returns what it may not."""
         return guarded(self.name, self.limit, rollouts, self._call)
@@ -128,6 +133,11 @@ class UserJudge:
 
     def __init__(self, inner: Any, name: str, limit: float) -> None:
         self.inner, self.name, self.limit = inner, name, limit
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the object says `divisible = True`: it judges every response by itself."""
+        return bool(getattr(self.inner, "divisible", False))
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """Raises RewardError as `CallableReward` does."""

@@ -92,7 +92,8 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
     must_be_the_same(directory.path, data)
-    reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
+    if not config.reward.workers:
+        reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
     models = _models(config, directory.path, parts, saved, note)
     with contextlib.ExitStack() as undo:
         undo.callback(models.close)
@@ -119,13 +120,14 @@ def _around(
     config, planned = models.planned(config, prompt, note)
     if saved is None:
         config = models.rated(config)
+    judging = models.judging(reward, train_tasks[0])
     engine = models.engine(config)
     if engine.stated:
         note(engine.stated)
     sampling = Sampling.of(config.rollout)
     warnings = Warnings(config, sampling, note)
     warnings.before()
-    monitors = Monitors(config.monitors, reward, config.seed, config.reward.limit)
+    monitors = Monitors(config.monitors, judging, config.seed, config.reward.limit)
     limit = PromptLimit(config, policy, critic, engine.context)
     held_out = _usable(config, train_tasks, eval_tasks, limit, note)
     if not isinstance(policy, ControlPolicy):
@@ -134,7 +136,7 @@ def _around(
         config.curriculum, train_tasks, config.seed, limit, critic, held_out, config.training.micro_budget
     )
     return Components(
-        config=config, observer=observer, directory=directory, data=data, environment=environment, reward=reward, verifier=verifier_sha256(reward),
+        config=config, observer=observer, directory=directory, data=data, environment=environment, reward=judging, verifier=verifier_sha256(judging),
         monitors=monitors, models=models, policy=policy, critic=critic, plan=planned, engine=engine, sampling=sampling, warnings=warnings,
         prompt_limit=limit, train_tasks=train_tasks, held_out=held_out, curriculum=problems,
         checker=step_checker(config.task.eval or config.task.train, held_out[0], reward),
@@ -160,7 +162,7 @@ def _models(config: Config, path: Path, parts: Parts, saved: Path | None, note: 
 
 
 def _reward(config: Config, parts: Parts) -> Reward:
-    reward = parts.reward or load_reward(config.reward.use, config.reward.limit)
+    reward = parts.reward or load_reward(config.reward.use, config.reward.limit, elsewhere=config.reward.workers > 0)
     if config.reward.anneal and not (isinstance(reward, MixedReward) and adds(reward.parts)):
         raise RecipeError(
             f"reward.anneal fades what is added to a reward, and reward.use = {config.reward.use!r} adds nothing"

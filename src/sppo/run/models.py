@@ -31,6 +31,7 @@ from ..rewards.base import Reward
 from ..rollout.engine import Engine, load_engine
 from ..spec import GIVEN, is_import, make
 from ..tasks.base import TaskSource
+from ..types import Task
 from .footprint import Model
 from .plan import Plan, plan
 
@@ -107,6 +108,10 @@ class Models:
     def engine(self, config: Config) -> Engine:
         """The engine that `rollout.engine` names, over the policy; `config` is settled."""
         return load_engine(config.rollout.engine, self.policy)
+
+    def judging(self, reward: Reward, task: Task) -> Reward:
+        """What judges by this reward: itself, or the workers of a cluster (`reward.workers`); `task` is one of the problems."""
+        return reward
 
     def restart(self, lost: WorkerLost, saved: Path | None) -> None:
         """Nothing that is here can be lost alone."""

@@ -16,12 +16,15 @@ from ..cluster.journal import Journal
 from ..cluster.learners import LearnerGroup
 from ..cluster.remote import RemoteCritic, RemoteImitation, RemoteLearner, RemotePolicy
 from ..cluster.rollouts import FleetEngine, chunk_of
+from ..cluster.verifiers import Verifiers, verifiers
 from ..errors import RecipeError, WorkerLost
 from ..learning.learner import Learner
 from ..learning.sft import Imitation
 from ..models.mlp import is_control
 from ..recipe.config import Config
+from ..rewards.base import Reward
 from ..rollout.engine import Engine
+from ..types import Task
 from .models import Models, Note, Parts
 from .plan import Plan
 from .rank import Rank, Sampler
@@ -42,6 +45,8 @@ class OnCluster(Models):
         self.run, self.note = run.resolve(), note
         threads = torch.get_num_threads()
         each = [threads if section.address else max(1, threads // n) for n in (section.learners, section.rollouts)]
+        self._given = parts.reward
+        self.verifiers: Verifiers | None = None
         self.parts = replace(parts, reward=None, train=None, evaluation=None)  # models alone travel
         self.fleet = Fleet(section, note)
         try:
@@ -84,7 +89,18 @@ class OnCluster(Models):
         self.journal = Journal(self.run / "journal")
         make = partial(Sampler, config, self.parts, _whole(self.saved), self._threads)
         self.workers = FleetEngine(self.fleet, self.ranks, make, self.journal)
+        if self.verifiers is not None:
+            self.verifiers.ready()
         return self.workers
+
+    def judging(self, reward: Reward, task: Task) -> Reward:
+        """Verifier workers where the recipe asks for them: they start now, and are there once the engine is."""
+        section = self.config.reward
+        if not section.workers:
+            return reward
+        given = section.use if self._given is None else self._given
+        self.verifiers = verifiers(self.fleet, section.workers, given, section.limit, task, reward)
+        return self.verifiers
 
     def restart(self, lost: WorkerLost, saved: Path | None) -> None:
         """Fresh ranks, with the models of the checkpoint `saved`, or those of the recipe."""
@@ -95,7 +111,7 @@ class OnCluster(Models):
 
     def metrics(self) -> dict[str, Any]:
         """See `Models`."""
-        return self.workers.metrics()
+        return {**self.workers.metrics(), **({} if self.verifiers is None else self.verifiers.metrics())}
 
     def kept(self, step: int) -> None:
         """See `Models`."""

@@ -176,8 +176,8 @@ class Run:
         try:
             c.engine.close()
         finally:
+            c.reward.close()  # before Ray ends with the models
             c.models.close()
-            c.reward.close()
             c.monitors.close()
             self.recorder.trackers.close({})  # a run that failed
             c.directory.close()

@@ -11,7 +11,6 @@ from ..audit.work import without_work
 from ..errors import RewardError
 from ..learning.lessons import Lessons
 from ..memory import give_back, ran_out
-from ..rewards.combine import MixedReward
 from ..rollout.collect import collect
 from ..spec import GIVEN
 from ..types import Rollout, Task
@@ -55,8 +54,9 @@ class Search(Protocol):
 
 def sample(c: Components, step: int, search: Search | None = None) -> Sampled:
     """Sample and judge `rollout.prompts` problems; search those that look hopeless, where a recipe says so."""
-    if isinstance(c.reward, MixedReward) and c.config.reward.anneal:
-        c.reward.fade = max(0.0, 1 - step / c.config.reward.anneal)
+    if c.config.reward.anneal:
+        mixed: Any = c.reward  # as `build` has made sure; it may be judged elsewhere
+        mixed.fade = max(0.0, 1 - step / c.config.reward.anneal)
     found = _with_greedy(c, step) if c.config.objective.baseline == "greedy" else _resampled(c, step)
     if search is not None:
         lessons, metrics = search.step(step, found.seen)
