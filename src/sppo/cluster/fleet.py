@@ -14,10 +14,11 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from ..distributed.transfer import Meeting
-from ..errors import RecipeError, RunFailure, UserError, WorkerLost
+from ..errors import RecipeError, RunFailure, WorkerLost
 from ..files import first_line
 from ..recipe.sections import ClusterSection
 from .calls import HEALTH, Failed, Handle, Hosted, outcomes, raised
+from .versions import same_versions
 
 STORE_BYTES = 512 * 2**20
 """Of a local cluster's object store, which carries ids and verdicts, no weights."""
@@ -127,30 +128,6 @@ class Fleet:
         """End every actor, and the cluster where it was started here."""
         with contextlib.suppress(Exception):  # what is gone needs no end
             self._ray.shutdown()
-
-
-def same_versions(name: str, theirs: dict[str, str]) -> None:
-    """Raises UserError where an actor runs another version of what decides its numbers."""
-    for package, own in versions().items():
-        if theirs.get(package) != own:
-            raise UserError(
-                f"{name} runs {package} {theirs.get(package)}, and this process {own}: install the same on every node"
-            )
-
-
-def versions() -> dict[str, str]:
-    """What decides the numbers of a process."""
-    import sys
-
-    import torch
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "sppo": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "Python": ".".join(map(str, sys.version_info[:2])),
-    }  # fmt: skip
 
 
 def _inherited() -> dict[str, str]:

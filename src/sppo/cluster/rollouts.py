@@ -18,9 +18,10 @@ from ..errors import DataError, RunFailure, StaleWeights, WorkerLost
 from ..models.weights import Weights
 from ..rollout.engine import Sample, Sampling
 from .calls import Failed, Handle, RolloutWorker, outcomes, raised
-from .fleet import Fleet, same_versions
+from .fleet import Fleet
 from .journal import Journal, key
 from .learners import BROKEN, LearnerGroup
+from .versions import same_versions
 
 STARTING, STALE, HEALTHY = "STARTING", "STALE", "HEALTHY"
 

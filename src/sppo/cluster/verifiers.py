@@ -27,13 +27,15 @@ import torch
 from ..audit.verifier import verifier_sha256
 from ..errors import RecipeError, RewardError, RunFailure, UserError, WorkerLost
 from ..files import first_line
-from ..rewards.base import Reward, divisible
+from ..rewards.base import Reward
 from ..rewards.combine import MixedReward
-from ..rewards.loading import Elsewhere, load_reward
+from ..rewards.loading import Elsewhere
 from ..rewards.user_reward import LEAST, CallableReward, UserJudge
 from ..types import Rollout, Task, Verdict
 from .calls import Failed, Handle, VerifierWorker, outcomes, raised
-from .fleet import Fleet, same_versions, versions
+from .fleet import Fleet
+from .verifier import Verifier
+from .versions import same_versions
 
 CHUNKS = 4
 """Of a call, per worker: a slow one holds up no more than one of them."""
@@ -58,49 +60,6 @@ OF_A_NODE = (
 """Beginnings of names of environment variables that say something of this node; the others travel, such as a reward's keys."""
 OTHERS = 60.0
 """Seconds per response that parts of a mixture may take which have no limit of their own."""
-
-
-class Verifier:
-    """What a verifier worker holds: the reward, made as the driver makes it."""
-
-    def __init__(
-        self, given: str | bytes, limit: float, task: Task, folder: Path, variables: Mapping[str, str], path: Sequence[str], threads: int
-    ) -> None:  # fmt: skip
-        """`given` is `reward.use`, or a pickled reward; `task` one of the run's problems, `folder` the driver's, `path` its `sys.path`,
-        `variables` those of its environment that count where the worker has none of that name."""
-        for name, value in variables.items():
-            os.environ.setdefault(name, value)
-        if folder.is_dir():
-            os.chdir(folder)
-        torch.set_num_threads(threads)
-        self.reward: Reward
-        self.refused: UserError | None = None
-        try:
-            self.reward = load_reward(given, limit) if isinstance(given, str) else _unpickled(given, path)
-            self.reward.check(task)
-        except UserError as why:
-            self.refused = why
-
-    def facts(self) -> dict[str, Any]:
-        """What the driver needs to know; `refused` says why nothing can be judged here."""
-        found: dict[str, Any] = {"versions": versions(), "refused": self.refused}
-        if self.refused is None:
-            found |= {"sha256": verifier_sha256(self.reward), "divisible": divisible(self.reward)}
-        return found
-
-    def progress(self) -> None:
-        """It is there."""
-
-    def judge(self, rollouts: Sequence[Rollout], fade: float) -> bytes:
-        """The verdicts, pickled. Raises what the reward raises."""
-        if isinstance(self.reward, MixedReward):
-            self.reward.fade = fade
-        verdicts = self.reward.judge(rollouts)
-        try:
-            found: bytes = _cloudpickle().dumps(verdicts)
-        except Exception as error:
-            raise RewardError(f"the evidence of a verdict cannot be sent to the run: {first_line(error)}") from error
-        return found
 
 
 class Verifiers:
@@ -279,8 +238,10 @@ def verifiers(fleet: Fleet, workers: int, given: str | Reward, limit: float, tas
     if isinstance(given, str):
         source = given
     else:
+        from ray import cloudpickle
+
         try:
-            source = _cloudpickle().dumps(given)
+            source = cloudpickle.dumps(given)
         except Exception as error:
             raise RecipeError(
                 f"this run's reward was given in Python and cannot be sent to other processes ({first_line(error)}): set reward.workers = 0, or "
@@ -291,21 +252,3 @@ def verifiers(fleet: Fleet, workers: int, given: str | Reward, limit: float, tas
     variables = travels if fleet.section.address else {}  # actors of a local cluster inherit them
     make = partial(Verifier, source, limit, task, Path.cwd(), variables, path, torch.get_num_threads())
     return Verifiers(fleet, workers, make, inner)
-
-
-def _unpickled(given: bytes, path: Sequence[str]) -> Reward:
-    """A reward that was given in Python. Raises RecipeError where it cannot be made here."""
-    sys.path += [place for place in path if place not in sys.path]
-    try:
-        found: Reward = pickle.loads(given)
-    except Exception as error:
-        raise RecipeError(
-            f"the reward given in Python cannot be made in another process ({type(error).__name__}: {error}): set reward.workers = 0"
-        ) from None
-    return found
-
-
-def _cloudpickle() -> Any:
-    from ray import cloudpickle
-
-    return cloudpickle

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cluster.fleet import versions
 from ..cluster.remote import CriticFacts, PolicyFacts
+from ..cluster.versions import versions
 from ..distributed.mesh import Mesh
 from ..distributed.ranks import join
 from ..distributed.transfer import Channel, Layout, Meeting
