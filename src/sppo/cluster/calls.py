@@ -137,7 +137,9 @@ def outcomes(running: dict[Any, Handle], tick: Callable[[], None] | None = None)
             handle = running.pop(ref)
             try:
                 value = ray.get(ref)
-            except ray.exceptions.RayActorError as error:
+            except ray.exceptions.RayTaskError:
+                raise  # of the actor's own code, not of its process
+            except ray.exceptions.RayError as error:  # the process, its node, or what it had returned is gone
                 value = WorkerLost(f"{handle.name} died" + _reason(error))
             yield ref, handle, value
         if time.monotonic() - looked < PERIOD:
@@ -153,7 +155,7 @@ def outcomes(running: dict[Any, Handle], tick: Callable[[], None] | None = None)
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if "memory" in text.lower():
+    if "low on memory" in text.lower():  # every death is said to be perhaps one of too much memory
         return ": Ray ended it, because its node is short of memory"
     return (
         ": its node is gone"
