@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 SPEED  := bench-rollout bench-update bench-step bench-critic bench-length bench-adapters
 
-.PHONY: cluster-sim layouts bench-busy bench-pretrained bench-memory families
+.PHONY: chaos cluster-sim layouts bench-busy bench-pretrained bench-memory families
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
 .PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-cluster bench-head bench-elementwise bench-gpu
 
@@ -28,6 +28,7 @@ help:
 	@echo "make cluster-sim, layouts   step times on clusters by simulation; memory per rank by the plan"
 	@echo "make bench-memory  the memory plan against the measured peak, ten settings"
 	@echo "make bench-busy   eight steps of quickstart beside one busy loop per core"
+	@echo "make chaos        kills and stops processes of a run on a cluster at random moments; about an hour on two cores"
 	@echo "make fuzz         damaged recipes, rows, models and runs through the commands that read them, up to 20 minutes"
 	@echo "make mutants      faults made on purpose in what computes gradients: does a test fail for each? about 15 minutes"
 	@echo "make test-vllm    the vLLM engine, in an environment of its own (.venv-vllm)"
@@ -76,6 +77,10 @@ test-fast: dev
 # Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
 fuzz: dev bubblewrap
 	$(BIN)/python -m tests.fuzz.run
+
+# Learner ranks, rollout workers, the verifier and the driver of a run, killed at ten random moments each: the same run in the end, every time.
+chaos: dev
+	$(BIN)/python benchmarks/chaos.py
 
 # The last line is JSON: how many mutants of tests/mutants/mutants.py the tests kill, of how many. At most 15 minutes on one core.
 mutants: dev
