@@ -23,7 +23,15 @@ class LearnerGroup:
         self.start(make)
 
     def start(self, make: Callable[[int, Meeting], Callable[[], Any]]) -> None:
-        """Start all ranks, in place of any that are there."""
+        """Start all ranks, in place of any that are there; and again where one is lost meanwhile."""
+        while True:
+            try:
+                self._started(make)
+                return
+            except WorkerLost as lost:
+                self.fleet.account(lost)
+
+    def _started(self, make: Callable[[int, Meeting], Callable[[], Any]]) -> None:
         self.kill()
         size = self.fleet.section.learners
         gpus, cpus = self.fleet.devices[0], self.fleet.section.learner_cpus

@@ -29,8 +29,10 @@ STARTING, STALE, HEALTHY = "STARTING", "STALE", "HEALTHY"
 class FleetEngine:
     """See `rollout.engine.Engine`. Weights come from the learner's ranks, not through this process."""
 
-    def __init__(self, fleet: Fleet, learners: LearnerGroup, make: Callable[[], Any], journal: Journal) -> None:
-        """`make` is what a worker makes of itself. Raises what a worker raised."""
+    def __init__(
+        self, fleet: Fleet, learners: LearnerGroup, make: Callable[[], Callable[[], Any]], journal: Journal
+    ) -> None:
+        """`make` gives what a worker that starts now makes of itself. Raises what a worker raised."""
         self.fleet, self.learners, self.journal, self._make = fleet, learners, journal, make
         self.chunk = fleet.section.chunk
         self.states: dict[Handle, str] = {}
@@ -160,7 +162,7 @@ class FleetEngine:
         handle = self.fleet.actor(
             RolloutWorker, f"rollout worker {self._number}", cpus=section.rollout_cpus, gpus=self.fleet.devices[1]
         )
-        self._opening[handle.open(self._make, section.start_timeout)] = handle
+        self._opening[handle.open(self._make(), section.start_timeout)] = handle
         self.states[handle] = STARTING
 
     def _joined(self, wait: bool) -> dict[str, Any]:

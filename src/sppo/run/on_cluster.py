@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..recipe.config import Config
 from ..rewards.base import Reward
 from ..rollout.engine import Engine
 from ..types import Task
+from .directory import step_name
 from .models import Models, Note, Parts
 from .plan import Plan
 from .rank import Rank, Sampler
@@ -73,25 +75,37 @@ class OnCluster(Models):
 
     def planned(self, config: Config, prompt: int, note: Note) -> tuple[Config, Plan | None]:
         """See `Models`."""
-        config, found, notes = self.ranks.call("planned", config, prompt)
+        config, found, notes = self._early("planned", config, prompt)
         self._say(notes)
         return config, found
 
     def rated(self, config: Config) -> Config:
         """See `Models`."""
-        found: Config = self.ranks.call("rated", config)
+        found: Config = self._early("rated", config)
         return found
+
+    def _early(self, name: str, *args: Any) -> Any:
+        """What the ranks say before anything is learnt; they start again where one is lost."""
+        while True:
+            try:
+                return self.ranks.call(name, *args)
+            except WorkerLost as lost:
+                self.fleet.account(lost)
+                self.ranks.start(partial(self._make, self.config, self.saved))
 
     def engine(self, config: Config) -> Engine:
         """The engine of the rollout workers, which are started now."""
-        self.ranks.call("settle", config)
+        self._early("settle", config)
         self.config = config
         self.journal = Journal(self.run / "journal")
-        make = partial(Sampler, config, self.parts, _whole(self.saved), self._threads)
-        self.workers = FleetEngine(self.fleet, self.ranks, make, self.journal)
+        self.workers = FleetEngine(self.fleet, self.ranks, self._sampler, self.journal)
         if self.verifiers is not None:
             self.verifiers.ready()
         return self.workers
+
+    def _sampler(self) -> Callable[[], Sampler]:
+        """What a rollout worker makes of itself: a resumed run's from a checkpoint that is still there."""
+        return partial(Sampler, self.config, self.parts, _whole(self.saved), self._threads)
 
     def judging(self, reward: Reward, task: Task) -> Reward:
         """Verifier workers where the recipe asks for them: they start now, and are there once the engine is."""
@@ -106,8 +120,9 @@ class OnCluster(Models):
         """Fresh ranks, with the models of the checkpoint `saved`, or those of the recipe."""
         self.fleet.account(lost)
         self.workers.meet_anew()
+        self.saved = saved
         self.ranks.start(partial(self._make, self.config, saved))
-        self.ranks.call("settle", self.config)
+        self._early("settle", self.config)
 
     def metrics(self) -> dict[str, Any]:
         """See `Models`."""
@@ -115,6 +130,8 @@ class OnCluster(Models):
 
     def kept(self, step: int) -> None:
         """See `Models`."""
+        if self.saved is not None:  # which goes when newer ones are there
+            self.saved = self.run / "checkpoints" / step_name(step)
         self.journal.forget(step - self.fleet.section.lag)
 
     def copy_journal(self, version: int, folder: Path) -> None:

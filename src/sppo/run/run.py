@@ -51,7 +51,15 @@ class Run:
         self._stand(saved)
 
     def _stand(self, saved: Path | None) -> None:
-        """Where the checkpoint `saved` was written, or at the beginning."""
+        """Where the checkpoint `saved` was written, or at the beginning; with a fresh learner where this one is lost meanwhile."""
+        while True:
+            try:
+                self._placed(saved)
+                return
+            except WorkerLost as lost:
+                self.components.models.restart(lost, saved)
+
+    def _placed(self, saved: Path | None) -> None:
         c, self.saved, self.state, self.clock = self.components, saved, State(), Clock()
         self.sync = WeightSync(c.engine, c.policy, c.config.objective.engine_gap_limit)
         if self.search is not None:
