@@ -73,10 +73,6 @@ class Verifiers:
         self._free: list[Handle] = []
         self._opening: dict[Any, Handle] = {}
         self._lock = threading.RLock()
-        there = fleet.resources
-        self._where: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if fleet.section.address else {}
-        if "bubblewrap" in there:
-            self._where["resources"] = {"bubblewrap": SHARE}
         for _ in range(workers):
             self._start()
 
@@ -182,7 +178,7 @@ class Verifiers:
 
     def _start(self) -> None:
         self._number += 1
-        handle = self.fleet.actor(VerifierWorker, f"verifier {self._number}", cpus=0, gpus=0, **self._where)
+        handle = self.fleet.actor(VerifierWorker, f"verifier {self._number}", cpus=0, gpus=0, **places(self.fleet))
         self._opening[handle.open(self._make, self.fleet.section.start_timeout)] = handle
 
     def _opened(self, ref: Any, handle: Handle, value: Any) -> None:
@@ -225,6 +221,14 @@ class Verifiers:
         handle.kill()
         self._free = [h for h in self._free if h is not handle]
         self._opening = {ref: h for ref, h in self._opening.items() if h is not handle}
+
+
+def places(fleet: Fleet) -> dict[str, Any]:
+    """Ray's options that say where verifiers run: spread over a cluster's nodes, and on those with bubblewrap where that is known."""
+    found: dict[str, Any] = {"scheduling_strategy": "SPREAD"} if fleet.section.address else {}
+    if "bubblewrap" in fleet.resources:
+        found["resources"] = {"bubblewrap": SHARE}
+    return found
 
 
 def chunk_size(responses: int, workers: int) -> int:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from ..cluster.calls import LearnerRank, RolloutWorker
+from ..cluster.calls import LearnerRank, RolloutWorker, VerifierWorker
 from ..cluster.fleet import Fleet
 from ..cluster.journal import Journal
 from ..cluster.learners import LearnerGroup
 from ..cluster.remote import RemoteCritic, RemoteImitation, RemoteLearner, RemotePolicy
 from ..cluster.rollouts import FleetEngine, chunk_of
-from ..cluster.verifiers import Verifiers, verifiers
+from ..cluster.verifier import Verifier
+from ..cluster.verifiers import Verifiers, places, verifiers
 from ..errors import RecipeError, WorkerLost
 from ..learning.learner import Learner
 from ..learning.sft import Imitation
@@ -55,6 +56,7 @@ class OnCluster(Models):
             gpus = self.fleet.devices
             self.fleet.prepare(LearnerRank, section.learners, Rank, cpus=section.learner_cpus, gpus=gpus[0])
             self.fleet.prepare(RolloutWorker, section.rollouts, Sampler, cpus=section.rollout_cpus, gpus=gpus[1])
+            self.fleet.prepare(VerifierWorker, config.reward.workers, Verifier, cpus=0, gpus=0, **places(self.fleet))
             make = self._make = lambda config, saved, rank, meeting: partial(
                 Rank, config, self.parts, _whole(saved), self.run, rank, meeting, each[0]
             )
