@@ -24,7 +24,14 @@ def loaded() -> Any:
 
 
 benchmark = loaded()
-LESS = {"steps": 3, "bootstrap.steps": 2, "evaluation.n": 8, "run.checkpoint_every": 1, "cluster.rollouts": 1, "cluster.timeout": 8}
+LESS = {
+    "steps": 3,
+    "bootstrap.steps": 2,
+    "evaluation.n": 8,
+    "run.checkpoint_every": 1,
+    "cluster.rollouts": 1,
+    "cluster.timeout": 8,
+}
 
 
 @pytest.fixture(scope="module")

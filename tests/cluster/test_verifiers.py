@@ -52,6 +52,10 @@ def picky(completions, answer, **columns):
 picky.divisible = True
 
 
+def stuck(completions, **columns):
+    time.sleep(1000)
+
+
 class Once:
     """Can judge in the process that comes first, as if only its node had a jail."""
 
@@ -224,6 +228,14 @@ def test_faults_are_counted_over_the_whole_call(started: Callable[..., Verifiers
         judging.judge(many)
     assert str(there.value) == str(here.value)
     assert "cannot read 'broken'" in str(there.value)
+
+
+def test_a_reward_that_cannot_be_interrupted_is_given_up(started: Callable[..., Verifiers]) -> None:
+    """Where a thread waits outside of Python, the limit of a call does not end it: the worker does."""
+    given = rollouts(2)
+    judging = started("mine:stuck", given[0].task, 1, limit=1)
+    with pytest.raises(RewardError, match=r"did not come back on verifier 1, long after its limit \(reward\.limit\)"):
+        judging.judge(given)
 
 
 def test_a_worker_whose_node_cannot_judge_is_named_and_not_used(

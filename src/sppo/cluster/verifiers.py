@@ -62,6 +62,10 @@ OTHERS = 60.0
 """Seconds per response that parts of a mixture may take which have no limit of their own."""
 
 
+class Overdue(RewardError):
+    """A user's own reward waits for something that Python cannot interrupt."""
+
+
 class Verifiers:
     """A Reward whose calls are judged by workers. `inner` is the same reward in this process, which judges nothing."""
 
@@ -97,8 +101,8 @@ class Verifiers:
             chunks = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
             try:
                 return self._judged(chunks)
-            except RewardError:
-                if len(chunks) == 1:
+            except RewardError as error:
+                if len(chunks) == 1 or isinstance(error, Overdue):
                     raise
                 return self._judged([rollouts])  # how many faults are too many depends on the whole call
 
@@ -164,7 +168,11 @@ class Verifiers:
         parts = [p.reward for p in self.inner.parts] if isinstance(self.inner, MixedReward) else [self.inner]
         own = [p.limit for p in parts if isinstance(p, CallableReward | UserJudge)]
         others = (len(parts) - len(own)) * OTHERS * responses
-        return sum(2 * limit + LEAST * responses for limit in own) + others + OTHERS if own else float("inf")
+        return (
+            sum(2 * limit + LEAST * responses for limit in own) + others + self.fleet.section.timeout
+            if own
+            else float("inf")
+        )
 
     def _overdue(self, running: Mapping[Any, Handle], at: Mapping[Any, tuple[int, float]]) -> None:
         """Raises RewardError where a user's own reward does not come back."""
@@ -172,7 +180,7 @@ class Verifiers:
             if time.monotonic() > at[ref][1]:
                 self._drop(handle)
                 self._start()
-                raise RewardError(f"the reward did not come back on {handle.name}, long after its limit (reward.limit)")
+                raise Overdue(f"the reward did not come back on {handle.name}, long after its limit (reward.limit)")
 
     # -- workers -----------------------------------------------------------------------------------------------------------
 
