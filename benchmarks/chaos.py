@@ -219,11 +219,12 @@ class Chaos:
         return [sys.executable, "-m", "sppo.cli.main", "train", str(RECIPE), *given, "--out", str(out), "--quiet"]
 
     def round(self, *kinds: str) -> tuple[list[Blow], list[Ended], list[str]]:
-        """One run with a blow of each of these kinds at random moments, resumed where its driver was killed: the blows, how it ended (both
-        times), and what is wrong."""
+        """One run with a blow of each of these kinds, in this order, at random moments; resumed where its driver was killed. Returns the blows,
+        how it ended (both times), and what is wrong."""
         self.count += 1
         out, log = self.folder / f"run-{self.count:03d}", self.folder / f"run-{self.count:03d}.log"
-        blows = [Blow(kind, self.rng.uniform(0, self.moments)) for kind in kinds]
+        moments = sorted(self.rng.uniform(0, self.moments) for _ in kinds)
+        blows = [Blow(kind, at) for kind, at in zip(kinds, moments, strict=True)]
         ends = [watch(self.command(out), log, self.needed, blows, self.limit, self.rng)]
         if "driver" in ends[0].struck:
             again = [sys.executable, "-m", "sppo.cli.main", "train", "--resume", str(out), "--quiet"]

@@ -40,7 +40,7 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return benchmark.Chaos(tmp_path_factory.mktemp("chaos"), LESS, seed=3)
 
 
-@pytest.mark.parametrize("kinds", [("worker", "rank", "verifier"), ("driver", "stop-worker")], ids=" ".join)
+@pytest.mark.parametrize("kinds", [("worker", "rank", "verifier"), ("stop-worker", "driver")], ids=" ".join)
 def test_whatever_is_struck_the_run_ends_the_same(chaos: Any, kinds: tuple[str, ...]) -> None:
     """Of each kind one, at a random moment: SIGKILL; SIGSTOP of a worker; what was begun by a killed driver is resumed. Nothing is left running."""
     _, ends, wrong = chaos.round(*kinds)
