@@ -45,7 +45,9 @@ MARK = "SPPO_CHAOS"
 GLANCE = 0.2
 """Seconds between two looks at a run's processes."""
 LEAVING = 30.0
-"""Seconds that processes may take to end after the run, or after its driver was killed."""
+"""Seconds that processes may take to end after the run."""
+ORPHANED = 90.0
+"""The same after the driver was killed: two of Ray's own agents try for 60 seconds to report it to a server that is gone."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Ended:
     """Seconds until its actors were there."""
     struck: list[str] = field(default_factory=list)
     """The kinds that a blow landed on; a blow may come too late."""
-    left: list[str] = field(default_factory=list)
-    """Processes that outlived it."""
+    over: float = 0.0
+    """When that was, by the monotonic clock."""
     said: str = ""
 
 
@@ -122,16 +124,15 @@ class Watched:
             p for p in self.seen.values() if title(p).startswith(TITLES[whom]) and state(p) != psutil.STATUS_STOPPED
         ]
 
-    def left(self, seconds: float) -> list[str]:
-        """Titles of what still lives after so long; it is ended then."""
-        deadline = time.monotonic() + seconds
+    def left(self, deadline: float) -> list[str]:
+        """Titles of what still lives at a time (of the monotonic clock); it is ended then."""
         while True:
             self.look_around()
             alive = [p for p in self.seen.values() if state(p) not in ("", psutil.STATUS_ZOMBIE)]
             if not alive or time.monotonic() > deadline:
                 break
             time.sleep(GLANCE)
-        names = [title(p)[:60] for p in alive]
+        names = [title(p).strip()[:60] for p in alive]
         for process in alive:
             try:
                 process.kill()
@@ -158,7 +159,7 @@ def state(process: psutil.Process) -> str:
 
 def watch(
     command: Sequence[str], log: Path, needed: dict[str, int], blows: Sequence[Blow], limit: float, rng: random.Random
-) -> Ended:
+) -> tuple[Watched, Ended]:
     """Run a command to its end, with blows; `needed` says how many actors of each kind there must be before time counts."""
     began, one, there = time.monotonic(), Watched(command, log), 0.0
     todo, ended = sorted(blows, key=lambda b: b.at), Ended(None, 0.0, 0.0)
@@ -179,9 +180,9 @@ def watch(
     if ended.code is None:
         one.driver.kill()
     one.driver.wait()
-    ended.left = one.left(LEAVING)
-    ended.said = log.read_text(errors="replace")[-2000:]
-    return ended
+    ended.over, ended.said = time.monotonic(), log.read_text(errors="replace")[-2000:]
+    one.look_around()
+    return one, ended
 
 
 class Chaos:
@@ -195,11 +196,11 @@ class Chaos:
             "rank": self.options["cluster.learners"],
             "verifier": self.options["reward.workers"],
         }
-        self.undisturbed = watch(
-            self.command(folder / "undisturbed"), folder / "undisturbed.log", self.needed, [], 1800, self.rng
-        )
-        if self.undisturbed.code or self.undisturbed.left:
-            raise RuntimeError(f"the undisturbed run failed, or left {self.undisturbed.left}: {self.undisturbed.said}")
+        command, log = self.command(folder / "undisturbed"), folder / "undisturbed.log"
+        one, self.undisturbed = watch(command, log, self.needed, [], 1800, self.rng)
+        left = one.left(self.undisturbed.over + LEAVING)
+        if self.undisturbed.code or left:
+            raise RuntimeError(f"the undisturbed run failed, or left {left}: {self.undisturbed.said}")
         self.result = result_of(folder / "undisturbed")
 
     @property
@@ -225,11 +226,15 @@ class Chaos:
         out, log = self.folder / f"run-{self.count:03d}", self.folder / f"run-{self.count:03d}.log"
         moments = sorted(self.rng.uniform(0, self.moments) for _ in kinds)
         blows = [Blow(kind, at) for kind, at in zip(kinds, moments, strict=True)]
-        ends = [watch(self.command(out), log, self.needed, blows, self.limit, self.rng)]
-        if "driver" in ends[0].struck:
+        runs = [watch(self.command(out), log, self.needed, blows, self.limit, self.rng)]
+        killed = "driver" in runs[0][1].struck
+        if killed:
             again = [sys.executable, "-m", "sppo.cli.main", "train", "--resume", str(out), "--quiet"]
-            ends.append(watch(again, log, self.needed, [], self.limit, self.rng))
-        wrong = [f"left running: {', '.join(end.left)}" for end in ends if end.left]
+            runs.append(watch(again, log, self.needed, [], self.limit, self.rng))
+        ends, wrong = [end for _, end in runs], list[str]()
+        for i, (one, end) in enumerate(runs):
+            if left := one.left(end.over + (ORPHANED if killed and i == 0 else LEAVING)):
+                wrong.append(f"left running: {', '.join(left)}")
         if ends[-1].code is None:
             wrong.append(f"no end after {self.limit:.0f} s")
         elif ends[-1].code:
