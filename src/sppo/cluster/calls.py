@@ -84,12 +84,12 @@ class Handle:
         """`name` is for people; `timeout` in seconds without a sign of life."""
         self.name, self.actor, self.timeout = name, actor, timeout
         self.progress: Any = None
+        self._asked, self._ping = 0.0, None
         self.expect()
 
     def expect(self, timeout: float | None = None) -> None:
-        """From now on signs of life are counted anew."""
-        self._seen, self._asked, self._ping = time.monotonic(), 0.0, None
-        self._limit = timeout or self.timeout
+        """From now on the time without a sign of life is counted anew; `timeout` holds until the first one."""
+        self._seen, self._limit = time.monotonic(), timeout or self.timeout
 
     def call(self, name: str, *args: Any) -> Any:
         """Begin a call; returns Ray's reference to what it will return."""
@@ -109,7 +109,7 @@ class Handle:
         if self._ping is not None and ray.wait([self._ping], timeout=0)[0]:
             ping, self._ping = self._ping, None
             try:
-                self.progress, self._seen = ray.get(ping), now
+                self.progress, self._seen, self._limit = ray.get(ping), now, self.timeout
             except ray.exceptions.RayError:
                 return False
         if self._ping is None and now - self._asked >= PERIOD:

@@ -33,7 +33,7 @@ class Fleet:
         """Raises RecipeError where Ray is not installed, the cluster is not there, or has less than the recipe asks for."""
         self.section, self.note = section, note
         self.lost = 0
-        self._spare: dict[type[Hosted], list[Any]] = {}
+        self._spare: dict[type[Hosted], list[Handle]] = {}
         self._ray = _connected(section)
         self._enough()
         self.host = "127.0.0.1" if not section.address else self._ray.util.get_node_ip_address()
@@ -76,14 +76,18 @@ class Fleet:
         """Start actors that will be asked for later, and let them import what an object of class `inner` needs. `where` are Ray's options
         that say on which node."""
         for _ in range(number):
-            made = self._new(kind, cpus, gpus, where)
-            made.warm.remote(inner)
-            self._spare.setdefault(kind, []).append(made)
+            spare = Handle("", self._new(kind, cpus, gpus, where), self.section.timeout)
+            spare.actor.warm.remote(inner)
+            spare.lives()  # asks for a first sign of life
+            self._spare.setdefault(kind, []).append(spare)
 
     def actor(self, kind: type[Hosted], name: str, *, cpus: float, gpus: float, **where: Any) -> Handle:
         """One that was prepared, else one that is started now; it comes as it may."""
-        spare = self._spare.get(kind)
-        return Handle(name, spare.pop() if spare else self._new(kind, cpus, gpus, where), self.section.timeout)
+        if spare := self._spare.get(kind):
+            found = spare.pop()
+            found.name = name
+            return found
+        return Handle(name, self._new(kind, cpus, gpus, where), self.section.timeout)
 
     def _new(self, kind: type[Hosted], cpus: float, gpus: float, where: dict[str, Any]) -> Any:
         return self._ray.remote(
