@@ -32,10 +32,9 @@ import psutil
 import pyarrow.parquet as pq
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
-TIMEOUT = 20
 OPTIONS = {
     "steps": 4, "seed": 5, "bootstrap.steps": 20, "evaluation.n": 16, "rollout.prompts": 32, "run.threads": 1, "run.checkpoint_every": 2,
-    "cluster.learners": 2, "cluster.rollouts": 2, "cluster.timeout": TIMEOUT, "reward.workers": 1,
+    "cluster.learners": 2, "cluster.rollouts": 2, "cluster.timeout": 20, "cluster.start_timeout": 120, "reward.workers": 1,
 }  # fmt: skip
 TITLES = {"worker": "ray::RolloutWorker", "rank": "ray::LearnerRank", "verifier": "ray::VerifierWorker"}
 """Of processes, by what is struck; the driver is the command itself."""
@@ -212,7 +211,7 @@ class Chaos:
     def limit(self) -> float:
         """Seconds that a run may take: three undisturbed ones (one that starts again, on a machine that is busier now), and what it
         takes to notice."""
-        return 3 * self.undisturbed.seconds + 2 * float(self.options["cluster.timeout"])
+        return 3 * self.undisturbed.seconds + self.options["cluster.timeout"] + self.options["cluster.start_timeout"]
 
     def command(self, out: Path) -> list[str]:
         """Of a new run."""

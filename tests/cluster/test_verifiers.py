@@ -204,6 +204,32 @@ def test_a_verifier_that_is_killed_or_stopped_is_replaced(
     assert ("died" if sent == signal.SIGKILL else "no sign of life for 4 seconds") in notes[-1]
 
 
+def test_a_verifier_that_is_stopped_while_it_starts_is_replaced(
+    started: Callable[..., Verifiers], fleet: Fleet, folder: Path
+) -> None:
+    """It has shown a sign of life: cluster.timeout counts, and not cluster.start_timeout."""
+    (folder / "heavy.py").write_text(
+        "import time\ntime.sleep(3)\n\n\ndef f(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    before, stopped = fleet.lost, list[int]()
+
+    def stop() -> None:
+        while not stopped:
+            for process in now():
+                if ".open" in " ".join(process.cmdline()):
+                    time.sleep(1.5)
+                    process.suspend()
+                    stopped.append(process.pid)
+                    return
+            time.sleep(0.1)
+
+    threading.Thread(target=stop, daemon=True).start()
+    judging = started("heavy:f", rollouts(1)[0].task)
+    assert stopped
+    assert fleet.lost == before + 1
+    assert judging.metrics() == {"cluster/verifiers": 2}
+
+
 def test_a_reward_that_compares_responses_gets_a_call_whole(
     started: Callable[..., Verifiers], notes: list[str]
 ) -> None:
