@@ -36,7 +36,7 @@ APART = {
         "tests/tasks/test_functions.py",
     ],
     "slow": [
-        "tests/cli/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/kernels/", "tests/mutants/",
+        "tests/cli/", "tests/cluster/", "tests/environments/", "tests/experimental/", "tests/fuzz/", "tests/gpu/", "tests/kernels/", "tests/mutants/",
         "tests/run/", "tests/trackers/", "tests/test_benchmarks.py", "tests/test_trainer.py",
         "tests/test_cluster_sim.py::test_a_run_is_calibrated", "tests/test_cluster_sim.py::test_a_rank", "tests/test_cluster_sim.py::test_every_layout",
         "tests/evaluation/test_compare.py::test_the_command", "tests/learning/test_earned.py::test_a_run", "tests/learning/test_hybrid.py::test_a_run",

@@ -48,7 +48,7 @@ def test_whatever_is_struck_the_run_ends_the_same(chaos: Any, kinds: tuple[str, 
     assert ends[0].struck, "nothing was struck in time"
 
 
-def test_a_difference_is_seen(chaos: Any) -> None:
+def test_a_difference_is_seen() -> None:
     row = {"task_id": "a", "sample": 0, "response_ids": [1, 2]}
     one = {"policy": "x", "steps": {"step-000000": [row], "step-000001": [row]}}
     assert benchmark.differences(one, one) == []
