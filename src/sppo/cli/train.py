@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
                 what = args.recipe or f"--{sorted(given)[0]}"
                 raise UserError(
                     f"--resume goes on with the run's own recipe; leave {what} out (only --steps may change, where the data is, and "
-                    f"what needs less memory: {', '.join(MEMORY_KEYS)}, and cluster.* but its lag)"
+                    f"what needs less memory: {', '.join(MEMORY_KEYS)}, reward.workers, and cluster.* but its lag)"
                 )
             job = Run.resume(Path(args.resume), display, steps=args.steps, data=data, memory=memory)
         else:
