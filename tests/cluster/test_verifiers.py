@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fleet(notes: list[str], folder: Path) -> Iterator[Fleet]:
     """Started elsewhere than in the folder of the rewards: the workers must go there."""
-    made = Fleet(ClusterSection(timeout=4, backoff=0, restarts=20), notes.append)
+    made = Fleet(ClusterSection(timeout=4, start_timeout=60, backoff=0, restarts=20), notes.append)
     yield made
     made.close()
 
@@ -209,22 +209,22 @@ def test_a_verifier_that_is_stopped_while_it_starts_is_replaced(
 ) -> None:
     """It has shown a sign of life: cluster.timeout counts, and not cluster.start_timeout."""
     (folder / "heavy.py").write_text(
-        "import time\ntime.sleep(3)\n\n\ndef f(completions, **columns):\n    return [1.0] * len(completions)\n"
+        "import time\ntime.sleep(8)\n\n\ndef f(completions, **columns):\n    return [1.0] * len(completions)\n"
     )
-    before, stopped = fleet.lost, list[int]()
+    before, stopped, over = fleet.lost, list[int](), threading.Event()
 
     def stop() -> None:
-        while not stopped:
-            for process in now():
-                if ".open" in " ".join(process.cmdline()):
-                    time.sleep(1.5)
-                    process.suspend()
-                    stopped.append(process.pid)
-                    return
-            time.sleep(0.1)
+        while not stopped and not over.wait(0.1):
+            for process in [p for p in now() if ".open" in " ".join(p.cmdline())][:1]:
+                time.sleep(4)  # it has answered by then
+                process.suspend()
+                stopped.append(process.pid)
 
     threading.Thread(target=stop, daemon=True).start()
-    judging = started("heavy:f", rollouts(1)[0].task)
+    try:
+        judging = started("heavy:f", rollouts(1)[0].task)
+    finally:
+        over.set()
     assert stopped
     assert fleet.lost == before + 1
     assert judging.metrics() == {"cluster/verifiers": 2}
