@@ -16,6 +16,17 @@ from ..errors import RunFailure, SPPOError, WorkerLost
 
 PERIOD = 1.0
 """Seconds between two questions whether an actor lives."""
+BROKEN = (
+    "gloo",
+    "nccl",
+    "distbackenderror",
+    "distnetworkerror",
+    "diststoreerror",
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+)
+"""Words of errors that an exchange between processes raises when one of them is lost."""
 HEALTH = "health"
 """The concurrency group of signs of life."""
 
@@ -26,6 +37,12 @@ class Failed:
 
     error: BaseException
     trace: str
+
+    @property
+    def of_another(self) -> bool:
+        """Whether it says that the other end of an exchange is gone or late, and nothing of its own."""
+        text = str(self.error).lower()
+        return not isinstance(self.error, SPPOError | MemoryError) and any(word in text for word in BROKEN)
 
 
 class Hosted:
@@ -53,11 +70,11 @@ class Hosted:
         try:
             return what()
         except Exception as error:  # whatever it is, the driver decides
-            kept = (
-                error
-                if isinstance(error, SPPOError | MemoryError)
-                else RuntimeError(f"{type(error).__name__}: {error}")
-            )
+            kept: BaseException = RuntimeError(f"{type(error).__name__}: {error}")
+            if isinstance(error, SPPOError):
+                kept = error
+            elif isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+                kept = MemoryError(str(error))
             return Failed(kept, traceback.format_exc())
 
     def alive(self) -> Any:

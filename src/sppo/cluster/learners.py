@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from ..distributed.transfer import Meeting
 from ..errors import WorkerLost
+from ..files import first_line
 from .calls import Failed, Handle, LearnerRank, outcomes, raised
 from .fleet import Fleet
-
-BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "distributed")
-"""Words of errors that ranks raise when another one of them is lost."""
 
 
 class LearnerGroup:
@@ -20,6 +19,7 @@ class LearnerGroup:
     def __init__(self, fleet: Fleet, make: Callable[[int, Meeting], Callable[[], Any]]) -> None:
         """`make` gives what rank r makes of itself. Raises what a rank raised, or WorkerLost."""
         self.fleet, self.ranks, self.busy = fleet, list[Handle](), False
+        self._order = threading.Lock()
         self.start(make)
 
     def start(self, make: Callable[[int, Meeting], Callable[[], Any]]) -> None:
@@ -48,7 +48,8 @@ class LearnerGroup:
         """Begin a call on every rank."""
         if not self.ranks:
             raise WorkerLost("the learner's ranks are gone")
-        return {handle.call(name, *args): handle for handle in self.ranks}
+        with self._order:  # every rank must get its calls in the same order, whichever threads begin them
+            return {handle.call(name, *args): handle for handle in self.ranks}
 
     def call(self, name: str, *args: Any, tick: Callable[[Any], None] | None = None) -> Any:
         """What rank 0 returns; `tick` is called with its progress about every second.
@@ -72,8 +73,8 @@ class LearnerGroup:
         for _, handle, value in outcomes(running, look):
             if isinstance(value, WorkerLost | Failed):
                 error = value if isinstance(value, WorkerLost) else raised(handle, value)
-                if not isinstance(value, WorkerLost) and any(word in str(error).lower() for word in BROKEN):
-                    error = WorkerLost(f"{handle.name} lost another one ({str(error).splitlines()[0]})")
+                if isinstance(value, Failed) and value.of_another:
+                    error = WorkerLost(f"{handle.name} lost another one ({first_line(value.error)})")
                 if isinstance(error, WorkerLost):
                     self.kill()
                 raise error

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import DataError, RunFailure, StaleWeights, WorkerLost
+from ..files import first_line
 from ..models.weights import Weights
 from ..rollout.engine import Sample, Sampling
 from .calls import Failed, Handle, RolloutWorker, outcomes, raised
 from .fleet import Fleet
 from .journal import Journal, key
-from .learners import BROKEN, LearnerGroup
+from .learners import LearnerGroup
 from .versions import same_versions
 
 STARTING, STALE, HEALTHY = "STARTING", "STALE", "HEALTHY"
@@ -185,11 +186,13 @@ class FleetEngine:
 
     def _revive(self) -> None:
         """Nobody is left that holds the weights: fresh ones get them, if the learner has them still."""
+        gone = WorkerLost("every rollout worker is gone, and the learner has begun to change the weights they had")
         if self.learners.busy:
-            raise WorkerLost("every rollout worker is gone, and the learner has begun to change the weights they had")
+            raise gone
         self._joined(wait=not self._stale())
         self._send()
-        self._asked("holds", self.fingerprint)
+        if self.fingerprint and not all(self._asked("holds", self.fingerprint).values()):
+            raise gone
 
     def _send(self) -> None:
         """Broadcast until every worker that is left has received."""
@@ -224,13 +227,10 @@ class FleetEngine:
                 raise error
             self._lose(handle, error)
         for handle, failure in failed:
-            cause = raised(handle, failure)
-            if not lost and not any(word in str(cause).lower() for word in BROKEN):
-                raise cause
+            if not lost and not failure.of_another:
+                raise raised(handle, failure)
         if failed and not lost:
-            self.fleet.account(
-                WorkerLost(f"a transfer of weights broke off ({str(failed[0][1].error).splitlines()[0]})")
-            )
+            self.fleet.account(WorkerLost(f"a transfer of weights broke off ({first_line(failed[0][1].error)})"))
         return not lost and not failed
 
     def _asked(self, name: str, *args: Any) -> dict[str, Any]:
