@@ -11,7 +11,8 @@ SPEED  := bench-rollout bench-update bench-step bench-critic bench-length bench-
 
 help:
 	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
-	@echo "make test         linter, types, layers and all tests"
+	@echo "make test         linter, types, layers and the tests"
+	@echo "make test-all     and the tests that take a minute or more each"
 	@echo "make test-fast    the tests that need no browser, no jail and no whole run, in under 90 seconds"
 	@echo "make docs         the site, in site/, with the reference of the Python API"
 	@echo "make setup        .venv with the package and what quickstart needs (quickstart does this by itself)"
@@ -68,11 +69,15 @@ check: dev
 
 # One worker per core, a file's tests together: they share what they train.
 test: check bubblewrap chromium
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long"
+
+# And those that take a minute or more each: half an hour on two cores.
+test-all: check bubblewrap chromium
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # In under 90 seconds: no browser, no jail, no whole runs (tests/conftest.py says which tests are left out).
 test-fast: dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not (browser or jail or slow)"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not (browser or jail or slow or long)"
 
 # Damaged recipes, rows, model folders and run folders: no traceback, no hang, nothing executed. At most 20 minutes on two cores.
 fuzz: dev bubblewrap

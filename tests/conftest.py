@@ -47,9 +47,22 @@ APART = {
         "tests/rewards/test_rewards.py::test_one_sample", "tests/rewards/test_rewards.py::test_workers", "tests/rollout/test_served.py",
         "tests/test_own.py",
     ],
+    "long": [
+        "tests/cluster/test_chaos.py::test_whatever", "tests/cluster/test_runs.py::test_two_ranks",
+        "tests/cluster/test_verifiers.py::test_a_verifier_that_is_stopped_while", "tests/cluster/test_verifiers.py::test_a_reward_that_cannot",
+        "tests/distributed/test_gradients.py::test_ranks_have_the_gradients_the_metrics_and_the_weights_of_one_process[3",
+        "tests/distributed/test_gradients.py::test_ranks_have_the_gradients_the_metrics_and_the_weights_of_one_process[4",
+        "tests/evaluation/test_compare.py::test_the_command", "tests/experimental/test_mcts.py::test_a_run_searches",
+        "tests/rewards/test_code.py::test_every_canonical_solution_of_human_eval_passes[1]",
+        *(f"tests/rewards/test_gym.py::test_a_right_answer_scores_as_in_reasoning_gym_itself[{letter}]" for letter in "ikps"),
+        "tests/rollout/test_served.py::test_a_run_through_a_server",
+        "tests/run/test_train.py::test_sigkill_at_random_moments_and_resume_give_the_identical_policy[5]",
+        "tests/test_benchmarks.py::test_the_gpu_benchmark",
+    ],
 }  # fmt: skip
 """What `make test-fast` leaves out, by the beginning of its name: all that needs a browser or the jail, all that trains whole runs,
-compares with TRL or reasoning-gym, waits for processes of its own, or compiles C for every kind of processor."""
+compares with TRL or reasoning-gym, waits for processes of its own, or compiles C for every kind of processor. `make test` leaves out what is
+long."""
 SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 2
 """Of a test with many cases there, it runs so many."""
 

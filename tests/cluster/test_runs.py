@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,14 +54,32 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return done(tmp_path_factory.mktemp("inline") / "run", {})
 
 
-def test_one_rank_and_one_worker_give_the_bits_of_one_process(
+def test_one_rank_and_one_worker_give_the_bits_of_one_process_though_each_is_killed(
     inline: dict[str, Any], ray_address: str, tmp_path: Path
 ) -> None:
-    found = done(tmp_path / "run", on(ray_address, 1, 1))
+    import ray
+
+    run = Run.new(Config.load(None, BASE | {"run.out": str(tmp_path / "run")} | on(ray_address, 1, 1)))
+    models: Any = run.components.models
+    write, struck = run.record, []
+
+    def striking(step: int, *rest: Any) -> None:
+        write(step, *rest)
+        if (
+            step < 2 and step not in struck
+        ):  # its rank in the second step, which is lost with it; its worker in the first
+            struck.append(step)
+            handle = models.ranks.ranks[0] if step else next(iter(models.workers.states))
+            os.kill(ray.get(handle.actor.pid.remote()), signal.SIGKILL)
+
+    run.record = striking  # type: ignore[method-assign]
+    found = finished(run)
+    assert struck == [0, 1]
     assert found["policy_sha256"] == inline["policy_sha256"]
     assert found["accuracy_after"] == inline["accuracy_after"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["cluster/healthy"] for line in lines] == [1, 1, 1]
+    assert [(line["step"], line["cluster/healthy"]) for line in lines] == [(0, 1), (1, 1), (2, 1)]
+    assert lines[-1]["cluster/lost"] == 2
     assert not (tmp_path / "run" / "journal").exists()  # a finished run needs it no more
 
 

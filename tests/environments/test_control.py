@@ -23,8 +23,8 @@ from sppo.models.mlp_scorer import PROBE, States
 from sppo.recipe.config import Config
 from sppo.rollout.control import ControlEngine, build
 from sppo.rollout.engine import Sampling
-from sppo.run.build import Parts, load_policy
 from sppo.run.loop import train
+from sppo.run.models import Parts, load_policy
 from sppo.run.run import Run
 from sppo.tasks.loading import load_pair
 

@@ -6,6 +6,7 @@ process that computes for an hour lives, one that was stopped does not.
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,6 +77,10 @@ class Hosted:
             elif isinstance(error, MemoryError) or "out of memory" in str(error).lower():
                 kept = MemoryError(str(error))
             return Failed(kept, traceback.format_exc())
+
+    def pid(self) -> int:
+        """Of its process, on its node."""
+        return os.getpid()
 
     def alive(self) -> Any:
         """A sign of life: how far the present call is."""

@@ -125,6 +125,12 @@ class Run:
         """Whether the run ends after the present step."""
         return bool(self.stopped)
 
+    @property
+    def grace(self) -> float | None:
+        """Seconds that a SIGTERM leaves the step to end; None: as long as it takes."""
+        section = self.components.config.cluster
+        return None if section is None else section.grace
+
     def interrupt(self) -> None:
         """Finish the step, save, and stop."""
         self.stopped = self.stopped or "interrupted"
