@@ -98,12 +98,9 @@ class interruptible:  # noqa: N801 - reads as a verb in a with statement
             raise KeyboardInterrupt
         self.asked = True
         self.job.interrupt()
-        section = self.job.components.config.cluster
-        if (
-            number == signal.SIGTERM and section is not None
-        ):  # of a machine that is taken back: it will not wait for ever
+        if number == signal.SIGTERM and self.job.grace is not None:  # of a machine that is taken back: it will not wait
             signal.signal(signal.SIGALRM, self._handle)
-            signal.setitimer(signal.ITIMER_REAL, max(section.grace, 1e-3))
+            signal.setitimer(signal.ITIMER_REAL, max(self.job.grace, 1e-3))
         if number == signal.SIGHUP:
             self._leave_the_terminal()
         self.display.end_soon()
