@@ -37,7 +37,7 @@ help:
 setup: $(VENV)/.ready
 dev: $(VENV)/.ready-dev
 
-# By uv, a third of the time; by pip where uv cannot (an index that only pip's configuration names).
+# By uv, which takes less time; by pip where uv cannot (an index that only pip's configuration names).
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 UV := $(BIN)/uv pip install -q --python $(BIN)/python --index-strategy unsafe-best-match
 install = { $(UV) $(1) 2> /dev/null || $(BIN)/python -m pip install -q --no-compile $(1); }

@@ -57,7 +57,8 @@ APART = {
             for case in ("2-1-sppo-optimal", "2-1-gspo", "2-2-grpo-kl-loss", "2-2-lessons-and-noise", "2-2-checkpointed", "2-2-untied-by-layer",
                          "2-2-adapters-of-tokens", "2-2-offloaded", "2-2-ppo-epochs")
         ),
-        "tests/cluster/test_runs.py::test_sampling_ahead", "tests/cluster/test_verifiers.py::test_a_verifier_that_is_killed_or_stopped_is_replaced[19]",
+        "tests/cluster/test_runs.py::test_sampling_ahead", "tests/cluster/test_runs.py::test_a_trainer",
+        "tests/cluster/test_verifiers.py::test_a_verifier_that_is_killed_or_stopped_is_replaced[19]",
         "tests/rollout/test_served.py::test_a_server_that_dies_or_hangs", "tests/rollout/test_served.py::test_a_token_file_is_made",
         "tests/rollout/test_served.py::test_a_signal_ends", "tests/sandbox/test_sandbox.py::test_a_thousand_runs",
         "tests/rewards/test_code.py::test_no_mutant_passes", "tests/run/test_train.py::test_a_resumed_run_ends_with_the_same_bits[hybrid]",

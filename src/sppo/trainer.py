@@ -24,7 +24,7 @@ from .rewards.loading import load_reward
 from .rewards.user_reward import LIMIT
 from .run.build import Components
 from .run.loop import train
-from .run.models import Parts
+from .run.models import Models, Parts
 from .run.run import Run
 from .spec import GIVEN
 from .tasks.base import HELD_OUT, ListSource, TaskSource, in_split, with_instruction
@@ -180,6 +180,7 @@ class SPPOTrainer:
         self.config = Config.load(None, changes)
         self.parts.train, self.parts.evaluation = self._sources(train_dataset, eval_dataset)
         self.run: Run | None = None
+        self._loaded: Models | None = None
         self.summary: dict[str, Any] | None = None
 
     def _adapter(
@@ -206,7 +207,7 @@ class SPPOTrainer:
     def train(self) -> dict[str, Any]:
         """Train; returns the summary (`accuracy_before`, `accuracy_after`, …). `policy`, `tokenizer` then hold the result."""
         display = ProgressDisplay(quiet=self.args.disable_progress)
-        path = Path(self.config.run.out)
+        path, self._loaded = Path(self.config.run.out), None
         try:
             if self.args.resume_from_checkpoint and (path / "recipe.toml").exists():
                 self.run = Run.resume(path, display, self.parts, steps=self.args.max_steps)
@@ -260,10 +261,19 @@ class SPPOTrainer:
         loads (`sppo export --merged` writes its sum with the model's weights)."""
         self._trained().policy.save(Path(folder))
 
-    def _trained(self) -> Components:
+    def _trained(self) -> Components | Models:
+        """What was trained: policy and critic."""
         if self.run is None:
             raise UserError("call train() first")
-        return self.run.components
+        c = self.run.components
+        if c.config.cluster is None:
+            return c
+        if self._loaded is None:  # its ranks have ended: from the newest checkpoint
+            base, saved = c.directory.path / "base", c.directory.checkpoints()
+            if not saved:
+                raise UserError("nothing is saved of this run yet")
+            self._loaded = Models(c.config, Parts(), saved[-1], lambda said: None, base=base)
+        return self._loaded
 
     def _sources(self, train_rows: Any, eval_rows: Any) -> tuple[TaskSource, TaskSource]:
         """(training, held-out) sources from rows or specs; without held-out rows a tenth of the training rows is held out, by hash."""

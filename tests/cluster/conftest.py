@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def ray_address() -> Iterator[str]:
                     break
             if begun.poll() is not None:
                 pytest.fail("Ray ended at its start")
-            __import__("time").sleep(0.1)
+            time.sleep(0.1)
         yield f"127.0.0.1:{port}"
     finally:
         begun.terminate()

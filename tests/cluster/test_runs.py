@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sppo import SPPOConfig, SPPOTrainer
+from sppo.models.weights import sha256, weights_of
 from sppo.recipe.config import Config
 from sppo.run.loop import train
 from sppo.run.run import Run
@@ -121,3 +123,18 @@ def test_sampling_ahead_gives_the_same_bits_twice_and_resumes_exactly(ray_addres
     assert finished(Run.resume(tmp_path / "b"))["policy_sha256"] == found["policy_sha256"]
     lags = [json.loads(line)["rollout/lag"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert lags == [0, 1, 1, 1]
+
+
+def test_a_trainer_has_the_models_that_a_cluster_trained(ray_address: str, tmp_path: Path) -> None:
+    recipe = {k: v for k, v in BASE.items() if k not in ("policy.model", "task.train", "training.steps", "seed")}
+    recipe |= on(ray_address, 1, 1)
+    args = SPPOConfig(output_dir=str(tmp_path / "run"), max_steps=1, recipe=recipe, disable_progress=True)
+    trainer = SPPOTrainer(model=BASE["policy.model"], train_dataset=BASE["task.train"], args=args)
+    summary = trainer.train()
+    own = {name: p.detach() for name, p in trainer.policy.named_parameters()}
+    assert sha256(weights_of(own)) == summary["policy_sha256"]
+    assert 0 < trainer.predicted_chance(["3+4?"])[0] < 1
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").num_parameters() == sum(
+        p.numel() for p in own.values()
+    )

@@ -77,7 +77,7 @@ BROKEN = [  # rule, a recipe that keeps it, what breaks it, words of the sentenc
      "load the given model quantised"),
     (checks.what_is_offloaded_is_not_paged, {"training.offload": True, "training.optimizer": "adamw-8bit"},
      {"training.optimizer": "paged-adamw-8bit"}, "so none are paged"),
-    (checks.what_is_sampled_ahead_needs_no_learner, {"cluster.learners": 4, "cluster.shards": 2}, {"cluster.learners": 3}, "does not divide"),
+    (checks.shards_divide_learners, {"cluster.learners": 4, "cluster.shards": 2}, {"cluster.learners": 3}, "does not divide"),
     (checks.what_is_sampled_ahead_needs_no_learner, {"cluster.lag": 1}, SEARCH, "cluster.lag samples ahead of it: leave one"),
     (checks.what_is_sampled_ahead_needs_no_learner, {"cluster.lag": 1}, PREDICTED, "or another kind"),
     (checks.verifiers_belong_to_a_cluster, {"reward.workers": 2, "cluster.rollouts": 1}, {"cluster": None}, r"give \[cluster\] too"),

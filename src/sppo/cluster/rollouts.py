@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import DataError, RunFailure, StaleWeights, WorkerLost
+from ..errors import DataError, ModelError, StaleWeights, WorkerLost
 from ..files import first_line
 from ..models.weights import Weights
 from ..rollout.engine import Sample, Sampling
@@ -181,6 +181,10 @@ class FleetEngine:
                 raise raised(handle, value)
             else:
                 same_versions(handle.name, value["versions"])
+                if value["layout"] != self.learners.facts["layout"]:
+                    raise ModelError(
+                        f"{handle.name} has weights of other names or shapes than the learner: have the same model on every node"
+                    )
                 self.states[handle], facts = STALE, value
         return facts
 
@@ -262,6 +266,4 @@ class FleetEngine:
 
 def chunk_of(responses: int, rollouts: int) -> int:
     """Responses per chunk where a recipe leaves it open: a step's, divided; 0, all at once, for a single worker."""
-    if rollouts < 1:
-        raise RunFailure("a cluster needs a rollout worker")
     return 0 if rollouts == 1 else -(-responses // rollouts)

@@ -254,14 +254,17 @@ def what_is_offloaded_is_not_paged(c: Recipe) -> Sentences:
         )
 
 
-def what_is_sampled_ahead_needs_no_learner(c: Recipe) -> Sentences:
-    if c.cluster is None:
-        return
-    if c.cluster.shards and c.cluster.learners % c.cluster.shards:
+def shards_divide_learners(c: Recipe) -> Sentences:
+    if c.cluster is not None and c.cluster.shards and c.cluster.learners % c.cluster.shards:
         yield (
             f"cluster.shards = {c.cluster.shards} does not divide cluster.learners = {c.cluster.learners}: every copy of the weights is "
             "held by the same number of ranks"
         )
+
+
+def what_is_sampled_ahead_needs_no_learner(c: Recipe) -> Sentences:
+    if c.cluster is None:
+        return
     if c.cluster.lag and c.search is not None:
         yield "[search] reads the critic as it is when a step begins, and cluster.lag samples ahead of it: leave one of them out"
     if c.cluster.lag and c.curriculum.kind == "predicted":
@@ -302,6 +305,7 @@ RULES: tuple[Callable[[Recipe], Sentences], ...] = (
     several_turns_are_no_single_answer,
     adapters_stand_on_frozen_weights,
     what_is_offloaded_is_not_paged,
+    shards_divide_learners,
     what_is_sampled_ahead_needs_no_learner,
     verifiers_belong_to_a_cluster,
 )

@@ -7,7 +7,6 @@ ahead (its weights are gone by then), and where the curriculum stood when each s
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ class Ahead:
         """Where the curriculum stood before a step's problems were drawn."""
         if step in self.pending:
             return self.pending[step].before
-        return copy.deepcopy(self.components.curriculum.state_dict())
+        return self.components.curriculum.state_dict()
 
     def sampled(self, step: int) -> Sampled:
         """A step's judged rollouts: those that were begun before, else sampled now. Raises what sampling them raised."""
@@ -102,9 +101,9 @@ class Ahead:
         if not saved:
             return
         assert self._folder is not None
-        now = copy.deepcopy(c.curriculum.state_dict())
+        now = c.curriculum.state_dict()
         for entry in saved:
-            c.curriculum.load_state_dict(copy.deepcopy(entry["before"]))
+            c.curriculum.load_state_dict(entry["before"])
             with c.models.replaying(entry["version"], entry["fingerprint"], self._folder):
                 found: Future[Sampled] = Future()
                 found.set_result(sample(c, entry["step"], None))

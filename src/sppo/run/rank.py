@@ -35,6 +35,11 @@ def layout(policy: Policy) -> Layout:
     return [(name, tuple(p.shape), p.dtype) for name, p in sorted(policy.trained.items())]
 
 
+def shapes(laid_out: Layout) -> list[tuple[str, tuple[int, ...]]]:
+    """What a layout is on every process: a rank may hold its part in another dtype than it sends."""
+    return [(name, shape) for name, shape, _ in laid_out]
+
+
 class Rank:
     """One rank of the learner. All ranks are asked the same, in the same order; what rank 0 returns counts."""
 
@@ -64,7 +69,7 @@ class Rank:
         critic = None if self.critic is None else CriticFacts.of(self.critic, self.policy)
         return {
             "versions": versions(), "policy": PolicyFacts.of(self.policy), "critic": critic, "config": self.config,
-            "notes": self._said(), "layout": layout(self.policy),
+            "notes": self._said(), "layout": shapes(layout(self.policy)),
         }  # fmt: skip
 
     def _said(self) -> list[str]:
@@ -206,7 +211,7 @@ class Sampler:
             "versions": versions(),
             "stated": self.engine.stated,
             "context": self.engine.context,
-            "layout": self.layout,
+            "layout": shapes(self.layout),
         }
 
     def progress(self) -> int:
