@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -179,6 +180,15 @@ def targets() -> list[str]:
     return ["native", *(level for level, needs in levels.items() if f" {needs} " in flags)]
 
 
+def forget_compiled() -> None:
+    """Let every module of kernels ask for its compiled code again: what one test compiled in its own way is not what the next should run."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("sppo.kernels"):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
 @pytest.fixture(scope="module", params=targets())
 def compiled_for(request, tmp_path_factory):
     """The code for each kind of register; a warning of the compiler is an error here."""
@@ -186,6 +196,6 @@ def compiled_for(request, tmp_path_factory):
         flags = [f.replace("native", request.param) for f in compiled.COMPILE]
         patch.setattr(compiled, "COMPILE", (*flags, "-Wall", "-Wextra", "-Werror"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        compiled.library.cache_clear()
+        forget_compiled()
         yield
-    compiled.library.cache_clear()
+    forget_compiled()

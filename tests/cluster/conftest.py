@@ -26,7 +26,7 @@ def ray_address() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # else other tests stop its workers
     begun = subprocess.Popen(
         [RAY, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=16", "--include-dashboard=false",
          f"--temp-dir={folder}", "--object-store-memory=200000000", "--block", "--dashboard-agent-listen-port=0"],

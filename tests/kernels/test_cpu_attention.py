@@ -17,14 +17,6 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no 
 LENGTHS = [1, 5, 6, 7, 16, 17, 40, 95, 6]
 
 
-@pytest.fixture(autouse=True)
-def _afresh(request):
-    """What was compiled for another kind of register is forgotten."""
-    attention._compiled.cache_clear()
-    yield
-    attention._compiled.cache_clear()
-
-
 def parts(heads: int, groups: int, size: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Queries, keys, values and a gradient of the output, laid as transformers lays them: [N, heads, D] transposed."""
     made = torch.Generator().manual_seed(seed)

@@ -10,13 +10,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from sppo.kernels import elementwise
+from sppo.kernels.cpu import attention, decode, head
 from sppo.kernels.cpu import build as compiled
-from sppo.kernels.cpu import decode
 from sppo.models import tiny
 from sppo.models.policy import Policy
 from sppo.rollout.engine import Sampling
 from sppo.rollout.kv_cache import Slots
 from sppo.rollout.local import LocalEngine
+
+from ..conftest import forget_compiled
 
 SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "max_position_embeddings": 256,
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
@@ -150,7 +153,7 @@ def test_new_weights_are_sampled_from_at_once():
 def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, compiler, why):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
-    compiled.library.cache_clear()
+    forget_compiled()
     policy = policy_of(model_of("whole registers"))
     engine = LocalEngine(policy)
     assert not engine.compiled
@@ -159,27 +162,37 @@ def test_without_it_sampling_is_slower_and_says_why(monkeypatch, tmp_path, compi
     assert why in engine.stated
     slow = engine.generate(PROMPTS, range(9), Sampling(12))
     monkeypatch.undo()
-    compiled.library.cache_clear()
+    forget_compiled()
     quick = LocalEngine(policy)
     assert quick.compiled
     assert quick.stated == ""
     assert [s.ids for s in quick.generate(PROMPTS, range(9), Sampling(12))] == [s.ids for s in slow]
 
 
+def test_no_test_leaves_its_own_way_of_compiling_to_the_next() -> None:
+    made = attention._compiled, elementwise._compiled, head._compiled
+    caches = [*made, compiled.library]
+    for ask, given in zip(made, [[torch.float32], [torch.float32], []], strict=True):
+        ask(*given)
+    assert all(cache.cache_info().currsize for cache in caches)
+    forget_compiled()
+    assert not any(cache.cache_info().currsize for cache in caches)
+
+
 def test_what_is_cached_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.library.cache_clear()
+    forget_compiled()
     compiled.library("decode", torch.float32)
     (made,) = (tmp_path / "sppo").iterdir()
     made.unlink()
     (tmp_path / "sppo").chmod(0o777)  # somebody else could put a file there
-    compiled.library.cache_clear()
+    forget_compiled()
     compiled.library("decode", torch.float32)
     assert list((tmp_path / "sppo").iterdir()) == []
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no")
-    compiled.library.cache_clear()
+    forget_compiled()
     compiled.library("decode", torch.float32)
-    compiled.library.cache_clear()
+    forget_compiled()
 
 
 def test_a_model_with_something_of_its_own_is_left_to_its_own_layers():

@@ -13,13 +13,6 @@ from sppo.kernels.logprobs import token_logps, token_logps_from_logits
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
 
-@pytest.fixture
-def compiled_head(compiled_for):
-    head._compiled.cache_clear()
-    yield
-    head._compiled.cache_clear()
-
-
 def case(count: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     made = torch.Generator().manual_seed(count)
     hidden = torch.randn(count, width, generator=made).bfloat16()
@@ -33,7 +26,7 @@ def case(count: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize(
     ("count", "width", "vocabulary"), [(1, 64, 5), (2, 64, 96), (7, 128, 333), (29, 64, 1040), (2050, 64, 4200)]
 )
-def test_it_is_the_log_softmax_and_its_gradient(compiled_head, count, width, vocabulary, threads):
+def test_it_is_the_log_softmax_and_its_gradient(compiled_for, count, width, vocabulary, threads):
     """Vocabularies of whole registers and not, an odd token out, fewer columns than threads; several slices of
     several parts."""
     hidden, weight, target, scale = case(count, width, vocabulary)
@@ -66,7 +59,7 @@ def test_a_frozen_head_takes_no_room_for_its_gradient():
     assert room[2] - room[1] >= sums + sides
 
 
-def test_a_token_is_the_same_bits_whoever_is_beside_it(compiled_head):
+def test_a_token_is_the_same_bits_whoever_is_beside_it(compiled_for):
     hidden, weight, target, _ = case(23, 128, 333)
     mine = head.Head(weight, 1.0)
     together = torch.stack(mine.forward(hidden, target))
@@ -74,7 +67,7 @@ def test_a_token_is_the_same_bits_whoever_is_beside_it(compiled_head):
         assert torch.equal(torch.stack(mine.forward(hidden[n : n + 1], target[n : n + 1]))[:, 0], together[:, n])
 
 
-def test_what_is_far_apart_or_not_a_number(compiled_head):
+def test_what_is_far_apart_or_not_a_number(compiled_for):
     """Logits of ±3,000 neither overflow nor vanish into NaN; a NaN is not hidden."""
     hidden, weight, target, _ = case(7, 64, 333)
     logp, entropy, _ = head.Head(weight, 1.0).forward(hidden * 200, target)
@@ -86,7 +79,7 @@ def test_what_is_far_apart_or_not_a_number(compiled_head):
     assert logp.isnan().tolist() == entropy.isnan().tolist() == [n == 3 for n in range(7)]
 
 
-def test_a_target_that_the_head_does_not_have_is_refused(compiled_head):
+def test_a_target_that_the_head_does_not_have_is_refused(compiled_for):
     hidden, weight, target, _ = case(7, 64, 333)
     for wrong in (333, -1):
         target[2] = wrong
@@ -94,7 +87,7 @@ def test_a_target_that_the_head_does_not_have_is_refused(compiled_head):
             head.Head(weight, 1.0).forward(hidden, target)
 
 
-def test_many_tokens_are_taken_in_parts(compiled_head, monkeypatch):
+def test_many_tokens_are_taken_in_parts(compiled_for, monkeypatch):
     hidden, weight, target, _ = case(23, 64, 333)
     whole = head.Head(weight, 1.0).forward(hidden, target)
     monkeypatch.setattr(head, "PART", 5)
@@ -103,7 +96,7 @@ def test_many_tokens_are_taken_in_parts(compiled_head, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [0, 13, 29])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_kept_logits_give_the_gradients_that_computed_ones_give(compiled_head, monkeypatch, tokens, threads):
+def test_kept_logits_give_the_gradients_that_computed_ones_give(compiled_for, monkeypatch, tokens, threads):
     """None kept, the first thirteen, all; parts of five tokens, so that they are kept by several passes."""
     hidden, weight, target, scale = case(29, 64, 1040)
     mine = head.Head(weight, 0.7)
@@ -123,7 +116,7 @@ def test_kept_logits_give_the_gradients_that_computed_ones_give(compiled_head, m
 
 
 @pytest.mark.parametrize("by", [40, -40])
-def test_logits_out_of_the_kept_range_are_computed_again(compiled_head, by):
+def test_logits_out_of_the_kept_range_are_computed_again(compiled_for, by):
     hidden, weight, target, scale = case(7, 64, 333)
     hidden[:, 0], weight[:, 0] = by, 4.0  # all logits far above or below what two bytes hold
     mine = head.Head(weight, 1.0)
@@ -133,7 +126,7 @@ def test_logits_out_of_the_kept_range_are_computed_again(compiled_head, by):
     assert all(torch.equal(a, b) for a, b in zip(exact, found, strict=True))
 
 
-def test_room_is_lent_once_and_a_second_backward_pass_does_not_read_anothers(compiled_head):
+def test_room_is_lent_once_and_a_second_backward_pass_does_not_read_anothers(compiled_for):
     if not head.fits(*case(7, 64, 333)[:2], None):
         pytest.skip("another way is taken on this processor")
     hidden, weight, target, scale = case(7, 64, 333)

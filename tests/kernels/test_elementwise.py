@@ -9,18 +9,10 @@ import torch
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from sppo.kernels import elementwise
 from sppo.kernels.elementwise import gated_unit, rms_norm, turned
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
-
-
-@pytest.fixture
-def compiled_parts(compiled_for):
-    elementwise._compiled.cache_clear()
-    yield
-    elementwise._compiled.cache_clear()
 
 
 def off(mine: torch.Tensor, exact: torch.Tensor) -> float:
@@ -29,7 +21,7 @@ def off(mine: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 48), (2, 5, 3, 64)])
-def test_a_norm_and_its_gradients(compiled_parts, dtype, shape):
+def test_a_norm_and_its_gradients(compiled_for, dtype, shape):
     torch.manual_seed(0)
     x, weight = (3 * torch.randn(shape)).to(dtype).requires_grad_(), torch.randn(shape[-1]).to(dtype).requires_grad_()
     grad = torch.randn(shape).to(dtype)
@@ -45,7 +37,7 @@ def test_a_norm_and_its_gradients(compiled_parts, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gated_unit_and_its_gradients(compiled_parts, dtype):
+def test_a_gated_unit_and_its_gradients(compiled_for, dtype):
     torch.manual_seed(0)
     gate, up, grad = ((4 * torch.randn(5, 48)).to(dtype) for _ in range(3))
     gate[0, :3] = torch.tensor([90.0, -90.0, 0.0])
@@ -60,7 +52,7 @@ def test_a_gated_unit_and_its_gradients(compiled_parts, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rotation_and_its_gradient(compiled_parts, dtype):
+def test_a_rotation_and_its_gradient(compiled_for, dtype):
     torch.manual_seed(0)
     x, grad = (torch.randn(1, 7, 3, 64).to(dtype) for _ in range(2))
     angle = torch.randn(1, 7, 32).repeat(1, 1, 2)

@@ -77,7 +77,13 @@ def cost(call: Callable[[str], Any], text: str, limit: float) -> float:
 
 
 def grows(call: Callable[[str], Any], form: Callable[[int], str]) -> str | None:
-    """How a call grows where that is faster than linearly, or None."""
+    """How a call grows where that is faster than linearly every time it is measured, or None: whoever shares the processor makes one measurement
+    long, not three."""
+    return grew(call, form) and grew(call, form) and grew(call, form)
+
+
+def grew(call: Callable[[str], Any], form: Callable[[int], str]) -> str | None:
+    """How a call grew faster than linearly this once, or None."""
     if cost(call, form(LARGE), QUICK) <= QUICK:
         return None
     middle = cost(call, form(MIDDLE), CAP)
