@@ -184,7 +184,7 @@ def settled(bench: Bench, config: Any, kind: str) -> tuple[Any, Any, str]:
 
     from sppo.memory import free_ram
     from sppo.run.footprint import Adapter, Model
-    from sppo.run.plan import plan
+    from sppo.run.planning import plan
 
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config)

@@ -1,15 +1,7 @@
 """Layouts for models of 1.5B to 70B on GPUs of 80 GB: memory per learner rank and per rollout worker, and the expected use of the GPUs.
 
-Memory is the plan's (run/plan.py), part by part: what ranks hold between them is divided by the shards, and what each needs is not.
-
-    divided by shards    float32 masters and moments (the masters are the shards); gradients, added up over ranks, in float32
-    gather = "update"    on each rank all weights in bfloat16, and their gradients in float32, while an update lasts
-    gather = "layer"     on each rank what is no layer (embeddings, the head) and two layers: weights, and gradients, in both dtypes while they
-                         are added up
-    on each rank         activations of one micro-batch, the head's logits, the critic with its optimiser, CUDA itself; or the critic's own update,
-                         where that is more
-    a rollout worker     weights, and keys and values of `rollout.batch` sequences at their longest; vLLM takes nine tenths of the GPU, and what
-                         weights leave of it is for keys and values
+Memory is the plan's (run/planning.py, run/shares.py), for a GPU that need not be here. vLLM takes nine tenths of a worker's GPU, and what weights
+leave of it is for keys and values.
 
 Times are by arithmetic from the assumptions of `ASSUMED`; nothing of it was measured on GPUs. cluster_sim.py simulates with them (`--assume 8B`).
 Last line: one JSON object.
@@ -31,7 +23,8 @@ from sppo.errors import UserError
 from sppo.models.shapes import SHAPES as KNOWN
 from sppo.recipe.config import Config
 from sppo.run.footprint import Model, Sizes
-from sppo.run.plan import GIB, Plan, plan
+from sppo.run.plan import GIB
+from sppo.run.planning import plan, plan_of_worker
 
 GPU = int(80 * 0.98 * GIB)
 """Usable bytes of a card of 80 GB, as `sppo doctor` counts them."""
@@ -79,6 +72,7 @@ TABLE = (
     Planned("32B", 16, 48, 16, "layer", 8192, "vllm"),
     Planned("70B", 32, 8, 32, "layer", 4096, "vllm", 4),
 )
+CUDA = torch.device("cuda")
 SHARE = 0.9
 """Of a GPU that vLLM takes where it is alone there (`vllm:memory=0.9`)."""
 
@@ -100,15 +94,16 @@ ASSUMED = {
     "prompt": 200.0,  # tokens, mean
 }
 """What the expected use rests on."""
+PROMPT_MEAN = int(ASSUMED["prompt"])
 
 
-def recipe(batch: int, micro_tokens: int) -> Config:
+def recipe(batch: int, micro_tokens: int, more: dict[str, Any]) -> Config:
     """All weights trained, activations recomputed, a small critic that reads the prompt."""
     keys = {
         "rollout.prompts": RESPONSES, "rollout.max_tokens": RESPONSE, "rollout.batch": batch, "task.max_prompt_tokens": PROMPT,
         "training.checkpoint_activations": True, "training.micro_tokens": micro_tokens, "training.minibatches": 2, "evaluation.n": 256,
     }  # fmt: skip
-    return Config.load(None, keys)
+    return Config.load(None, keys | more)
 
 
 @cache
@@ -123,40 +118,11 @@ def outline(name: str, head: bool = True) -> Model:
         return Model((AutoModelForCausalLM if head else AutoModel).from_config(config), torch.bfloat16)
 
 
-@cache
-def planned(name: str, batch: int = 64, micro_tokens: int = 8192, learns: bool = True) -> Plan:
-    """The plan of one process that does all of it, on a GPU of 80 GB that need not be here; without the critic where it only samples."""
-    critic = outline("critic", head=False) if learns else None
-    return plan(recipe(batch, micro_tokens), outline(name), critic, torch.device("cuda"), int(ASSUMED["prompt"]), GPU)
-
-
-def in_layers(model: Model) -> tuple[int, int]:
-    """Parameters of one layer, and of all that is no layer."""
-    number = Sizes.of(model.outline).layers
-    layers = sum(p.numel() for name, p in model.outline.named_parameters() if ".layers." in name)
-    return layers // number, model.parameters - layers
-
-
 def learner_bytes(name: str, shards: int, gather: str, micro_tokens: int = 8192) -> dict[str, int]:
-    """The peak of one learner rank, by purpose: what stays, and the larger of the policy's update and the critic's."""
-    found, model = planned(name, micro_tokens=micro_tokens), outline(name)
-    update = found.phases["update"]
-    stays = {part: found.stays[part] for part in ("the process", "critic and its optimiser")}
-    stays["masters and moments"] = found.stays["optimiser"] // shards
-    own = {part: update[part] for part in ("one micro-batch", "head")}
-    layer, rest = in_layers(model)
-    if shards == 1:
-        stays["weights"] = found.stays["weights"]
-        own["gradients"] = update["gradients"] + update["gradients in float32"]
-    elif gather == "update":
-        own |= {"weights put together": found.stays["weights"], "gradients before they are added up": 4 * model.trained}
-    else:  # what is no layer is added up after the last layer
-        both = model.size + 4
-        own["weights put together"] = (2 * layer + rest) * model.size
-        own["gradients before they are added up"] = max(2 * layer * both + rest * model.size, rest * both)
-    if shards > 1:
-        own["gradients of the shard"] = 4 * model.trained // shards
-    return stays | max(own, found.phases["critic"], key=lambda phase: sum(phase.values()))
+    """The peak of one learner rank of `shards`, by purpose: the critic reads the prompt, and is divided as well."""
+    cluster = {"cluster.learners": shards, "cluster.shards": shards, "cluster.gather": gather}
+    found = plan(recipe(1, micro_tokens, cluster), outline(name), outline("critic", head=False), CUDA, PROMPT_MEAN, GPU)
+    return {part: size for part, size in found.parts().items() if size and part != "total"}
 
 
 def rollout_batch(name: str, engine: str, gpus: int) -> int:
@@ -173,11 +139,11 @@ def rollout_batch(name: str, engine: str, gpus: int) -> int:
 
 def rollout_bytes(name: str, batch: int, engine: str, gpus: int) -> dict[str, int]:
     """The peak of one GPU of a rollout worker."""
-    found = planned(name, batch, learns=False)
     if engine == "vllm":
-        weights = found.stays["weights"] // gpus
+        weights = outline(name).base // gpus
         return {"weights": weights, "vLLM beside them": int(SHARE * GPU) - weights}
-    return {"the process": found.stays["the process"], "weights": found.stays["weights"], **found.phases["sampling"]}
+    found = plan_of_worker(recipe(batch, 8192, {"cluster.rollouts": 1}), outline(name), CUDA, PROMPT_MEAN, GPU)
+    return {part: size for part, size in found.parts().items() if size and part != "total"}
 
 
 def assumed(name: str) -> Measured:

@@ -276,16 +276,19 @@ def test_shapes_have_the_published_numbers_of_weights(name, parameters):
     assert layouts.outline(name).parameters == parameters
 
 
-def test_a_rank_that_holds_all_weights_needs_the_plan_without_sampling():
+def test_a_rank_that_holds_all_weights_needs_what_one_process_does_but_for_sampling():
     for name in ("1.5B", "8B"):  # the critic's update is the larger phase of the first, the policy's of the second
-        plan = layouts.planned(name)
-        phases = max(sum(parts.values()) for phase, parts in plan.phases.items() if phase != "sampling")
-        assert sum(layouts.learner_bytes(name, 1, "update").values()) == sum(plan.stays.values()) + phases
+        critic = layouts.outline("critic", head=False)
+        one = layouts.plan(
+            layouts.recipe(1, 8192, {}), layouts.outline(name), critic, layouts.CUDA, layouts.PROMPT_MEAN, layouts.GPU
+        )
+        phases = max(sum(parts.values()) for phase, parts in one.phases.items() if phase != "sampling")
+        assert sum(layouts.learner_bytes(name, 1, "update").values()) == sum(one.stays.values()) + phases
 
 
 def test_shards_divide_what_is_held_between_ranks_and_nothing_else():
     of = {n: layouts.learner_bytes("8B", n, "layer") for n in (8, 16)}
-    divided = {"masters and moments", "gradients of the shard"}
+    divided = {"masters and moments", "gradients of the shard", "critic and its optimiser"}
     for part, size in of[8].items():
         assert of[16][part] == (size // 2 if part in divided else size), part
     assert of[8]["masters and moments"] == 12 * 8_030_261_248 // 8
@@ -297,7 +300,7 @@ def test_shards_divide_what_is_held_between_ranks_and_nothing_else():
 def test_every_layout_of_the_table_fits_and_its_parts_add_up():
     for planned in layouts.TABLE:
         row = layouts.row(planned)
-        assert row["fits"], row
+        assert row["fits"] == (planned.model != "70B"), row  # which a rank cannot load before it is divided
         assert planned.learners % planned.shards == 0
         assert sum(row["learner_bytes"].values()) / layouts.GIB == pytest.approx(row["learner_gib"])
         page = (BENCHMARKS.parent / "docs/scale.md").read_text()

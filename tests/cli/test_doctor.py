@@ -132,3 +132,26 @@ def test_a_reward_model_is_counted_and_not_loaded(tmp_path, capsys):
 def test_targets_that_are_no_layers_are_refused(capsys):
     said = fails(capsys, "--model", "tiny", "--data", "chain:steps=1", "--adapter.targets", '["q_prj"]')
     assert "adapter.targets: no layer of this model is called 'q_prj'; did you mean 'q_proj'" in said
+
+
+def test_a_rank_and_a_worker_of_a_cluster(eight_billion, capsys):
+    cluster = [
+        "--cluster.learners",
+        "8",
+        "--cluster.rollouts",
+        "8",
+        "--cluster.gather",
+        "layer",
+        "--rollout.batch",
+        "32",
+    ]
+    more = ["--data", "chain:steps=4", "--training.checkpoint_activations", "true"]
+    plan, said = doctor(capsys, "--model", eight_billion, "--gpu", "80GB", *cluster, *more)
+    assert plan["fits"], said
+    assert plan["memory_bytes"]["masters and moments"] == pytest.approx(12 * 8.03e9 / 8, rel=0.01)
+    assert plan["worker_bytes"]["weights"] == pytest.approx(16.06e9, rel=0.01)
+    assert "each learner rank: about" in said
+    assert "each rollout worker: about" in said
+    plan, said = doctor(capsys, "--model", eight_billion, "--gpu", "24GB", *cluster, *more, "--rollout.batch", "512")
+    assert not plan["worker_fits"]
+    assert "lower rollout.batch" in said

@@ -26,7 +26,8 @@ from sppo.recipe.sections import AdapterSection
 from sppo.run.footprint import EIGHT_BIT, Adapter, Model, activations
 from sppo.run.loop import train
 from sppo.run.outlines import Outlines
-from sppo.run.plan import GIB, LEAST, plan, power_of_two
+from sppo.run.plan import GIB
+from sppo.run.planning import LEAST, plan, plan_of_worker, power_of_two
 from sppo.run.remedies import remedies
 from sppo.run.run import Run
 
@@ -357,3 +358,59 @@ def test_shapes_that_recipes_name_have_the_published_number_of_weights(name, pub
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = Config.load(None, {"policy.model": name})
     assert Outlines(24 * GIB).policy(config)[0].parameters == published
+
+
+def sharded(gather, model, critic=None, gpu=80 * GIB, **keys):
+    """One of four ranks that hold the weights between them, on a GPU."""
+    cluster = {"cluster.learners": 4, "cluster.shards": 4, "cluster.gather": gather}
+    config = Config.load(None, {"task.train": "chain:steps=3", "training.micro_tokens": 4096} | cluster | keys)
+    return plan(config, model, critic, torch.device("cuda"), 40, gpu)
+
+
+@pytest.mark.parametrize("gather", ["update", "layer"])
+def test_a_rank_holds_its_part_of_the_weights(gather):
+    """By hand: SmolLM2-135M has 30 layers of 3.54M parameters and 28.3M in its embeddings, 134.5M in all."""
+    layer, whole = 2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576, 134_515_008
+    rest = whole - 30 * layer
+    found = sharded(gather, Model(smollm(), torch.bfloat16), Model(smollm(), torch.bfloat16))
+    assert found.stays["masters and moments"] == 12 * whole // 4
+    assert found.stays["critic and its optimiser"] == 12 * whole // 4
+    update = found.phases["update"]
+    assert update["weights put together"] == 2 * (whole if gather == "update" else 2 * layer + rest)
+    assert update["gradients before they are added up"] == (4 * whole if gather == "update" else rest * 6)
+    assert update["gradients of the shard"] == found.phases["optimiser step"]["gradients of the shard"] == whole
+    assert not {"sampling", "judging"} & {*found.phases}
+    assert "by each learner rank" in found.stated()
+
+
+def test_what_is_whole_on_every_rank():
+    """An adapter, and a quantised base below it; offloaded state is divided, and the host's."""
+    model = Model(smollm(), torch.bfloat16, Adapter(16, ("q_proj",)))
+    found = sharded("update", model)
+    assert found.stays["weights"] == model.base // 4
+    assert (found.stays["adapter"], found.stays["optimiser"]) == (model.beside, model.optimiser("adamw"))
+    packed = Model(smollm(), torch.bfloat16, Adapter(16, ("q_proj",)), "nf4")
+    assert sharded("update", packed).stays["weights"] == packed.base
+    away = sharded("update", Model(smollm(), torch.bfloat16), **{"training.offload": True})
+    assert away.stays["masters and moments"] == away.phases["update"]["gradients of the shard"] == 0
+    assert away.host["masters and moments"] == 12 * 134_515_008 // 4
+
+
+def test_processes_on_one_machine_share_its_memory():
+    alone, keys = Config.load(None, {"task.train": "chain:steps=3"}), {"cluster.learners": 2, "cluster.rollouts": 3}
+    model = Model(smollm(), torch.float32)
+    mine = psutil.Process().memory_info().rss
+    one, five = (
+        plan(c, model, None, CPU, 40).capacity
+        for c in (alone, Config.load(None, {"task.train": "chain:steps=3"} | keys))
+    )
+    assert (one - mine) / (five - mine) == pytest.approx(5, rel=0.1)
+
+
+def test_a_rollout_worker_holds_weights_and_an_engine_alone():
+    config = Config.load(None, {"task.train": "chain:steps=3", "cluster.rollouts": 2, "rollout.batch": 32})
+    model = Model(smollm(), torch.bfloat16)
+    found = plan_of_worker(config, model, torch.device("cuda"), 40, 8 * GIB)
+    assert {*found.stays} == {"the process", "weights"}
+    limit = config.task.max_prompt_tokens + config.rollout.max_tokens
+    assert found.phases["sampling"]["keys and values"] == 32 * limit * 2 * 30 * 192 * 2

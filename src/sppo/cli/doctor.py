@@ -66,13 +66,23 @@ def _table(plan: dict[str, Any]) -> list[str]:
     lines = [f"  {name:<30}{size / GIB:7.2f} GiB" for name, size in plan["memory_bytes"].items() if size]
     if "capacity_bytes" not in plan:
         return lines
-    needed, free = plan["memory_bytes"]["total"] / GIB, plan["capacity_bytes"] / GIB
-    verdict = "fits" if plan["fits"] else "does NOT fit"
     phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan["phases"].items())
     lines += [
         f"  by phase: {phases} GiB",
-        f"  about {needed:.1f} GiB needed at the peak, {free:.1f} GiB can be had: {verdict}",
+        f"  {_needed(plan.get('planned for', ''), plan['memory_bytes'], plan['capacity_bytes'])}",
     ]
+    if "worker_bytes" in plan:
+        parts = [
+            f"{name} {size / GIB:.1f}"
+            for name, size in plan["worker_bytes"].items()
+            if size > GIB / 20 and name != "total"
+        ]
+        lines += [
+            f"  {_needed('each rollout worker', plan['worker_bytes'], plan['worker_capacity_bytes'])}",
+            f"    {', '.join(parts)} GiB",
+        ]
+        if not plan["worker_fits"]:
+            lines.append("    lower rollout.batch, or choose a smaller model")
     if plan["host_bytes"]:
         lines.append(
             f"  and {sum(plan['host_bytes'].values()) / GIB:.1f} GiB of main memory ({', '.join(plan['host_bytes'])})"
@@ -89,6 +99,15 @@ def _table(plan: dict[str, Any]) -> list[str]:
         if not alone:
             lines.append(f"    with this: about {plan['bytes_with_changes'] / GIB:.1f} GiB: {verdict}")
     return lines
+
+
+def _needed(whose: str, parts: dict[str, int], capacity: int) -> str:
+    """Whether one process fits, as people say it."""
+    who = f"{whose}: " if whose else ""
+    verdict = "fits" if parts["total"] < capacity else "does NOT fit"
+    return (
+        f"{who}about {parts['total'] / GIB:.1f} GiB needed at the peak, {capacity / GIB:.1f} GiB can be had: {verdict}"
+    )
 
 
 @contextlib.contextmanager
@@ -157,7 +176,7 @@ def _sandbox() -> str:
 
 
 def _plan(config: Config, gpu: int | None) -> dict[str, Any]:
-    """Resolve the recipe's names and plan memory as `train` does (run/plan.py).
+    """Resolve the recipe's names and plan memory as `train` does (run/planning.py).
 
     Missing data is reported, not raised.
     """
@@ -185,10 +204,17 @@ def _plan(config: Config, gpu: int | None) -> dict[str, Any]:
     prompt = _prompt_tokens(config, tasks)
     found = outlines.plan(config, prompt)
     changes, after = ([], found) if found.fits else remedies(config, lambda c: outlines.plan(c, prompt))
+    worker = None if config.cluster is None else outlines.plan_of_worker(config, prompt)
+    beside = (
+        {}
+        if worker is None
+        else {"worker_bytes": worker.parts(), "worker_capacity_bytes": worker.capacity, "worker_fits": worker.fits}
+    )
     return {
         "critic": said_critic,
         "policy": said_policy,
         **said,
+        **({"planned for": found.whose} if found.whose else {}),
         "micro-batches": f"{found.micro_tokens:,} tokens"
         + ("" if config.training.micro_tokens else ", by the memory that can be had"),
         "memory_bytes": found.parts(),
@@ -197,7 +223,8 @@ def _plan(config: Config, gpu: int | None) -> dict[str, Any]:
         "largest phase": found.largest,
         "micro_tokens": found.micro_tokens,
         "capacity_bytes": found.capacity,
-        "fits": found.fits,
+        "fits": found.fits and (worker is None or worker.fits),
+        **beside,
         "changes": [
             {"keys": str(r.change), "saved_bytes": r.saved, "fits": r.fits, "cost": r.change.cost} for r in changes
         ],
@@ -235,7 +262,7 @@ def _problems(config: Config) -> tuple[Any, str]:
 def _prompt_tokens(config: Config, tasks: Any) -> int:
     """A typical prompt's length by the model's tokenizer; without one, three characters count as one token."""
     from ..models.loading import load, load_tokenizer
-    from ..run.plan import typical_prompt
+    from ..run.prompts import typical_prompt
 
     limit, name = config.task.max_prompt_tokens, config.policy.model
     if tasks is None:

@@ -36,9 +36,8 @@ class RankMesh(Mesh):
         self._devices: DeviceMesh | None = None
 
     def settle(self, parameters: int) -> None:
-        """Decide how many ranks hold one copy of weights, where the recipe leaves it open: all from 1B `parameters` on, else one."""
-        if self.shards == 0:
-            self.shards = self.size if parameters >= LARGE else 1
+        """Decide how many ranks hold one copy of weights, where the recipe leaves it open: all from `LARGE` parameters on, else one."""
+        self.shards = settled(self.shards, self.size, parameters)
 
     @property
     def devices(self) -> DeviceMesh:
@@ -166,6 +165,11 @@ def join(
     where: dict[str, Any] = {"init_method" if isinstance(init_method, str) else "store": init_method}
     dist.init_process_group(backend, **where, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     return RankMesh(rank, size, device, shards)
+
+
+def settled(shards: int, size: int, parameters: int) -> int:
+    """How many of `size` ranks hold one copy of so many weights; `shards` is what the recipe says, 0 where it leaves that open."""
+    return shards or (size if parameters >= LARGE else 1)
 
 
 def check_shards(shards: int, learners: int) -> None:

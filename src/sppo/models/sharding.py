@@ -126,10 +126,14 @@ def _divide(
             f"cluster.shards: the weights of {type(model).__name__} are {names}, and only those of one dtype are divided"
         )
     del divided  # else each would be held whole to the end
+    divide(module, layers_of(model), whole, mesh, gather=gather, offload=offload)
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The parts of a transformers model that go round one by one."""
     inside = [m for m in backbone(model).modules() if isinstance(m, GradientCheckpointingLayer)]
     nested = {id(inner) for layer in inside for inner in layer.modules() if inner is not layer}
-    layers = [layer for layer in inside if id(layer) not in nested]
-    divide(module, layers, whole, mesh, gather=gather, offload=offload)
+    return [layer for layer in inside if id(layer) not in nested]
 
 
 def _blank(scorer: Scorer) -> Scorer:

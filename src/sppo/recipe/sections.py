@@ -243,7 +243,7 @@ class TrainingSection(Section):
 
     @property
     def micro_budget(self) -> int:
-        """`micro_tokens`, where it is given or was chosen (run/plan.py)."""
+        """`micro_tokens`, where it is given or was chosen (run/planning.py)."""
         return self.micro_tokens or MICRO_TOKENS
 
 

@@ -35,8 +35,8 @@ from .curriculum import Uniform, curriculum
 from .directory import RunDirectory
 from .models import Models, Note, Parts, one_control_task
 from .observer import Observer
-from .plan import Plan, typical_prompt
-from .prompts import PromptLimit, shown_prompt
+from .plan import Plan
+from .prompts import PromptLimit, shown_prompt, typical_prompt
 from .provenance import data_of, must_be_the_same
 from .warnings import Warnings
 

@@ -33,7 +33,8 @@ from ..spec import GIVEN, is_import, make
 from ..tasks.base import TaskSource
 from ..types import Task
 from .footprint import Model
-from .plan import Plan, plan
+from .plan import Plan
+from .planning import plan
 
 Note = Callable[[str], None]
 """Takes a sentence for the user."""

@@ -20,7 +20,8 @@ from ..models.weights import counted, parameter_count
 from ..recipe.config import Config
 from ..recipe.recipe import POLICY
 from .footprint import Adapter, Model
-from .plan import Plan, plan
+from .plan import Plan
+from .planning import plan, plan_of_worker
 
 
 class Outlines:
@@ -66,6 +67,10 @@ class Outlines:
         """The plan of a recipe for a typical prompt's length."""
         policy, critic = self.policy(config)[0], self.critic(config)[0]
         return plan(config, policy, critic, self.device, prompt_tokens, self.gpu)
+
+    def plan_of_worker(self, config: Config, prompt_tokens: int) -> Plan:
+        """That of a cluster's rollout worker."""
+        return plan_of_worker(config, self.policy(config)[0], self.device, prompt_tokens, self.gpu)
 
     def _model(self, name: str, dtype: str, role: str, head: bool) -> tuple[Model, str]:
         if (name, head) not in self._read:

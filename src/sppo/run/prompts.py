@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Sequence
 
 from ..errors import ModelError, RecipeError
 from ..models.critic import Critic
@@ -80,3 +82,13 @@ def said_prompt(who: str, name: str, ids: Sequence[int], text: str) -> str:
     if left_out > 0:
         shown = f"{text[:SHOWN_HEAD]!r} … {left_out:,} characters … {text[-SHOWN_TAIL:]!r}"
     return f"the {who} reads, for {name} ({len(ids)} tokens): {shown}"
+
+
+def typical_prompt(tasks: TaskSource, length: Callable[[Task], int], limit: int, looked_at: int = 64) -> int:
+    """The mean length in tokens of the first prompts that are no longer than the limit; `length` counts one, or raises ModelError."""
+    found = []
+    for i in range(min(looked_at, len(tasks))):
+        with contextlib.suppress(ModelError):  # a prompt that the chat template refuses is left out of the run too
+            found.append(length(tasks[i]))
+    found = [n for n in found if n <= limit]
+    return math.ceil(sum(found) / len(found)) if found else limit

@@ -13,7 +13,8 @@ import tomli_w
 
 from ..errors import RecipeError
 from ..recipe.config import Config
-from .plan import LEAST, Plan
+from .plan import Plan
+from .planning import LEAST
 
 SEQUENCES = 8
 """The smallest `rollout.batch` that is proposed."""
