@@ -70,7 +70,7 @@ check: dev
 # A worker more than there are cores, since many tests wait for processes; a file's tests together: they share what they train.
 WORKERS = $$($(BIN)/python -c "import os; print((os.cpu_count() or 1) + 1)")
 test: check bubblewrap chromium
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not long"
 
 # And those that take a minute or more each: half an hour on two cores.
 test-all: check bubblewrap chromium

@@ -58,7 +58,7 @@ APART = {
             for case in ("2-1-sppo-optimal", "2-1-gspo", "2-2-grpo-kl-loss", "2-2-lessons-and-noise", "2-2-checkpointed", "2-2-untied-by-layer",
                          "2-2-adapters-of-tokens", "2-2-offloaded", "2-2-ppo-epochs")
         ),
-        "tests/cluster/test_runs.py::test_sampling_ahead", "tests/cluster/test_runs.py::test_a_trainer",
+        "tests/cluster/test_runs.py::test_sampling_ahead", "tests/cluster/test_runs.py::test_a_trainer", "tests/cluster/test_served_workers.py::test_a_run",
         "tests/cluster/test_verifiers.py::test_a_verifier_that_is_killed_or_stopped_is_replaced[19]",
         "tests/rollout/test_served.py::test_a_server_that_dies_or_hangs", "tests/rollout/test_served.py::test_a_token_file_is_made",
         "tests/rollout/test_served.py::test_a_signal_ends", "tests/sandbox/test_sandbox.py::test_a_thousand_runs",
@@ -79,8 +79,16 @@ SAMPLED, FEW = ("tests/exact/", "tests/learning/", "tests/rollout/"), 2
 """Of a test with many cases there, it runs so many."""
 
 
+FIRST = (
+    "tests/run/test_plan.py", "tests/run/test_train.py", "tests/cluster/", "tests/fuzz/", "tests/run/", "tests/rewards/test_growth.py",
+    "tests/environments/", "tests/cli/", "tests/browser/", "tests/models/test_families.py", "tests/rewards/", "tests/kernels/", "tests/distributed/",
+)  # fmt: skip
+"""What takes longest begins first, so that no process is left with it at the end; before it a plan, which measures a process that holds little yet."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The only place that says which tests are not fast."""
+    """The only place that says which tests are not fast, and in which order they are."""
+    items.sort(key=lambda item: next((i for i, file in enumerate(FIRST) if item.nodeid.startswith(file)), len(FIRST)))
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         for marker, beginnings in APART.items():

@@ -17,6 +17,7 @@ from sppo.errors import StaleWeights
 from sppo.models import tiny
 from sppo.recipe.config import Config
 from sppo.run.loop import train
+from sppo.run.on_cluster import OnCluster
 from sppo.run.rank import Sampler
 from sppo.run.run import Run
 
@@ -41,7 +42,7 @@ class Spoiled(Sampler):
     def receive(self, meeting: Meeting, place: int, version: int) -> None:
         super().receive(meeting, place, version)
         self.syncs += 1
-        if self.syncs > 1 and place == 2:
+        if self.syncs > 1:
             if hasattr(self.engine, "llm"):
                 self.engine.llm.apply_model(spoil)
             else:
@@ -64,17 +65,13 @@ def test_a_spoiled_transfer_is_refused_by_the_workers_name(
         | WHOLE
         | {"rollout.engine": engine, "bootstrap.steps": 1, "run.out": str(tmp_path / "run")}
     )
+
+    def sampler(models: OnCluster, place: int, again: bool) -> Any:
+        return partial(Spoiled if place else Sampler, models.config, models.parts, None, models._threads, place, again)
+
+    monkeypatch.setattr(OnCluster, "_sampler", sampler)
     run = Run.new(Config.load(None, BASE | changes))
-    models: Any = run.components.models
-    first = {handle.name for handle in models.workers.states}
-    assert first == {"rollout worker 1", "rollout worker 2"}
-    monkeypatch.setattr(
-        models.workers, "_make", lambda: partial(Spoiled, models.config, models.parts, None, models._threads)
-    )
-    for handle in [*models.workers.states]:  # those that are there are honest ones
-        models.workers._drop(handle)
-        models.workers._start()
-    with pytest.raises(StaleWeights, match="rollout worker 4 does not hold the learner's weights"):
+    with pytest.raises(StaleWeights, match="rollout worker 2 does not hold the learner's weights"):
         finished(run)
 
 

@@ -161,7 +161,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [2, 5])
+@pytest.mark.parametrize("times", [1, 5])
 def test_sigkill_at_random_moments_and_resume_give_the_identical_policy(tmp_path, times):
     straight = sppo("train", *options(KILLABLE), "--out", tmp_path / "straight", "--json", "--quiet")
     began = time.monotonic()
@@ -221,6 +221,8 @@ def test_the_first_signal_interrupts_and_the_second_stops_at_once(asked, monkeyp
     said = []
     job = SimpleNamespace(interrupt=lambda: said.append("interrupt"), grace=None)
     display = SimpleNamespace(end_soon=lambda: said.append("end soon"), hang_up=lambda: said.append("hang up"))
+    if signal.getsignal(asked) == signal.SIG_IGN:  # as nohup has it: then it is left so
+        signal.signal(asked, signal.SIG_DFL)
     before = signal.getsignal(asked)
     with interruptible(job, display):
         os.kill(os.getpid(), asked)

@@ -146,7 +146,8 @@ class Handle:
 
 
 def outcomes(running: dict[Any, Handle], tick: Callable[[], None] | None = None) -> Iterator[tuple[Any, Handle, Any]]:
-    """What calls return, as they end: the reference, whose it is, and the value, Failed, or WorkerLost (its actor is dead or hangs).
+    """What calls return, as they end: the reference, whose it is, and the value, Failed, or WorkerLost (its actor is dead or hangs, or has lost what it
+    works with).
 
     More calls may be added to `running` while this goes on. `tick` is called about every second.
     """
@@ -163,6 +164,8 @@ def outcomes(running: dict[Any, Handle], tick: Callable[[], None] | None = None)
                 raise  # of the actor's own code, not of its process
             except ray.exceptions.RayError as error:  # the process, its node, or what it had returned is gone
                 value = WorkerLost(f"{handle.name} died" + _reason(error))
+            if isinstance(value, Failed) and isinstance(value.error, WorkerLost):  # what it works with is lost
+                value = WorkerLost(f"{handle.name}: {value.error}")
             yield ref, handle, value
         if time.monotonic() - looked < PERIOD:
             continue

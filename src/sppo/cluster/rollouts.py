@@ -31,12 +31,14 @@ class FleetEngine:
     """See `rollout.engine.Engine`. Weights come from the learner's ranks, not through this process."""
 
     def __init__(
-        self, fleet: Fleet, learners: LearnerGroup, make: Callable[[], Callable[[], Any]], journal: Journal
+        self, fleet: Fleet, learners: LearnerGroup, make: Callable[[int, bool], Callable[[], Any]], journal: Journal
     ) -> None:
-        """`make` gives what a worker that starts now makes of itself. Raises what a worker raised."""
+        """`make` gives what a worker that starts now makes of itself, by its place, from 0, and whether another one was lost there. Raises
+        what a worker raised."""
         self.fleet, self.learners, self.journal, self._make = fleet, learners, journal, make
         self.chunk = fleet.section.chunk
         self.states: dict[Handle, str] = {}
+        self._places: dict[Handle, int] = {}
         self._opening: dict[Any, Handle] = {}
         self._number = self.version = 0
         self._meeting: Any = None
@@ -163,7 +165,9 @@ class FleetEngine:
         handle = self.fleet.actor(
             RolloutWorker, f"rollout worker {self._number}", cpus=section.rollout_cpus, gpus=self.fleet.devices[1]
         )
-        self._opening[handle.open(self._make(), section.start_timeout)] = handle
+        place = next(i for i in range(section.rollouts) if i not in self._places.values())
+        self._places[handle] = place
+        self._opening[handle.open(self._make(place, self._number > section.rollouts), section.start_timeout)] = handle
         self.states[handle] = STARTING
 
     def _joined(self, wait: bool) -> dict[str, Any]:
@@ -260,6 +264,7 @@ class FleetEngine:
     def _drop(self, handle: Handle) -> None:
         handle.kill()
         self.states.pop(handle, None)
+        self._places.pop(handle, None)
         self._opening = {ref: h for ref, h in self._opening.items() if h is not handle}
         self._meeting = None
 

@@ -23,6 +23,7 @@ from ..errors import OutOfMemory, RecipeError, RunFailure, WorkerLost
 from ..models.mlp import ControlPolicy
 from ..models.policy import Policy
 from ..models.weights import Weights, fingerprint
+from ..spec import parse_spec
 from .engine import Sample, Sampling
 from .link import MEND, Link, Refused, place
 from .wire import (
@@ -50,7 +51,8 @@ def build(policy: Policy, *, url: str = "", token_file: str = "", timeout: float
 
     Args:
         url: http://HOST:PORT or https://HOST, as `sppo rollout serve` prints it; default: it is in SPPO_ROLLOUT_URL,
-            for a run that may be resumed with a worker at another address.
+            for a run that may be resumed with a worker at another address. Of the rollout workers of a cluster: a list
+            of as many, [http://A:8700, http://B:8700] (see `of_worker`).
         token_file: holds the server's token; default: it is in the environment variable SPPO_ROLLOUT_TOKEN.
         timeout: seconds without a sign of life after which the server is lost. While it works it gives one a second.
 
@@ -59,7 +61,13 @@ def build(policy: Policy, *, url: str = "", token_file: str = "", timeout: float
     """
     if isinstance(policy, ControlPolicy):
         raise RecipeError("rollout.engine = 'served' samples language models; control tasks need 'control'")
-    where = place(str(url) or os.environ.get(URL_VARIABLE, ""))
+    there = servers(str(url))
+    if len(there) != 1:
+        raise RecipeError(
+            f"rollout.engine: url names {len(there)} servers: several are for the rollout workers of a cluster "
+            f"(--cluster.rollouts {len(there)}); leave one"
+        )
+    where = place(there[0])
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= 86400:
         raise RecipeError(f"rollout.engine: served's timeout is in seconds, up to a day, not {timeout}")
     token = read_token(Path(token_file).expanduser()) if token_file else os.environ.get(TOKEN_VARIABLE, "")
@@ -73,6 +81,30 @@ def build(policy: Policy, *, url: str = "", token_file: str = "", timeout: float
     except WorkerLost as error:
         raise RecipeError(f"rollout.engine: {error}") from error
     return engine
+
+
+def servers(url: str) -> list[str]:
+    """The servers that an option `url`, or SPPO_ROLLOUT_URL, names: one, or those of a list."""
+    given = (url or os.environ.get(URL_VARIABLE, "")).strip()
+    if given.startswith("["):
+        return [one.strip() for one in given.strip("[]").split(",") if one.strip()]
+    return [given]
+
+
+def of_worker(use: str, worker: int, workers: int) -> str:
+    """The recipe's `rollout.engine` for one of the workers of a cluster, counted from 0: each has a server of its own. Raises RecipeError where there
+    are fewer."""
+    spec = parse_spec(use, "sppo.rollout")
+    if spec.name != "served":
+        return use
+    there = servers(str(spec.options.get("url", "")))
+    if len(there) < workers:
+        raise RecipeError(
+            f"rollout.engine names {len(there)} {'server' if len(there) == 1 else 'servers'}, and cluster.rollouts = {workers}: a server "
+            "samples for one worker; name as many, url=[http://A:8700, http://B:8700]"
+        )
+    options = spec.options | {"url": there[worker]}
+    return "served:" + ",".join([*spec.words, *(f"{key}={value}" for key, value in options.items())])
 
 
 class ServedEngine:

@@ -26,6 +26,7 @@ from ..models.mlp import is_control
 from ..recipe.config import Config
 from ..rewards.base import Reward
 from ..rollout.engine import Engine
+from ..rollout.served import of_worker
 from ..types import Task
 from .directory import step_name
 from .models import Models, Note, Parts
@@ -42,6 +43,7 @@ class OnCluster(Models):
         assert section is not None
         if config.rollout.engine == "control" or is_control(config.policy.model):
             raise RecipeError("[cluster] is for language models: leave it out with rollout.engine = 'control'")
+        of_worker(config.rollout.engine, 0, section.rollouts)
         responses = config.rollout.prompts * config.rollout.samples
         section = section.model_copy(update={"chunk": section.chunk or chunk_of(responses, section.rollouts)})
         config = config.model_copy(update={"cluster": section})
@@ -105,9 +107,9 @@ class OnCluster(Models):
             self.verifiers.ready()
         return self.workers
 
-    def _sampler(self) -> Callable[[], Sampler]:
+    def _sampler(self, place: int, again: bool) -> Callable[[], Sampler]:
         """What a rollout worker makes of itself: a resumed run's from a checkpoint that is still there."""
-        return partial(Sampler, self.config, self.parts, _whole(self.saved), self._threads)
+        return partial(Sampler, self.config, self.parts, _whole(self.saved), self._threads, place, again)
 
     def judging(self, reward: Reward, task: Task) -> Reward:
         """Verifier workers where the recipe asks for them: they start now, and are there once the engine is."""

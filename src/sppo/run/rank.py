@@ -14,6 +14,7 @@ from ..cluster.versions import versions
 from ..distributed.mesh import Mesh
 from ..distributed.ranks import join
 from ..distributed.transfer import Channel, Layout, Meeting
+from ..errors import RecipeError, WorkerLost
 from ..learning.batch import Batch
 from ..learning.learner import Learner
 from ..learning.lessons import Lessons
@@ -25,6 +26,7 @@ from ..models.policy import Policy
 from ..models.sharding import shard
 from ..recipe.config import Config
 from ..rollout.engine import Sample, Sampling, load_engine
+from ..rollout.served import of_worker
 from ..types import Task
 from .models import Models, Parts, load_policy
 from .plan import Plan
@@ -195,12 +197,19 @@ class Rank:
 class Sampler:
     """A rollout worker: an engine over a copy of the policy."""
 
-    def __init__(self, config: Config, parts: Parts, saved: Path | None, threads: int) -> None:
+    def __init__(self, config: Config, parts: Parts, saved: Path | None, threads: int, place: int, again: bool) -> None:
+        """`place` among the workers, from 0; `again`: instead of one that was lost there."""
         keep_memory()
         torch.set_num_threads(threads)
         self.policy = load_policy(config, parts, saved, pick_device(), lambda said: None)
         self.policy.model.requires_grad_(False)
-        self.engine = load_engine(config.rollout.engine, self.policy)
+        assert config.cluster is not None
+        try:
+            self.engine = load_engine(of_worker(config.rollout.engine, place, config.cluster.rollouts), self.policy)
+        except RecipeError as error:
+            if again and isinstance(error.__cause__, WorkerLost):  # a server that may come back
+                raise error.__cause__ from None
+            raise
         self.layout = layout(self.policy)
         self._channel: Channel | None = None
         self._done = 0
