@@ -43,7 +43,7 @@ class OnCluster(Models):
         assert section is not None
         if config.rollout.engine == "control" or is_control(config.policy.model):
             raise RecipeError("[cluster] is for language models: leave it out with rollout.engine = 'control'")
-        of_worker(config.rollout.engine, 0, section.rollouts)
+        of_worker(config.rollout.engine, 0, section.rollouts)  # refused now, and not once the workers start
         responses = config.rollout.prompts * config.rollout.samples
         section = section.model_copy(update={"chunk": section.chunk or chunk_of(responses, section.rollouts)})
         config = config.model_copy(update={"cluster": section})
@@ -68,7 +68,11 @@ class OnCluster(Models):
             raise
         facts = self.ranks.facts
         self._say(facts["notes"])
-        note(f"cluster: {section.learners} learner ranks, {section.rollouts} rollout workers")
+        ranks, workers = (
+            f"{n} {what}{'' if n == 1 else 's'}"
+            for n, what in ((section.learners, "learner rank"), (section.rollouts, "rollout worker"))
+        )
+        note(f"cluster: {ranks}, {workers}")
         self.config, self.saved, self._threads = facts["config"], saved, each[1]
         self.policy = RemotePolicy(facts["policy"], self.ranks)
         self.critic = None if facts["critic"] is None else RemoteCritic(facts["critic"], self.policy)

@@ -28,11 +28,6 @@ class Shares:
     offload: bool
     """Whether masters, moments and gradients are the host's."""
 
-    @property
-    def divided(self) -> bool:
-        """Whether anything is."""
-        return self.shards > 1 and not self.model.quantize
-
     def at_rest(self, optimizer: str) -> dict[str, int]:
         """Weights and optimiser, from the first step to the last."""
         model = self.model
