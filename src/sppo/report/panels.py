@@ -42,7 +42,7 @@ CURVES = {
                 "Of the next token. At 0 while the reward is far from its top, the policy has stopped exploring."),
     "gradient": ("update/grad_norm", "Gradient norm", "norm", "Before it is scaled down to training.max_grad_norm."),
     "gap": ("engine/gap_mean", "Engine and learner apart", "nats per token",
-            "Mean difference of their log-probabilities of the same tokens; next to 0 they hold the same weights."),
+            "Mean difference of their log-probabilities of the same tokens; next to 0 they hold the same weights. With cluster.lag the engine's are older."),
     "memory": ("memory/rss_bytes", "Memory", "GiB", "Of the training process, after each step."),
 }  # fmt: skip
 """By name: the metric, the title, its unit, how to read it."""
