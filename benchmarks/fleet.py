@@ -121,7 +121,8 @@ def main() -> None:
         if number:
             print(
                 f"round {number}: "
-                + ", ".join(f"{n} {r[-1]['seconds']:.1f} s (sync {r[-1]['sync']:.1f})" for n, r in rows.items())
+                + ", ".join(f"{n} {r[-1]['seconds']:.1f} s (sync {r[-1]['sync']:.1f})" for n, r in rows.items()),
+                flush=True,
             )
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(rows["inline"], rows["cluster"], strict=True)]
     recovery = told(sides["cluster"], "kill")["recovery_s"]
