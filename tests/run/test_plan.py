@@ -394,6 +394,8 @@ def test_what_is_whole_on_every_rank():
     away = sharded("update", Model(smollm(), torch.bfloat16), **{"training.offload": True})
     assert away.stays["masters and moments"] == away.phases["update"]["gradients of the shard"] == 0
     assert away.host["masters and moments"] == 12 * 134_515_008 // 4
+    beside = sharded("update", model, **{"training.offload": True})
+    assert beside.host["masters and moments"] == 12 * model.trained
 
 
 def test_processes_on_one_machine_share_its_memory():

@@ -221,7 +221,8 @@ def test_the_first_signal_interrupts_and_the_second_stops_at_once(asked, monkeyp
     said = []
     job = SimpleNamespace(interrupt=lambda: said.append("interrupt"), grace=None)
     display = SimpleNamespace(end_soon=lambda: said.append("end soon"), hang_up=lambda: said.append("hang up"))
-    if signal.getsignal(asked) == signal.SIG_IGN:  # as nohup has it: then it is left so
+    given = signal.getsignal(asked)
+    if given == signal.SIG_IGN:  # as nohup has it: then it is left so
         signal.signal(asked, signal.SIG_DFL)
     before = signal.getsignal(asked)
     with interruptible(job, display):
@@ -233,6 +234,7 @@ def test_the_first_signal_interrupts_and_the_second_stops_at_once(asked, monkeyp
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), asked)
     assert signal.getsignal(asked) == before
+    signal.signal(asked, given)
 
 
 def test_a_half_written_checkpoint_is_never_used(tmp_path):

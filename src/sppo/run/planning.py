@@ -203,14 +203,16 @@ class _Sum:
         the sum of its gradients."""
         host = {"towers": self.policy.towers} if self.on_gpu and self.policy.towers else {}
         if self.offload:
-            trained = self.policy.trained + (0 if self.critic is None else self.critic.trained)
-            moments = self.policy.moments(self.config.training.optimizer)
-            moments += 0 if self.critic is None else self.critic.moments("adamw")
-            shards = 1 if self._shares(self.policy) is None else shards_of(self.config, self.policy)
-            host |= {
-                "masters and moments": (4 * trained + moments) // shards,
-                "sums of gradients": 4 * trained // shards,
-            }
+            state = sums = 0
+            for model, kind in ((self.policy, self.config.training.optimizer), (self.critic, "adamw")):
+                if model is not None:
+                    shares = (
+                        None if model.adapter is not None else self._shares(model)
+                    )  # adapters are whole on every rank
+                    parts = 1 if shares is None else shares.shards
+                    state += (4 * model.trained + model.moments(kind)) // parts
+                    sums += 4 * model.trained // parts
+            host |= {"masters and moments": state, "sums of gradients": sums}
         return host
 
     def _gradients(self, model: Model) -> dict[str, int]:
