@@ -7,7 +7,7 @@ SPEED  := bench-rollout bench-update bench-step bench-critic bench-length bench-
 
 .PHONY: chaos cluster-sim layouts bench-busy bench-pretrained bench-memory families
 .PHONY: setup dev docs quickstart test test-fast fuzz mutants check clean help bubblewrap chromium vllm-env trl-env test-vllm $(SPEED)
-.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-cluster bench-head bench-elementwise bench-gpu
+.PHONY: bench-sandbox bench-verify bench-runtime bench-reward-model bench-trl bench-stability bench-cluster bench-turns bench-head bench-elementwise bench-gpu
 
 help:
 	@echo "make quickstart   train a tiny reasoner from nothing: two to six minutes on two cores"
@@ -171,6 +171,9 @@ layouts: dev
 # The last line is JSON: what a cluster of one rank and one worker adds to a step, its sync, and a recovery. About 15 minutes on two cores.
 bench-cluster: dev | models/smollm2-135m
 	$(BIN)/python benchmarks/fleet.py
+
+bench-turns: dev | models/smollm2-135m
+	$(BIN)/python benchmarks/turns.py
 
 bench-head: dev
 	$(BIN)/python benchmarks/head.py

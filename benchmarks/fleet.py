@@ -1,6 +1,6 @@
 """What a cluster costs: a SmolLM2-135M step by one learner rank and one rollout worker against the same step in one process. `make bench-cluster`
 
-Both sides are processes of their own that make one step when told to, in turns, after one step to warm up: 64 prompts, responses of up to 64 tokens,
+Both sides are processes of their own that make one step when told to, in turns, after one step to warm up: 32 prompts, responses of up to 32 tokens,
 a critic of 1M parameters, one update, the weights given to the engine and verified. Then the learner's rank is killed, and the seconds until a fresh
 one has the newest checkpoint and the worker its weights are counted. Last line: one JSON object (`overhead` as a share of a step, `sync_s`, `recovery_s`).
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import workload
 
-RESPONSES, TOKENS = 64, 64
+RESPONSES, TOKENS = 32, 32
 
 
 def serve(cluster: bool) -> None:
@@ -105,7 +105,7 @@ def told(made: subprocess.Popen[str], word: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--serve", choices=["inline", "cluster"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sppo.environments.base import load_environment
+from sppo.environments.loading import load_environment
 from sppo.errors import RecipeError, RewardError
 from sppo.recipe.config import Config
+from sppo.recipe.sections import EnvironmentSection
 from sppo.rewards.loading import load_reward
 from sppo.rollout.collect import collect
 from sppo.run.loop import train
@@ -119,7 +120,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     return small_config(
-        task__environment="mine_environment:Again,turns=2",
+        environment__use="mine_environment:Again,turns=2",
         reward__use="mine_reward:Wrote",
         rollout__engine="mine_engine:Counting",
         rollout__max_tokens=24,
@@ -187,7 +188,7 @@ def test_an_environment_that_often_raises_stops_the_run(recipe: Config, tmp_path
     with_step(tmp_path, "assert len(reply.text) > 10**6")
     run = Run.new(recipe)
     with pytest.raises(
-        RewardError, match=r"task\.environment failed in 16 of 16 trajectories; the first time .*AssertionError"
+        RewardError, match=r"environment\.use failed in 16 of 16 trajectories; the first time .*AssertionError"
     ):
         play(run, [Task(f"t/{n}", "1+2?", {"answer": "3"}) for n in range(16)])
     run.close()
@@ -209,7 +210,7 @@ def test_a_trajectory_without_a_token_or_a_close_that_raises_is_masked_in_a_whol
     )
     (tmp_path / "mine_environment.py").write_text(text)
     config = small_config(
-        task__environment="mine_environment:Again", reward__use="mine_reward:Wrote", rollout__max_tokens=24, objective__algorithm=algorithm,
+        environment__use="mine_environment:Again", reward__use="mine_reward:Wrote", rollout__max_tokens=24, objective__algorithm=algorithm,
         critic__model=SMALL, run__out=str(tmp_path / "run"), training__steps=1,
     )  # fmt: skip
     run = Run.new(config)
@@ -222,7 +223,7 @@ def test_a_trajectory_without_a_token_or_a_close_that_raises_is_masked_in_a_whol
 
 
 def test_a_name_of_an_environment_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = load_environment("single_turn")
+    made = load_environment(EnvironmentSection())
     monkeypatch.setattr("sppo.spec.resolve", lambda *_: pytest.fail("looked up for each trajectory"))
     assert made() is not made()
 
@@ -284,6 +285,8 @@ def test_a_function_reward_reads_all_turns_and_what_the_environment_said(recipe:
 
 
 def test_an_environment_that_lacks_a_method_is_refused_before_anything_starts(recipe: Config) -> None:
-    changed = recipe.model_copy(update={"task": recipe.task.model_copy(update={"environment": "mine_tracker:json"})})
-    with pytest.raises(Exception, match=r"task\.environment"):
+    changed = recipe.model_copy(
+        update={"environment": recipe.environment.model_copy(update={"use": "mine_tracker:json"})}
+    )
+    with pytest.raises(Exception, match=r"environment\.use"):
         Run.new(changed)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .environments.loading import given_environment
 from .errors import DataError, ModelError, RecipeError, UserError
 from .recipe.config import Config
 from .report.progress import ProgressDisplay
@@ -144,23 +145,39 @@ class SPPOTrainer:
         peft_config: a LoraConfig: train such an adapter, and leave the model's own weights as they are.
         quantization_config: a BitsAndBytesConfig for a model that is named: `load_in_8bit`, or four bits as QLoRA has
             them (`nf4`, double quantisation); needs `peft_config`.
+        tools: functions with types and a docstring that the policy may call, or classes whose public methods are tools.
+        environment_factory: what makes an object for each trajectory, as TRL has it: its public methods are tools,
+            `reset(**row)` may return a text that is added to the prompt, and `get_reward()` pays where no `reward_funcs`
+            are given, which may read the objects as `environments`.
     """
 
     def __init__(
         self,
         model: Any,
-        reward_funcs: RewardLike | list[RewardLike],
-        train_dataset: Any,
+        reward_funcs: RewardLike | list[RewardLike] | None = None,
+        train_dataset: Any = None,
         eval_dataset: Any = None,
         critic: Any = None,
         args: SPPOConfig | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
         quantization_config: Any = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Callable[[], Any] | None = None,
     ) -> None:
         self.args = args or SPPOConfig()
         changes = self.args.overrides()
         weights = self.args.reward_weights
+        if train_dataset is None:
+            raise DataError("train_dataset is missing: rows, a file, or a task such as 'chain:steps=3'")
+        if reward_funcs is None:
+            if not callable(getattr(environment_factory, "get_reward", None)):
+                raise RecipeError(
+                    "reward_funcs is missing, and environment_factory has no get_reward() that would pay instead"
+                )
+            reward_funcs = "environment"
+        if tools or environment_factory is not None:
+            changes["environment.use"] = GIVEN
         self.parts = Parts(reward=_reward(reward_funcs, float(changes.get("reward.limit", LIMIT)), weights))
         changes["reward.use"] = reward_funcs if isinstance(reward_funcs, str) else GIVEN
         if isinstance(model, str):
@@ -178,6 +195,8 @@ class SPPOTrainer:
         if eval_dataset is not None:
             changes["task.eval"] = eval_dataset if isinstance(eval_dataset, str) else GIVEN
         self.config = Config.load(None, changes)
+        if tools or environment_factory is not None:
+            self.parts.environment = given_environment(tools or (), environment_factory, self.config.environment)
         self.parts.train, self.parts.evaluation = self._sources(train_dataset, eval_dataset)
         self.run: Run | None = None
         self._loaded: Models | None = None

@@ -186,7 +186,10 @@ _INSTEAD = {
             "sampling is set by temperature, top_k, top_p, min_p, max_completion_length and "
             "recipe={'rollout.stop': […]}",
         ),
-        ("max_tool_calling_iterations", "a response is one turn, without tools"),
+        (
+            "max_tool_calling_iterations",
+            "the last turn only answers, so for N rounds of calls write recipe={'environment.turns': N + 1}",
+        ),
         ("torch_compile torch_compile_", "the local engine compiles its own decoding on a CPU"),
         ("use_liger_kernel liger_kernel_config", "log-probabilities are computed in chunks here already"),
         ("full_determinism", "a run is deterministic for one machine and number of threads"),

@@ -11,7 +11,7 @@ This module imports no torch: a `Batch` holds tensors, and lives with the learne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 Message = dict[str, Any]
@@ -39,8 +39,9 @@ class Task:
     """One problem. `prompt` is text (used as it is) or chat messages (put through the chat template).
 
     `columns` holds what the rewards may ask for by name (`answer`, `tests`, any column of the user's);
-    `solution` is a worked response for supervised training; `difficulty` is the task's own dial, if it has one; `weight` is what its
-    advantages are multiplied by, where a curriculum draws some tasks rather than others (run/curriculum.py).
+    `solution` is a worked response for supervised training, or a conversation with calls of tools and what they gave;
+    `difficulty` is the task's own dial, if it has one; `weight` is what its advantages are multiplied by, where a curriculum
+    draws some tasks rather than others (run/curriculum.py).
 
     >>> Task(id="chain/0", prompt=[{"role": "user", "content": "3+4*2?"}], columns={"answer": "4"},
     ...      solution="3+4=7;7*2=4;A:4", difficulty=2).text
@@ -50,7 +51,7 @@ class Task:
     id: str
     prompt: Prompt
     columns: Mapping[str, Any] = field(default_factory=dict)
-    solution: str | None = None
+    solution: str | list[Message] | None = None
     difficulty: float | None = None
     weight: float = 1.0
 
@@ -102,7 +103,7 @@ class Rollout:
     any cut) included; `kept[t]`, where there is a cut, the log of the mass that it left. `text` leaves special tokens out. `greedy` is the judged
     greedy response to the same prompt, where the algorithm asks for one. `version` is the number of steps after which the weights that wrote it were taken.
     `evidence` is what an environment says of the trajectory, for the reward; `messages` is the whole conversation after the prompt, where there was
-    more than one turn, and `text` its last turn.
+    more than one turn, and `text` its last turn. `environment` is the object itself, while the reward judges.
     """
 
     task: Task
@@ -118,6 +119,11 @@ class Rollout:
     version: int = 0
     evidence: Mapping[str, Any] = field(default_factory=dict)
     messages: Sequence[Message] = ()
+    environment: Any = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> list[Any]:
+        """All but the environment, which stays in its process."""
+        return [None if f.name == "environment" else getattr(self, f.name) for f in fields(self)]
 
     @classmethod
     def answer(

@@ -39,6 +39,8 @@ TERMS = "tests/learning/test_terms.py"
 LOOP = TERMS + "::test_kl_and_bonus_in_the_learners_loss_are_those_of_a_loop"
 BATCH = "tests/learning/test_batch.py"
 SCHEDULER = "tests/rollout/test_scheduler.py"
+PLAY = "tests/rollout/test_play.py"
+DEMONSTRATIONS = "tests/learning/test_demonstrations.py"
 TYPES = "tests/test_types.py"
 ADVANTAGE = "tests/objective/test_advantage.py"
 DIAGNOSTICS = "tests/objective/test_diagnostics.py"
@@ -381,6 +383,21 @@ m("equal prompts are apart", "(len(self.keys[i]), self.keys[i])", "len(self.keys
 m("a pass for every free slot", "free * REFILL < self.count", "not free")
 m("a pass reads any number of tokens", "if out and tokens > PREFILL:", "if False:")
 m("a prompt is counted each time it is sampled", "0 if key in out else len(key)", "len(key)")
+
+# -- several turns ---------------------------------------------------------------------------------------------------------
+
+m = of("rollout/trajectory.py", PLAY)
+m("a turn begins where the last one ended", "self.turns.append((len(self.ids),", "self.turns.append((self.turns[-1][1] if self.turns else len(self.ids),")
+m("what an environment says is not read", "self.ids = [*self.ids, *policy.continuation_ids(observed.messages, self.ids[-1])]", "pass")
+m("every turn may be as long as all", "self.room = max_tokens - len(self.logps)", "self.room = max_tokens")
+m("a context that is full is written on in", "self.room = min(self.room, context - len(self.ids))", "pass")
+
+m = of("rollout/play.py", PLAY)
+m("every turn draws the same numbers", '("turn", len(track.turns)) if track.turns else ()', "")
+m("who hangs is closed all the same", "            self._hung.add(number)\n", "            pass\n")
+
+m = of("learning/sft.py", DEMONSTRATIONS)
+m("what a tool gave is learnt", "action_BL[b, start:end] = True", "action_BL[b, turns[0][0] : end] = True")
 
 # -- learning/optimizer.py, run/accuracy.py, rollout/canary.py ----------------------------------------------------------------------------
 

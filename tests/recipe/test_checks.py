@@ -22,10 +22,10 @@ ADAPTER = {"adapter.rank": 8}
 PREDICTED = {"curriculum.kind": "predicted"}
 
 BROKEN = [  # rule, a recipe that keeps it, what breaks it, words of the sentence
-    (checks.several_turns_are_no_single_answer, {"task.environment": "mine:Guess"}, SEARCH, "reads responses of one turn"),
+    (checks.several_turns_are_no_single_answer, {"environment.use": "mine:Guess"}, SEARCH, "reads responses of one turn"),
     (checks.several_turns_are_no_single_answer, {"objective.algorithm": "sppo-hybrid", "reward.use": STEPS},
-     {"task.environment": "mine:Guess"}, "'hybrid' reads responses of one turn"),
-    (checks.several_turns_are_no_single_answer, CONTROL, {"task.environment": "mine:Guess"}, "'control' reads"),
+     {"environment.use": "mine:Guess"}, "'hybrid' reads responses of one turn"),
+    (checks.several_turns_are_no_single_answer, CONTROL, {"environment.use": "mine:Guess"}, "'control' reads"),
     (checks.stages_belong_to_staged, STAGED, {"curriculum.stages": []}, "needs stages"),
     (checks.stages_belong_to_staged, {}, {"curriculum.stages": [1]}, "belong to kind = 'staged'"),
     (checks.stages_belong_to_staged, STAGED, {"curriculum.stages": [2, 2]}, "must rise"),

@@ -106,7 +106,7 @@ NAMED = {  # recipe: what it trains with
     "calibration": "sequence", "code": "sequence", "hybrid": "token", "predicted": "sequence", "quickstart": "sequence", "search": "sequence",
     "smollm2-arithmetic": "sequence", "staged": "sequence", "steps": "sequence", "paper-1.5b": "token", "paper-7b": "token",
     "paper-7b-small-critic": "token", "control-cartpole": "token", "control-hopper": "token", "control-lunarlander": "token",
-    "control-mountaincar": "token", "control-pendulum": "token",
+    "control-mountaincar": "token", "control-pendulum": "token", "tools-calculator": "sequence",
     "llama-3.1-8b-lora": "token", "qwen3-4b-lora-24gb": "token", "qwen2.5-1.5b-full": "token",
 }  # fmt: skip
 

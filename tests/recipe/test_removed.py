@@ -22,6 +22,7 @@ from ..conftest import small_config
 OTHER = {  # a value with an effect, for each removed key
     "rollout.kind": "tree", "rollout.branch": 3, "rollout.entropy": 0.2, "rollout.budget": 512, "rollout.leaves": 4,
     "objective.phi": "siblings", "objective.ev_gate": True, "objective.half_life": 2.0, "objective.stakes": True,
+    "task.environment": "mine:Guess",
 }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def older(run, changes):
     for dotted, value in changes.items():
         section, _, key = dotted.partition(".")
         tree[section][key] = value
-    del tree["task"]["environment"]  # a key that it did not know
+    del tree["environment"]  # a section that it did not know
     (run / "recipe.toml").write_text(tomli_w.dumps(tree))
     return tree
 
@@ -164,7 +165,8 @@ def reseal(run, neutral):
         entry = {k: v for k, v in entry.items() if k not in ("previous", "sha256")}
         if "recipe" in entry:
             entry["recipe"] |= neutral
-            del entry["recipe"]["task.environment"]
+            for known in [k for k in entry["recipe"] if k.startswith("environment.")]:
+                del entry["recipe"][known]
         if "recipe_file_sha256" in entry:
             entry["recipe_file_sha256"] = file_sha256(run / "recipe.toml")
         chain.append(entry)

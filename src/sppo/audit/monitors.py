@@ -27,9 +27,10 @@ from ..errors import RewardError
 from ..evaluation.intervals import wilson
 from ..recipe.sections import MonitorsSection
 from ..rewards.base import Reward
-from ..rollout.collect import sample_seed
+from ..rollout.sampler import sample_seed
 from ..types import Rollout
 from .step_monitors import Outcomes, Spread, Stepwise, Text
+from .tool_monitors import ToolUse
 from .verdict_monitors import Hidden, Reference, Second, Verifying, reads_reference
 
 EXAMPLES = 8
@@ -71,7 +72,7 @@ class Monitors:
             self.verifying.append(Hidden())
             if section.second:
                 self.verifying.append(Second(section.second, limit))
-        self.stepwise: list[Stepwise] = [Outcomes(), Text(), Spread()] if self.on else []
+        self.stepwise: list[Stepwise] = [Outcomes(), Text(), Spread(), ToolUse()] if self.on else []
         self.raised: dict[str, int] = {}  # the step of each monitor's alert; a second alert would say nothing new
         self.recent: dict[str, list[str]] = {}  # the newest rollouts that a monitor objected to
         self.alerts: list[Alert] = []

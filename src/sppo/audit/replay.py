@@ -17,6 +17,7 @@ from ..recipe.config import Config
 from ..rewards.base import Reward
 from ..rewards.combine import MixedReward
 from ..rollout.collect import truncation_rule
+from ..rollout.trajectory import failure
 from ..types import Rollout, Task, Verdict
 from .chain import step_file
 
@@ -64,13 +65,27 @@ def recorded(row: dict[str, Any]) -> Rollout:
         raise ValueError("a response is missing")
     task = json.loads(row["task"])
     prompt, columns = task["prompt"], task["columns"]
-    turns = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
-    if not isinstance(columns, dict) or not (isinstance(prompt, str) or turns):
+    chat = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
+    if not isinstance(columns, dict) or not (isinstance(prompt, str) or chat):
         raise ValueError("a task is not one")
     task = Task(str(row["task_id"]), prompt, columns, difficulty=row["difficulty"])
-    return Rollout.answer(
-        task, row["prompt_ids"], row["response_ids"], row["logps"], row["finish"], row["response"], row["sample"]
-    )
+    said = json.loads(row.get("environment") or "{}")
+    if row.get("turns") is None:
+        return Rollout.answer(
+            task,
+            row["prompt_ids"],
+            row["response_ids"],
+            row["logps"],
+            row["finish"],
+            row["response"],
+            row["sample"],
+            evidence=said,
+        )
+    turns = [(start, end) for start, end in row["turns"]]
+    return Rollout(
+        task, row["ids"], turns, row["logps"], row["finish"], row["response"], row["sample"], evidence=said,
+        messages=json.loads(row["messages"]),
+    )  # fmt: skip
 
 
 def replay(run: Path, steps: list[int], reward: Reward, config: Config, most: int | None = None) -> Iterator[Replayed]:
@@ -85,8 +100,11 @@ def replay(run: Path, steps: list[int], reward: Reward, config: Config, most: in
             index = list(part)
             if isinstance(reward, MixedReward):
                 reward.fade = fade
-            some = [rollouts[i] for i in index]
-            for i, rollout, verdict in zip(index, some, reward.judge(some), strict=True):
+            some = [rollouts[i] for i in index if failure(rollouts[i].evidence) is None]
+            judged = iter(reward.judge(some) if some else [])
+            for i in index:
+                rollout = rollouts[i]
+                verdict = failure(rollout.evidence) or next(judged)
                 found = truncation_rule(rollout, verdict, config.rollout.truncated)
                 yield Replayed(step, i, rollout.task.id, then[i], _said(found))
 

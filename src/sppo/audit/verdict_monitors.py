@@ -16,7 +16,7 @@ from ..rewards.base import TEST_COLUMNS, Reward
 from ..rewards.combine import MixedReward
 from ..rewards.loading import load_reward
 from ..rewards.user_reward import CallableReward, UserJudge
-from ..rollout.collect import sample_seed
+from ..rollout.sampler import sample_seed
 from ..types import Rollout, Task
 from .detect import Cusum, Rate
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from ..models.policy import Policy
 from ..rewards.base import Reward
 from ..rewards.segments import split_steps
-from ..rollout.collect import sample_seed
 from ..rollout.engine import Engine, Sampling
+from ..rollout.sampler import sample_seed
 from ..types import Rollout
 
 SHARES = (0.0, 0.25, 0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,12 @@ class Loaded:
             )
         return sampling
 
+    def environment(self) -> Any:
+        """What answers the policy between its turns, as in the run. Raises a UserError where that was given in Python."""
+        from ..environments.loading import load_environment
+
+        return load_environment((self.recipe or Config()).environment)
+
     def prompt_critic(self, tasks: Sequence[Any]) -> Any:
         """The critic beside the policy, where it reads prompts alone and can read all of these; else None."""
         if self.critic is None or (self.recipe is not None and self.recipe.critic_reads != "prompt"):
@@ -198,3 +204,18 @@ def _recipe_near(path: Path) -> Config | None:
         if (folder / "recipe.toml").exists() and (folder / "checkpoints").is_dir():
             return Config.load(folder / "recipe.toml")
     return None
+
+
+def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A trajectory's messages for the terminal: what was called, and what it gave."""
+    lines = list[str]()
+    for m in messages:
+        for call in m.get("tool_calls") or []:
+            lines.append(
+                f"→ {call['function']['name']} {json.dumps(call['function']['arguments'], ensure_ascii=False)}"
+            )
+        if m["role"] == "assistant":
+            lines += [m["content"]] if m["content"] else []
+        else:
+            lines.append(f"← {m['content']}")
+    return "\n".join(lines)

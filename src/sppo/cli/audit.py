@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import DataError, UserError
 from ..files import is_folder, readable
-from ._shared import emit
+from ._shared import conversation, emit
 
 SHOWN = 10
 """Mismatches printed one by one."""
@@ -101,6 +101,7 @@ def _replay(args: argparse.Namespace) -> int:
     from ..audit.replay import replay
     from ..audit.verifier import verifier_sha256
     from ..recipe.config import Config
+    from ..rewards.base import KEPT
     from ..rewards.loading import load_reward
     from ..spec import GIVEN
 
@@ -119,6 +120,8 @@ def _replay(args: argparse.Namespace) -> int:
     if not steps:
         raise DataError(f"{run} has no rollouts yet")
     reward = load_reward(config.reward.use, config.reward.limit)
+    if callable(keep := getattr(reward, "keep", None)):
+        keep(run / KEPT)
     changed = _other_verifier(run, steps, verifier_sha256(reward))
     if changed:
         print(
@@ -183,13 +186,20 @@ def _lines(run: Path, name: str, found: dict[str, Any], entry: dict[str, Any], s
         f"rollout {name} of {run}: task {found['task_id']}, sample {found['sample']}",
         f"policy {entry.get('policy_fingerprint', '?')} · recipe {str(entry.get('recipe_sha256', '?'))[:16]} · seed {entry.get('seed', '?')} · "
         + ("the file's hash is the chain's" if same else "THE FILE IS NOT WHAT THE CHAIN SAYS"),
-        "", *_prompt(run, found), "", f"response ({len(found['response_ids'])} tokens, {found['finish']})",
-        _indented(found["response"]), "",
+        "", *_prompt(run, found), "", *_response(found), "",
         f"verdict: {found['outcome']}, score {found['score']:g}, correct {found['correct']:g}{', masked' if found['masked'] else ''}",
         _indented(json.dumps(json.loads(found["evidence"]), indent=2, ensure_ascii=False)),
         f"predicted chance: {_number(found['value'])} · advantage: {_number(found['advantage'])} · log-probability of the response: "
         f"{sum(found['logps']):.3f}",
     ]  # fmt: skip
+
+
+def _response(found: dict[str, Any]) -> list[str]:
+    """What the policy wrote; of several turns the whole conversation, calls as `→` and what others said as `←`."""
+    said = f"{len(found['response_ids'])} tokens, {found['finish']}"
+    if not found.get("messages"):
+        return [f"response ({said})", _indented(found["response"])]
+    return [f"{len(found['turns'])} turns ({said})", _indented(conversation(json.loads(found["messages"])))]
 
 
 def _prompt(run: Path, found: dict[str, Any]) -> list[str]:

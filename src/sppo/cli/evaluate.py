@@ -136,7 +136,7 @@ def _measured(
     result = evaluate(
         engine, loaded.policy, reward, usable, sampling, samples=args.samples, seed=args.seed,
         checker=step_checker(spec, usable[0], reward), critic=loaded.prompt_critic(usable),
-        keep_cut=loaded.recipe is not None and loaded.recipe.rollout.truncated == "keep",
+        keep_cut=loaded.recipe is not None and loaded.recipe.rollout.truncated == "keep", environment=loaded.environment(),
     )  # fmt: skip
     figures = {"task": spec, **result.as_dict(), "passed_over": len(tasks) - len(usable)}
     return figures, [_row(spec, r) for r in result.rollouts]
@@ -156,6 +156,7 @@ def _row(spec: str, r: Any) -> dict[str, Any]:
     return {
         "task": spec, "id": r.task.id, "sample": r.sample, "prompt": r.task.prompt, "response": r.text, "tokens": len(r.response_ids),
         "finish": r.finish, "score": v.score, "correct": v.correct, "outcome": v.outcome, "masked": v.masked, "evidence": dict(v.evidence),
+        **({"messages": list(r.messages)} if r.messages else {}),
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..errors import UserError
-from ._shared import Loaded, emit
+from ._shared import Loaded, conversation, emit
 
 
 def add(subparsers: Any) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..rewards.confidence import stated_confidence
     from ..rewards.extract import extract_answer
-    from ..rollout.collect import sample_seed
+    from ..rollout.collect import sampled
     from ..rollout.local import LocalEngine
     from ..tasks.base import ListSource, with_instruction
     from ..types import Task
@@ -54,9 +54,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"the question has {len(ids)} tokens; with --max-tokens {sampling.max_tokens} it does not fit into the model's {loaded.policy.context} positions"
         )
-    seeds = [sample_seed(args.seed, "solve", k) for k in range(args.samples)]
-    samples = LocalEngine(loaded.policy).generate([ids] * args.samples, seeds, sampling)
-    responses = [loaded.policy.text(s.ids) for s in samples]
+    tracks = sampled(
+        LocalEngine(loaded.policy), loaded.policy, [task], sampling, samples=args.samples, seed=(args.seed, "solve"), environment=loaded.environment()
+    )  # fmt: skip
+    for track in tracks:
+        if track.failure is not None:
+            raise UserError(str(track.failure.evidence["reason"]))
+    responses = [track.text for track in tracks]
     answers = Counter(extract_answer(text) for text in responses)
     chance = None
     if loaded.critic is not None:
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     confidence = sum(stated) / len(stated) if stated else None
     result = {
         "question": args.question, "system": args.system, "answer": answer, "agreement": count / args.samples, "responses": responses,
-        "finish": [s.finish for s in samples], "predicted_chance": chance,
+        "finish": [track.finish for track in tracks], "predicted_chance": chance,
         "stated_confidence": confidence,
     }  # fmt: skip
     agreement = f" ({count} of {args.samples} samples)" if args.samples > 1 else ""
@@ -80,8 +84,11 @@ def run(args: argparse.Namespace) -> int:
     )
     if confidence is not None:
         said += f"\nconfidence that the model states: {confidence:.0%}"
-    cut = "  (cut at the limit)" if samples[0].finish == "length" else ""
-    emit(result, args.json, f"{responses[0]}{cut}\n\nanswer: {answer}{agreement}\n{said}")
+    cut = "  (cut at the limit)" if tracks[0].finish == "length" else ""
+    if tracks[0].tools:
+        result["messages"] = [track.messages for track in tracks]
+    shown = conversation(tracks[0].messages) if len(tracks[0].messages) > 1 else responses[0]
+    emit(result, args.json, f"{shown}{cut}\n\nanswer: {answer}{agreement}\n{said}")
     return 0
 
 

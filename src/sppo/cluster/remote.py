@@ -13,7 +13,7 @@ from torch import Tensor
 from ..learning.batch import Batch
 from ..learning.learner import Learner
 from ..learning.lessons import Lessons
-from ..learning.sft import Imitation
+from ..learning.sft import Imitation, Row
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..models.weights import Weights
@@ -147,7 +147,7 @@ class RemoteImitation(Imitation):
         self.ranks = ranks
         ranks.call("begin_imitation")
 
-    def learn(self, rows: Sequence[tuple[list[int], list[int]]], lr: float) -> tuple[float, float]:
+    def learn(self, rows: Sequence[Row], lr: float) -> tuple[float, float]:
         """See `Imitation`."""
         loss, norm = self.ranks.call("imitate", list(rows), lr)
         return loss, norm

@@ -1,8 +1,8 @@
-"""The environment's socket, and how a recipe's `task.environment` becomes one.
+"""The environment's socket.
 
 An environment answers what the policy writes, turn by turn, until it says that the trajectory is over; the reward judges the whole. There is one
 object per trajectory. A single answer is the trivial case (`single_turn.py`). One of your own is a class in a file of yours,
-`task.environment = "mine:Guess"`:
+`environment.use = "mine:Guess"`:
 
     from sppo.environments.base import Observation
 
@@ -40,16 +40,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..errors import RecipeError
-from ..spec import maker
 from ..types import Message, Task
+
+POSITIONAL = "*"
+"""The key of a call's arguments under which those without a name come, in order."""
+
+
+class Broken(Exception):
+    """What a tool or an environment raises where it cannot go on for no fault of the policy's: the trajectory is masked and counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool that the policy calls, and with what. `error` says what is wrong with a call that cannot be read, for the policy."""
+
+    name: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the policy did in a turn: the text it wrote, its ids, or, for a policy that writes no text, its `action`."""
+    """What the policy did in a turn: the text it wrote beside its calls, the calls, its ids, or, for a policy that writes no text, its `action`."""
 
     text: str = ""
+    calls: Sequence[Call] = ()
     ids: Sequence[int] = ()
     action: Any = None
 
@@ -57,12 +72,16 @@ class Reply:
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What the policy sees next: messages (role `user` or `tool`), or, for a policy that reads no text, `values`; whether the trajectory is over;
-    and what the environment knows of it, for the reward (`Rollout.evidence`)."""
+    and what the environment knows of it, for the reward (`Rollout.evidence`). `reset` may also offer tools that the policy may call, as JSON
+    schemas, add a text to the task's last message, or put another `prompt` in the task's place."""
 
     messages: Sequence[Message] = ()
     done: bool = False
     evidence: Mapping[str, Any] = field(default_factory=dict)
     values: Any = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    added: str = ""
+    prompt: Sequence[Message] = ()
 
 
 class Environment(Protocol):
@@ -75,24 +94,23 @@ class Environment(Protocol):
     def step(self, reply: Reply) -> Observation:
         """Answer a turn."""
 
-    def close(self) -> None:
-        """The trajectory is over, or was given up."""
+    def close(self) -> Mapping[str, Any] | None:
+        """The trajectory is over. What is known only now goes to the evidence. An environment that is given up while it is asked is not
+        closed; its `abandon()` is called, if it has one, while another thread is still inside."""
 
 
-Maker = Callable[[], Environment]
-"""Makes the environment of one trajectory."""
-ASKED = ("reset", "step", "close")
+@dataclass(frozen=True)
+class Maker:
+    """Makes the environment of one trajectory. `workers` are asked at a time, in threads, and none may think longer than `seconds`."""
 
+    make: Callable[[], Environment]
+    workers: int = 16
+    seconds: float = 60.0
+    tokens: int = 0
+    """Of a whole trajectory, at most; 0: as many as the model can read."""
+    answers: bool = True
+    """Whether there may be a second turn."""
 
-def load_environment(use: str) -> Maker:
-    """What `task.environment` names. Raises RecipeError, also for an object that lacks what an environment needs."""
-    made: Maker = maker(use, "sppo.environments", "task.environment")
-    first = made()
-    missing = [name for name in ASKED if not callable(getattr(first, name, None))]
-    if missing:
-        raise RecipeError(
-            f"task.environment = {use!r} makes a {type(first).__name__} without {', '.join(missing)}: an environment has "
-            f"{', '.join(ASKED)} (environments/base.py has an example)"
-        )
-    first.close()
-    return made
+    def __call__(self) -> Environment:
+        """An environment."""
+        return self.make()

@@ -1,9 +1,9 @@
-"""One prompt, one answer: the trajectory is over once the policy has written. `task.environment = "single_turn"`, the default."""
+"""One prompt, one answer: the trajectory is over once the policy has written. `environment.use = "single_turn"`, the default."""
 
 from __future__ import annotations
 
 from ..types import Task
-from .base import Observation, Reply
+from .base import Maker, Observation, Reply
 
 
 def build() -> SingleTurn:
@@ -24,3 +24,7 @@ class SingleTurn:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+ALONE = Maker(build, answers=False)
+"""Where nothing answers the policy."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..environments.base import Maker
-from ..environments.single_turn import build as single_turn
+from ..environments.single_turn import ALONE
 from ..models.critic import Critic
 from ..models.policy import Policy
 from ..rewards.base import Reward
@@ -70,7 +70,7 @@ def evaluate(
     checker: Checker | None = None,
     critic: Critic | None = None,
     keep_cut: bool = False,
-    environment: Maker = single_turn,
+    environment: Maker = ALONE,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """avg@samples and pass@k with 95% intervals. The same seed draws the same random numbers at every evaluation.

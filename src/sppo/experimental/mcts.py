@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..rollout.collect import sample_seed
+from ..rollout.sampler import sample_seed
 
 AT_ONCE = 4
 """Responses from each node that a walk ends in: for the sake of the batch."""

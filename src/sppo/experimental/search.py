@@ -24,7 +24,7 @@ from ..learning.learner import Learner
 from ..learning.lessons import Lessons
 from ..recipe.sections import SearchSection
 from ..rewards.segments import STOPS, seen_ends, segment_starts, token_ends
-from ..rollout.collect import sample_seed
+from ..rollout.sampler import sample_seed
 from ..rollout.sequences import ending_ids
 from ..run.build import Components
 from ..run.directory import no_space

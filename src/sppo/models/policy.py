@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from torch import Tensor
 
 from ..distributed.fsdp import at_rest, device_of, dtype_of, local, put_together
 from ..distributed.mesh import Mesh
+from ..environments.base import Call
 from ..errors import ModelError
 from ..files import readable
 from ..objective.ratio import wide
 from ..types import Message, Task
 from .adapters import REFERENCE, Adapters
 from .assembled import load_model
+from .calls import read_calls
 from .head import backbone
 from .loading import embedded, ensure_pad, prompt_ids, render_chat
 from .multimodal import freeze_rest, processor_files, shared, text_config
 from .scorer import ActionLogps, Scorer
-from .turns import continuation_ids
+from .turns import Manner, continuation_ids
 from .weights import Weights, fingerprint, sha256, weights_of, write
 
 
@@ -184,10 +187,27 @@ class Policy:
             ids = ids[:-1]
         return ids
 
-    def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that an environment's messages put between a reply of the policy and its next one (turns.py)."""
-        eos = self.rendered(self.eos_ids[:1])
-        return embedded(continuation_ids(self.tokenizer, messages, chat=self.chat, eos=eos), self.embeddings, self.name)
+    def continuation_ids(self, messages: Sequence[Message], end: int | None = None) -> list[int]:
+        """The ids that an environment's messages put between a reply of the policy, which ended with the id `end`, and its next one
+        (turns.py)."""
+        ends = [self.rendered([i]) for i in ([] if end is None else [end]) + list(self.eos_ids)]
+        told = self.manner.answered(messages)
+        return embedded(continuation_ids(self.tokenizer, told, chat=self.chat, ends=ends), self.embeddings, self.name)
+
+    @cached_property
+    def manner(self) -> Manner:
+        """How it takes part in conversations with tools."""
+        return Manner.of(self.tokenizer, self.chat)
+
+    def would_call(self, text: str) -> bool:
+        """Whether a text would call a tool if the policy wrote it."""
+        return bool(read_calls(text, self.manner.syntax)[1])
+
+    def said(self, ids: Sequence[int]) -> tuple[str, list[Call]]:
+        """What a reply says beside its calls, and the calls in it."""
+        ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        content, calls = read_calls(self.rendered(ids), self.manner.syntax)
+        return (content if calls else self.text(ids)), calls
 
     def refuses(self, task: Task) -> str | None:
         """Why a prompt cannot be put to this model, or None: its template refuses it, or it is a conversation and

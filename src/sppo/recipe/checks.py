@@ -225,7 +225,7 @@ def readers_of_step_scores_have_some(c: Recipe) -> Sentences:
 
 
 def several_turns_are_no_single_answer(c: Recipe) -> Sentences:
-    if c.task.environment == "single_turn":
+    if not c.environment.answers:
         return
     needs = {
         "[search]": c.search is not None,
@@ -234,7 +234,7 @@ def several_turns_are_no_single_answer(c: Recipe) -> Sentences:
     }
     for who, there in needs.items():
         if there:
-            yield f"{who} reads responses of one turn: leave it out, or task.environment = {c.task.environment!r}"
+            yield f"{who} reads responses of one turn: leave it out, or [environment]"
 
 
 def adapters_stand_on_frozen_weights(c: Recipe) -> Sentences:

@@ -16,6 +16,7 @@ from .sections import (
     ClusterSection,
     CriticSection,
     CurriculumSection,
+    EnvironmentSection,
     EvaluationSection,
     MonitorsSection,
     PolicySection,
@@ -49,6 +50,9 @@ class Recipe(Section):
     )
     critic: CriticSection = Field(default_factory=CriticSection, description="the prompt-only value model")
     task: TaskSection = Field(default_factory=TaskSection, description="which problems")
+    environment: EnvironmentSection = Field(
+        default_factory=EnvironmentSection, description="what answers the policy between its turns"
+    )
     curriculum: CurriculumSection = Field(
         default_factory=CurriculumSection, description="the order of the training problems"
     )

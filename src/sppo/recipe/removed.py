@@ -27,6 +27,7 @@ KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
         (1.0,),
         "objective.half_life was removed with baseline = 'beta': leave it out, and use 'critic' or 'centred'",
     ),
+    "task.environment": (("single_turn",), "'task.environment' has a new name: 'environment.use'"),
     "objective.stakes": ((False,), "'objective.stakes' has a new name: 'objective.optimal_baseline'"),
 }  # fmt: skip
 """Removed keys: their neutral values, and the sentence for any other value."""

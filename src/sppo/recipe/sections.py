@@ -75,11 +75,6 @@ class TaskSection(Section):
     columns: dict[str, str] | None = Field(
         None, description="which column of the rows to use under which name, e.g. prompt=q,answer=meta.gold"
     )
-    environment: str = Field(
-        "single_turn",
-        description="what answers the policy between its turns: 'single_turn' (nothing: one answer), or "
-        "package.module:object",
-    )
     instruction: str = Field("", description="text added after every question, e.g. how to mark the answer")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out and counted, never cut")
 
@@ -87,6 +82,33 @@ class TaskSection(Section):
     @classmethod
     def _columns(cls, value: Any) -> Any:
         return named_columns(value) if isinstance(value, str) else value
+
+
+class EnvironmentSection(Section):
+    """What answers the policy between its turns."""
+
+    use: str = Field(
+        "single_turn",
+        description="'single_turn' (nothing: one answer), or package.module:object; leave it out with tools",
+    )
+    tools: tuple[str, ...] = Field(
+        (),
+        description="what the policy may call: modules of tools/ ('calculator'), or package.module:object, a function or a class",
+    )
+    turns: int = Field(8, ge=1, description="tools: turns of the policy, at most")
+    output: int = Field(4000, ge=40, description="tools: characters of a result that are shown, at most")
+    tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens of a whole trajectory, at most, prompt and answers included; 0: the model's context",
+    )
+    seconds: float = Field(60.0, gt=0, description="an answer that takes longer masks its trajectory")
+    workers: int = Field(16, ge=1, description="environments that are asked at a time, each in a thread")
+
+    @property
+    def answers(self) -> bool:
+        """Whether there may be more than one turn."""
+        return bool(self.tools) or self.use != "single_turn"
 
 
 class CurriculumSection(Section):

@@ -102,15 +102,46 @@ def rollout_view(run: RunReader, found: dict[str, Any]) -> dict[str, Any]:
         {"number": n + 1, "score": scores.get(n), "tokens": [t for t in tokens if t["step"] == n]}
         for n in range(step + 1)
     ]
+    conversation = _conversation(found, tokens)
     value, correct = found["value"], found["correct"]
     surprised = value is not None and not found["masked"] and abs(correct - value) >= SURPRISED
     return {
-        **found, "steps": [s for s in steps if s["tokens"]], "evidence_rows": rows, "surprised": surprised,
+        **found, "steps": [s for s in steps if s["tokens"]], "conversation": conversation, "evidence_rows": rows, "surprised": surprised,
         "shown_tokens": len(ids), "total_tokens": len(found["response_ids"]), "sequence_logp": sum(found["logps"]),
         "sequence_ratio": sum(ratios) if ratios else None, "ratio": math.exp(min(sum(ratios), 700.0)) if ratios else None,
         "read": run.rendered(found["prompt_ids"][:MOST_TEXT]), "prompt_tokens": len(found["prompt_ids"]),
         "columns": _columns(found["task"]), "cited": _cited(run, found), "has_ratio": bool(ratios) and any(ratios),
     }  # fmt: skip
+
+
+def _conversation(found: dict[str, Any], tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A trajectory of several turns as messages in order: the policy's with their tokens and calls, the others with their text."""
+    try:
+        messages = [m for m in json.loads(found["messages"] or "[]") if isinstance(m, dict)]
+        lengths = [end - start for start, end in found["turns"] or []]
+    except (ValueError, TypeError, RecursionError):
+        return []
+    shown, at, turn = list[dict[str, Any]](), 0, 0
+    for m in messages:
+        if m.get("role") == "assistant" and turn < len(lengths):
+            mine = tokens[at : at + lengths[turn]]
+            at, turn = at + lengths[turn], turn + 1
+            shown.append({"who": "policy", "turn": turn, "tokens": mine, "calls": _calls(m)})
+        else:
+            who = f"{m.get('name') or 'tool'} gave" if m.get("role") == "tool" else str(m.get("role"))
+            shown.append({"who": who[:100], "text": str(m.get("content"))[:MOST_TEXT]})
+    return shown
+
+
+def _calls(message: dict[str, Any]) -> list[str]:
+    """The calls of a turn in a line each."""
+    out = list[str]()
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            said = f"{function.get('name')} {json.dumps(function.get('arguments'), ensure_ascii=False)}"
+            out.append(str(call.get("error") or said)[:MOST_TEXT])
+    return out
 
 
 def _columns(task: str | None) -> list[tuple[str, str]]:

@@ -21,6 +21,8 @@ from typing import Protocol
 
 from ..types import Rollout, Task, Verdict
 
+KEPT = "judge.jsonl"
+"""A run's file of what its reward was told by others, where it keeps that (`keep`)."""
 TEST_COLUMNS = ("tests", "test_list", "test", "input_output")
 """Columns that may hold a row's tests, in the order in which they are looked at."""
 
@@ -29,7 +31,8 @@ class Reward(Protocol):
     """Judges responses; `check` says what is wrong with a task before anything is sampled for it.
 
     One whose verdicts depend on the other responses of a call, or whose numbers do, says `divisible = False`: verifier
-    workers (cluster/verifiers.py) then never divide a call.
+    workers (cluster/verifiers.py) then never divide a call. It may also have `keep(path)`, to keep what it was told by others, and
+    `begin(tasks, note)`, called with the first problems before a run: what it has to say of itself goes to `note`.
     """
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:

@@ -13,8 +13,9 @@ can fade during a run (`reward.anneal`): they help at the beginning and leave th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import RecipeError
@@ -73,6 +74,17 @@ def adds(parts: Sequence[Part]) -> bool:
     return parts[0].weight > 0 and any(p.role == "+" and p.weight > 0 for p in parts[1:])
 
 
+def _judged(part: Part, seen: Sequence[Rollout]) -> list[Verdict]:
+    """A part's verdicts. One that is dear is not asked where the product with what is known is 0 anyway."""
+    if part.role == "+" or not getattr(part.reward, "dear", False):
+        return part.reward.judge(seen)
+    asked = [r.verdict is not None and not r.verdict.masked and r.verdict.correct > 0 for r in seen]
+    some = [r for r, ask in zip(seen, asked, strict=True) if ask]
+    found = iter(part.reward.judge(some) if some else [])
+    spared = Verdict(0.0, "wrong", {"not asked": "what comes before it is not right"})
+    return [next(found) if ask else spared for ask in asked]
+
+
 class MixedReward:
     """A sum of rewards, under conjunctions and gates."""
 
@@ -94,8 +106,20 @@ class MixedReward:
         """
         first = self.parts[0].reward.judge(rollouts)
         seen = [r.judged(v) for r, v in zip(rollouts, first, strict=True)]
-        judged = zip(first, *(part.reward.judge(seen) for part in self.parts[1:]), strict=True)
+        judged = zip(first, *(_judged(part, seen) for part in self.parts[1:]), strict=True)
         return [self._merge(verdicts) for verdicts in judged]
+
+    def keep(self, path: Path) -> None:
+        """Have parts that keep what they were told keep it there."""
+        for part in self.parts:
+            if callable(keep := getattr(part.reward, "keep", None)):
+                keep(path)
+
+    def begin(self, tasks: Sequence[Task], note: Callable[[str], None]) -> None:
+        """Have parts say what they are worth."""
+        for part in self.parts:
+            if callable(begin := getattr(part.reward, "begin", None)):
+                begin(tasks, note)
 
     def _merge(self, verdicts: tuple[Verdict, ...]) -> Verdict:
         pairs = list(zip(self.parts, verdicts, strict=True))

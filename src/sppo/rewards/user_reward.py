@@ -52,7 +52,8 @@ class CallableReward:
 
     Prompts and completions are given as the user's rows gave them: text for text prompts, chat messages for chat
     prompts. A trajectory of several turns is all its messages, and `evidence` is what its environment said of it
-    (empty where it said nothing). `options` go with each call, before columns of the same name.
+    (empty where it said nothing); `environments` are the objects of `environment_factory`, as TRL has it. `options` go
+    with each call, before columns of the same name.
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class CallableReward:
         told = "evidence" in self.takes or (self.takes_any and any(r.evidence for r in rollouts))
         if told and "evidence" not in columns:
             arguments["evidence"] = [dict(r.evidence) for r in rollouts]
+        if "environments" in self.takes or (self.takes_any and any(r.environment is not None for r in rollouts)):
+            arguments["environments"] = [r.environment for r in rollouts]
         arguments |= {"prompts": prompts, "completions": completions, **self.options}
         if not self.takes_any:
             arguments = {key: value for key, value in arguments.items() if key in self.takes}

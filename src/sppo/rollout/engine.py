@@ -56,11 +56,36 @@ class Sample:
     version: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Something to write: its number, what stands before it, its seed, and how many tokens it may have."""
+
+    number: int
+    ids: Sequence[int]
+    seed: int
+    limit: int
+
+
+Wait = Literal["no", "one", "all"]
+
+
+class Turns(Protocol):
+    """Where turns come from, for an engine that takes them as they come."""
+
+    def next(self, wait: Wait) -> list[Turn]:
+        """Those that can begin now. An engine with nothing else to do waits for `one`, or, where it writes in rounds, until it is known
+        of `all`; none then says that it is over."""
+
+    def written(self, number: int, sample: Sample) -> None:
+        """What became of one."""
+
+
 class Engine(Protocol):
     """Samples responses from the weights that it loaded last: those of the policy that it was made with, at first.
 
     `stated` is a sentence for the user at the start, or empty; `context` the most tokens of a prompt and its
-    response, if the engine has a limit of its own. A whole engine, which reads the sequence anew for every token (in
+    response, if the engine has a limit of its own. An engine may also have `converse(turns: Turns, sampling)`, by which
+    decoding never waits for an environment; else turns are written in rounds. A whole engine, which reads the sequence anew for every token (in
     slow.py; `rollout.engine = "slow:Slow"`):
 
         import torch
@@ -131,6 +156,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release processes and memory."""
+
+
+def in_rounds(engine: Engine, turns: Turns, sampling: Sampling) -> None:
+    """Write turns by an engine that does not take them as they come."""
+    while asked := turns.next("all"):
+        limits = [t.limit for t in asked]
+        samples = engine.generate([t.ids for t in asked], [t.seed for t in asked], sampling, limits=limits)
+        for turn, sample in zip(asked, samples, strict=True):
+            turns.written(turn.number, sample)
 
 
 ASKED = ("stated", "context", "generate", "score", "load", "holds", "close")

@@ -28,9 +28,10 @@ Prefix = list[tuple[Tensor, Tensor]]
 class Slots(Cache):
     """A cache of `count` slots of up to `longest` columns."""
 
-    def __init__(self, config: Any, count: int, longest: int) -> None:
-        self.count, self.longest = count, longest
-        self.columns = min(longest, FIRST)
+    def __init__(self, config: Any, count: int, longest: int, columns: int | None = None) -> None:
+        """`columns` to begin with, where even on a CPU nobody knows how many will be reached."""
+        self.count, self.longest, self.grows = count, longest, columns is not None
+        self.columns = min(longest, max(FIRST, columns or 0))
         self.slot_N = self.column_N = torch.empty(0, dtype=torch.long)
         self.seen: tuple[int, int] | None = None  # slots and columns that attention reads; None: the new tokens alone
         super().__init__(layers=[_SlotLayer(self) for _ in DynamicCache(config=config).layers])
@@ -115,7 +116,8 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         table = self.table
-        if lazy := _lazily(key_states):
+        lazy = _lazily(key_states)
+        if lazy and not table.grows:
             table.columns = table.longest
         self.key_store, self.value_store = (
             lazy_zeros(*shape, dtype=x.dtype) if lazy else x.new_zeros(shape)
@@ -142,7 +144,8 @@ class _SlotLayer(CacheLayerMixin):
         if self.is_initialized:
             for name in ("key_store", "value_store"):
                 old = getattr(self, name)
-                fresh = old.new_zeros(*old.shape[:2], columns, old.size(-1))
+                shape = (*old.shape[:2], columns, old.size(-1))
+                fresh = lazy_zeros(*shape, dtype=old.dtype) if _lazily(old) else old.new_zeros(shape)
                 fresh[:, :, : old.size(2)] = old
                 setattr(self, name, fresh)
 

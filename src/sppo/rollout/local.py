@@ -7,7 +7,8 @@ values, or cannot be packed, is sampled by the plain loop (rollout/reference.py)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +19,14 @@ from ..kernels.patch_layers import fused
 from ..models.policy import Policy
 from ..models.weights import Weights
 from .cuda_graphs import Captured, next_logits
-from .engine import Sample, Sampling
+from .engine import Sample, Sampling, Turn, Turns, in_rounds
 from .kv_cache import Prefix, Slots
 from .reference import PlainEngine, trouble
 from .scheduler import Admitted, Key, Scheduler
 from .sequences import Drawn, Forced, Responses
+
+LONGEST = 1 << 16
+"""Tokens of a trajectory where the model has no limit."""
 
 
 def build(policy: Policy) -> LocalEngine:
@@ -86,6 +90,18 @@ class LocalEngine:
         self._decode(prompts, drawn, sampling.batch, progress)
         return drawn.samples(self.version)
 
+    def converse(self, turns: Turns, sampling: Sampling) -> None:
+        """Write turns as they come (`engine.Turns`)."""
+        if self.plain is not None or type(self).generate is not LocalEngine.generate:  # of a subclass
+            in_rounds(self, turns, sampling)
+            return
+        drawn = Drawn(self.policy, [], sampling)
+        first = turns.next("one")
+        if not first:
+            return
+        with self._forgetting():
+            _converse(self.policy, first, turns, drawn, sampling.batch, self.compiled, self.captured, self.version)
+
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """See the protocol: the decoding loop, with the given tokens in place of drawn ones."""
         if self.plain is not None:
@@ -101,8 +117,14 @@ class LocalEngine:
         batch: int,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        try:
+        with self._forgetting():
             _decode(self.policy, prompts, responses, batch, self.compiled, self.captured, progress)
+
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Let go of slots after a failure, and of large ones in any case."""
+        try:
+            yield
         except BaseException:
             self.close()
             raise
@@ -132,6 +154,44 @@ def _decode(
             logits_BV = model.prefill(admitted) if admitted else model.next()
             if scheduler.take(logits_BV) and progress:
                 progress(scheduler.finished)
+    if not captured:
+        slots.release()
+
+
+@torch.inference_mode()
+def _converse(
+    policy: Policy,
+    first: list[Turn],
+    turns: Turns,
+    drawn: Drawn,
+    batch: int,
+    compiled: bool,
+    captured: Captured | None,
+    version: int,
+) -> None:
+    """Let turns grow to their ends as they come; how long a trajectory gets nobody knows."""
+    needed = max(len(turn.ids) + turn.limit for turn in first)
+    longest = max(policy.context or LONGEST, needed)
+    slots = (
+        captured.slots_for(policy, batch, longest)
+        if captured
+        else Slots(policy.model.config, batch, longest, columns=needed)
+    )
+    scheduler = Scheduler([], drawn, slots, batch)
+    model = _Forward(policy, scheduler, decode.Decoder(policy.model, slots) if compiled else None, captured)
+    numbers = list[int]()
+    come = first
+    with fused(policy.scorer.fusable if policy.device.type != "cpu" else []):
+        while come or scheduler.unfinished:
+            if come:
+                drawn.add([turn.seed for turn in come], [turn.limit for turn in come])
+                scheduler.add([turn.ids for turn in come])
+                numbers += [turn.number for turn in come]
+            admitted = scheduler.schedule()
+            finished = scheduler.take(model.prefill(admitted) if admitted else model.next())
+            for i in finished:
+                turns.written(numbers[i], drawn.sample(i, version))
+            come = turns.next("no" if scheduler.unfinished else "one")
     if not captured:
         slots.release()
 

@@ -7,6 +7,7 @@ sums (blocks of 256, then inside one block) cost one pass over the probabilities
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,12 @@ class Cut:
 
     def __bool__(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def sample_seed(*parts: int | str) -> int:
+    """A 64-bit seed from what identifies a sample (run seed, stream, step, task, index): no state to save or lose."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:

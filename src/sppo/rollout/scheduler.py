@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -27,12 +27,21 @@ class Scheduler:
         """`count` of the slots are used, at most."""
         self.keys: list[Key] = [tuple(p) for p in prompts]
         self.responses, self.slots, self.count = responses, slots, count
-        # the shortest first, and equal ones together
-        self.waiting = sorted(range(len(prompts)), key=lambda i: (len(self.keys[i]), self.keys[i]), reverse=True)
+        self.waiting = self._ordered(range(len(prompts)))
         self.live: list[int] = []
         self.rows: list[int] = []  # the responses that the next logits are of,
         self.first = 0  # from which slot on
         self.finished = 0
+
+    def _ordered(self, waiting: Iterable[int]) -> list[int]:
+        """The last one begins first: the shortest, and equal ones together."""
+        return sorted(waiting, key=lambda i: (len(self.keys[i]), self.keys[i]), reverse=True)
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> None:
+        """More responses wait, those that come next in `responses`."""
+        first = len(self.keys)
+        self.keys += [tuple(p) for p in prompts]
+        self.waiting = self._ordered([*self.waiting, *range(first, len(self.keys))])
 
     @property
     def unfinished(self) -> bool:
@@ -71,9 +80,10 @@ class Scheduler:
         """Tokens of a response and its prompt whose keys and values its slot holds: all but the newest."""
         return len(self.keys[i]) + len(self.responses.ids[i]) - 1
 
-    def take(self, logits_BV: Tensor) -> bool:
-        """Give each scheduled row its token; finished sequences leave, and the last ones move into their slots. Returns whether any finished."""
+    def take(self, logits_BV: Tensor) -> list[int]:
+        """Give each scheduled row its token; finished sequences leave, and the last ones move into their slots. Returns which are finished."""
         gone = [self.first + b for b in self.responses.take(logits_BV, self.rows)]
+        finished = [self.live[b] for b in gone]
         self.finished += len(gone)
         left = set(gone)
         remaining = len(self.live) - len(gone)
@@ -83,4 +93,4 @@ class Scheduler:
             self.slots.copy(mover, [hole], self.length(self.live[mover]))
             self.live[hole] = self.live[mover]
         del self.live[remaining:]
-        return bool(gone)
+        return finished

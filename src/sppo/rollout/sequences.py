@@ -36,10 +36,26 @@ class Drawn:
         self.logps: list[list[float]] = [[] for _ in seeds]
         self.kept: list[list[float]] = [[] for _ in seeds]
         self.stopped = [False] * len(seeds)
-        self._uniform_BT = uniforms(seeds, sampling.max_tokens)
+        self._uniform_BT = uniforms(seeds, sampling.max_tokens) if seeds else torch.empty(0, sampling.max_tokens)
         self._ends = ending_ids(policy, sampling.stop)
         # a token is a byte at least, so so many last tokens hold any stop string that the newest one completed
         self._tail = 2 + max((len(s.encode()) for s in sampling.stop), default=0)
+
+    def add(self, seeds: Sequence[int], limits: Sequence[int]) -> range:
+        """More responses; returns their indices."""
+        first = len(self.ids)
+        for _ in seeds:
+            self.ids.append([])
+            self.logps.append([])
+            self.kept.append([])
+            self.stopped.append(False)
+        self.limits = [*(self.limits or []), *limits]
+        fresh_BT = uniforms(seeds, self.sampling.max_tokens)
+        if first + len(seeds) > len(self._uniform_BT):  # twice as many each time
+            more = torch.empty(max(len(seeds), first), self.sampling.max_tokens)
+            self._uniform_BT = torch.cat([self._uniform_BT, more])
+        self._uniform_BT[first : first + len(seeds)] = fresh_BT
+        return range(first, len(self.ids))
 
     def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
         """See Responses. Raises RunFailure for logits that are not finite."""
@@ -70,12 +86,15 @@ class Drawn:
         tail = self.policy.text(ids[-self._tail :])
         return any(s in tail for s in stop)
 
+    def sample(self, i: int, version: int) -> Sample:
+        """A response that is over, sampled by the weights of a version."""
+        return Sample(
+            self.ids[i], self.logps[i], "stop" if self.stopped[i] else "length", self.kept[i], version=version
+        )
+
     def samples(self, version: int) -> list[Sample]:
-        """What was sampled by the weights of a version, in the order of the prompts."""
-        return [
-            Sample(ids, logps, "stop" if stopped else "length", kept, version=version)
-            for ids, logps, stopped, kept in zip(self.ids, self.logps, self.stopped, self.kept, strict=True)
-        ]
+        """All of them, in the order of the prompts."""
+        return [self.sample(i, version) for i in range(len(self.ids))]
 
 
 class Forced:

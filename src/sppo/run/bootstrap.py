@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ..evaluation.evaluate import held_out_tasks
 from ..learning.sft import supervised
+from ..rollout.trajectory import asked
 from ..tasks.loading import load_tasks
 from .accuracy import accuracy
 from .build import Components
@@ -50,7 +52,7 @@ def bootstrap(c: Components, state: State, sync: Callable[[int], None], interrup
         return not interrupted() and solved < section.until
 
     supervised(
-        c.policy, c.models.imitation(c.config), source, section, seed=c.config.seed, on_step=on_step
+        c.policy, c.models.imitation(c.config), source, section, seed=c.config.seed, on_step=on_step, asked=partial(asked, c.environment, c.policy),
     )  # fmt: skip
     state.seconds_bootstrap = time.monotonic() - began - state.seconds_evaluating
     state.seconds += state.seconds_bootstrap

@@ -12,7 +12,8 @@ import torch
 
 from ..audit.monitors import Monitors
 from ..audit.verifier import verifier_sha256
-from ..environments.base import Maker, load_environment
+from ..environments.base import Maker
+from ..environments.loading import load_environment
 from ..errors import RecipeError
 from ..evaluation.evaluate import held_out_tasks
 from ..evaluation.step_quality import step_checker
@@ -22,7 +23,7 @@ from ..models.critic import Critic
 from ..models.mlp import ControlPolicy
 from ..models.policy import Policy
 from ..recipe.config import Config
-from ..rewards.base import Reward
+from ..rewards.base import KEPT, Reward
 from ..rewards.combine import MixedReward, adds
 from ..rewards.loading import load_reward
 from ..rewards.steps import Checker
@@ -88,12 +89,16 @@ def build(config: Config, directory: RunDirectory, observer: Observer, parts: Pa
     torch.set_num_threads(config.run.threads or fitted(torch.get_num_threads()))
     note = observer.note
     config = _settled(config, note)
-    environment, reward = load_environment(config.task.environment), _reward(config, parts)
+    environment, reward = parts.environment or load_environment(config.environment), _reward(config, parts)
     train_tasks, eval_tasks = _tasks(config, parts)
     data = data_of(config)
     must_be_the_same(directory.path, data)
     if not config.reward.workers:
         reward.check(train_tasks[0])  # raises where this machine cannot judge its kind at all
+    if callable(keep := getattr(reward, "keep", None)):
+        keep(directory.path / KEPT)
+    if saved is None and callable(begin := getattr(reward, "begin", None)):
+        begin([train_tasks[i] for i in range(min(len(train_tasks), 3))], note)
     models = _models(config, directory.path, parts, saved, note)
     with contextlib.ExitStack() as undo:
         undo.callback(models.close)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..distributed.mesh import Mesh
+from ..environments.base import Maker
 from ..errors import ModelError, RecipeError, WorkerLost
 from ..learning.learner import Learner
 from ..learning.optimizer import optimiser_class
@@ -51,6 +52,7 @@ class Parts:
     reward: Reward | None = None
     train: TaskSource | None = None
     evaluation: TaskSource | None = None
+    environment: Maker | None = None
 
 
 class Models:

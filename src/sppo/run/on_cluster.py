@@ -52,7 +52,7 @@ class OnCluster(Models):
         each = [threads if section.address else max(1, threads // n) for n in (section.learners, section.rollouts)]
         self._given = parts.reward
         self.verifiers: Verifiers | None = None
-        self.parts = replace(parts, reward=None, train=None, evaluation=None)  # models alone travel
+        self.parts = replace(parts, reward=None, train=None, evaluation=None, environment=None)  # models alone travel
         self.fleet = Fleet(section, note)
         try:
             gpus = self.fleet.devices

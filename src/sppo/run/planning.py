@@ -49,6 +49,8 @@ HOLES = 0.25
 """Of quantised matrices, unpacked one after the other: the share that stays as holes between what is kept of a CPU's heap; measured."""
 MALLOC = 2 * GIB
 """The most that malloc keeps (memory.py)."""
+CHARACTERS = 4
+"""Of a token of what an environment says, on average."""
 PROCESS_CUDA = 600 * 2**20
 """What a CUDA context takes of a GPU."""
 
@@ -154,8 +156,12 @@ class _Sum:
 
     @property
     def longest(self) -> int:
-        """Tokens of a row, its response at the limit."""
-        return self.prompt + self.config.rollout.max_tokens
+        """Tokens of a row, its response at the limit, and what an environment may say in between."""
+        written = self.prompt + self.config.rollout.max_tokens
+        section = self.config.environment
+        if not section.answers:
+            return written
+        return section.tokens or written + (section.turns - 1) * section.output // CHARACTERS
 
     @property
     def rows(self) -> int:

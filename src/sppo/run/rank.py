@@ -18,7 +18,7 @@ from ..errors import RecipeError, WorkerLost
 from ..learning.batch import Batch
 from ..learning.learner import Learner
 from ..learning.lessons import Lessons
-from ..learning.sft import Imitation
+from ..learning.sft import Imitation, Row
 from ..learning.update_stats import Trace
 from ..memory import keep_memory
 from ..models.loading import pick_device
@@ -101,7 +101,7 @@ class Rank:
         """Make ready to learn from worked solutions."""
         self.imitation = self.models.imitation(self.config)
 
-    def imitate(self, rows: Sequence[tuple[list[int], list[int]]], lr: float) -> tuple[float, float]:
+    def imitate(self, rows: Sequence[Row], lr: float) -> tuple[float, float]:
         """See `Imitation.learn`."""
         return self.imitation.learn(rows, lr)
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..objective.diagnostics import explained_variance_ceiling
 from ..recipe.config import flattened
 from ..rollout.collect import overruled
 from ..trackers.base import TrackedRun, Trackers
-from ..types import Verdict
+from ..types import Rollout, Verdict
 from .accuracy import accuracy
 from .build import Components
 from .checkpoint import State
@@ -109,6 +109,24 @@ def verdict_metrics(step: Step) -> dict[str, Any]:
         "rollout/overruled": overruled(verdicts),
         **{f"outcome/{name}": count for name, count in sorted(Counter(v.outcome for v in verdicts).items())},
         **{f"reward/{name}": value for name, value in mean_measures(verdicts).items()},
+        **turn_metrics(batch.rollouts),
+    }
+
+
+def turn_metrics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Of trajectories with an environment: turns, calls of tools and how many of them failed, per trajectory."""
+    several = [r for r in rollouts if r.messages]
+    if not several:
+        return {}
+    calls = [int(r.evidence.get("calls", 0)) for r in several]
+    failed = sum(int(r.evidence.get("failed_calls", 0)) for r in several)
+    return {
+        "turns/mean": sum(len(r.turns) for r in several) / len(several),
+        "turns/out_of_turns": sum("out_of_turns" in r.evidence for r in several) / len(several),
+        "turns/told_tokens": sum(len(r.ids) - len(r.prompt_ids) - len(r.response_ids) for r in several) / len(several),
+        "tools/calls": sum(calls) / len(several),
+        "tools/most_calls": max(calls),
+        "tools/failed": failed / max(sum(calls), 1),
     }
 
 

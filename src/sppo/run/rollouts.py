@@ -33,6 +33,10 @@ ROLLOUT_SCHEMA = pa.schema(
         ("tokens", pa.int32()),
         ("log_ratios", pa.list_(pa.float32())),
         ("clipped", pa.float32()),
+        ("ids", pa.list_(pa.int32())),
+        ("turns", pa.list_(pa.list_(pa.int32()))),
+        ("messages", pa.string()),
+        ("environment", pa.string()),
     ]
 )
 
@@ -53,7 +57,8 @@ def rollout_table(
         log_ratios: log π_θ/π_old of each token, at least as long as the response.
         clipped: the share of each response's ratios that the clip cut off.
 
-    A masked rollout has been trained on by nothing: its advantage, ratios and clipping are null.
+    `ids`, `turns` (spans of `ids` that the policy wrote) and `messages` are of trajectories with an environment, and
+    `environment` is what it said of them. A masked rollout has been trained on by nothing: its advantage, ratios and clipping are null.
     """
     columns: dict[str, list[Any]] = {name: [] for name in ROLLOUT_SCHEMA.names}
     made = zip(rollouts, values or (None,) * len(rollouts), advantages, log_ratios, clipped, strict=True)
@@ -66,10 +71,19 @@ def rollout_table(
             verdict.score, verdict.correct, verdict.outcome, verdict.masked, json.dumps(dict(verdict.evidence), default=str),
             r.task.difficulty, value, advantage if trained else None,
             task_json(r.task), len(r.response_ids), ratios[: len(r.response_ids)] if trained else None, cut if trained else None,
+            *trajectory_cells(r),
         )  # fmt: skip
         for name, cell in zip(columns, row, strict=True):
             columns[name].append(cell)
     return pa.table(columns, schema=ROLLOUT_SCHEMA)
+
+
+def trajectory_cells(r: Rollout) -> tuple[Any, Any, Any, Any]:
+    """`ids`, `turns`, `messages` and `environment` of a trajectory; null where a prompt and a response are all of it."""
+    said = json.dumps(dict(r.evidence), default=str) if r.evidence else None
+    if not r.messages and len(r.turns) == 1:
+        return None, None, None, said
+    return list(r.ids), [list(turn) for turn in r.turns], json.dumps(list(r.messages), default=str), said
 
 
 def task_json(task: Task) -> str | None:

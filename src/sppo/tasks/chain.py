@@ -28,12 +28,18 @@ def build(
     steps: int | str = "4-6", split: str = "train", size: int = 1_000_000, seed: int = 0, confidence: bool = False
 ) -> Chain:
     """The source for `chain:…`; `steps` is a number or a range `low-high`."""
-    low, _, high = str(steps).partition("-")
-    if not low.isdigit() or (high and not high.isdigit()) or int(low) < 1 or int(high or low) < int(low):
-        raise RecipeError(f"chain: steps={steps} is neither a number of steps nor a range such as 4-6")
+    low, high = steps_range("chain", steps)
     if split not in SPLITS:
         raise RecipeError(f"chain: split={split} is not one of {', '.join(SPLITS)}")
-    return Chain(int(low), int(high or low), split, size, seed, bool(confidence))
+    return Chain(low, high, split, size, seed, bool(confidence))
+
+
+def steps_range(task: str, steps: int | str) -> tuple[int, int]:
+    """The fewest and the most steps that `steps` means. Raises RecipeError."""
+    low, _, high = str(steps).partition("-")
+    if not low.isdigit() or (high and not high.isdigit()) or int(low) < 1 or int(high or low) < int(low):
+        raise RecipeError(f"{task}: steps={steps} is neither a number of steps nor a range such as 4-6")
+    return int(low), int(high or low)
 
 
 class Chain:

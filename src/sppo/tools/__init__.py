@@ -1,0 +1,1 @@
+"""What a policy may call between its turns: one file per tool, each with `build`."""
