@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from .versions import same_versions
 
 STORE_BYTES = 512 * 2**20
 """Of a local cluster's object store, which carries ids and verdicts, no weights."""
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+"""An actor computes in a thread beside its main one, and glibc gives such threads heaps of 64 MB: every larger tensor would be mapped, and zeroed by the
+kernel, anew (memory.keep_memory)."""
 LONGEST_BACKOFF = 60.0
 """Seconds."""
 
@@ -137,7 +140,19 @@ class Fleet:
 def _inherited() -> dict[str, str]:
     """What threads need to know, of this process's environment; the reward's own variables stay here."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    return ONE_HEAP | {name: os.environ[name] for name in names if name in os.environ}
+
+
+@contextlib.contextmanager
+def _inheritable() -> Iterator[None]:
+    """Until the block ends this process's environment holds what the processes of a cluster begin with, unless the user has set it."""
+    given = {name: value for name, value in ONE_HEAP.items() if name not in os.environ}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name in given:
+            del os.environ[name]
 
 
 def _connected(section: ClusterSection) -> Any:
@@ -163,7 +178,8 @@ def _connected(section: ClusterSection) -> Any:
     _must_answer(section.address)
     for again in (True, False):
         try:
-            ray.init(address=section.address or "local", **quiet)
+            with _inheritable():
+                ray.init(address=section.address or "local", **quiet)
             break
         except Exception as error:  # Ray raises plain ones too
             ray.shutdown()
