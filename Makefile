@@ -168,7 +168,7 @@ cluster-sim: dev
 layouts: dev
 	$(BIN)/python benchmarks/layouts.py
 
-# The last line is JSON: what a cluster of one rank and one worker adds to a step, its sync, and a recovery. About 15 minutes on two cores.
+# The last line is JSON: what a cluster of one rank and one worker adds to a step, its sync, and a recovery. About 7 minutes on two cores.
 bench-cluster: dev | models/smollm2-135m
 	$(BIN)/python benchmarks/fleet.py
 
