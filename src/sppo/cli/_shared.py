@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..environments.base import shown
 from ..errors import RecipeError, UserError
 from ..recipe import removed
 from ..recipe.config import Config, keys, parse_value
@@ -211,9 +212,7 @@ def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
     lines = list[str]()
     for m in messages:
         for call in m.get("tool_calls") or []:
-            lines.append(
-                f"→ {call['function']['name']} {json.dumps(call['function']['arguments'], ensure_ascii=False)}"
-            )
+            lines.append(f"→ {call.get('error') or shown(call['function'])}")
         if m["role"] == "assistant":
             lines += [m["content"]] if m["content"] else []
         else:

@@ -36,6 +36,7 @@ without another `step`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -57,6 +58,21 @@ class Call:
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
+
+
+def shown(function: Mapping[str, Any]) -> str:
+    """A call that was recorded (`tool_calls` of a message), for people.
+
+    >>> shown({"name": "add", "arguments": {"*": [1], "b": "x"}})
+    'add(1, b="x")'
+    """
+    arguments = function.get("arguments")
+    if not isinstance(arguments, dict):
+        return f"{function.get('name')}({json.dumps(arguments, ensure_ascii=False)})"
+    said = {key: json.dumps(value, ensure_ascii=False) for key, value in arguments.items() if key != POSITIONAL}
+    placed = arguments.get(POSITIONAL, [])
+    each = [json.dumps(value, ensure_ascii=False) for value in (placed if isinstance(placed, list) else [placed])]
+    return f"{function.get('name')}({', '.join([*each, *(f'{key}={value}' for key, value in said.items())])})"
 
 
 @dataclass(frozen=True, slots=True)

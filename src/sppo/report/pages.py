@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..environments.base import shown
 from ..rewards.segments import split_steps
 from .progress import clock
 from .reader import MOST, RunReader
@@ -139,8 +140,7 @@ def _calls(message: dict[str, Any]) -> list[str]:
     for call in message.get("tool_calls") or []:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
-            said = f"{function.get('name')} {json.dumps(function.get('arguments'), ensure_ascii=False)}"
-            out.append(str(call.get("error") or said)[:MOST_TEXT])
+            out.append(str(call.get("error") or shown(function))[:MOST_TEXT])
     return out
 
 
