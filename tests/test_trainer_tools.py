@@ -11,6 +11,7 @@ import pytest
 
 from sppo import SPPOConfig, SPPOTrainer
 from sppo.errors import RecipeError
+from sppo.models.tiny import character_tokenizer
 
 ROWS = [{"prompt": f"{a}+{b}?", "answer": str(a + b)} for a in range(8) for b in range(8)]
 
@@ -34,11 +35,7 @@ def settings(out: Path, **more) -> SPPOConfig:
 
 
 class GuessingGame:
-    """As TRL's documentation has environments."""
-
-    def __init__(self):
-        self.secret = None
-        self.tries = 0
+    """As TRL has environments; what it knows comes with `reset`."""
 
     def reset(self, **kwargs) -> str | None:
         self.secret = int(kwargs["answer"])
@@ -75,7 +72,8 @@ def test_an_environment_class_of_trls_runs_unchanged_and_pays_by_itself(tmp_path
     assert all(
         row["score"] == 1.0 and json.loads(row["environment"])["reward"] == 1.0 for row in rows
     )  # it never guesses
-    assert all("(4)" in json.loads(row["messages"])[0]["content"] or row["prompt_ids"] for row in rows)
+    tokenizer = character_tokenizer()
+    assert {tokenizer.decode(row["prompt_ids"])[3:] for row in rows} == {"? (4)"}  # what reset says is added
     assert [json.loads(row["messages"])[0]["role"] for row in rows] == ["assistant"] * len(rows)
 
 

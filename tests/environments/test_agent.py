@@ -104,7 +104,9 @@ def test_many_agents_talk_at_once_to_a_real_policy():
     tasks = [Task(f"t/{i}", f"{i}?", {"answer": str(i)}) for i in range(24)]
     rollouts, _ = played(solve, tasks, LocalEngine, most=24)
     assert len(rollouts) == 24
-    assert {r.finish for r in rollouts} <= {"stop", "length"}
+    assert [r.task.id for r in rollouts] == [task.id for task in tasks]
+    assert not [r.evidence for r in rollouts if "environment failed" in r.evidence]
+    assert all(0 < len(r.response_ids) <= 24 for r in rollouts)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,6 @@ def test_it_trains_on_what_the_policy_wrote(run):
         assert roles[:2] == ["assistant", "tool"]
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(m["turns/mean"] > 1 and m["tools/calls"] > 0 for m in metrics)
-    assert all(abs(m["update/first_ratio"] - 1) < 1e-3 for m in metrics if "update/first_ratio" in m)
     assert summary["steps"] == 4
 
 

@@ -46,7 +46,22 @@ WATCHED = {
 }  # fmt: skip
 
 
-class Outcomes(Stepwise):
+class Rated(Stepwise):
+    """Watches rates, whose state is all of its own."""
+
+    rates: dict[str, Rate]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Stepwise`."""
+        return {name: rate.state_dict() for name, rate in self.rates.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `Stepwise`."""
+        for name, rate in self.rates.items():
+            rate.load(state[name])
+
+
+class Outcomes(Rated):
     """Failures of the verifier itself."""
 
     name = "outcomes"
@@ -68,13 +83,6 @@ class Outcomes(Stepwise):
                 why = f"{len(rows)} of {len(rollouts)} in this step, usual is {rate.usual:.0%} of the problems or less"
                 found.append((name, what, rate.since, why, advice, rows))
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: rate.state_dict() for name, rate in self.rates.items()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        for name, rate in self.rates.items():
-            rate.load(state[name])
 
 
 class Text(Stepwise):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..types import Rollout
 from .detect import Rate
-from .step_monitors import Finding, Stepwise
+from .step_monitors import Finding, Rated
 
 WATCHED = {
     "endless": ("more trajectories call tools until they may not any more",
@@ -18,7 +18,7 @@ WATCHED = {
 }  # fmt: skip
 
 
-class ToolUse(Stepwise):
+class ToolUse(Rated):
     """Shares of the trajectories with tools."""
 
     name = "tools"
@@ -45,15 +45,6 @@ class ToolUse(Stepwise):
                 why = f"{len(rows)} of {len(used)} in this step, usual is {rate.usual:.0%} or less"
                 found.append((f"tools_{name}", what, rate.since, why, advice, rows))
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Stepwise`."""
-        return {name: rate.state_dict() for name, rate in self.rates.items()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """See `Stepwise`."""
-        for name, rate in self.rates.items():
-            rate.load(state[name])
 
 
 def _is(name: str, rollout: Rollout) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +63,14 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, int]:
     """The trained policy, its last loss, and the number of steps."""
+    from ..environments.loading import load_environment
     from ..learning.sft import Imitation, supervised
     from ..models.loading import pick_device
     from ..models.policy import Policy
     from ..models.weights import parameter_count
     from ..recipe.recipe import OF_ADAPTERS, bootstrap_rate
     from ..recipe.sections import BootstrapSection
+    from ..rollout.trajectory import asked
     from ..tasks.loading import load_tasks
 
     section = config.bootstrap or BootstrapSection()
@@ -97,5 +100,8 @@ def _trained(config: Config, display: ProgressDisplay) -> tuple[Policy, float, i
         return True
 
     imitation = Imitation(policy, config.training.micro_budget)
-    metrics = supervised(policy, imitation, source, section, seed=config.seed, on_step=on_step)
+    environment = load_environment(config.environment)
+    metrics = supervised(
+        policy, imitation, source, section, seed=config.seed, on_step=on_step, asked=partial(asked, environment, policy)
+    )
     return policy, metrics["loss"], section.steps

@@ -139,7 +139,7 @@ class Fleet:
 
 def _inherited() -> dict[str, str]:
     """What threads need to know, of this process's environment; the reward's own variables stay here."""
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
+    names = (*ONE_HEAP, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
     return ONE_HEAP | {name: os.environ[name] for name in names if name in os.environ}
 
 

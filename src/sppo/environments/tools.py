@@ -23,6 +23,7 @@ class Tools:
         self.tools = [make() for make in makers]
         self.box, self.turns = Toolbox(self.tools, output), turns
         self.taken = self.called = self.failed = 0
+        self.begun = False
 
     @property
     def given(self) -> Any:
@@ -31,6 +32,7 @@ class Tools:
 
     def reset(self, task: Task) -> Observation:
         """Offer the tools."""
+        self.begun = True
         row = {**task.columns, "prompt": task.prompt}
         texts = [awaited(accepted(begin, row)) for begin in self._those_with("reset")]
         return Observation(tools=self.box.schemas, added="".join(text for text in texts if isinstance(text, str)))
@@ -51,9 +53,9 @@ class Tools:
         return Observation(messages, done=done, evidence=evidence)
 
     def close(self) -> Mapping[str, Any]:
-        """What the objects of this trajectory pay, and their end."""
+        """What the objects of this trajectory pay, and their end. One that never began has no state yet that could be asked."""
         try:
-            paid = [float(awaited(reward())) for reward in self._those_with("get_reward")]
+            paid = [float(awaited(reward())) for reward in self._those_with("get_reward")] if self.begun else []
         finally:
             for end in self._those_with("close"):
                 end()

@@ -9,7 +9,7 @@ Which way a model writes them is asked of its chat template: it is shown a call,
     mistral    [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}], or [TOOL_CALLS]add[ARGS]{"a": 1}
     gemma      <|tool_call>call:add{a:1}<tool_call|>                                        Gemma 4
     harmony    … to=functions.add<|channel|>commentary json<|message|>{"a": 1}<|call|>      gpt-oss
-    python     [add(a=1)]                                                                   Llama 4, LFM2; models without a template
+    python     [add(a=1)]                                                                   LFM2; models without a template
 
 What a model wrote is hostile: it is read from left to right, once, and never evaluated. A call that cannot be read is one with an `error`,
 which the model is told.

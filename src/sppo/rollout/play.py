@@ -48,6 +48,10 @@ def answer_once(
         track.wrote(policy, sample)
 
 
+def _waits(wait: Wait, turns: Sequence[Turn]) -> bool:
+    return wait == "all" or (wait == "one" and not turns)
+
+
 class Source:
     """See `engine.Turns`: what can be written, as environments answer."""
 
@@ -75,11 +79,9 @@ class Source:
         """See `engine.Turns`."""
         turns = list[Turn]()
         while True:
-            answers = self.beside.answers(wait == "all" or (wait == "one" and not turns))
+            answers = self.beside.answers(_waits(wait, turns))
             turns += [turn for who, seen in answers if (turn := self._heard(who, seen)) is not None]
-            if not (wait == "all" and self.beside.pending) and not (
-                wait == "one" and not turns and self.beside.pending
-            ):
+            if not (_waits(wait, turns) and self.beside.pending):
                 return sorted(turns, key=lambda turn: turn.number)
 
     def written(self, number: int, sample: Sample) -> None:

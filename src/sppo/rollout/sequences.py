@@ -41,8 +41,8 @@ class Drawn:
         # a token is a byte at least, so so many last tokens hold any stop string that the newest one completed
         self._tail = 2 + max((len(s.encode()) for s in sampling.stop), default=0)
 
-    def add(self, seeds: Sequence[int], limits: Sequence[int]) -> range:
-        """More responses; returns their indices."""
+    def add(self, seeds: Sequence[int], limits: Sequence[int]) -> None:
+        """More responses, after those that are there."""
         first = len(self.ids)
         for _ in seeds:
             self.ids.append([])
@@ -55,7 +55,6 @@ class Drawn:
             more = torch.empty(max(len(seeds), first), self.sampling.max_tokens)
             self._uniform_BT = torch.cat([self._uniform_BT, more])
         self._uniform_BT[first : first + len(seeds)] = fresh_BT
-        return range(first, len(self.ids))
 
     def take(self, logits_BV: Tensor, live: Sequence[int]) -> list[int]:
         """See Responses. Raises RunFailure for logits that are not finite."""
