@@ -13,6 +13,7 @@ from sppo.environments.loading import load_environment, tool_maker
 from sppo.environments.toolbox import Toolbox, shortened
 from sppo.environments.tools import Tools
 from sppo.errors import RecipeError
+from sppo.recipe.config import Config
 from sppo.recipe.sections import EnvironmentSection
 from sppo.types import Task
 
@@ -199,3 +200,9 @@ def test_tools_are_named_in_recipes(tmp_path, monkeypatch):
         tool_maker("mine_tools:twice,x=1")
     with pytest.raises(RecipeError, match=r"no 'calculater'.*calculator"):
         tool_maker("calculater")
+
+
+def test_several_tools_stand_behind_each_other_on_the_command_line():
+    given = Config.load(None, {"environment.tools": "calculator,python:wall=5,slots=2,mine:lookup"})
+    assert given.environment.tools == ("calculator", "python:wall=5,slots=2", "mine:lookup")
+    assert Config.load(None, {"environment.tools": ["calculator"]}).environment.tools == ("calculator",)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..spec import named_columns
+from ..spec import named_columns, split_specs
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -104,6 +104,12 @@ class EnvironmentSection(Section):
     )
     seconds: float = Field(60.0, gt=0, description="an answer that takes longer masks its trajectory")
     workers: int = Field(16, ge=1, description="environments that are asked at a time, each in a thread")
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _tools(cls, value: Any) -> Any:
+        """On the command line several stand behind each other: `calculator,python:wall=5,slots=2`."""
+        return split_specs(value) if isinstance(value, str) else value
 
     @property
     def answers(self) -> bool:
